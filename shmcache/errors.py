@@ -1,0 +1,130 @@
+"""Every exception and warning of shmcache.
+
+Three families under `ShmcacheError`:
+
+- `UsageError`: the call cannot be right. Nothing was changed; the segment is sound. Change the call.
+- `CapacityError`: no room or no time. Nothing was changed; the segment is sound. Make room, or try again.
+- `DamageError`: the bytes are not what they must be. Do not use the segment; verify or unlink it.
+
+A miss is a value, never an error; a time-out is an error, never a miss.
+"""
+
+
+class ShmcacheError(Exception):
+    """Base of all errors of this package."""
+
+
+class UsageError(ShmcacheError):
+    """The call cannot be right. Nothing was changed, the segment is sound. Change the call."""
+
+
+class CapacityError(ShmcacheError):
+    """No room or no time. Nothing was changed, the segment is sound. Make room, or try again."""
+
+
+class DamageError(ShmcacheError):
+    """The segment's bytes are not what they must be. Unlink it, or look at it with verify()."""
+
+
+class InvalidKey(UsageError, ValueError):
+    """A key is bytes, or a str that has a UTF-8 form, of 1 to 4,096 bytes. Shorten, hash or encode it."""
+
+
+class InvalidKeyType(InvalidKey, TypeError):
+    """A key is bytes or str. Convert it, for example with str(key)."""
+
+
+class ValueTooLarge(UsageError, ValueError):
+    """The encoded value is over the segment's limit. Split it, or create the segment with a larger max_value."""
+
+
+class UnsupportedValue(UsageError, TypeError):
+    """The codec cannot give this value back equal and of the same type. Convert it, or open with codec="pickle"."""
+
+
+class CodecMismatch(UsageError, ValueError):
+    """The value was written by a codec that this handle does not read. Open the cache with that codec."""
+
+
+class NotANumber(UsageError, TypeError):
+    """incr and decr work on values that were set as int. Set the key to an int first."""
+
+
+class CounterOverflow(UsageError, OverflowError):
+    """The counter would leave the signed 64-bit range; it keeps its value. Reset it."""
+
+
+class InvalidTTL(UsageError, ValueError):
+    """A ttl is a finite number of seconds, zero or more, or a timedelta, or None. Pass such a one."""
+
+
+class InvalidName(UsageError, ValueError):
+    """A segment name is 1 to 200 characters without a slash, not '.' or '..'. Choose another."""
+
+
+class InvalidConfig(UsageError, ValueError):
+    """An argument of create or open is out of range, of the wrong type, or unknown; the message names it."""
+
+
+class InvalidSize(InvalidConfig):
+    """A size is a number of bytes, or a number with K, M, G or T, at least 4M. Pass such a one."""
+
+
+class SegmentExists(UsageError, FileExistsError):
+    """A live segment has this name. attach() or open() it, or unlink() it first."""
+
+
+class SegmentNotFound(UsageError, FileNotFoundError):
+    """No segment has this name. create() or open() it."""
+
+
+class SegmentForbidden(UsageError, PermissionError):
+    """The segment may not be opened by this user. Create it with mode= and group=, or run as its owner."""
+
+
+class ForeignSegment(SegmentForbidden):
+    """The segment belongs to another user, who could have put anything there. Trust it with owner= or group=."""
+
+
+class CacheClosed(UsageError, ValueError):
+    """The handle was closed. Attach or open the cache again."""
+
+
+class ViewsInUse(UsageError, BufferError):
+    """numpy views of the segment are still in use; unmapping it would crash them. Delete them, then close."""
+
+
+class SharedMemoryFull(CapacityError, OSError):
+    """/dev/shm has not that many bytes free. Ask for less, or make it larger (mount -o remount,size=, --shm-size)."""
+
+
+class TooManyProcesses(CapacityError):
+    """All process rows are taken by living processes. Create the segment with a larger max_processes."""
+
+
+class StripeBusy(CapacityError):
+    """A process that is alive but does not run (stopped, out of CPU quota) holds what this call needs. Try again."""
+
+
+class NoRoom(CapacityError):
+    """Nothing could be evicted for this value just now. Try again, or create a larger segment."""
+
+
+class LivenessUnknown(CapacityError):
+    """The kernel does not keep open-file-description locks on this file system, so the dead could not be told."""
+
+
+class NotASegment(DamageError):
+    """The object of this name is not a shmcache segment (or is damaged). Unlink it, or choose another name."""
+
+
+class LayoutMismatch(DamageError):
+    """Another version or ABI of shmcache made the segment. Use that version, or unlink it and start cold."""
+
+
+class SegmentTruncated(DamageError):
+    """The segment is shorter than its header says. Unlink it and create it again."""
+
+
+class ConfigMismatch(UserWarning):
+    """open() was given arguments that differ from those of the live segment; the segment's stay in force."""
