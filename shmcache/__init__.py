@@ -1,0 +1,49 @@
+"""shmcache: a cache that every process of a host shares, in shared memory, at the speed of a function call.
+
+    import shmcache
+    cache = shmcache.open("web", size="256M")       # create or attach
+    cache.set("k", {"any": "value"}, ttl=60)
+    cache.get("k")
+
+The files, in reading order (arrows point down only; tests/unit/test_layers.py holds it):
+
+    cache.py      Cache, create, attach, open                        -> codec, segment, core
+    codec.py      values that are not bytes, str or int              -> errors
+    segment.py    the shared memory object, geometry, numpy views    -> core
+    core/         layout -> atomics, siphash -> token -> lock -> slab -> bucket -> big -> settle -> clock -> table
+                  _core.pyx the edge to Python, _sweep.pyx verify and settling
+    errors.py     every exception
+"""
+
+import sys as _sys
+
+if not (_sys.platform == "linux" and _sys.maxsize == 2**63 - 1 and _sys.byteorder == "little"):
+    raise ImportError("shmcache needs 64-bit little-endian Linux: it shares memory, locks and liveness as that kernel has them")
+
+from shmcache.cache import Cache, attach, create, open
+from shmcache.errors import (
+    CapacityError,
+    ConfigMismatch,
+    DamageError,
+    SegmentExists,
+    SegmentNotFound,
+    ShmcacheError,
+    UsageError,
+)
+from shmcache.segment import unlink
+
+__all__ = [
+    "Cache",
+    "CapacityError",
+    "ConfigMismatch",
+    "DamageError",
+    "SegmentExists",
+    "SegmentNotFound",
+    "ShmcacheError",
+    "UsageError",
+    "attach",
+    "create",
+    "open",
+    "unlink",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,208 @@
+"""`Cache`: the compiled table with codecs; and create, attach, open.
+
+`Cache.get` and its siblings are the compiled methods of core._core.Table, inherited: a hit runs no Python frame. What stands
+here runs when a value is not bytes, str or int, and when a person asks for figures.
+"""
+
+from __future__ import annotations
+
+import warnings
+from datetime import timedelta
+from typing import Any
+
+from shmcache import errors, segment
+from shmcache.core import _core
+
+DEFAULT_SIZE = "256M"
+
+
+class Cache(_core.Table):
+    """One handle on a segment: a dict that every process of the host shares. Safe from several threads, and after fork.
+
+    Made by create(), attach() and open(). Pickles to its name, so that spawned workers can be handed one.
+    """
+
+    def __init__(self, mapping: _core.Mapping, codec: str = "msgpack", trust: dict[str, Any] | None = None) -> None:
+        self._codec: Any = None
+        self._codec_name = codec
+        self._trust = trust or {}
+        if codec != "msgpack":
+            self._load_codec()  # so that a wrong name is said now
+
+    def _load_codec(self) -> Any:
+        if self._codec is None:
+            from shmcache.codec import get_codec
+
+            self._codec = get_codec(self._codec_name)
+        return self._codec
+
+    def _encode(self, value: Any) -> tuple[int, bytes]:
+        number, payload = self._load_codec().encode(value)
+        return number, payload
+
+    def _decode(self, codec: int, payload: bytes) -> Any:
+        return self._load_codec().decode(codec, payload)
+
+    @property
+    def segment(self) -> segment.Segment:
+        """The segment's bytes as numpy views, read-only."""
+        return self.views()
+
+    def views(self, writable: bool = False) -> segment.Segment:
+        """The segment's bytes as numpy views. writable: for tests and repair; a wrong store damages the cache for everybody."""
+        if self.closed:
+            raise errors.CacheClosed("this handle was closed: attach or open the cache again")
+        return segment.Segment(self.mapping, writable)
+
+    def stats(self) -> dict[str, Any]:
+        """Figures since the segment was created, as a dict that json takes.
+
+        Keys: name, size_bytes, used_bytes (chunks and pages in use), slab_bytes, items, hits, misses, hit_ratio (None before
+        the first get), sets, deletes, evictions, expirations, inline_evictions, other counters, processes (living; pid, row,
+        started_ms ...), slab_classes (chunk_bytes, pages, live, free, reserved chunks), supervisor.
+        """
+        counters = self.counters()
+        classes, pages = self.slab_classes()
+        gets = counters["hits"] + counters["misses"]
+        used = sum(c["chunk_bytes"] * c["live"] for c in classes) + pages["big_pages"] * pages["page_bytes"]
+        return {
+            "name": self.name,
+            "size_bytes": memoryview(self.mapping).nbytes,
+            "slab_bytes": pages["pages"] * pages["page_bytes"],
+            "used_bytes": used,
+            "items": len(self),
+            "hit_ratio": counters["hits"] / gets if gets else None,
+            **counters,
+            "free_pages": pages["free_pages"],
+            "big_pages": pages["big_pages"],
+            "processes": self.processes(),
+            "slab_classes": classes,
+            "supervisor": {"pid": None, "alive": False},
+        }
+
+    def verify(self) -> list[str]:
+        """Hold every structure against its invariants (numbered in core/_sweep.pyx): a line for each violation, [] if whole.
+
+        May run while others work; each stripe and slab class is looked at under its lock. What a dead process left and the next
+        hand will settle is no violation.
+        """
+        from shmcache.core import _sweep
+
+        return _sweep.verify(self)
+
+    def __repr__(self) -> str:
+        return f"<shmcache.Cache {'closed' if self.closed else self.name!r}>"
+
+    def __reduce__(self) -> Any:
+        if self.closed:
+            raise errors.CacheClosed("a closed handle cannot be pickled")
+        return _reattach, (self.name, self._codec_name, self._trust)
+
+
+def _reattach(name: str, codec: str, trust: dict[str, Any]) -> Cache:
+    return attach(name, codec=codec, **trust)
+
+
+def _options(
+    default_ttl: float | timedelta | None, max_value: int | str | None, stripes: int | None, max_processes: int | None,
+    lock_limit: float | None,
+) -> dict[str, int]:
+    """Those that were given, as segment.geometry takes them. Raises: InvalidConfig."""
+    given: dict[str, int] = {}
+    if default_ttl is not None:
+        seconds = default_ttl.total_seconds() if isinstance(default_ttl, timedelta) else default_ttl
+        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds < 1e12:
+            raise errors.InvalidTTL(f"default_ttl is a number of seconds above 0, or None for never, not {default_ttl!r}")
+        given["default_ttl_ms"] = max(1, round(seconds * 1000))
+    if max_value is not None:
+        given["max_value_bytes"] = segment.parse_size(max_value, "max_value")
+    if stripes is not None:
+        if isinstance(stripes, bool) or not isinstance(stripes, int) or not 1 <= stripes <= 65536 or stripes & (stripes - 1):
+            raise errors.InvalidConfig(f"stripes is a power of two from 1 to 65536, not {stripes!r}")
+        given["stripes"] = stripes
+    if max_processes is not None:
+        most = _core.CONSTANTS["max_rows"]
+        if isinstance(max_processes, bool) or not isinstance(max_processes, int) or not 1 <= max_processes <= most:
+            raise errors.InvalidConfig(f"max_processes is 1 to {most}, not {max_processes!r}")
+        given["max_processes"] = max_processes
+    if lock_limit is not None:
+        if isinstance(lock_limit, bool) or not isinstance(lock_limit, (int, float)) or not 0.001 <= lock_limit < 1e6:
+            raise errors.InvalidConfig(f"lock_limit is a number of seconds from 0.001, not {lock_limit!r}")
+        given["lock_limit_ms"] = round(lock_limit * 1000)
+    return given
+
+
+def create(
+    name: str, size: int | str = DEFAULT_SIZE, *, default_ttl: float | timedelta | None = None, codec: str = "msgpack",
+    max_value: int | str | None = None, stripes: int | None = None, mode: int = 0o600, group: int | str | None = None,
+    max_processes: int | None = None, lock_limit: float | None = None,
+) -> Cache:
+    """Create a segment and open it.
+
+    Args:
+        name: 1 to 200 bytes without "/"; the object is /dev/shm/shmcache.NAME.
+        size: bytes in all, or "256M", "1G"; at least "4M". Reserved at once.
+        default_ttl: seconds until an item expires that is set without ttl; None: never.
+        codec: for values other than bytes, str and int: "msgpack", or "pickle" (which runs code from the segment: trust its writers).
+        max_value: bytes of one encoded value, 64M by default; never over a quarter of the slab memory.
+        stripes: number of locks, a power of two, 1,024 by default.
+        mode, group: of the object; who else may open it.
+        max_processes: that can be attached at once, 128 by default, at most 1,024. 1 KiB each.
+        lock_limit: seconds that a write waits for a lock that a living process holds, 1 by default; then StripeBusy.
+    Raises: SegmentExists, SharedMemoryFull, InvalidName, InvalidConfig, SegmentForbidden.
+    """
+    options = _options(default_ttl, max_value, stripes, max_processes, lock_limit)
+    mapping = segment.create(name, segment.parse_size(size), mode=mode, group=group, **options)
+    return Cache(mapping, codec)
+
+
+def attach(name: str, *, codec: str = "msgpack", owner: int | str | None = None, group: int | str | None = None) -> Cache:
+    """Open a live segment.
+
+    Args: codec: as in create; it is this handle's. owner, group: a user or group, by id or name, whose segment is trusted.
+    Raises: SegmentNotFound, SegmentForbidden, ForeignSegment, NotASegment, LayoutMismatch, SegmentTruncated, TooManyProcesses.
+    """
+    trust = {k: v for k, v in (("owner", owner), ("group", group)) if v is not None}
+    return Cache(segment.attach(name, **trust), codec, trust)
+
+
+def open(
+    name: str, size: int | str | None = None, *, default_ttl: float | timedelta | None = None, codec: str = "msgpack",
+    max_value: int | str | None = None, stripes: int | None = None, mode: int = 0o600, group: int | str | None = None,
+    max_processes: int | None = None, lock_limit: float | None = None, owner: int | str | None = None,
+) -> Cache:
+    """Open a segment, and create it if there is none: what a worker calls. Arguments as of create (size: 256M by default).
+
+    A live segment keeps its own settings: arguments that differ from them are said in one ConfigMismatch warning.
+    """
+    options = _options(default_ttl, max_value, stripes, max_processes, lock_limit)
+    size_bytes = None if size is None else segment.parse_size(size)
+    for _ in range(100):  # only against somebody who creates and unlinks all the while
+        try:
+            cache = attach(name, codec=codec, owner=owner, group=group)
+        except errors.SegmentNotFound:
+            try:
+                return Cache(
+                    segment.create(name, size_bytes or segment.parse_size(DEFAULT_SIZE), mode=mode, group=group, **options), codec
+                )
+            except errors.SegmentExists:
+                continue
+        _warn_of_differences(cache, size_bytes, options)
+        return cache
+    raise errors.SegmentNotFound(f"the segment {name!r} is created and unlinked again and again")
+
+
+def _warn_of_differences(cache: Cache, size_bytes: int | None, options: dict[str, int]) -> None:
+    live = cache.mapping.settings()
+    wanted = dict(options)
+    if size_bytes is not None:
+        wanted["size_bytes"] = -(-size_bytes // 4096) * 4096
+    if "max_value_bytes" in wanted:
+        wanted["max_value_bytes"] = min(wanted["max_value_bytes"], live["max_value_most"])
+    differ = [f"{k} {v:,} asked, {live[k]:,} in force" for k, v in wanted.items() if live[k] != v]
+    if differ:
+        warnings.warn(
+            f"the segment {cache.name!r} is live with other settings: {'; '.join(differ)}. To change them, unlink it and create it again",
+            errors.ConfigMismatch,
+            stacklevel=3,
+        )

@@ -1,0 +1,37 @@
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+
+from shmcache.core.layout cimport header_t, seg_t
+from shmcache.core.table cimport put_t, read_t
+
+
+cdef class Mapping:
+    cdef seg_t s
+    cdef readonly str name
+    cdef readonly int exports       # buffers that numpy views hold
+    cdef readonly int handles       # open Tables
+    cdef object __weakref__
+    cdef int revive(self) except -1
+    cdef bint geometry_sound(self, header_t* h, uint64_t size)
+
+
+cdef class WritableView:
+    cdef Mapping mapping
+
+
+cdef class Table:
+    cdef seg_t* s                   # NULL: closed
+    cdef readonly Mapping mapping
+    cdef int in_flight              # calls of this handle that run without the GIL
+    cdef object idle                # set by the last of them when close() waits
+    cdef seg_t* ready(self) except NULL
+    cdef int leave(self) except -1
+    cdef object read(self, object key, object default, uint64_t* version)
+    cdef object take_value(self, seg_t* s, read_t* r, uint64_t* version, int* rc)
+    cdef object read_locked(self, seg_t* s, const uint8_t* key, size_t n, uint64_t h, object default, uint64_t* version)
+    cdef object store_view(self, object value, put_t* op, int64_t* number)
+    cdef int store(self, object key, object value, object ttl, int when, uint64_t version, uint64_t* stored) except -100
+    cdef int put_view(self, seg_t* s, put_t* op) except -100
+    cdef int remove_key(self, object key, uint64_t version) except -100
+    cdef int remove_view(self, seg_t* s, const uint8_t* key, size_t n, uint64_t h, uint64_t version,
+                         bint only_expired) except -100
+    cdef int change_expiry(self, object key, uint64_t expiry_ms) except -100

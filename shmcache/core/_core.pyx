@@ -1,0 +1,1193 @@
+# cython: binding=False, embedsignature=True, boundscheck=False, wraparound=False, cdivision=True
+"""The compiled core's edge to Python: `Mapping` (a process's place in a segment) and `Table` (the operations on it).
+
+Below this file everything returns a status (token.pxd, rc_t); exceptions are born here, in fail(). The rules of this edge:
+
+- a call first does everything with the GIL held and without sleeping (limit 0); only when a lock is busy it leaves the GIL and waits
+- no Python object is touched under any lock
+- while a call runs without the GIL its handle counts it in flight, and close() waits for it
+"""
+from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_FillInfo
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_Check, PyBytes_CheckExact, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.exc cimport PyErr_CheckSignals
+from cpython.long cimport PyLong_AsLongLongAndOverflow, PyLong_CheckExact
+from cpython.unicode cimport PyUnicode_Check, PyUnicode_DecodeUTF8
+from libc.errno cimport errno
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy, memset, strncpy
+
+from shmcache.core.atomics cimport ld32, ld64, st64, unlikely
+from shmcache.core.big cimport big_read
+from shmcache.core.bucket cimport bucket_of, stripe_of, stripe_release, stripe_take
+from shmcache.core.clock cimport now_ms
+from shmcache.core.layout cimport (
+    BATCH_CLASSES, BATCH_SLOTS, CONFIG_BYTES, LAYOUT_VERSION, MAX_CLASSES, MAX_KEY, MAX_ROWS, MIN_CHUNK, PARKED_SLOTS,
+    bucket_t, class_t, header_t, item_t, lock_t, overflow_t, page_t, pool_t, row_t, seg_t, sem_t, stripe_t)
+from shmcache.core.lock cimport lock_init
+from shmcache.core.siphash cimport siphash, siphash13
+from shmcache.core.slab cimport chunk_class, give_back_all
+from shmcache.core.table cimport (
+    ALWAYS, IF_ABSENT, IF_PRESENT, IF_VERSION, RESTARTS, add_to, clear_all, count_items, give_up, next_keys, put, put_t,
+    read_begin, read_copy, read_end, read_t, remove, set_expiry)
+from shmcache.core.token cimport (
+    ABSENT, AGAIN, BUSY, EXISTS, INTR, MISMATCH, NO_OFD, NO_ROOM, NO_ROW, NOT_INT, OK, OS_ERROR, OVERFLOW, close, getpid,
+    munmap, prober_ready, shm_ofd_lock, shm_reopen, shm_wiped_page, take_row, wall_ms)
+
+from shmcache import errors
+
+cdef extern from "Python.h":
+    const char* PyUnicode_AsUTF8AndSize(object text, Py_ssize_t* n) except NULL
+    bint PyUnicode_CheckExact(object o)
+    bint PyUnicode_IS_COMPACT_ASCII(object o)
+    object PyLong_FromLongLong(long long v)
+
+cdef extern from *:
+    """
+    #include <stddef.h>
+    #include <sys/mman.h>
+    #include <sys/stat.h>
+    static void *shm_map(int fd, uint64_t size) {
+        void *p = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+        if (p == MAP_FAILED) return NULL;
+        madvise(p, size, MADV_DONTDUMP);    /* a core dump of a worker is not to hold the cache */
+        return p;
+    }
+    static int shm_stat(int fd, uint64_t *dev, uint64_t *ino, uint64_t *size) {
+        struct stat st;
+        if (fstat(fd, &st)) return -1;
+        *dev = (uint64_t)st.st_dev; *ino = (uint64_t)st.st_ino; *size = (uint64_t)st.st_size;
+        return 0;
+    }
+    #define SHM_MAGIC 0x65686361636d6873ull     /* "shmcache" */
+    """
+    void* shm_map(int fd, uint64_t size) noexcept nogil
+    int shm_stat(int fd, uint64_t* dev, uint64_t* ino, uint64_t* size) noexcept nogil
+    const uint64_t MAGIC "SHM_MAGIC"
+
+cdef enum:
+    CODEC_BYTES = 0
+    CODEC_STR = 1
+    CODEC_INT = 2
+    STACK_BYTES = 1024          # values up to this are copied to the stack before they are decoded
+
+cdef uint32_t ABI = <uint32_t>(sizeof(sem_t) << 16 | 1 << 8 | sizeof(void*) * 8)
+
+CONSTANTS = {"row": sizeof(row_t), "header": sizeof(header_t), "stripe": sizeof(stripe_t), "class": sizeof(class_t),
+               "page": sizeof(page_t), "bucket": sizeof(bucket_t), "overflow": sizeof(overflow_t), "item": sizeof(item_t),
+               "max_rows": MAX_ROWS, "max_classes": MAX_CLASSES, "max_key": MAX_KEY, "min_chunk": MIN_CHUNK,
+               "config": CONFIG_BYTES, "layout_version": LAYOUT_VERSION, "abi": ABI}
+
+
+def siphash_rounds(const uint8_t[:] data not None, uint64_t k0, uint64_t k1, int c, int d):
+    """SipHash-c-d of data under the key (k0, k1): what the published vectors are held against."""
+    return siphash(&data[0] if data.shape[0] else NULL, data.shape[0], k0, k1, c, d)
+
+
+# ---- layout, for the numpy dtypes ---------------------------------------------------------------------------------------
+
+def layout():
+    """The structs of layout.pxd: {struct: (size, [(field, offset, numpy format, count)])}."""
+    cdef header_t* h = NULL
+    cdef row_t* r = NULL
+    cdef stripe_t* t = NULL
+    cdef class_t* c = NULL
+    cdef pool_t* o = NULL
+    cdef page_t* p = NULL
+    cdef bucket_t* b = NULL
+    cdef overflow_t* v = NULL
+    cdef item_t* i = NULL
+    cdef lock_t* l = NULL
+
+    def pool(name, base):
+        return [(name + "_word", base + <size_t>&o.lock.word, "<u8", 1),
+                (name + "_stalled", base + <size_t>&o.lock.stalled, "<u8", 1),
+                (name + "_list", base + <size_t>&o.list, "<u8", 1),
+                (name + "_n_free", base + <size_t>&o.n_free, "<u8", 1),
+                (name + "_cursor", base + <size_t>&o.cursor, "<u8", 1)]
+
+    return {
+        "header": (sizeof(header_t), [
+            ("magic", <size_t>&h.magic, "<u8", 1), ("layout_version", <size_t>&h.layout_version, "<u4", 1),
+            ("abi", <size_t>&h.abi, "<u4", 1), ("size_bytes", <size_t>&h.size_bytes, "<u8", 1),
+            ("created_ms", <size_t>&h.created_ms, "<u8", 1), ("boot_id", <size_t>&h.boot_id, "u1", 16),
+            ("hash_key", <size_t>&h.hash_key, "<u8", 2), ("n_rows", <size_t>&h.n_rows, "<u4", 1),
+            ("n_stripes", <size_t>&h.n_stripes, "<u4", 1), ("n_classes", <size_t>&h.n_classes, "<u4", 1),
+            ("page_shift", <size_t>&h.page_shift, "<u4", 1), ("n_pages", <size_t>&h.n_pages, "<u8", 1),
+            ("n_buckets", <size_t>&h.n_buckets, "<u8", 1), ("n_overflow", <size_t>&h.n_overflow, "<u8", 1),
+            ("refs_bytes", <size_t>&h.refs_bytes, "<u8", 1), ("sketch_bytes", <size_t>&h.sketch_bytes, "<u8", 1),
+            ("rings_bytes", <size_t>&h.rings_bytes, "<u8", 1), ("rows_off", <size_t>&h.rows_off, "<u8", 1),
+            ("stripes_off", <size_t>&h.stripes_off, "<u8", 1), ("classes_off", <size_t>&h.classes_off, "<u8", 1),
+            ("pages_off", <size_t>&h.pages_off, "<u8", 1), ("refs_off", <size_t>&h.refs_off, "<u8", 1),
+            ("sketch_off", <size_t>&h.sketch_off, "<u8", 1), ("buckets_off", <size_t>&h.buckets_off, "<u8", 1),
+            ("overflow_off", <size_t>&h.overflow_off, "<u8", 1), ("rings_off", <size_t>&h.rings_off, "<u8", 1),
+            ("slab_off", <size_t>&h.slab_off, "<u8", 1), ("max_value_bytes", <size_t>&h.max_value_bytes, "<u8", 1),
+            ("default_ttl_ms", <size_t>&h.default_ttl_ms, "<u8", 1), ("lock_limit_ms", <size_t>&h.lock_limit_ms, "<u4", 1),
+            ("config_bytes", <size_t>&h.config_bytes, "<u4", 1), ("epoch", <size_t>&h.epoch, "<u4", 1),
+            ("clock_shift_ms", <size_t>&h.clock_shift_ms, "<i8", 1), ("tick", <size_t>&h.tick, "<u8", 1),
+            ("supervisor", <size_t>&h.supervisor, "<u8", 1),
+            *pool("pages", <size_t>&h.pages), *pool("overflow", <size_t>&h.overflow), *pool("big", <size_t>&h.big),
+            ("config", <size_t>&h.config, "u1", CONFIG_BYTES)]),
+        "row": (sizeof(row_t), [
+            ("gen", <size_t>&r.gen, "<u8", 1), ("pid", <size_t>&r.pid, "<u8", 1),
+            ("started_ms", <size_t>&r.started_ms, "<u8", 1), ("hits", <size_t>&r.hits, "<u8", 1),
+            ("misses", <size_t>&r.misses, "<u8", 1), ("sets", <size_t>&r.sets, "<u8", 1),
+            ("deletes", <size_t>&r.deletes, "<u8", 1), ("expired", <size_t>&r.expired, "<u8", 1),
+            ("evictions", <size_t>&r.evictions, "<u8", 1), ("inline_evictions", <size_t>&r.inline_evictions, "<u8", 1),
+            ("chain_evictions", <size_t>&r.chain_evictions, "<u8", 1), ("retries", <size_t>&r.retries, "<u8", 1),
+            ("lock_waits", <size_t>&r.lock_waits, "<u8", 1), ("takeovers", <size_t>&r.takeovers, "<u8", 1),
+            ("settled", <size_t>&r.settled, "<u8", 1), ("pages_moved", <size_t>&r.pages_moved, "<u8", 1),
+            ("stalls", <size_t>&r.stalls, "<u8", 1), ("max_wait_ns", <size_t>&r.max_wait_ns, "<u8", 1),
+            ("leaked", <size_t>&r.leaked, "<u8", 1), ("hazard", <size_t>&r.hazard, "<u8", 8),
+            ("parked", <size_t>&r.parked, "<u8", PARKED_SLOTS),
+            ("batch", <size_t>&r.batch, "<u8", (BATCH_CLASSES, BATCH_SLOTS))]),
+        "stripe": (sizeof(stripe_t), [
+            ("word", <size_t>&t.lock.word, "<u8", 1), ("stalled", <size_t>&t.lock.stalled, "<u8", 1),
+            ("seq", <size_t>&t.seq, "<u8", 1), ("old", <size_t>&t.old, "<u8", 1), ("new", <size_t>&t.new, "<u8", 1),
+            ("count", <size_t>&t.count, "<u8", 1), ("count_next", <size_t>&t.count_next, "<u8", 1)]),
+        "class": (sizeof(class_t), [
+            ("word", <size_t>&c.lock.word, "<u8", 1), ("stalled", <size_t>&c.lock.stalled, "<u8", 1),
+            ("chunk_bytes", <size_t>&c.chunk_bytes, "<u4", 1), ("page_in_hand", <size_t>&c.page_in_hand, "<u4", 1),
+            ("ring", <size_t>&c.ring, "<u4", 1), ("avail", <size_t>&c.avail, "<u4", 1),
+            ("hand", <size_t>&c.hand, "<u8", 1), ("n_pages", <size_t>&c.n_pages, "<u4", 1)]),
+        "page": (sizeof(page_t), [
+            ("word", <size_t>&p.word, "<u8", 1), ("head", <size_t>&p.head, "<u8", 1), ("stamp", <size_t>&p.stamp, "<u8", 1),
+            ("next", <size_t>&p.next, "<u4", 1), ("prev", <size_t>&p.prev, "<u4", 1),
+            ("next_avail", <size_t>&p.next_avail, "<u4", 1), ("prev_avail", <size_t>&p.prev_avail, "<u4", 1),
+            ("free", <size_t>&p.free, "<u4", 1), ("n_free", <size_t>&p.n_free, "<u4", 1), ("cls", <size_t>&p.cls, "<u2", 1),
+            ("listed", <size_t>&p.listed, "u1", 1)]),
+        "bucket": (sizeof(bucket_t), [
+            ("version", <size_t>&b.version, "<u4", 1), ("overflow", <size_t>&b.overflow, "<u4", 1),
+            ("slot", <size_t>&b.slot, "<u8", 7)]),
+        "overflow": (sizeof(overflow_t), [
+            ("head", <size_t>&v.head, "<u4", 1), ("next", <size_t>&v.next, "<u4", 1), ("slot", <size_t>&v.slot, "<u8", 6),
+            ("word", <size_t>&v.word, "<u8", 1)]),
+        "item": (sizeof(item_t), [
+            ("hash", <size_t>&i.hash, "<u8", 1), ("word", <size_t>&i.word, "<u8", 1), ("cas", <size_t>&i.cas, "<u8", 1),
+            ("expiry_ms", <size_t>&i.expiry_ms, "<u8", 1), ("value_bytes", <size_t>&i.value_bytes, "<u4", 1),
+            ("epoch", <size_t>&i.epoch, "<u4", 1), ("key_bytes", <size_t>&i.key_bytes, "<u2", 1),
+            ("codec", <size_t>&i.codec, "u1", 1), ("flags", <size_t>&i.flags, "u1", 1), ("link", <size_t>&i.link, "<u4", 1)]),
+    }
+
+
+def format_segment(int fd, dict g, list chunk_bytes, bytes boot_id, bytes hash_key, bytes config):
+    """Write a new segment's header and empty sections into fd, whose memory is all zero. The magic is stored last.
+
+    g: the geometry by field name (segment.geometry). chunk_bytes: of each slab class, ascending.
+    """
+    cdef uint64_t size = g["size_bytes"], i
+    cdef uint8_t* base = <uint8_t*>shm_map(fd, size)
+    cdef header_t* h = <header_t*>base
+    cdef class_t* classes
+    cdef page_t* pages
+    cdef overflow_t* ov
+    cdef stripe_t* stripes
+    cdef uint8_t[:] part
+    if base == NULL:
+        raise OSError(errno, "mmap of the new segment")
+    try:
+        h.layout_version = LAYOUT_VERSION
+        h.abi = ABI
+        h.size_bytes = size
+        h.created_ms = wall_ms()
+        memcpy(h.boot_id, PyBytes_AS_STRING(boot_id), min(16, len(boot_id)))
+        memcpy(h.hash_key, PyBytes_AS_STRING(hash_key), min(16, len(hash_key)))
+        memcpy(h.config, PyBytes_AS_STRING(config), min(CONFIG_BYTES, len(config)))
+        h.config_bytes = <uint32_t>len(config)
+        h.n_rows = g["n_rows"]; h.n_stripes = g["n_stripes"]; h.n_classes = g["n_classes"]; h.page_shift = g["page_shift"]
+        h.n_pages = g["n_pages"]; h.n_buckets = g["n_buckets"]; h.n_overflow = g["n_overflow"]
+        h.refs_bytes = g["refs_bytes"]; h.sketch_bytes = g["sketch_bytes"]; h.rings_bytes = g["rings_bytes"]
+        h.rows_off = g["rows_off"]; h.stripes_off = g["stripes_off"]; h.classes_off = g["classes_off"]
+        h.pages_off = g["pages_off"]; h.refs_off = g["refs_off"]; h.sketch_off = g["sketch_off"]
+        h.buckets_off = g["buckets_off"]; h.overflow_off = g["overflow_off"]; h.rings_off = g["rings_off"]
+        h.slab_off = g["slab_off"]
+        h.max_value_bytes = g["max_value_bytes"]; h.default_ttl_ms = g["default_ttl_ms"]; h.lock_limit_ms = g["lock_limit_ms"]
+        h.epoch = 1
+        h.tick = 1
+        lock_init(&h.pages.lock); lock_init(&h.overflow.lock); lock_init(&h.big.lock)
+        stripes = <stripe_t*>(base + h.stripes_off)
+        for i in range(h.n_stripes):
+            lock_init(&stripes[i].lock)
+        classes = <class_t*>(base + h.classes_off)
+        for i in range(h.n_classes):
+            lock_init(&classes[i].lock)
+            classes[i].chunk_bytes = chunk_bytes[i]
+            classes[i].hand = <uint64_t>0xffffffff << 32         # on no page
+        pages = <page_t*>(base + h.pages_off)
+        for i in range(h.n_pages):
+            pages[i].next = <uint32_t>(i + 2 if i + 1 < h.n_pages else 0)
+        h.pages.list = 1
+        h.pages.n_free = h.n_pages
+        ov = <overflow_t*>(base + h.overflow_off)
+        for i in range(h.n_overflow):
+            ov[i].next = <uint32_t>(i + 2 if i + 1 < h.n_overflow else 0)
+        h.overflow.list = 1
+        h.overflow.n_free = h.n_overflow
+        st64(&h.magic, MAGIC)
+    finally:
+        munmap(base, size)
+
+
+# ---- errors ---------------------------------------------------------------------------------------------------------------
+
+cdef int fail(int rc) except -100:
+    """The one place where a status becomes an exception."""
+    if rc == NO_ROOM:
+        raise errors.NoRoom("nothing can be evicted for this value just now: try again, or create a larger segment")
+    if rc == BUSY:
+        raise errors.StripeBusy(
+            "a living process holds a lock that this call needs and does not run (stopped, or out of its CPU quota); nothing "
+            "was changed: try again, or continue or kill that process")
+    if rc == NO_ROW:
+        raise errors.TooManyProcesses(
+            "every process row is taken by a living process: create the segment with a larger max_processes")
+    if rc == NO_OFD:
+        raise errors.LivenessUnknown("the file system of /dev/shm does not keep open-file-description locks; it must be a tmpfs")
+    if rc == OS_ERROR:
+        raise OSError(errno, "cannot open the segment again to take a process row")
+    raise errors.DamageError(f"unexpected status {rc}")
+
+
+cdef inline int key_view(object key, const uint8_t** p, size_t* n) except -1:
+    cdef Py_ssize_t size
+    if PyBytes_Check(key):
+        p[0] = <const uint8_t*>PyBytes_AS_STRING(key)
+        size = PyBytes_GET_SIZE(key)
+    elif PyUnicode_Check(key):
+        try:
+            p[0] = <const uint8_t*>PyUnicode_AsUTF8AndSize(key, &size)
+        except UnicodeEncodeError as e:
+            raise errors.InvalidKey(f"this str has no UTF-8 form ({e.reason}): use bytes as the key") from None
+    else:
+        raise errors.InvalidKeyType(f"a key is bytes or str, not {type(key).__name__}: convert it, for example with str(key)")
+    if unlikely(size == 0 or size > MAX_KEY):
+        raise errors.InvalidKey(f"a key has 1 to {MAX_KEY:,} bytes, this one {size:,}: " +
+                                ("use a longer one" if size == 0 else "shorten it, or use a digest of it"))
+    n[0] = <size_t>size
+    return 0
+
+
+cdef uint64_t ttl_to_ms(object ttl) except? 0xffffffffffffffff:
+    """Milliseconds, rounded up; 0 stays 0: already expired."""
+    cdef double seconds
+    if isinstance(ttl, bool) or not isinstance(ttl, (int, float)):
+        total_seconds = getattr(ttl, "total_seconds", None)
+        if total_seconds is None:
+            raise errors.InvalidTTL(f"a ttl is a number of seconds, a timedelta or None, not {type(ttl).__name__}")
+        ttl = total_seconds()
+    try:
+        seconds = ttl
+    except OverflowError:
+        seconds = float("inf")
+    if not 0 <= seconds < 1e12:
+        raise errors.InvalidTTL(f"a ttl is a finite number of seconds, zero or more and below 1e12, not {ttl}; "
+                                "None means the segment's default")
+    return <uint64_t>(seconds * 1000 + 0.999999)
+
+
+# ---- mapping ----------------------------------------------------------------------------------------------------------------
+
+cdef class WritableView:
+    """Hands out the segment's bytes writable, for tests and repair tools."""
+    def __init__(self, Mapping mapping not None):
+        self.mapping = mapping
+
+    def __getbuffer__(self, Py_buffer* view, int flags):
+        PyBuffer_FillInfo(view, self, self.mapping.s.base, <Py_ssize_t>self.mapping.s.size_bytes, False, flags)
+        self.mapping.exports += 1
+
+    def __releasebuffer__(self, Py_buffer* view):
+        self.mapping.exports -= 1
+
+
+cdef class Mapping:
+    """A process's one mapping of one segment, and its row in it. Every handle of the process shares it.
+
+    Args: fd: a descriptor of the segment, opened for reading and writing; may be closed afterwards. path: by which it can be
+    opened again. name: for messages.
+    Raises: NotASegment, LayoutMismatch, SegmentTruncated, TooManyProcesses, LivenessUnknown, OSError.
+    """
+    def __cinit__(self, int fd, str path, str name):
+        cdef uint64_t size = 0
+        cdef bytes path_b = path.encode()
+        cdef int rc
+        memset(&self.s, 0, sizeof(seg_t))
+        self.s.prober = -1
+        self.name = name
+        if shm_stat(fd, &self.s.dev, &self.s.ino, &size):
+            raise OSError(errno, "fstat of the segment")
+        if size < sizeof(header_t):
+            raise errors.NotASegment(f"{name!r} has only {size} bytes: it is not a shmcache segment; unlink it or choose another name")
+        if len(path_b) >= sizeof(self.s.path):
+            raise errors.InvalidName("the segment's name is too long")
+        strncpy(self.s.path, path_b, sizeof(self.s.path) - 1)
+        self.s.size_bytes = size
+        self.s.base = <uint8_t*>shm_map(fd, size)
+        if self.s.base == NULL:
+            raise OSError(errno, "mmap of the segment")
+        self.load_geometry(size)
+        self.s.me = shm_wiped_page()
+        if self.s.me == NULL:
+            raise OSError(errno, "no page for the token (MADV_WIPEONFORK needs Linux 4.14)")
+        self.s.prober = shm_reopen(fd, self.s.path, self.s.dev, self.s.ino)
+        if self.s.prober < 0:
+            raise OSError(errno, f"cannot open {path} again")
+        rc = take_row(&self.s)
+        if rc != OK:
+            fail(rc)
+
+    def load_geometry(self, uint64_t size):
+        """Check the header and copy the geometry: it is never read from the segment again."""
+        cdef seg_t* s = &self.s
+        cdef header_t* h = <header_t*>s.base
+        cdef uint32_t i
+        cdef class_t* classes
+        if ld64(&h.magic) != MAGIC:
+            raise errors.NotASegment(f"{self.name!r} is not a shmcache segment (wrong magic); unlink it or choose another name")
+        if h.layout_version != LAYOUT_VERSION or h.abi != ABI:
+            raise errors.LayoutMismatch(
+                f"{self.name!r} was made by layout {h.layout_version}, ABI {h.abi:#x}; this is layout {LAYOUT_VERSION}, ABI "
+                f"{ABI:#x}: use the version that made it, or unlink it and start cold")
+        if h.size_bytes > size:
+            raise errors.SegmentTruncated(
+                f"{self.name!r} has {size:,} bytes, its header says {h.size_bytes:,}: unlink it and create it again")
+        if not self.geometry_sound(h, size):
+            raise errors.NotASegment(f"the header of {self.name!r} is damaged; unlink it and create it again")
+        s.header = h
+        s.rows = <row_t*>(s.base + h.rows_off)
+        s.stripes = <stripe_t*>(s.base + h.stripes_off)
+        s.classes = <class_t*>(s.base + h.classes_off)
+        s.pages = <page_t*>(s.base + h.pages_off)
+        s.refs = s.base + h.refs_off
+        s.buckets = <bucket_t*>(s.base + h.buckets_off)
+        s.overflow = <overflow_t*>(s.base + h.overflow_off)
+        s.n_rows = h.n_rows
+        s.n_stripes = h.n_stripes
+        s.n_classes = h.n_classes
+        s.n_pages = h.n_pages
+        s.n_buckets = h.n_buckets
+        s.n_overflow = h.n_overflow
+        s.page_shift = h.page_shift
+        s.page_bytes = <uint64_t>1 << h.page_shift
+        s.slab_off = h.slab_off
+        s.slab_lo = h.slab_off >> 4
+        s.slab_hi = (h.slab_off + (h.n_pages << h.page_shift)) >> 4
+        s.k0 = h.hash_key[0]
+        s.k1 = h.hash_key[1]
+        s.max_value_bytes = h.max_value_bytes
+        s.default_ttl_ms = h.default_ttl_ms
+        s.limit_ns = <uint64_t>h.lock_limit_ms * 1000000
+        classes = s.classes
+        for i in range(s.n_classes):
+            s.chunk_bytes[i] = classes[i].chunk_bytes
+            s.page_chunks[i] = <uint32_t>(s.page_bytes // classes[i].chunk_bytes)
+
+    cdef bint geometry_sound(self, header_t* h, uint64_t size):
+        cdef uint64_t off[10]
+        cdef uint64_t need[10]
+        cdef class_t* classes
+        cdef uint32_t i, last = 0
+        if not (0 < h.n_rows <= MAX_ROWS and 0 < h.n_classes <= MAX_CLASSES and 0 < h.n_stripes <= 65536):
+            return False
+        if h.n_stripes & (h.n_stripes - 1) or h.page_shift < 12 or h.page_shift > 20 or h.n_pages == 0:
+            return False
+        if h.n_pages >> 32 or h.n_buckets == 0 or h.n_buckets >> 32 or h.n_overflow == 0 or h.n_overflow >> 31:
+            return False
+        off = [h.rows_off, h.stripes_off, h.classes_off, h.pages_off, h.refs_off, h.sketch_off, h.buckets_off, h.overflow_off,
+               h.rings_off, h.slab_off]
+        need = [h.n_rows * sizeof(row_t), h.n_stripes * sizeof(stripe_t), h.n_classes * sizeof(class_t),
+                h.n_pages * sizeof(page_t), (h.n_pages << h.page_shift) >> 7, h.sketch_bytes, h.n_buckets * sizeof(bucket_t),
+                h.n_overflow * sizeof(overflow_t), h.rings_bytes, h.n_pages << h.page_shift]
+        for i in range(10):
+            if off[i] & 63 or off[i] < sizeof(header_t) or off[i] > size or need[i] > size - off[i]:
+                return False
+            if i and off[i] < off[i - 1] + need[i - 1]:
+                return False
+        if h.slab_off & ((<uint64_t>1 << h.page_shift) - 1) or h.config_bytes > CONFIG_BYTES:
+            return False
+        classes = <class_t*>(<uint8_t*>h + h.classes_off)
+        for i in range(h.n_classes):
+            if classes[i].chunk_bytes < MIN_CHUNK or classes[i].chunk_bytes & 15 or classes[i].chunk_bytes <= last or \
+                    classes[i].chunk_bytes > <uint64_t>1 << h.page_shift:
+                return False
+            last = classes[i].chunk_bytes
+        return True
+
+    cdef int revive(self) except -1:
+        """This process is a fork child of the one that took the row: take one of its own."""
+        cdef int rc
+        self.s.lock_page = NULL         # MADV_DONTFORK: it is not mapped here
+        rc = take_row(&self.s)
+        if rc != OK:
+            fail(rc)
+        return 0
+
+    def __dealloc__(self):
+        if self.s.me != NULL:
+            if self.s.me[0]:
+                give_back_all(&self.s)
+                st64(&self.s.row.pid, 0)
+                munmap(self.s.lock_page, 4096)
+            munmap(self.s.me, 4096)
+        if self.s.prober >= 0 and prober_ready(&self.s):
+            close(self.s.prober)
+        if self.s.base != NULL:
+            munmap(self.s.base, self.s.size_bytes)
+
+    @property
+    def identity(self):
+        """(device, inode) of the segment: two mappings of one process are of one segment if these are equal."""
+        return self.s.dev, self.s.ino
+
+    def settings(self):
+        """What create() was given, as it is in force; max_value_most: the largest that this size allows."""
+        cdef seg_t* s = &self.s
+        cdef uint64_t list_room = (s.chunk_bytes[s.n_classes - 1] - sizeof(item_t) - MAX_KEY) // 4 * s.page_bytes
+        return {"size_bytes": s.size_bytes, "default_ttl_ms": s.default_ttl_ms, "max_value_bytes": s.max_value_bytes,
+                "max_value_most": min((s.n_pages << s.page_shift) // 4, list_room, <uint64_t>0xffffffff),
+                "stripes": s.n_stripes, "max_processes": s.n_rows, "lock_limit_ms": s.header.lock_limit_ms}
+
+    @property
+    def config(self):
+        """The msgpack map of the configuration."""
+        return PyBytes_FromStringAndSize(<char*>self.s.header.config, self.s.header.config_bytes)
+
+    def __getbuffer__(self, Py_buffer* view, int flags):
+        PyBuffer_FillInfo(view, self, self.s.base, <Py_ssize_t>self.s.size_bytes, True, flags)
+        self.exports += 1
+
+    def __releasebuffer__(self, Py_buffer* view):
+        self.exports -= 1
+
+
+# ---- table --------------------------------------------------------------------------------------------------------------------
+
+cdef class Table:
+    """Operations on one segment's table, by one handle. `shmcache.Cache` is this with codecs."""
+
+    def __cinit__(self, Mapping mapping not None, *args, **kwargs):
+        self.mapping = mapping
+        self.s = &mapping.s
+        mapping.handles += 1
+
+    def __dealloc__(self):
+        if self.s != NULL:
+            self.s = NULL
+            self.mapping.handles -= 1
+
+    cdef seg_t* ready(self) except NULL:
+        if self.s == NULL:
+            raise errors.CacheClosed("this handle was closed: attach or open the cache again")
+        if self.s.me[0] == 0:
+            self.in_flight = 0
+            self.mapping.revive()
+        return self.s
+
+    cdef int leave(self) except -1:
+        self.in_flight -= 1
+        if self.in_flight == 0 and self.idle is not None:
+            self.idle.set()
+        return 0
+
+    def _encode(self, value):
+        raise errors.UnsupportedValue(f"this table stores bytes, str and int, not {type(value).__name__}")
+
+    def _decode(self, int codec, bytes payload):
+        raise errors.CodecMismatch(f"this table does not read values of codec {codec}")
+
+    # -- get
+
+    cdef object take_value(self, seg_t* s, read_t* r, uint64_t* version, int* rc):
+        """Copy the value out and check that it was whole: rc OK and the object, or AGAIN and None."""
+        cdef uint8_t stack[STACK_BYTES]
+        cdef uint8_t* to = stack
+        cdef int64_t number
+        cdef bytes data
+        cdef object value
+        if r.codec == CODEC_BYTES:
+            data = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>r.value_bytes)
+            read_copy(s, r, <uint8_t*>PyBytes_AS_STRING(data))
+            rc[0] = read_end(s, r)
+            version[0] = r.cas
+            return data if rc[0] == OK else None
+        if r.value_bytes > STACK_BYTES:
+            to = <uint8_t*>malloc(r.value_bytes)
+            if to == NULL:
+                raise MemoryError
+        try:
+            read_copy(s, r, to)
+            rc[0] = read_end(s, r)
+            version[0] = r.cas
+            if rc[0] != OK:
+                return None
+            if r.codec == CODEC_STR:
+                try:
+                    return PyUnicode_DecodeUTF8(<char*>to, <Py_ssize_t>r.value_bytes, "surrogatepass")
+                except UnicodeDecodeError:
+                    raise errors.DamageError("a str value is not UTF-8: run verify()") from None
+            if r.codec == CODEC_INT and r.value_bytes == 8:
+                memcpy(&number, to, 8)
+                return PyLong_FromLongLong(number)
+            data = PyBytes_FromStringAndSize(<char*>to, <Py_ssize_t>r.value_bytes)
+        finally:
+            if to != stack:
+                free(to)
+        return self._decode(r.codec, data)
+
+    cdef object read(self, object key, object default, uint64_t* version):
+        cdef const uint8_t* k
+        cdef size_t n
+        cdef uint64_t h
+        cdef read_t r
+        cdef seg_t* s
+        cdef int rc, tries
+        cdef object value
+        key_view(key, &k, &n)
+        s = self.s
+        if unlikely(s == NULL or s.me[0] == 0):
+            s = self.ready()
+        h = siphash13(k, n, s.k0, s.k1)
+        for tries in range(RESTARTS):
+            rc = read_begin(s, k, n, h, &r)
+            if rc == ABSENT:
+                s.row.misses += 1
+                if unlikely(r.expired):
+                    remove(s, k, n, h, 0, True, 0)      # if the stripe is free: it is nobody's duty
+                return default
+            if rc == OK:
+                value = self.take_value(s, &r, version, &rc)
+                if rc == OK:
+                    s.row.hits += 1
+                    return value
+            s.row.retries += 1
+        return self.read_locked(s, k, n, h, default, version)
+
+    cdef object read_locked(self, seg_t* s, const uint8_t* key, size_t n, uint64_t h, object default, uint64_t* version):
+        """A read that was overtaken by writes 64 times: under the stripe, into memory of ours."""
+        cdef read_t r
+        cdef uint8_t* copy = NULL
+        cdef int rc
+        cdef bytes data
+        cdef object value
+        self.in_flight += 1
+        try:
+            while True:
+                with nogil:
+                    rc = stripe_take(s, stripe_of(s, bucket_of(s, h)), s.limit_ns)
+                    if rc == OK:
+                        rc = read_begin(s, key, n, h, &r)
+                        if rc == OK:
+                            copy = <uint8_t*>malloc(r.value_bytes + 1)
+                            if copy != NULL:
+                                read_copy(s, &r, copy)
+                                read_end(s, &r)
+                        stripe_release(stripe_of(s, bucket_of(s, h)))
+                if rc != INTR:
+                    break
+                PyErr_CheckSignals()
+        finally:
+            self.leave()
+        if rc == ABSENT:
+            s.row.misses += 1
+            return default
+        if rc != OK:
+            fail(rc)
+        if copy == NULL:
+            raise MemoryError
+        data = PyBytes_FromStringAndSize(<char*>copy, <Py_ssize_t>r.value_bytes)
+        free(copy)
+        s.row.hits += 1
+        version[0] = r.cas
+        if r.codec == CODEC_BYTES:
+            return data
+        if r.codec == CODEC_STR:
+            return data.decode("utf-8", "surrogatepass")
+        if r.codec == CODEC_INT:
+            return int.from_bytes(data, "little", signed=True)
+        return self._decode(r.codec, data)
+
+    def get(self, key, default=None):
+        """The key's value, or default.
+
+        Args: key: bytes or str of 1 to 4,096 bytes; a str is the same key as its UTF-8.
+        Returns: a value equal to the one that was set, and of its type.
+        Raises: InvalidKey; CodecMismatch; CapacityError, only if 64 writes overtook the read and its stripe is then held by a
+        stopped process. Locks: none.
+        """
+        cdef uint64_t version
+        return self.read(key, default, &version)
+
+    def gets(self, key):
+        """(value, version) for cas(); (None, 0) if the key is not there. A version is never used twice for one key."""
+        cdef uint64_t version = 0
+        value = self.read(key, MISS, &version)
+        return (None, 0) if value is MISS else (value, version)
+
+    def get_many(self, keys):
+        """{key: value} of those found, keyed as passed. Each value is whole; together they are not one instant's."""
+        cdef dict found = {}
+        cdef uint64_t version
+        for key in keys:
+            value = self.read(key, MISS, &version)
+            if value is not MISS:
+                found[key] = value
+        return found
+
+    def __getitem__(self, key):
+        cdef uint64_t version
+        value = self.read(key, MISS, &version)
+        if value is MISS:
+            raise KeyError(key)
+        return value
+
+    def __contains__(self, key):
+        cdef const uint8_t* k
+        cdef size_t n
+        cdef read_t r
+        cdef seg_t* s
+        cdef int rc = AGAIN
+        cdef uint64_t version
+        key_view(key, &k, &n)
+        s = self.ready()
+        for _ in range(RESTARTS):
+            rc = read_begin(s, k, n, siphash13(k, n, s.k0, s.k1), &r)
+            if rc != AGAIN:
+                return rc == OK
+        return self.read(key, MISS, &version) is not MISS
+
+    def ttl(self, key):
+        """Seconds that the key has left (float), math.inf if it never expires, None if it is not there."""
+        cdef const uint8_t* k
+        cdef size_t n
+        cdef read_t r
+        cdef seg_t* s
+        cdef int rc
+        key_view(key, &k, &n)
+        s = self.ready()
+        while True:
+            rc = read_begin(s, k, n, siphash13(k, n, s.k0, s.k1), &r)
+            if rc == ABSENT:
+                return None
+            if rc == OK:
+                return INFINITY if r.expiry_ms == 0 else max(0, <int64_t>(r.expiry_ms - now_ms(s))) / 1000.0
+            PyErr_CheckSignals()
+
+    # -- set
+
+    cdef object store_view(self, object value, put_t* op, int64_t* number):
+        """Point op at the value's bytes; the object returned keeps them alive."""
+        cdef Py_ssize_t n
+        cdef int overflow = 0
+        if PyBytes_CheckExact(value):
+            op.codec = CODEC_BYTES
+        elif PyUnicode_CheckExact(value):
+            op.codec = CODEC_STR
+            if PyUnicode_IS_COMPACT_ASCII(value):
+                op.value = <const uint8_t*>PyUnicode_AsUTF8AndSize(value, &n)
+                op.value_bytes = <uint64_t>n
+                return value
+            value = value.encode("utf-8", "surrogatepass")
+        else:
+            if PyLong_CheckExact(value):
+                number[0] = PyLong_AsLongLongAndOverflow(value, &overflow)
+                if not overflow:
+                    op.codec = CODEC_INT
+                    op.value = <const uint8_t*>number
+                    op.value_bytes = 8
+                    return value
+            op.codec, value = self._encode(value)
+        op.value = <const uint8_t*>PyBytes_AS_STRING(value)
+        op.value_bytes = <uint64_t>PyBytes_GET_SIZE(value)
+        return value
+
+    cdef int put_view(self, seg_t* s, put_t* op) except -100:
+        """Put what op points at: OK, EXISTS, ABSENT or MISMATCH."""
+        cdef int rc = put(s, op, 0)
+        if rc == BUSY or rc == NO_ROOM:
+            self.in_flight += 1
+            try:
+                while True:
+                    with nogil:
+                        rc = put(s, op, s.limit_ns)
+                    if rc != INTR:
+                        break
+                    PyErr_CheckSignals()
+            finally:
+                if op.chunk:
+                    give_up(s, op)
+                self.leave()
+        elif op.chunk:
+            give_up(s, op)
+        if rc == OK:
+            s.row.sets += 1
+        elif rc != EXISTS and rc != ABSENT and rc != MISMATCH:
+            fail(rc)
+        return rc
+
+    cdef int store(self, object key, object value, object ttl, int when, uint64_t version, uint64_t* stored) except -100:
+        cdef put_t op
+        cdef int64_t number
+        cdef uint64_t ttl_ms = 0
+        cdef seg_t* s = self.ready()
+        cdef object holder
+        cdef int rc
+        op.chunk = 0
+        op.when = when
+        op.version = version
+        key_view(key, &op.key, &op.key_bytes)
+        if ttl is not None:
+            ttl_ms = ttl_to_ms(ttl)
+            op.expiry_ms = now_ms(s) + ttl_ms if ttl_ms else 1
+        else:
+            op.expiry_ms = now_ms(s) + s.default_ttl_ms if s.default_ttl_ms else 0
+        holder = self.store_view(value, &op, &number)
+        if op.value_bytes > s.max_value_bytes:
+            raise errors.ValueTooLarge(
+                f"the encoded value has {op.value_bytes:,} bytes, this segment takes {s.max_value_bytes:,}: split it, or create the "
+                "segment larger or with a larger max_value")
+        s = self.ready()                    # an encoder is Python: it may have closed this handle, or forked
+        op.hash = siphash13(op.key, op.key_bytes, s.k0, s.k1)
+        rc = self.put_view(s, &op)
+        if rc == OK:
+            stored[0] = op.cas
+            if ttl is not None and ttl_ms == 0:
+                self.remove_view(s, op.key, op.key_bytes, op.hash, 0, True)
+        return rc
+
+    def set(self, key, value, ttl=None):
+        """Store a value.
+
+        Args: key: bytes or str of 1 to 4,096 bytes. value: bytes, str, int, or what the codec takes. ttl: seconds (int, float or
+        timedelta) until it expires; None: the segment's default; 0: already expired, so that an existing value is removed.
+        Raises: InvalidKey, InvalidTTL, UnsupportedValue, ValueTooLarge; NoRoom, StripeBusy. After an error nothing is changed.
+        Locks: one stripe; a slab class if nothing is in hand.
+        """
+        cdef uint64_t stored
+        self.store(key, value, ttl, ALWAYS, 0, &stored)
+
+    def add(self, key, value, ttl=None):
+        """Store a value if the key is not there: True if it was stored."""
+        cdef uint64_t stored
+        return self.store(key, value, ttl, IF_ABSENT, 0, &stored) == OK
+
+    def replace(self, key, value, ttl=None):
+        """Store a value if the key is there: True if it was stored."""
+        cdef uint64_t stored
+        return self.store(key, value, ttl, IF_PRESENT, 0, &stored) == OK
+
+    def cas(self, key, value, uint64_t version, ttl=None):
+        """Store a value if the key still has the version that gets() gave (0: is still not there): True if it was stored."""
+        cdef uint64_t stored
+        return self.store(key, value, ttl, IF_VERSION if version else IF_ABSENT, version, &stored) == OK
+
+    def set_many(self, mapping, ttl=None):
+        """Store several values. All are checked and encoded before the first is stored; each is then stored by itself."""
+        cdef list ready = []
+        cdef put_t op
+        cdef int64_t number
+        cdef uint64_t stored
+        cdef seg_t* s = self.ready()
+        if ttl is not None:
+            ttl_to_ms(ttl)
+        for key, value in (mapping.items() if hasattr(mapping, "items") else mapping):
+            key_view(key, &op.key, &op.key_bytes)
+            holder = self.store_view(value, &op, &number)
+            if op.value_bytes > s.max_value_bytes:
+                raise errors.ValueTooLarge(f"the encoded value of {key!r} has {op.value_bytes:,} bytes, this segment takes "
+                                           f"{s.max_value_bytes:,}: nothing was stored")
+            ready.append((key, value if op.codec <= CODEC_INT else Encoded(op.codec, holder)))
+        for key, value in ready:
+            if type(value) is Encoded:
+                self.store_encoded(key, value, ttl)
+            else:
+                self.store(key, value, ttl, ALWAYS, 0, &stored)
+
+    def store_encoded(self, key, Encoded value not None, ttl):
+        """What set_many does with a value that the codec has turned into bytes already."""
+        cdef put_t op
+        cdef uint64_t ttl_ms = 0
+        cdef seg_t* s = self.ready()
+        op.chunk = 0
+        op.when = ALWAYS
+        op.version = 0
+        key_view(key, &op.key, &op.key_bytes)
+        if ttl is not None:
+            ttl_ms = ttl_to_ms(ttl)
+            op.expiry_ms = now_ms(s) + ttl_ms if ttl_ms else 1
+        else:
+            op.expiry_ms = now_ms(s) + s.default_ttl_ms if s.default_ttl_ms else 0
+        op.codec = value.codec
+        op.value = <const uint8_t*>PyBytes_AS_STRING(value.payload)
+        op.value_bytes = <uint64_t>PyBytes_GET_SIZE(value.payload)
+        op.hash = siphash13(op.key, op.key_bytes, s.k0, s.k1)
+        if self.put_view(s, &op) == OK and ttl is not None and ttl_ms == 0:
+            self.remove_view(s, op.key, op.key_bytes, op.hash, 0, True)
+
+    def __setitem__(self, key, value):
+        cdef uint64_t stored
+        self.store(key, value, None, ALWAYS, 0, &stored)
+
+    # -- delete
+
+    cdef int remove_view(self, seg_t* s, const uint8_t* key, size_t n, uint64_t h, uint64_t version,
+                         bint only_expired) except -100:
+        cdef int rc = remove(s, key, n, h, version, only_expired, 0)
+        if rc == BUSY:
+            self.in_flight += 1
+            try:
+                while True:
+                    with nogil:
+                        rc = remove(s, key, n, h, version, only_expired, s.limit_ns)
+                    if rc != INTR:
+                        break
+                    PyErr_CheckSignals()
+            finally:
+                self.leave()
+        if rc != OK and rc != ABSENT and rc != MISMATCH:
+            fail(rc)
+        return rc
+
+    cdef int remove_key(self, object key, uint64_t version) except -100:
+        cdef const uint8_t* k
+        cdef size_t n
+        cdef seg_t* s
+        key_view(key, &k, &n)
+        s = self.ready()
+        return self.remove_view(s, k, n, siphash13(k, n, s.k0, s.k1), version, False)
+
+    def delete(self, key):
+        """Remove a key: True if it was there."""
+        return self.remove_key(key, 0) == OK
+
+    def delete_many(self, keys):
+        """Remove several keys: how many were there."""
+        cdef list todo = list(keys)
+        cdef const uint8_t* k
+        cdef size_t n
+        cdef Py_ssize_t removed = 0
+        for key in todo:
+            key_view(key, &k, &n)           # all are checked before the first is removed
+        for key in todo:
+            removed += self.remove_key(key, 0) == OK
+        return removed
+
+    def __delitem__(self, key):
+        if self.remove_key(key, 0) != OK:
+            raise KeyError(key)
+
+    def pop(self, key, default=None):
+        """Remove a key and return the value it had, or default. Of several callers one gets the value."""
+        cdef uint64_t version = 0
+        while True:
+            value = self.read(key, MISS, &version)
+            if value is MISS:
+                return default
+            if self.remove_key(key, version) == OK:
+                return value
+
+    # -- in place
+
+    def incr(self, key, n=1, *, default=None, ttl=None):
+        """Add n to an int value, in one step for everybody: the new number.
+
+        Args: n: a signed 64-bit int. default: what a key that is not there counts as, so that default + n is stored; None: KeyError.
+        ttl: for a key that is stored by this call; one that is there keeps its time.
+        Raises: KeyError; NotANumber (the value is not an int, or n or default is not); CounterOverflow. Locks: one stripe.
+        """
+        cdef const uint8_t* k
+        cdef size_t size
+        cdef uint64_t h, stored
+        cdef int64_t by, out = 0
+        cdef int overflow = 0
+        cdef int rc
+        cdef seg_t* s
+        if not isinstance(n, int) or not (default is None or isinstance(default, int)):
+            raise errors.NotANumber("incr and decr take an int to add, and an int or None as default")
+        by = PyLong_AsLongLongAndOverflow(n, &overflow)
+        if overflow:
+            raise errors.CounterOverflow(f"{n} is not a signed 64-bit number: nothing was changed")
+        if ttl is not None:
+            ttl_to_ms(ttl)
+        key_view(key, &k, &size)
+        while True:
+            s = self.ready()
+            h = siphash13(k, size, s.k0, s.k1)
+            rc = add_to(s, k, size, h, by, &out, 0)
+            if rc == BUSY:
+                self.in_flight += 1
+                try:
+                    with nogil:
+                        rc = add_to(s, k, size, h, by, &out, s.limit_ns)
+                finally:
+                    self.leave()
+            if rc == OK:
+                s.row.sets += 1
+                return out
+            if rc == ABSENT:
+                if default is None:
+                    raise KeyError(key)
+                total = default + n
+                if not -0x8000000000000000 <= total <= 0x7fffffffffffffff:
+                    raise errors.CounterOverflow("default + n is not a signed 64-bit number: nothing was changed")
+                if self.store(key, int(total), ttl, IF_ABSENT, 0, &stored) == OK:
+                    return int(total)
+            elif rc == NOT_INT:
+                raise errors.NotANumber("the value of this key was not set as an int: set it to one first")
+            elif rc == OVERFLOW:
+                raise errors.CounterOverflow("the counter would leave the signed 64-bit range; it keeps its value")
+            elif rc == INTR:
+                PyErr_CheckSignals()
+            else:
+                fail(rc)
+
+    def decr(self, key, n=1, *, default=None, ttl=None):
+        """Subtract n from an int value: incr(key, -n)."""
+        if not isinstance(n, int):
+            raise errors.NotANumber("incr and decr take an int to add, and an int or None as default")
+        return self.incr(key, -n, default=default, ttl=ttl)
+
+    cdef int change_expiry(self, object key, uint64_t expiry_ms) except -100:
+        cdef const uint8_t* k
+        cdef size_t n
+        cdef uint64_t h
+        cdef int rc
+        cdef seg_t* s
+        key_view(key, &k, &n)
+        s = self.ready()
+        h = siphash13(k, n, s.k0, s.k1)
+        rc = set_expiry(s, k, n, h, expiry_ms, 0)
+        while rc == BUSY or rc == INTR:
+            self.in_flight += 1
+            try:
+                with nogil:
+                    rc = set_expiry(s, k, n, h, expiry_ms, s.limit_ns)
+            finally:
+                self.leave()
+            if rc == BUSY:
+                break
+            PyErr_CheckSignals()
+        if rc != OK and rc != ABSENT:
+            fail(rc)
+        return rc
+
+    def touch(self, key, ttl=None):
+        """Let a key expire ttl seconds from now (None: the segment's default; 0: remove it): True if it was there."""
+        cdef seg_t* s = self.ready()
+        cdef uint64_t ms = s.default_ttl_ms if ttl is None else ttl_to_ms(ttl)
+        if ttl is not None and ms == 0:
+            return self.remove_key(key, 0) == OK
+        return self.change_expiry(key, now_ms(s) + ms if ms else 0) == OK
+
+    def expire(self, key, ttl):
+        """Let a key expire ttl seconds from now, 0: remove it: True if it was there."""
+        if ttl is None:
+            raise errors.InvalidTTL("expire takes a number of seconds or a timedelta; persist() removes a ttl")
+        return self.touch(key, ttl)
+
+    def persist(self, key):
+        """Let a key never expire: True if it was there."""
+        return self.change_expiry(key, 0) == OK
+
+    # -- the whole table
+
+    def __len__(self):
+        return count_items(self.ready())
+
+    def clear(self):
+        """Remove everything, for everybody, in one step: O(1) by a new epoch. What a set stores after it stays."""
+        clear_all(self.ready())
+
+    def scan(self, prefix=b""):
+        """The keys, as bytes, that begin with prefix, in no order. One that is there all the while comes exactly once."""
+        cdef uint64_t b = 0
+        if isinstance(prefix, str):
+            prefix = prefix.encode()
+        elif not isinstance(prefix, bytes):
+            raise errors.InvalidKeyType(f"a prefix is bytes or str, not {type(prefix).__name__}")
+        self.ready()
+        return self.scan_from(prefix)
+
+    def scan_from(self, bytes prefix):
+        cdef uint64_t b = 0
+        while b < self.ready().n_buckets:
+            for key in self.keys_between(b, b + 256):
+                if key.startswith(prefix):
+                    yield key
+            b += 256
+
+    def __iter__(self):
+        return self.scan()
+
+    def keys_between(self, uint64_t first, uint64_t end):
+        """The keys of a range of buckets; those of one bucket are of one instant."""
+        cdef seg_t* s = self.ready()
+        cdef uint32_t room = 65536, used = 0, at
+        cdef uint8_t* buffer = <uint8_t*>malloc(room)
+        cdef uint8_t* larger
+        cdef list keys = []
+        cdef uint64_t b = first
+        cdef int rc
+        if buffer == NULL:
+            raise MemoryError
+        self.in_flight += 1
+        try:
+            while b < min(end, s.n_buckets):
+                rc = next_keys(s, b, buffer, room, &used, 0)
+                if rc == BUSY:
+                    with nogil:
+                        rc = next_keys(s, b, buffer, room, &used, s.limit_ns)
+                if rc == NO_ROOM:           # 391 keys of 4,096 bytes in one chain
+                    larger = <uint8_t*>malloc(2 * <size_t>room)
+                    if larger == NULL or room > 1 << 26:
+                        free(larger)
+                        raise MemoryError
+                    free(buffer)
+                    buffer = larger
+                    room *= 2
+                    continue
+                if rc == INTR:
+                    PyErr_CheckSignals()
+                    continue
+                if rc != OK:
+                    fail(rc)
+                at = 0
+                while at < used:
+                    keys.append(PyBytes_FromStringAndSize(<char*>buffer + at + 2, buffer[at] | buffer[at + 1] << 8))
+                    at += 2 + (buffer[at] | buffer[at + 1] << 8)
+                b += 1
+        finally:
+            free(buffer)
+            self.leave()
+        return keys
+
+    # -- about the segment
+
+    @property
+    def name(self):
+        return self.mapping.name
+
+    @property
+    def closed(self):
+        return self.s == NULL
+
+    def counters(self):
+        """The counters of all rows, summed; since the segment was created, whoever has died meanwhile."""
+        cdef seg_t* s = self.ready()
+        cdef uint32_t i
+        cdef row_t* r
+        total = dict.fromkeys(
+            ("hits", "misses", "sets", "deletes", "expirations", "evictions", "inline_evictions", "chain_evictions", "retries",
+             "lock_waits", "takeovers", "settled", "pages_moved", "stalls", "leaked", "max_wait_ns"), 0)
+        for i in range(s.n_rows):
+            r = &s.rows[i]
+            if ld64(&r.gen) == 0:
+                continue
+            total["hits"] += r.hits; total["misses"] += r.misses; total["sets"] += r.sets; total["deletes"] += r.deletes
+            total["expirations"] += r.expired; total["evictions"] += r.evictions
+            total["inline_evictions"] += r.inline_evictions; total["chain_evictions"] += r.chain_evictions
+            total["retries"] += r.retries; total["lock_waits"] += r.lock_waits; total["takeovers"] += r.takeovers
+            total["settled"] += r.settled; total["pages_moved"] += r.pages_moved; total["stalls"] += r.stalls
+            total["leaked"] += r.leaked
+            total["max_wait_ns"] = max(total["max_wait_ns"], r.max_wait_ns)
+        return total
+
+    def processes(self):
+        """The living, by row: [{"pid", "row", "started_ms", "hits", "misses", "sets", "deletes"}]."""
+        cdef seg_t* s = self.ready()
+        cdef uint32_t i
+        cdef row_t* r
+        living = []
+        for i in range(s.n_rows):
+            r = &s.rows[i]
+            if i == s.row_idx or (ld64(&r.gen) and prober_ready(s) and shm_ofd_lock(s.prober, True, i) == 1):
+                living.append({"pid": r.pid, "row": i, "started_ms": r.started_ms, "hits": r.hits, "misses": r.misses,
+                               "sets": r.sets, "deletes": r.deletes, "max_wait_ns": r.max_wait_ns})
+        return living
+
+    def slab_classes(self):
+        """By class: chunk_bytes, pages, live, free, reserved (in the hands of processes) chunks; and {"pages", "big_pages", "free_pages"}.
+
+        live counts every chunk that is neither free nor kept in hand: one pass over the page table, none over the chunks.
+        """
+        cdef seg_t* s = self.ready()
+        cdef uint64_t p, in_hand, n_big = 0, n_pool = 0
+        cdef uint32_t cls, i, j, index = 0
+        cdef int kind, got
+        classes = [{"chunk_bytes": s.chunk_bytes[cls], "pages": 0, "live": 0, "free": 0, "reserved": 0}
+                   for cls in range(s.n_classes)]
+        for p in range(s.n_pages):
+            kind = <int>(ld64(&s.pages[p].word) >> 56)
+            cls = s.pages[p].cls
+            if kind == 0:
+                n_pool += 1
+            elif kind == 4:
+                n_big += 1
+            elif (kind == 2 or kind == 3) and cls < s.n_classes:
+                classes[cls]["pages"] += 1
+                classes[cls]["free"] += s.pages[p].n_free
+                classes[cls]["live"] += s.page_chunks[cls] - s.pages[p].n_free
+        for i in range(s.n_rows):
+            if ld64(&s.rows[i].gen) == 0:
+                continue
+            for cls in range(min(BATCH_CLASSES, s.n_classes)):
+                for j in range(BATCH_SLOTS):
+                    if s.rows[i].batch[cls][j]:
+                        classes[cls]["reserved"] += 1
+                        classes[cls]["live"] -= 1
+            for j in range(PARKED_SLOTS):
+                got = chunk_class(s, s.rows[i].parked[j], &index) if s.rows[i].parked[j] else -1
+                if got >= 0:
+                    classes[got]["reserved"] += 1
+                    classes[got]["live"] -= 1
+        return classes, {"pages": s.n_pages, "big_pages": n_big, "free_pages": n_pool, "page_bytes": s.page_bytes}
+
+    @property
+    def lock_limit(self):
+        """Seconds that a write of this process waits for a lock that a living process holds; then StripeBusy."""
+        return self.ready().limit_ns / 1e9
+
+    @lock_limit.setter
+    def lock_limit(self, double seconds):
+        if not 0 < seconds < 1e6:
+            raise errors.InvalidConfig(f"lock_limit is a number of seconds above 0, not {seconds}")
+        self.ready().limit_ns = <uint64_t>(seconds * 1e9)
+
+    def close(self):
+        """Close this handle. The last one of a process gives its row and what it has in hand back, and unmaps the segment.
+
+        Waits for calls that other threads have in flight. Closing twice is no error.
+        Raises: ViewsInUse if numpy views of the segment are out and this is the last handle; it stays open then.
+        """
+        if self.s == NULL:
+            return
+        if self.mapping.handles == 1 and self.mapping.exports:
+            raise errors.ViewsInUse(f"{self.mapping.exports} numpy view(s) of {self.name!r} are still in use: delete them, then close")
+        if self.s.me[0] == 0:
+            self.in_flight = 0              # a fork child: those threads are the parent's
+        self.s = NULL
+        if self.in_flight:
+            import threading
+            self.idle = threading.Event()
+            self.idle.wait()
+        self.mapping.handles -= 1
+        self.mapping = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.close()
+
+
+cdef class Encoded:
+    """A value that a codec has turned into bytes."""
+    cdef int codec
+    cdef bytes payload
+
+    def __init__(self, int codec, bytes payload not None):
+        self.codec = codec
+        self.payload = payload
+
+
+cdef object MISS = object()
+cdef object INFINITY = float("inf")

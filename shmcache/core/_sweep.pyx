@@ -1,0 +1,2 @@
+# cython: binding=False
+"""placeholder"""

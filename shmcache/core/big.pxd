@@ -1,0 +1,109 @@
+# Values over half a page: a head chunk whose value area holds a list of whole pages (u32 indexes), then the value's rest.
+#
+# Invariant: a page BIG(0) is listed by the reachable head that its row names; BIG(token) is being built by that process.
+# Whether a page belongs to somebody is asked of its head under the stripe of the head's hash, then acted on under the pool
+# lock with the row re-read: `head` differs as soon as the page serves another value, because a head chunk is not freed
+# before its pages.
+#
+# Crash while building: pages BIG(dead), head RESERVED(dead) -> pool, by settle_pages. Published, not yet marked: BIG(dead),
+# listed -> BIG(0). While freeing: BIG(0), head not reachable -> pool.
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.string cimport memcpy
+
+from shmcache.core.atomics cimport ld8r, ld16r, ld32r, ld64, st64
+from shmcache.core.layout cimport FLAG_BIG, GRANULE_SHIFT, item_t, seg_t
+from shmcache.core.slab cimport item_at, page_room, page_to_pool, value_offset
+from shmcache.core.token cimport PAGE_BIG, kind_of, word_of
+
+ctypedef struct big_t:
+    uint32_t n_pages        # whole pages
+    uint32_t tail           # bytes of the value in the head chunk
+    uint64_t head_bytes     # that the head chunk needs in all
+
+cdef inline void big_shape(seg_t* s, uint64_t key_bytes, uint64_t value_bytes, big_t* g) noexcept nogil:
+    """How a value is laid out follows from its lengths alone; writer and reader compute it alike."""
+    cdef uint64_t most = s.chunk_bytes[s.n_classes - 1]
+    g.n_pages = <uint32_t>(value_bytes >> s.page_shift)
+    g.tail = <uint32_t>(value_bytes & (s.page_bytes - 1))
+    g.head_bytes = value_offset(key_bytes) + 4 * <uint64_t>g.n_pages + g.tail
+    if g.head_bytes > most:
+        g.n_pages += 1
+        g.tail = 0
+        g.head_bytes = value_offset(key_bytes) + 4 * <uint64_t>g.n_pages
+
+cdef inline uint8_t* page_bytes_of(seg_t* s, uint64_t p) noexcept nogil:
+    return s.base + s.slab_off + (p << s.page_shift)
+
+cdef inline bint big_lists(seg_t* s, uint64_t addr, uint64_t p) noexcept nogil:
+    """Does the item at this address list page p? Under the stripe of its hash."""
+    cdef item_t* it = item_at(s, addr)
+    cdef uint64_t klen = ld16r(&it.key_bytes)
+    cdef uint32_t* pages = <uint32_t*>(<uint8_t*>it + value_offset(klen))
+    cdef big_t g
+    cdef uint32_t i
+    if not ld8r(&it.flags) & FLAG_BIG:
+        return False
+    big_shape(s, klen, ld32r(&it.value_bytes), &g)
+    if g.head_bytes > page_room(s, addr):
+        return False
+    for i in range(g.n_pages):
+        if ld32r(&pages[i]) == p:
+            return True
+    return False
+
+cdef inline void big_read(seg_t* s, uint64_t addr, uint64_t klen, uint64_t vlen, big_t* g, uint8_t* to) noexcept nogil:
+    """Copy a big value out. The caller has clamped g.head_bytes; page indexes are clamped here."""
+    cdef uint8_t* at = <uint8_t*>item_at(s, addr) + value_offset(klen)
+    cdef uint32_t i, p
+    cdef uint64_t left = vlen - g.tail, n
+    for i in range(g.n_pages):
+        p = ld32r(&(<uint32_t*>at)[i])
+        n = min(left, s.page_bytes)
+        if p < s.n_pages:
+            memcpy(to, page_bytes_of(s, p), n)
+        to += n
+        left -= n
+    memcpy(to, at + 4 * <uint64_t>g.n_pages, g.tail)
+
+cdef inline void big_fill(seg_t* s, uint64_t addr, uint64_t klen, const uint8_t* value, uint64_t vlen) noexcept nogil:
+    """Copy a value into a head and the pages that it lists; all are this process's."""
+    cdef uint8_t* at = <uint8_t*>item_at(s, addr) + value_offset(klen)
+    cdef big_t g
+    cdef uint32_t i
+    cdef uint64_t left, n
+    big_shape(s, klen, vlen, &g)
+    left = vlen - g.tail
+    for i in range(g.n_pages):
+        n = min(left, s.page_bytes)
+        memcpy(page_bytes_of(s, (<uint32_t*>at)[i]), value, n)
+        value += n
+        left -= n
+    memcpy(at + 4 * <uint64_t>g.n_pages, value, g.tail)
+
+cdef inline void big_seal_locked(seg_t* s, uint64_t addr, uint32_t n_pages) noexcept nogil:
+    """Under the stripe, the slot stored: the pages are nobody's but the item's."""
+    cdef item_t* it = item_at(s, addr)
+    cdef uint32_t* pages = <uint32_t*>(<uint8_t*>it + value_offset(it.key_bytes))
+    cdef uint32_t i
+    for i in range(n_pages):
+        st64(&s.pages[pages[i]].word, word_of(PAGE_BIG, 0))
+
+cdef inline void big_free_pages(seg_t* s, uint64_t addr, uint64_t klen, uint32_t n_pages, uint64_t limit_ns) noexcept nogil:
+    """Pages of a head chunk that is this process's and that no slot names. What stays behind settle_pages finds."""
+    cdef uint32_t* pages = <uint32_t*>(<uint8_t*>item_at(s, addr) + value_offset(klen))
+    cdef uint32_t i
+    cdef uint64_t w
+    for i in range(n_pages):
+        if pages[i] < s.n_pages:
+            w = ld64(&s.pages[pages[i]].word)
+            if kind_of(w) == PAGE_BIG and ld64(&s.pages[pages[i]].head) == addr:
+                page_to_pool(s, pages[i], w, addr, limit_ns)
+
+cdef inline void big_free_item_pages(seg_t* s, uint64_t addr, uint64_t limit_ns) noexcept nogil:
+    """The same for an item that was taken out of the table, if it is a big one."""
+    cdef item_t* it = item_at(s, addr)
+    cdef big_t g
+    if it.flags & FLAG_BIG:
+        big_shape(s, it.key_bytes, it.value_bytes, &g)
+        if g.head_bytes <= page_room(s, addr):
+            big_free_pages(s, addr, it.key_bytes, g.n_pages, limit_ns)

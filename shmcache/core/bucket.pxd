@@ -1,0 +1,257 @@
+# Buckets, chains, stripes: who is reachable, what a writer notes, and how what a dead writer left is finished or undone.
+#
+# Invariants
+#   an entry never moves: a key's item is replaced in its slot, so an unchanged version makes a miss true
+#   only the head bucket's version counts, for the whole chain
+#   rule F: between a chunk's (or overflow bucket's) last reference being cleared and its first byte changing, its head's
+#   version is counted up, under the stripe, by whoever makes it reusable
+#   the one store to the slot commits: before it repair undoes, after it repair finishes
+#
+# Intent, in the stripe's own line: old = (op, chunk that goes), new = chunk that comes, count_next. Cleared old first, then new:
+# a lone old whose slot is empty can then only be a delete or an eviction.
+#
+# Race table
+#   get vs set           set wins -> version changed, get begins again and sees the new item
+#   get vs evict         evict wins -> version changed, get begins again, then misses
+#   set vs set           the stripe decides; the later one replaces the earlier
+#   repair vs repair     dies -> the next taker repairs again; every step is idempotent
+#   unlink vs get        an overflow bucket leaves its chain only when empty and last; version up before its reuse
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+
+from shmcache.core.atomics cimport add64, ld32, ld64, mulhi64, st32, st64
+from shmcache.core.layout cimport OV_SLOTS, SLOTS, bucket_t, item_t, overflow_t, pool_t, seg_t, stripe_t
+from shmcache.core.lock cimport lock_release, lock_take
+from shmcache.core.slab cimport in_slab, item_at
+from shmcache.core.token cimport LIVE, OK, OV_FREE, OV_LINKED, OV_RESERVED, RETIRED, TAKEN_OVER, kind_of, word_of
+
+cdef enum:
+    OP_SET = 1
+    OP_DELETE = 2
+    OP_EVICT = 3        # also what has expired: not logged, the version stands
+    OP_TOUCH = 4        # in place: counter, expiry
+    MAX_HOPS = 64       # of a chain; a longer one is damage
+
+cdef extern from *:
+    """
+    #define SHM_ADDR_MASK (((uint64_t)1 << 48) - 1)
+    """
+    const uint64_t ADDR_MASK "SHM_ADDR_MASK"
+
+cdef inline uint64_t bucket_of(seg_t* s, uint64_t h) noexcept nogil:
+    """By the low 48 bits of the hash (the top 16 are the tag), scaled: the number of buckets is any."""
+    return mulhi64(h << 16, s.n_buckets)
+
+cdef inline stripe_t* stripe_of(seg_t* s, uint64_t b) noexcept nogil:
+    return &s.stripes[b & (s.n_stripes - 1)]
+
+cdef inline uint64_t slot_word(uint64_t h, uint64_t addr) noexcept nogil:
+    return (h >> 48) << 48 | addr
+
+cdef inline void bump(seg_t* s, uint64_t b) noexcept nogil:
+    st32(&s.buckets[b].version, s.buckets[b].version + 1)
+
+# ---- walking a chain --------------------------------------------------------------------------------------------------
+
+ctypedef struct chain_t:
+    uint64_t* slot      # of the bucket at hand
+    int n_slots
+    uint32_t* link      # where the index + 1 of the next one stands
+    int hops
+
+cdef inline void chain_first(seg_t* s, uint64_t b, chain_t* c) noexcept nogil:
+    c.slot = s.buckets[b].slot
+    c.n_slots = SLOTS
+    c.link = &s.buckets[b].overflow
+    c.hops = 0
+
+cdef inline bint chain_next(seg_t* s, chain_t* c) noexcept nogil:
+    cdef uint32_t i = ld32(c.link)
+    if i == 0 or i > s.n_overflow or c.hops >= MAX_HOPS:
+        return False
+    c.slot = s.overflow[i - 1].slot
+    c.n_slots = OV_SLOTS
+    c.link = &s.overflow[i - 1].next
+    c.hops += 1
+    return True
+
+cdef inline uint64_t* slot_naming(seg_t* s, uint64_t b, uint64_t addr) noexcept nogil:
+    """The slot of b's chain that holds this address, or NULL."""
+    cdef chain_t c
+    cdef int i
+    chain_first(s, b, &c)
+    while True:
+        for i in range(c.n_slots):
+            if ld64(&c.slot[i]) & ADDR_MASK == addr:
+                return &c.slot[i]
+        if not chain_next(s, &c):
+            return NULL
+
+cdef inline uint64_t* reachable(seg_t* s, uint64_t addr) noexcept nogil:
+    """The slot of the chain of the item's hash that names it, or NULL."""
+    return slot_naming(s, bucket_of(s, ld64(&item_at(s, addr).hash)), addr)
+
+# ---- count of a stripe --------------------------------------------------------------------------------------------------
+
+cdef inline uint64_t count_now(seg_t* s, stripe_t* st) noexcept nogil:
+    """epoch << 32 | items; begins again at 0 after clear()."""
+    cdef uint64_t e = ld32(&s.header.epoch)
+    return st.count if st.count >> 32 == e else e << 32
+
+cdef inline uint64_t count_without(seg_t* s, uint64_t count, uint64_t addr) noexcept nogil:
+    if item_at(s, addr).epoch == count >> 32 and <uint32_t>count:
+        return count - 1
+    return count
+
+# ---- stripes ----------------------------------------------------------------------------------------------------------------
+
+cdef inline void stripe_repair(seg_t* s, stripe_t* st) noexcept nogil:
+    """Finish or undo what the dead holder had in hand. O(1), idempotent; whoever dies here leaves it to the next taker."""
+    cdef uint64_t n = ld64(&st.new) & ADDR_MASK, o = ld64(&st.old) & ADDR_MASK
+    cdef int op = <int>(ld64(&st.old) >> 56)
+    cdef item_t* it
+    if not in_slab(s, n):
+        n = 0
+    if not in_slab(s, o):
+        o = 0
+    if n and reachable(s, n) != NULL:                       # finish: the slot was stored
+        it = item_at(s, n)
+        bump(s, bucket_of(s, ld64(&it.hash)))
+        st64(&it.word, word_of(LIVE, 0))
+        if it.cas > st.seq:
+            st64(&st.seq, it.cas)
+        st64(&st.count, st.count_next)
+    elif o and reachable(s, o) != NULL:                     # undo: it was not
+        it = item_at(s, o)
+        if kind_of(ld64(&it.word)) == RETIRED:
+            st64(&it.word, word_of(LIVE, 0))
+        if op == OP_TOUCH:
+            st64(&it.cas, st.seq + 1)
+            st64(&st.seq, st.seq + 1)
+    elif o and n == 0:                                      # finish a delete or an eviction
+        bump(s, bucket_of(s, ld64(&item_at(s, o).hash)))
+        if op == OP_DELETE:
+            st64(&st.seq, st.seq + 1)
+        st64(&st.count, st.count_next)
+    st64(&st.old, 0)
+    st64(&st.new, 0)
+
+cdef inline int stripe_take(seg_t* s, stripe_t* st, uint64_t limit_ns) noexcept nogil:
+    cdef int rc = lock_take(s, &st.lock, limit_ns)
+    if rc == TAKEN_OVER:
+        stripe_repair(s, st)
+        return OK
+    return rc
+
+cdef inline void stripe_release(stripe_t* st) noexcept nogil:
+    if st.old:
+        st64(&st.old, 0)
+    if st.new:
+        st64(&st.new, 0)
+    lock_release(&st.lock)
+
+cdef inline void note_intent(stripe_t* st, int op, uint64_t old, uint64_t new, uint64_t count_next) noexcept nogil:
+    st64(&st.count_next, count_next)
+    st64(&st.old, <uint64_t>op << 56 | old)
+    st64(&st.new, new)
+
+# ---- overflow buckets (the stripe held) --------------------------------------------------------------------------------------
+
+cdef inline void overflow_push_locked(seg_t* s, uint64_t i) noexcept nogil:
+    """Under the overflow pool's lock. The bucket is in no chain, its slots are empty."""
+    cdef pool_t* pool = &s.header.overflow
+    st32(&s.overflow[i].next, <uint32_t>pool.list)
+    st64(&s.overflow[i].word, word_of(OV_FREE, 0))
+    st64(&pool.list, i + 1)
+    st64(&pool.n_free, pool.n_free + 1)
+
+cdef inline int overflow_take(seg_t* s, uint64_t limit_ns) noexcept nogil:
+    cdef uint64_t i
+    cdef int rc = lock_take(s, &s.header.overflow.lock, limit_ns)
+    if rc != TAKEN_OVER:
+        return rc
+    st64(&s.header.overflow.list, 0)
+    st64(&s.header.overflow.n_free, 0)
+    i = s.n_overflow
+    while i > 0:
+        i -= 1
+        if ld64(&s.overflow[i].word) == word_of(OV_FREE, 0):
+            overflow_push_locked(s, i)
+    return OK
+
+cdef inline uint64_t* chain_grow_locked(seg_t* s, uint64_t b, uint32_t* link, uint64_t limit_ns) noexcept nogil:
+    """Link an empty overflow bucket behind the last of b's chain; its first slot, or NULL: there is none to be had.
+
+    Crash: popped, not linked: RESERVED(dead), in no chain -> settle_overflow frees it. Linked: RESERVED(dead), in its chain ->
+    LINKED. An empty bucket in a chain harms nobody.
+    """
+    cdef pool_t* pool = &s.header.overflow
+    cdef uint64_t i
+    cdef int k
+    cdef overflow_t* ov
+    if ld64(&pool.list) == 0 or overflow_take(s, limit_ns) != OK:
+        return NULL
+    i = pool.list - 1
+    if pool.list == 0 or i >= s.n_overflow or kind_of(ld64(&s.overflow[i].word)) != OV_FREE:
+        lock_release(&pool.lock)
+        return NULL
+    ov = &s.overflow[i]
+    st32(&ov.head, <uint32_t>b)
+    st64(&ov.word, word_of(OV_RESERVED, s.me[0]))
+    st64(&pool.list, ov.next)
+    st64(&pool.n_free, pool.n_free - 1 if pool.n_free else 0)
+    lock_release(&pool.lock)
+    st32(&ov.next, 0)
+    for k in range(OV_SLOTS):
+        st64(&ov.slot[k], 0)
+    st32(link, <uint32_t>i + 1)
+    st64(&ov.word, word_of(OV_LINKED, 0))
+    return ov.slot
+
+cdef inline void chain_shrink_locked(seg_t* s, uint64_t b) noexcept nogil:
+    """Unlink the last bucket of b's chain if it is empty. If the pool is busy it stays: a later delete tries again.
+
+    Crash: RESERVED(dead) and still in the chain -> LINKED again; out of it -> version up, and to the pool (settle_overflow).
+    """
+    cdef uint32_t* link = &s.buckets[b].overflow
+    cdef uint32_t i = ld32(link)
+    cdef overflow_t* ov
+    cdef int k, hops = 0
+    if i == 0 or i > s.n_overflow:
+        return
+    while True:
+        ov = &s.overflow[i - 1]
+        if ov.next == 0 or ov.next > s.n_overflow or hops >= MAX_HOPS:
+            break
+        link = &ov.next
+        i = ov.next
+        hops += 1
+    for k in range(OV_SLOTS):
+        if ov.slot[k]:
+            return
+    if ov.next or overflow_take(s, 0) != OK:
+        return
+    st64(&ov.word, word_of(OV_RESERVED, s.me[0]))
+    st32(link, 0)
+    bump(s, b)
+    overflow_push_locked(s, i - 1)
+    lock_release(&s.header.overflow.lock)
+
+# ---- taking an item out (the stripe held) ---------------------------------------------------------------------------------------
+
+cdef inline void remove_locked(seg_t* s, stripe_t* st, uint64_t b, uint64_t* slot, int op) noexcept nogil:
+    """Clear the slot; the item is then RETIRED(this process), and the caller frees it after release.
+
+    Crash: before the slot's store repair makes it LIVE again; after it repair counts version and count, and the hand frees it.
+    """
+    cdef uint64_t addr = slot[0] & ADDR_MASK
+    cdef bint in_overflow = not (s.buckets[b].slot <= slot < s.buckets[b].slot + SLOTS)
+    note_intent(st, op, addr, 0, count_without(s, count_now(s, st), addr))
+    st64(&item_at(s, addr).word, word_of(RETIRED, s.me[0]))
+    st64(slot, 0)
+    bump(s, b)
+    if op == OP_DELETE:
+        st64(&st.seq, st.seq + 1)
+    st64(&st.count, st.count_next)
+    st64(&st.old, 0)
+    if in_overflow:
+        chain_shrink_locked(s, b)

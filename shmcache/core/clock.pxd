@@ -1,0 +1,323 @@
+# Room: CLOCK hands, eviction by the writer who needs it, and pages that move between classes.
+#
+# Within a class: CLOCK with counts 0..3 (Corbato 1968; two bits as in Linux and CacheLib). A hit raises the count, the hand
+# lowers it, 0 is a victim. A writer takes at most 32 steps: a 0, else the lowest seen. He inherits the victim's chunk: no list, no lock.
+# Between classes: each page carries the tick at which a hand last left it, so the page under a class's hand says how long that
+# class's coldest items have not been looked at. Who finds the pool empty compares that age with his own class's, and when
+# another class is idle by a clear margin takes a page there: all its items evicted, the page cut anew. A page most of whose items were
+# hit since the last pass gets a second chance instead, as an item would.
+#
+# Race table
+#   two hands on one chunk       the hand is advanced by compare-and-swap: each place is looked at once
+#   evict vs get                 version: the get begins again
+#   evict vs set of the key      the stripe orders them; the hand re-reads word, hash and slot under it
+#   hand vs page recut           the hand reads headers without a lock, maybe of no item any more; all it does with them is
+#                                to ask under a stripe whether a slot names that address (rule P)
+#   drain vs set                 chunks are freed into a DRAINING page, never popped from it
+#   drain vs batch               recalled by compare-and-swap on the slot, then on the word
+# Crash: evicted, not yet inherited: RETIRED(dead) -> R4. Draining: P1, its chunks R4. Cutting: P2.
+# Refs are advisory: a late store by a reader hits some count, never data.
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.string cimport memset
+
+from shmcache.core.atomics cimport add64, cas64, ld8r, ld32, ld32r, ld64, ld64r, ldi64r, st8r, st32, st64
+from shmcache.core.big cimport big_free_item_pages
+from shmcache.core.bucket cimport OP_EVICT, bucket_of, remove_locked, slot_naming, stripe_of, stripe_release, stripe_take
+from shmcache.core.layout cimport FLAG_BIG, class_t, item_t, page_t, seg_t, stripe_t
+from shmcache.core.settle cimport settle_chunk, settle_overflow, settle_pages
+from shmcache.core.slab cimport avail_push_locked, avail_remove_locked, chunk_addr, chunk_free_list, chunk_get, \
+    chunk_push_locked, class_release, class_take, cut_page, item_at, page_from_pool, page_in_class, page_of, publish_page, \
+    recall, refs_of, ring_remove_locked
+from shmcache.core.token cimport BUSY, FREE, INTR, LIVE, NO_ROOM, OK, PAGE_ACTIVE, PAGE_CUTTING, PAGE_DRAINING, RESERVED, \
+    RETIRED, kind_of, mono_ns, token_of, word_of
+
+cdef enum:
+    HAND_STEPS = 32         # live items that a writer looks at before he takes the lowest
+    ROUNDS = 64             # tries for room before CapacityError
+    AGE_MARGIN = 8          # ticks, beside a quarter of the age, by which a class must be older to lose a page
+
+cdef inline uint64_t now_ms(seg_t* s) noexcept nogil:
+    """The segment's clock: monotonic, so that a step of the wall clock expires nothing."""
+    return <uint64_t>(<int64_t>(mono_ns() // 1000000) + ldi64r(&s.header.clock_shift_ms))
+
+cdef inline bint stale(seg_t* s, item_t* it) noexcept nogil:
+    """Cleared or expired: nobody may be given it any more."""
+    cdef uint64_t expiry = ld64r(&it.expiry_ms)
+    return ld32r(&it.epoch) != ld32(&s.header.epoch) or (expiry != 0 and expiry <= now_ms(s))
+
+cdef inline int evict_chunk(seg_t* s, uint64_t addr, uint64_t limit_ns) noexcept nogil:
+    """Take the item at this address out of the table, whatever its count: OK leaves it RETIRED(this process)."""
+    cdef item_t* it = item_at(s, addr)
+    cdef uint64_t h = ld64(&it.hash), b = bucket_of(s, h)
+    cdef stripe_t* st = stripe_of(s, b)
+    cdef uint64_t* slot
+    cdef bint was_stale
+    cdef int rc = stripe_take(s, st, limit_ns)
+    if rc != OK:
+        return rc
+    slot = slot_naming(s, b, addr)
+    if slot == NULL or ld64(&it.hash) != h or kind_of(ld64(&it.word)) != LIVE:
+        stripe_release(st)
+        return NO_ROOM
+    was_stale = stale(s, it)
+    remove_locked(s, st, b, slot, OP_EVICT)
+    stripe_release(st)
+    if was_stale:
+        add64(&s.row.expired, 1)
+    else:
+        add64(&s.row.evictions, 1)
+        add64(&s.row.inline_evictions, 1)
+    big_free_item_pages(s, addr, s.limit_ns if limit_ns else 0)
+    return OK
+
+cdef inline uint64_t hand_step(seg_t* s, uint32_t cls, bint* turned) noexcept nogil:
+    """Advance the class's hand by one chunk; its address, 0 when the class has no page. turned: the hand left a page."""
+    cdef class_t* c = &s.classes[cls]
+    cdef uint64_t hand, p
+    cdef uint32_t nxt
+    while True:
+        hand = ld64(&c.hand)
+        p = hand >> 32
+        if not page_in_class(s, p, cls):
+            nxt = ld32(&c.ring)
+            if nxt == 0 or nxt > s.n_pages or not page_in_class(s, nxt - 1, cls):
+                return 0
+            cas64(&c.hand, hand, <uint64_t>(nxt - 1) << 32)
+        elif <uint32_t>hand >= s.page_chunks[cls]:
+            nxt = ld32(&s.pages[p].next)
+            if nxt == 0 or nxt > s.n_pages:
+                nxt = <uint32_t>p + 1
+            if cas64(&c.hand, hand, <uint64_t>(nxt - 1) << 32):
+                st64(&s.pages[p].stamp, add64(&s.header.tick, 1))
+                turned[0] = True
+        elif cas64(&c.hand, hand, hand + 1):
+            return chunk_addr(s, p, cls, <uint32_t>hand)
+
+cdef inline int evict_one(seg_t* s, uint32_t cls, uint64_t limit_ns, uint64_t* out, bint* turned) noexcept nogil:
+    """Evict by the class's hand: OK with a RETIRED(this process) chunk, or NO_ROOM. Settles the dead's on the way."""
+    cdef uint64_t addr, w, lowest = 0
+    cdef uint32_t n_live = 0
+    cdef uint64_t n, most = <uint64_t>s.classes[cls].n_pages * s.page_chunks[cls] + HAND_STEPS
+    cdef uint8_t r, lowest_refs = 255
+    cdef item_t* it
+    for n in range(most):
+        addr = hand_step(s, cls, turned)
+        if addr == 0:
+            return NO_ROOM
+        it = item_at(s, addr)
+        w = ld64(&it.word)
+        if kind_of(w) == LIVE:
+            n_live += 1
+            r = ld8r(refs_of(s, addr))
+            if r == 0 or stale(s, it):
+                if evict_chunk(s, addr, limit_ns) == OK:
+                    out[0] = addr
+                    return OK
+            else:
+                st8r(refs_of(s, addr), r - 1)
+                if r - 1 < lowest_refs:
+                    lowest_refs = r - 1
+                    lowest = addr
+            if n_live >= HAND_STEPS:
+                break
+        elif kind_of(w) != FREE and token_of(w) != s.me[0]:
+            settle_chunk(s, addr, limit_ns)
+    if lowest and evict_chunk(s, lowest, limit_ns) == OK:
+        out[0] = lowest
+        return OK
+    return NO_ROOM
+
+# ---- pages --------------------------------------------------------------------------------------------------------------------
+
+cdef inline bint empty_chunk(seg_t* s, uint64_t addr, uint32_t cls, uint64_t limit_ns, bint* retired) noexcept nogil:
+    """Make one chunk of a DRAINING page FREE or this process's (retired). False: somebody alive is using it."""
+    cdef uint64_t w
+    cdef int tries
+    for tries in range(8):
+        w = ld64(&item_at(s, addr).word)
+        if kind_of(w) == FREE:
+            return True
+        if kind_of(w) == LIVE:
+            if evict_chunk(s, addr, limit_ns) == OK:
+                retired[0] = True
+                return True
+        elif recall(s, addr, cls, w):
+            retired[0] = True
+            return True
+        elif token_of(w) == s.me[0] or not settle_chunk(s, addr, limit_ns):
+            return False
+    return False
+
+cdef inline int drain_page(seg_t* s, uint64_t p, uint32_t cls, uint64_t limit_ns) noexcept nogil:
+    """Empty a page of class cls: OK leaves it CUTTING(this process), out of its class. BUSY: it stays what it was."""
+    cdef class_t* c = &s.classes[cls]
+    cdef page_t* pg = &s.pages[p]
+    cdef uint32_t i, n = s.page_chunks[cls]
+    cdef uint64_t addr
+    cdef uint8_t mine[1024]         # bit i: chunk i is this process's to free. 1 MiB / 128 B = 8,192 chunks at most
+    cdef bint retired, all_empty = True
+    memset(mine, 0, sizeof(mine))
+    if class_take(s, cls, limit_ns) != OK:
+        return BUSY
+    if not page_in_class(s, p, cls) or kind_of(ld64(&pg.word)) != PAGE_ACTIVE:
+        class_release(s, cls)
+        return BUSY
+    st32(&c.page_in_hand, <uint32_t>p + 1)
+    st64(&pg.word, word_of(PAGE_DRAINING, s.me[0]))
+    avail_remove_locked(s, c, p)
+    class_release(s, cls)
+    for i in range(n):
+        addr = chunk_addr(s, p, cls, i)
+        retired = False
+        if not empty_chunk(s, addr, cls, limit_ns, &retired):
+            all_empty = False
+            break
+        if retired:
+            mine[i >> 3] |= 1 << (i & 7)
+    if class_take(s, cls, s.limit_ns if limit_ns else 0) != OK:
+        # its holder is stopped: the page is ACTIVE again, its chunks go back one by one
+        st64(&pg.word, word_of(PAGE_ACTIVE, 0))
+        for i in range(n):
+            if mine[i >> 3] & 1 << (i & 7):
+                chunk_free_list(s, cls, chunk_addr(s, p, cls, i), limit_ns)
+        return BUSY
+    st32(&c.page_in_hand, <uint32_t>p + 1)
+    for i in range(n):
+        if mine[i >> 3] & 1 << (i & 7):
+            chunk_push_locked(s, cls, chunk_addr(s, p, cls, i))
+    if all_empty:
+        for i in range(n):
+            if kind_of(ld64(&item_at(s, chunk_addr(s, p, cls, i)).word)) != FREE:
+                all_empty = False
+                break
+    if all_empty:
+        ring_remove_locked(s, c, p)
+        st64(&pg.head, 0)
+        st64(&pg.word, word_of(PAGE_CUTTING, s.me[0]))
+    else:
+        st64(&pg.word, word_of(PAGE_ACTIVE, 0))
+        if pg.n_free:
+            avail_push_locked(s, c, p)
+    class_release(s, cls)
+    if not all_empty:
+        return BUSY
+    add64(&s.row.pages_moved, 1)
+    return OK
+
+cdef inline bint hot_page(seg_t* s, uint64_t p, uint32_t cls) noexcept nogil:
+    """Were most of its items hit since the last pass? If so lower their counts, as the hand would."""
+    cdef uint32_t i, n_hot = 0, n = s.page_chunks[cls]
+    cdef uint8_t* refs
+    for i in range(n):
+        if ld8r(refs_of(s, chunk_addr(s, p, cls, i))):
+            n_hot += 1
+    if 2 * n_hot <= n:
+        return False
+    for i in range(n):
+        refs = refs_of(s, chunk_addr(s, p, cls, i))
+        if ld8r(refs):
+            st8r(refs, ld8r(refs) - 1)
+    return True
+
+cdef inline uint64_t hand_page(seg_t* s, uint32_t cls) noexcept nogil:
+    """Index of the page under the class's hand; n_pages: it has none."""
+    cdef uint64_t p = ld64(&s.classes[cls].hand) >> 32
+    if page_in_class(s, p, cls):
+        return p
+    p = ld32(&s.classes[cls].ring)
+    if 0 < p <= s.n_pages and page_in_class(s, p - 1, cls):
+        return p - 1
+    return s.n_pages
+
+cdef inline int oldest_class(seg_t* s, uint64_t barred, uint64_t* stamp) noexcept nogil:
+    """The class whose hand stands on the page that was left longest ago, but for those in the bit set; -1: none."""
+    cdef uint32_t cls
+    cdef uint64_t p
+    cdef int best = -1
+    for cls in range(s.n_classes):
+        if barred >> cls & 1:
+            continue
+        p = hand_page(s, cls)
+        if p < s.n_pages and (best < 0 or ld64(&s.pages[p].stamp) < stamp[0]):
+            best = <int>cls
+            stamp[0] = ld64(&s.pages[p].stamp)
+    return best
+
+cdef inline int take_page(seg_t* s, int for_cls, bint force, uint64_t limit_ns, uint64_t* page) noexcept nogil:
+    """A page for class for_cls (-1: for a big value) from the class that needs it least.
+
+    OK: page is CUTTING(this process). AGAIN-like NO_ROOM with pages in the pool is possible: a big value was evicted, look
+    there. Without force only a class that is clearly older than for_cls gives one.
+    """
+    cdef uint64_t own = 0, stamp = 0, tick = ld64(&s.header.tick), victim = 0, p
+    cdef uint64_t barred = <uint64_t>1 << for_cls if for_cls >= 0 else 0
+    cdef int x, attempt
+    cdef bint turned, was_big
+    if not force:
+        p = hand_page(s, for_cls)
+        own = ld64(&s.pages[p].stamp) if p < s.n_pages else tick
+    for attempt in range(2 * <int>s.n_classes):
+        x = oldest_class(s, barred, &stamp)
+        if x < 0:
+            return NO_ROOM
+        if not force and tick - stamp <= (tick - own) + ((tick - own) >> 2) + AGE_MARGIN:
+            return NO_ROOM
+        p = hand_page(s, x)
+        if p < s.n_pages and attempt < 8 and hot_page(s, p, x):
+            st64(&s.pages[p].stamp, add64(&s.header.tick, 1))
+            cas64(&s.classes[x].hand, ld64(&s.classes[x].hand), <uint64_t>(ld32(&s.pages[p].next) - 1) << 32)
+            continue
+        turned = False
+        if evict_one(s, x, limit_ns, &victim, &turned) == OK:
+            was_big = item_at(s, victim).flags & FLAG_BIG
+            p = page_of(s, victim)
+            chunk_free_list(s, x, victim, limit_ns)
+            if was_big and ld64(&s.header.pages.list):
+                return NO_ROOM
+        if p < s.n_pages and drain_page(s, p, x, limit_ns) == OK:
+            page[0] = p
+            return OK
+        barred |= <uint64_t>1 << x
+    return NO_ROOM
+
+cdef inline int give_page(seg_t* s, uint64_t p, uint32_t cls, uint64_t limit_ns) noexcept nogil:
+    cut_page(s, p, cls)
+    return publish_page(s, p, cls, limit_ns)
+
+cdef inline int take_room(seg_t* s, uint32_t cls, uint64_t limit_ns, uint64_t* addr) noexcept nogil:
+    """A chunk of the class, RESERVED(this process): in hand, free, on a new page, or evicted. OK, NO_ROOM, BUSY, INTR.
+
+    limit_ns 0: nothing that could sleep; BUSY says to come again with the GIL released.
+    """
+    cdef uint64_t p = 0
+    cdef int rc, round_
+    cdef bint turned
+    for round_ in range(ROUNDS):
+        rc = chunk_get(s, cls, limit_ns, addr)
+        if rc == OK or rc == INTR or (rc == BUSY and limit_ns == 0):
+            return rc
+        rc = page_from_pool(s, PAGE_CUTTING, 0, limit_ns, &p)
+        if rc == OK:
+            rc = give_page(s, p, cls, limit_ns)
+            if rc == INTR or (rc == BUSY and limit_ns == 0):
+                return rc
+            if rc == OK:
+                continue
+        elif rc == INTR or (rc == BUSY and limit_ns == 0):
+            return rc
+        turned = False
+        rc = evict_one(s, cls, limit_ns if round_ else 0, addr, &turned)
+        if rc == OK:
+            st64(&item_at(s, addr[0]).word, word_of(RESERVED, s.me[0]))     # inherited: no list, no lock
+            if turned:
+                settle_pages(s, 4, 0)
+                settle_overflow(s, 16, 0)
+                if take_page(s, cls, False, limit_ns, &p) == OK:
+                    give_page(s, p, cls, limit_ns)
+            return OK
+        settle_pages(s, 16 if round_ < ROUNDS // 2 else s.n_pages, limit_ns)
+        if take_page(s, cls, True, limit_ns if round_ else 0, &p) == OK:
+            give_page(s, p, cls, limit_ns)
+        elif limit_ns == 0 and round_ > 2:
+            return BUSY
+    return NO_ROOM

@@ -1,0 +1,237 @@
+# The bytes of a segment. Every struct is defined here and nowhere else: the compiled core reads them as C structs, the
+# numpy dtypes of segment.py are made from their sizes and offsets, `python -m shmcache.segment` prints them, and
+# tests/unit/test_layout.py pins every one of them.
+#
+# All integers are little-endian and aligned. A place in the segment is never a pointer:
+#   address   48 bits, in granules of 16 bytes from the segment's first byte; 0 = none
+#   index     of a row, page, bucket ...; where 0 must mean "none" the index is stored plus one (said in the comment)
+#
+# Words: see token.pxd. "Writer:" says who stores to a field, and under which lock.
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+
+cdef extern from "<semaphore.h>" nogil:
+    ctypedef struct sem_t:
+        pass
+
+cdef enum:
+    LAYOUT_VERSION = 1      # bump = attach refuses older segments, every host starts cold
+    SLOTS = 7               # of a bucket
+    OV_SLOTS = 6            # of an overflow bucket; its last word says whose it is
+    GRANULE = 16            # bytes; unit of an address
+    GRANULE_SHIFT = 4
+    REFS_SHIFT = 7          # one CLOCK count for 128 bytes of slab memory, which is also the smallest chunk
+    MIN_CHUNK = 128
+    MAX_CLASSES = 64
+    BATCH_CLASSES = 16      # the small slab classes, of which a process keeps chunks in hand
+    BATCH_SLOTS = 4         # 4 chunks of at most 1 KiB: a batch is at most 4 KiB
+    PARKED_SLOTS = 16
+    HAZARDS = 8
+    MAX_ROWS = 1024         # F_OFD_GETLK gets slow beyond (3 us at 512, 26 us at 4,096)
+    MAX_KEY = 4096
+    CONFIG_BYTES = 1024
+    MAX_REFS = 3
+    ITEM_HEADER = 48
+
+# ---- locks ----------------------------------------------------------------------------------------------------------
+# One kind of lock for everything (lock.pxd). The order: big, stripes ascending, one class, one pool.
+
+ctypedef struct lock_t:
+    uint64_t word           # 0, or the owner's token | WAIT (bit 63); taken by compare-and-swap, released by exchange
+    uint64_t stalled        # token of an owner that held it past somebody's limit, so that others fail fast; a hint
+    sem_t sem               # doorbell for those who sleep; its value carries no meaning
+
+ctypedef struct stripe_t:   # 128 bytes; bucket b belongs to stripe b & (n_stripes - 1). Writer: the holder
+    lock_t lock
+    uint64_t seq            # version of the newest write here = CAS version of that item; stored last
+    uint64_t old            # intent: op << 56 | address of the chunk that is to go (intent.pxd: OP_*)
+    uint64_t new            # intent: address of the chunk that is to come
+    uint64_t count          # epoch << 32 | items of that epoch in this stripe's buckets
+    uint64_t count_next     # intent: what count is once the write is through
+    uint64_t pad[5]
+
+ctypedef struct class_t:    # 128 bytes, one per slab class. Writer: the holder of its lock, but for the hand
+    lock_t lock
+    uint32_t chunk_bytes    # written at creation only
+    uint32_t page_in_hand   # index + 1 of the page whose list is being changed: repair rebuilds it from the words
+    uint32_t ring           # index + 1 of some page of this class; pages form a ring by next / prev
+    uint32_t avail          # index + 1 of the first page with a free chunk
+    uint64_t hand           # CLOCK hand: page index << 32 | chunk index. Writer: anyone, by compare-and-swap, no lock
+    uint32_t n_pages        # in the ring
+    uint32_t pad0
+    uint64_t pad[6]
+
+ctypedef struct pool_t:     # 128 bytes: the page pool, the pool of overflow buckets, and the lock of big values
+    lock_t lock
+    uint64_t list           # index + 1 of the first free one
+    uint64_t n_free
+    uint64_t cursor         # where the next look for leavings of the dead starts; any process, no lock, a hint
+    uint64_t pad[7]
+
+# ---- header ---------------------------------------------------------------------------------------------------------
+
+ctypedef struct header_t:   # 4,096 bytes. Written at creation only, where nothing else is said
+    uint64_t magic
+    uint32_t layout_version
+    uint32_t abi            # sizeof(sem_t) << 16 | 64 (bits) | 1 << 8 (little-endian)
+    uint64_t size_bytes     # of the whole segment
+    uint64_t created_ms     # wall clock, for people
+    uint8_t boot_id[16]     # of the kernel: monotonic times mean nothing after a reboot
+    uint64_t hash_key[2]    # SipHash key, random per segment
+    # geometry
+    uint32_t n_rows
+    uint32_t n_stripes      # power of two
+    uint32_t n_classes
+    uint32_t page_shift     # page_bytes = 1 << page_shift: 64 KiB, or 1 MiB from 4 GiB up
+    uint64_t n_pages
+    uint64_t n_buckets      # below 2^32
+    uint64_t n_overflow     # below 2^31
+    uint64_t refs_bytes
+    uint64_t sketch_bytes
+    uint64_t rings_bytes
+    uint64_t rows_off
+    uint64_t stripes_off
+    uint64_t classes_off
+    uint64_t pages_off
+    uint64_t refs_off
+    uint64_t sketch_off
+    uint64_t buckets_off
+    uint64_t overflow_off
+    uint64_t rings_off
+    uint64_t slab_off       # a multiple of page_bytes
+    # configuration
+    uint64_t max_value_bytes
+    uint64_t default_ttl_ms # 0 = items never expire
+    uint32_t lock_limit_ms  # how long a writer waits for one lock that a living process holds
+    uint32_t config_bytes   # length of the msgpack map in config
+    uint64_t pad0[2]
+    # read by every operation, written seldom: a line of their own
+    uint32_t epoch          # clear() counts it up, by compare-and-swap, no lock
+    uint32_t pad1
+    int64_t clock_shift_ms  # added to CLOCK_MONOTONIC: the segment's clock. 0; tests move it
+    uint64_t pad2[6]
+    uint64_t tick           # pages that CLOCK hands have left: the time by which pages age. Any process, no lock
+    uint64_t supervisor     # token of the supervisor
+    uint64_t pad3[6]
+    pool_t pages
+    pool_t overflow
+    pool_t big              # guards the taking of more than one page
+    uint8_t config[1024]    # CONFIG_BYTES
+    uint64_t pad4[289]
+
+# ---- process rows ---------------------------------------------------------------------------------------------------
+
+ctypedef struct row_t:      # 1,024 bytes. Writer: the process that holds the row's byte (token.pxd), but for batch recall
+    uint64_t gen            # 40 bits; counted up at every taking, never reset: token = gen << 16 | row + 1
+    uint64_t pid            # for people; 0 = left in good order
+    uint64_t started_ms     # wall clock, of the attach; for people
+    uint64_t pad0[5]
+    # counters: never reset, so that the sum over the rows stays true
+    uint64_t hits
+    uint64_t misses
+    uint64_t sets           # values stored, by whatever operation
+    uint64_t deletes        # items removed by delete, pop and ttl=0
+    uint64_t expired        # items removed because their time was over
+    uint64_t evictions      # items removed to make room
+    uint64_t inline_evictions   # of these by a writer that needed the room at once
+    uint64_t chain_evictions    # of these because no overflow bucket was left
+    uint64_t retries        # reads begun again because a write came between
+    uint64_t lock_waits     # locks for which this process went to sleep
+    uint64_t takeovers      # locks taken from the dead
+    uint64_t settled        # chunks, pages and overflow buckets of the dead put in order
+    uint64_t pages_moved    # pages drained for another class or a big value
+    uint64_t stalls         # locks given up on after the limit
+    uint64_t max_wait_ns    # the longest wait for a lock
+    uint64_t leaked         # chunks that found no place when given back; this process's death frees them
+    uint64_t counters[8]
+    uint64_t hazard[8]      # HAZARDS: addresses that this process reads in place (pinned values)
+    uint64_t parked[16]     # PARKED_SLOTS: chunks of any class whose class lock was busy when they were freed
+    uint64_t batch[16][4]   # BATCH_CLASSES, BATCH_SLOTS: addresses of RESERVED(this process) chunks; 0 = empty.
+                            # Put by compare-and-swap, taken by exchange, recalled by others by compare-and-swap
+    uint64_t pad1[8]
+
+# ---- slab pages -----------------------------------------------------------------------------------------------------
+
+ctypedef struct page_t:     # 64 bytes, one per slab page. Writer: the holder of its class lock, or of the page pool
+    uint64_t word           # kind << 56 | token (token.pxd: PAGE_*)
+    uint64_t head           # BIG: address of the head chunk whose list names this page
+    uint64_t stamp          # tick when a hand last left this page, or it was cut. Writer: hands, no lock; a hint
+    uint32_t next           # index + 1: ring of the class's pages; in the pool, the list
+    uint32_t prev           # index + 1
+    uint32_t next_avail     # index + 1: pages of the class with a free chunk
+    uint32_t prev_avail     # index + 1
+    uint32_t free           # chunk index + 1: first of the page's free list
+    uint32_t n_free         # on that list
+    uint16_t cls            # slab class
+    uint8_t listed          # is on the avail list
+    uint8_t pad0
+    uint32_t pad1[3]
+
+# ---- table ----------------------------------------------------------------------------------------------------------
+
+ctypedef struct bucket_t:   # 64 bytes = one cache line. Writer: the holder of the stripe
+    uint32_t version        # counts for the whole chain; rule F
+    uint32_t overflow       # index + 1 of the next bucket of the chain
+    uint64_t slot[7]        # SLOTS: tag (top 16 bits of the hash) << 48 | address; 0 = empty. One store publishes
+
+ctypedef struct overflow_t: # 64 bytes. Writer: the holder of the stripe of `head`, or of the overflow pool
+    uint32_t head           # bucket index whose chain this is, or was to be, part of
+    uint32_t next           # index + 1 of the next bucket of the chain; in the pool, the list
+    uint64_t slot[6]        # OV_SLOTS
+    uint64_t word           # kind << 56 | token (token.pxd: OV_*)
+
+ctypedef struct item_t:     # 48 bytes, then the key, zero to seven bytes of padding, then the value; all in one chunk
+    uint64_t hash           # SipHash-1-3 of the key
+    uint64_t word           # kind << 56 | token (token.pxd: FREE, RESERVED, LIVE, RETIRED)
+    uint64_t cas            # version of the write that stored it; 0 while it is being filled
+    uint64_t expiry_ms      # on the segment's clock; 0 = never
+    uint32_t value_bytes
+    uint32_t epoch          # of the header when it was stored; another one = cleared
+    uint16_t key_bytes
+    uint8_t codec           # codec.py
+    uint8_t flags           # FLAG_BIG
+    uint32_t link           # FREE: chunk index + 1 of the next on the page's list
+
+cdef enum:
+    FLAG_BIG = 1            # instead of the value: u32 page indexes, then the rest of the value
+
+# ---- a process's own view, outside the segment ------------------------------------------------------------------------
+
+ctypedef struct seg_t:
+    # what a hit reads
+    uint8_t* base           # of the mapping
+    uint64_t* me            # this process's token, in a page that reads 0 in every fork child; 0 = take a row first
+    bucket_t* buckets
+    uint64_t n_buckets
+    uint64_t k0
+    uint64_t k1
+    header_t* header
+    row_t* row
+    uint8_t* refs
+    uint64_t slab_lo        # first and last + 1 address of slab memory, in granules
+    uint64_t slab_hi
+    uint64_t page_bytes
+    # the rest. Geometry is copied here at attach, after it was checked, and never read from the segment again
+    uint64_t size_bytes
+    uint64_t slab_off
+    stripe_t* stripes
+    class_t* classes
+    page_t* pages
+    overflow_t* overflow
+    row_t* rows
+    uint64_t n_pages
+    uint64_t n_overflow
+    uint32_t n_stripes
+    uint32_t n_classes
+    uint32_t n_rows
+    uint32_t page_shift
+    uint32_t row_idx
+    uint32_t chunk_bytes[64]
+    uint32_t page_chunks[64]    # chunks that a page of the class holds
+    uint64_t max_value_bytes
+    uint64_t default_ttl_ms
+    uint64_t limit_ns       # how long to wait for a lock that a living process holds
+    void* lock_page         # mapped from the description that holds the row's byte
+    int prober              # a descriptor that holds no lock, to ask who is alive
+    uint64_t dev
+    uint64_t ino
+    char path[280]          # to open the prober again after somebody closed it

@@ -1,0 +1,137 @@
+# The lock: an owner word, and a semaphore as its doorbell. Stripes, slab classes, pools: all the same.
+#
+#   word = 0 | token | WAIT          taken by compare-and-swap from 0: taking and owning are one step, so there is no
+#                                    instant at which a lock is held and nobody knows by whom
+# A wake-up is a hint, the word is the truth: waiters sleep in slices on the monotonic clock and look at the word after each.
+#
+# Race table
+#   two take a free lock            the compare-and-swap decides; the loser sees the winner's token
+#   release vs a waiter's WAIT      release is one exchange: it returns WAIT and rings, or the waiter's compare-and-swap of WAIT
+#                                   fails and it begins again from the word
+#   two take over from a dead one   compare-and-swap from the dead token decides
+#   take over vs the dead one       the dead store nothing more
+#   take over vs row taken anew     the word has the old gen: dead. That process is not in it
+# Crash: holding: word keeps the dead token, the next one to time out asks, takes over, repairs. Between the exchange and the
+#   bell, or rung and not yet awake: the word is 0; whoever sleeps looks again within one slice (16 ms at most).
+#   Who slept takes the word with WAIT kept, since others may sleep behind him: he owes the next one a bell.
+# A stopped owner is alive and is never robbed. Who waited `limit` for him notes `stalled`, the rest wait 1 ms and fail fast.
+# Source: model/lock.pml checks this with deaths at every step; 40 pauses and 1..16 ms slices are measured there.
+from libc.stdint cimport uint64_t
+
+from shmcache.core.atomics cimport add64, cas64, cpu_pause, ld64, st64, xchg64
+from shmcache.core.layout cimport lock_t, sem_t, seg_t
+from shmcache.core.token cimport BUSY, INTR, OK, TAKEN_OVER, dead, mono_ns, token_of
+
+cdef extern from *:
+    """
+    #include <errno.h>
+    #include <semaphore.h>
+    #include <time.h>
+    #define SHM_WAIT ((uint64_t)1 << 63)
+    /* 0 rung, 1 slice over, 2 interrupted */
+    static int shm_sleep(sem_t *sem, uint64_t slice_ns) {
+        struct timespec t;
+    #if defined(__GLIBC__) && __GLIBC_PREREQ(2, 30)
+        clock_gettime(CLOCK_MONOTONIC, &t);
+        uint64_t at = (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec + slice_ns;
+        t.tv_sec = (time_t)(at / 1000000000u);
+        t.tv_nsec = (long)(at % 1000000000u);
+        if (sem_clockwait(sem, CLOCK_MONOTONIC, &t) == 0) return 0;
+        return errno == EINTR ? 2 : 1;
+    #else   /* sem_timedwait is on the wall clock, which may jump: poll instead */
+        if (sem_trywait(sem) == 0) return 0;
+        t.tv_sec = 0;
+        t.tv_nsec = (long)(slice_ns < 1000000u ? slice_ns : 1000000u);
+        if (nanosleep(&t, NULL)) return errno == EINTR ? 2 : 1;
+        return sem_trywait(sem) == 0 ? 0 : 1;
+    #endif
+    }
+    static void shm_ring(sem_t *sem) {
+        int v = 0;
+        if (sem_getvalue(sem, &v) == 0 && v <= 0) sem_post(sem);
+    }
+    """
+    const uint64_t WAIT "SHM_WAIT"
+    int shm_sleep(sem_t* sem, uint64_t slice_ns) noexcept nogil
+    void shm_ring(sem_t* sem) noexcept nogil
+    int sem_init(sem_t* sem, int shared, unsigned value) noexcept nogil
+
+cdef enum:
+    SPINS = 40
+    SLICE_MIN_NS = 1000000
+    SLICE_MAX_NS = 16000000
+
+cdef inline void lock_init(lock_t* l) noexcept nogil:
+    sem_init(&l.sem, 1, 0)
+
+cdef inline int lock_try(seg_t* s, lock_t* l) noexcept nogil:
+    """Take the lock without sleeping: OK or BUSY."""
+    cdef int i
+    if cas64(&l.word, 0, s.me[0]):
+        return OK
+    for i in range(SPINS):
+        cpu_pause()
+        if ld64(&l.word) == 0 and cas64(&l.word, 0, s.me[0]):
+            return OK
+    return BUSY
+
+cdef inline void note_wait(seg_t* s, uint64_t since_ns) noexcept nogil:
+    cdef uint64_t waited = mono_ns() - since_ns
+    add64(&s.row.lock_waits, 1)
+    if waited > ld64(&s.row.max_wait_ns):
+        st64(&s.row.max_wait_ns, waited)
+
+cdef inline int lock_take(seg_t* s, lock_t* l, uint64_t limit_ns) noexcept nogil:
+    """Take the lock: OK, TAKEN_OVER, BUSY after limit_ns of a living owner, or INTR. limit_ns 0: do not sleep at all.
+
+    May sleep: never called with the GIL held, unless limit_ns is 0.
+    """
+    cdef uint64_t w, t0, slice_ns = SLICE_MIN_NS
+    cdef bint slept = False, ask = False
+    cdef int rc = lock_try(s, l)
+    if rc == OK or limit_ns == 0:
+        return rc
+    t0 = mono_ns()
+    while True:
+        w = ld64(&l.word)
+        if token_of(w) == 0:
+            if cas64(&l.word, w, s.me[0] | (WAIT if slept else 0)):
+                note_wait(s, t0)
+                return OK
+            continue
+        if ask:
+            ask = False
+            if dead(s, token_of(w)):
+                if cas64(&l.word, w, s.me[0] | WAIT):
+                    note_wait(s, t0)
+                    add64(&s.row.takeovers, 1)
+                    return TAKEN_OVER
+                continue
+            if mono_ns() - t0 > (<uint64_t>SLICE_MIN_NS if ld64(&l.stalled) == token_of(w) else limit_ns):
+                st64(&l.stalled, token_of(w))
+                note_wait(s, t0)
+                add64(&s.row.stalls, 1)
+                if slept:
+                    shm_ring(&l.sem)        # the bell that woke us was for somebody: pass it on
+                return BUSY
+        if not w & WAIT:
+            if not cas64(&l.word, w, w | WAIT):
+                continue
+        rc = shm_sleep(&l.sem, slice_ns)
+        if rc == 2:
+            if slept:
+                shm_ring(&l.sem)
+            return INTR
+        if rc == 0:
+            slept = True
+        else:
+            ask = True
+            slice_ns = min(2 * slice_ns, <uint64_t>SLICE_MAX_NS)
+
+cdef inline void lock_release(lock_t* l) noexcept nogil:
+    """Give the lock back. The holder has cleared its intent before."""
+    if xchg64(&l.word, 0) & WAIT:
+        shm_ring(&l.sem)
+
+cdef inline bint lock_mine(seg_t* s, lock_t* l) noexcept nogil:
+    return token_of(ld64(&l.word)) == s.me[0]

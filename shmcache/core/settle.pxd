@@ -1,0 +1,157 @@
+# What the dead left: settled by the CLOCK hand as it passes, by writers and supervisor alike, always by asking under the
+# stripe of the hash whether the bucket refers to it, with the word re-read there and claimed by compare-and-swap.
+#
+# Recovery table (row names as in the code below)
+#   FREE      not reachable           none. On no list: the next rebuild of its page finds it
+#   FREE      reachable               damage: verify names it
+#   RESERVED / RETIRED, owner alive   leave
+#   RESERVED  not reachable, dead     free           [R1]
+#   RESERVED  reachable, dead         finish         [R2]
+#   RETIRED   reachable, dead         undo: LIVE     [R3]
+#   RETIRED   not reachable, dead     free           [R4]
+#   LIVE      not reachable           damage: verify names it
+#   batch slot of a dead row          forgotten when the row is taken anew; its chunk is R1
+#   page DRAINING(dead)               ACTIVE again, list rebuilt   [P1]
+#   page CUTTING(dead)                to the pool                  [P2]
+#   page BIG, head reachable, listed  BIG(0)                       [P3]
+#   page BIG(dead or 0), else         to the pool                  [P4]
+#   overflow RESERVED(dead)           in its chain: LINKED [O1], else version up, to the pool [O2]
+#
+# Race table
+#   two settle one chunk     the stripe orders them; the second sees another word
+#   settle vs its writer     the writer is dead; a row taken anew has another token
+# Crash: R4 claims as RETIRED(me) and R1 likewise, so a settler's death leaves a chunk that the next one settles.
+from libc.stdint cimport uint32_t, uint64_t
+
+from shmcache.core.atomics cimport add64, cas64, ld64, st64
+from shmcache.core.big cimport big_lists
+from shmcache.core.bucket cimport bucket_of, bump, overflow_push_locked, overflow_take, reachable, slot_naming, \
+    stripe_of, stripe_release, stripe_take
+from shmcache.core.layout cimport class_t, item_t, overflow_t, page_t, seg_t, stripe_t
+from shmcache.core.lock cimport lock_release
+from shmcache.core.slab cimport avail_push_locked, chunk_class, chunk_push_locked, class_release, class_take, in_slab, \
+    item_at, page_to_pool, rebuild_page_locked
+from shmcache.core.token cimport LIVE, OK, OV_LINKED, OV_RESERVED, PAGE_ACTIVE, PAGE_BIG, PAGE_CUTTING, PAGE_DRAINING, \
+    RESERVED, RETIRED, dead, kind_of, token_of, word_of
+
+cdef inline bint settle_chunk(seg_t* s, uint64_t addr, uint64_t limit_ns) noexcept nogil:
+    """Put a dead process's chunk in order. True: the chunk is settled (or was not a dead one's)."""
+    cdef item_t* it = item_at(s, addr)
+    cdef uint64_t w = ld64(&it.word), h, b
+    cdef int kind = kind_of(w), cls
+    cdef uint32_t index = 0
+    cdef stripe_t* st
+    if (kind != RESERVED and kind != RETIRED) or token_of(w) == s.me[0]:
+        return True
+    if not dead(s, token_of(w)):
+        return False
+    h = ld64(&it.hash)
+    b = bucket_of(s, h)
+    st = stripe_of(s, b)
+    if stripe_take(s, st, limit_ns) != OK:
+        return False
+    if ld64(&it.word) == w and ld64(&it.hash) == h and slot_naming(s, b, addr) != NULL:
+        if kind == RESERVED:                                # R2
+            bump(s, b)
+            if it.cas > st.seq:
+                st64(&st.seq, it.cas)
+        st64(&it.word, word_of(LIVE, 0))                    # R2, R3: a slot names it and this process holds that stripe
+        add64(&s.row.settled, 1)
+    else:                                                   # R1, R4
+        cls = chunk_class(s, addr, &index)
+        if cls >= 0 and class_take(s, cls, limit_ns) == OK:
+            if chunk_class(s, addr, &index) == cls and ld64(&it.hash) == h and \
+                    cas64(&it.word, w, word_of(RETIRED, s.me[0])):
+                bump(s, b)                                  # rule F
+                chunk_push_locked(s, cls, addr)
+                add64(&s.row.settled, 1)
+            class_release(s, cls)
+    stripe_release(st)
+    return True
+
+cdef inline void settle_big_page(seg_t* s, uint64_t p, uint64_t limit_ns) noexcept nogil:
+    cdef page_t* pg = &s.pages[p]
+    cdef uint64_t w = ld64(&pg.word), head = ld64(&pg.head), h, b
+    cdef stripe_t* st
+    cdef bint listed
+    if token_of(w) and not dead(s, token_of(w)):
+        return
+    if not in_slab(s, head):
+        page_to_pool(s, p, w, head, limit_ns)
+        return
+    h = ld64(&item_at(s, head).hash)
+    b = bucket_of(s, h)
+    st = stripe_of(s, b)
+    if stripe_take(s, st, limit_ns) != OK:
+        return
+    if ld64(&item_at(s, head).hash) == h:
+        listed = slot_naming(s, b, head) != NULL and big_lists(s, head, p)
+        if listed and token_of(w):                          # P3
+            cas64(&pg.word, w, word_of(PAGE_BIG, 0))
+        elif not listed:                                    # P4
+            if page_to_pool(s, p, w, head, limit_ns) == OK:
+                add64(&s.row.settled, 1)
+    stripe_release(st)
+
+cdef inline void settle_page(seg_t* s, uint64_t p, uint64_t limit_ns) noexcept nogil:
+    cdef page_t* pg = &s.pages[p]
+    cdef uint64_t w = ld64(&pg.word)
+    cdef int kind = kind_of(w)
+    cdef uint32_t cls = pg.cls
+    if kind == PAGE_BIG:
+        settle_big_page(s, p, limit_ns)
+    elif kind == PAGE_CUTTING and dead(s, token_of(w)):     # P2
+        if page_to_pool(s, p, w, ld64(&pg.head), limit_ns) == OK:
+            add64(&s.row.settled, 1)
+    elif kind == PAGE_DRAINING and cls < s.n_classes and dead(s, token_of(w)):      # P1
+        if class_take(s, cls, limit_ns) == OK:
+            if pg.cls == cls and cas64(&pg.word, w, word_of(PAGE_ACTIVE, 0)):
+                rebuild_page_locked(s, p)
+                if pg.n_free:
+                    avail_push_locked(s, &s.classes[cls], p)
+                add64(&s.row.settled, 1)
+            class_release(s, cls)
+
+cdef inline void settle_pages(seg_t* s, uint64_t n, uint64_t limit_ns) noexcept nogil:
+    """Look at the next n rows of the page table."""
+    cdef uint64_t i, at = add64(&s.header.pages.cursor, n)
+    for i in range(min(n, s.n_pages)):
+        settle_page(s, (at + i) % s.n_pages, limit_ns)
+
+cdef inline void settle_overflow(seg_t* s, uint64_t n, uint64_t limit_ns) noexcept nogil:
+    """Look at the next n overflow buckets."""
+    cdef uint64_t i, j, k, w, b, at = add64(&s.header.overflow.cursor, n)
+    cdef overflow_t* ov
+    cdef stripe_t* st
+    for i in range(min(n, s.n_overflow)):
+        j = (at + i) % s.n_overflow
+        ov = &s.overflow[j]
+        w = ld64(&ov.word)
+        b = ov.head
+        if kind_of(w) != OV_RESERVED or b >= s.n_buckets or not dead(s, token_of(w)):
+            continue
+        st = stripe_of(s, b)
+        if stripe_take(s, st, limit_ns) != OK:
+            continue
+        if ld64(&ov.word) == w and ov.head == b:
+            if in_chain(s, b, j):                           # O1
+                st64(&ov.word, word_of(OV_LINKED, 0))
+            elif overflow_take(s, limit_ns) == OK:          # O2
+                bump(s, b)
+                for k in range(6):
+                    st64(&ov.slot[k], 0)
+                overflow_push_locked(s, j)
+                lock_release(&s.header.overflow.lock)
+            add64(&s.row.settled, 1)
+        stripe_release(st)
+
+cdef inline bint in_chain(seg_t* s, uint64_t b, uint64_t overflow_idx) noexcept nogil:
+    """Is this overflow bucket part of b's chain? The stripe is held."""
+    cdef uint32_t i = s.buckets[b].overflow
+    cdef int hops = 0
+    while 0 < i <= s.n_overflow and hops <= 64:
+        if i - 1 == overflow_idx:
+            return True
+        i = s.overflow[i - 1].next
+        hops += 1
+    return False

@@ -1,0 +1,446 @@
+# Slab memory: pages cut into chunks of one class, lists of the free ones, the page pool, and the chunks in hand.
+#
+# Invariants
+#   a chunk's word is the truth; free lists, avail lists and rings are caches of words, rebuilt by whoever takes the lock of
+#   the dead (class_repair, pool_repair)
+#   a word goes to and from FREE only under the class lock, and the class notes the page in hand before
+#   rule P: a chunk is written only by one who has proof that it is one: a slot names it and I hold that stripe; or its word
+#   carries my token; or I hold its class lock and its page row says ACTIVE or DRAINING of that class
+#   rule C: a word that names somebody else is changed only by compare-and-swap from the value on which I decided
+#   a page is published ACTIVE by one store after all its words are FREE; it leaves its class only when, under the class
+#   lock, all its words are FREE
+#
+# Crash while holding a class lock: the taker rebuilds the list of the page in hand and the class's lists. A chunk popped and not
+# yet stored in a batch slot is RESERVED(dead): the hand settles it. Crash while holding the pool lock: the list is rebuilt from
+# the page words. A page CUTTING(dead) goes back to the pool (settle_pages).
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+
+from shmcache.core.atomics cimport add64, cas64, ld8r, ld32, ld64, st8, st8r, st32, st64, xchg64
+from shmcache.core.layout cimport BATCH_CLASSES, BATCH_SLOTS, GRANULE_SHIFT, MIN_CHUNK, PARKED_SLOTS, REFS_SHIFT, \
+    class_t, header_t, item_t, page_t, pool_t, seg_t
+from shmcache.core.lock cimport lock_release, lock_take
+from shmcache.core.token cimport BUSY, FREE, INTR, LIVE, NO_ROOM, OK, PAGE_ACTIVE, PAGE_CUTTING, PAGE_DRAINING, PAGE_FREE, \
+    RESERVED, RETIRED, TAKEN_OVER, kind_of, token_of, word_of
+
+# ---- places ---------------------------------------------------------------------------------------------------------
+
+cdef inline item_t* item_at(seg_t* s, uint64_t addr) noexcept nogil:
+    return <item_t*>(s.base + (addr << GRANULE_SHIFT))
+
+cdef inline bint in_slab(seg_t* s, uint64_t addr) noexcept nogil:
+    """Is there an item header's worth of slab memory at this address? Every address out of the segment is asked this."""
+    return s.slab_lo <= addr and addr + 3 <= s.slab_hi
+
+cdef inline uint64_t page_of(seg_t* s, uint64_t addr) noexcept nogil:
+    return (addr - s.slab_lo) >> (s.page_shift - GRANULE_SHIFT)
+
+cdef inline uint8_t* refs_of(seg_t* s, uint64_t addr) noexcept nogil:
+    return s.refs + ((addr - s.slab_lo) >> (REFS_SHIFT - GRANULE_SHIFT))
+
+cdef inline uint64_t chunk_addr(seg_t* s, uint64_t page, uint32_t cls, uint32_t i) noexcept nogil:
+    return s.slab_lo + (((page << s.page_shift) + <uint64_t>i * s.chunk_bytes[cls]) >> GRANULE_SHIFT)
+
+cdef inline uint64_t page_room(seg_t* s, uint64_t addr) noexcept nogil:
+    """Bytes from this address to the end of its page: what no length may exceed."""
+    return s.page_bytes - (((addr - s.slab_lo) << GRANULE_SHIFT) & (s.page_bytes - 1))
+
+cdef inline uint64_t value_offset(uint64_t key_bytes) noexcept nogil:
+    """Of the value in its chunk: aligned to 8, so that a counter is one load and one store."""
+    return 48 + ((key_bytes + 7) & ~<uint64_t>7)
+
+cdef inline int class_for(seg_t* s, uint64_t n_bytes) noexcept nogil:
+    """The smallest class whose chunks hold n_bytes; -1: none does."""
+    cdef int lo = 0, hi = <int>s.n_classes, mid
+    while lo < hi:
+        mid = (lo + hi) >> 1
+        if s.chunk_bytes[mid] < n_bytes:
+            lo = mid + 1
+        else:
+            hi = mid
+    return lo if lo < <int>s.n_classes else -1
+
+cdef inline bint page_in_class(seg_t* s, uint64_t page, uint32_t cls) noexcept nogil:
+    cdef int k
+    if page >= s.n_pages or s.pages[page].cls != cls:
+        return False
+    k = kind_of(ld64(&s.pages[page].word))
+    return k == PAGE_ACTIVE or k == PAGE_DRAINING
+
+cdef inline int chunk_class(seg_t* s, uint64_t addr, uint32_t* index) noexcept nogil:
+    """The class of which this address is a chunk, as the page table has it just now; -1: it is none."""
+    cdef uint64_t page, off
+    cdef uint32_t cls
+    if not in_slab(s, addr):
+        return -1
+    page = page_of(s, addr)
+    cls = s.pages[page].cls
+    if cls >= s.n_classes or not page_in_class(s, page, cls):
+        return -1
+    off = s.page_bytes - page_room(s, addr)
+    index[0] = <uint32_t>(off // s.chunk_bytes[cls])
+    if off % s.chunk_bytes[cls] or index[0] >= s.page_chunks[cls]:
+        return -1
+    return <int>cls
+
+# ---- lists of a class (its lock held) ---------------------------------------------------------------------------------
+
+cdef inline void avail_push_locked(seg_t* s, class_t* c, uint64_t p) noexcept nogil:
+    cdef page_t* pg = &s.pages[p]
+    if pg.listed:
+        return
+    st32(&pg.prev_avail, 0)
+    st32(&pg.next_avail, c.avail)
+    if 0 < c.avail <= s.n_pages:
+        st32(&s.pages[c.avail - 1].prev_avail, <uint32_t>p + 1)
+    st8(&pg.listed, 1)
+    st32(&c.avail, <uint32_t>p + 1)
+
+cdef inline void avail_remove_locked(seg_t* s, class_t* c, uint64_t p) noexcept nogil:
+    cdef page_t* pg = &s.pages[p]
+    if not pg.listed:
+        return
+    if 0 < pg.prev_avail <= s.n_pages:
+        st32(&s.pages[pg.prev_avail - 1].next_avail, pg.next_avail)
+    else:
+        st32(&c.avail, pg.next_avail)
+    if 0 < pg.next_avail <= s.n_pages:
+        st32(&s.pages[pg.next_avail - 1].prev_avail, pg.prev_avail)
+    st8(&pg.listed, 0)
+
+cdef inline void ring_insert_locked(seg_t* s, class_t* c, uint64_t p) noexcept nogil:
+    """Before the page under the hand: what is in it is young, and is to be visited last."""
+    cdef page_t* pg = &s.pages[p]
+    cdef uint64_t at = ld64(&c.hand) >> 32
+    cdef uint32_t cls = pg.cls, before
+    if c.ring == 0 or c.ring > s.n_pages:
+        st32(&pg.next, <uint32_t>p + 1)
+        st32(&pg.prev, <uint32_t>p + 1)
+        st32(&c.ring, <uint32_t>p + 1)
+    else:
+        if at == p or not page_in_class(s, at, cls) or not (0 < s.pages[at].prev <= s.n_pages):
+            at = c.ring - 1
+        before = s.pages[at].prev
+        if not (0 < before <= s.n_pages):
+            before = <uint32_t>at + 1
+        st32(&pg.next, <uint32_t>at + 1)
+        st32(&pg.prev, before)
+        st32(&s.pages[before - 1].next, <uint32_t>p + 1)
+        st32(&s.pages[at].prev, <uint32_t>p + 1)
+    st32(&c.n_pages, c.n_pages + 1)
+
+cdef inline void ring_remove_locked(seg_t* s, class_t* c, uint64_t p) noexcept nogil:
+    cdef page_t* pg = &s.pages[p]
+    cdef uint64_t hand = ld64(&c.hand)
+    cdef uint32_t nxt = pg.next, prv = pg.prev
+    if nxt == p + 1 or not (0 < nxt <= s.n_pages) or not (0 < prv <= s.n_pages):
+        st32(&c.ring, 0)
+    else:
+        st32(&s.pages[prv - 1].next, nxt)
+        st32(&s.pages[nxt - 1].prev, prv)
+        if c.ring == p + 1:
+            st32(&c.ring, nxt)
+        if hand >> 32 == p:
+            cas64(&c.hand, hand, <uint64_t>(nxt - 1) << 32)
+    if c.n_pages:
+        st32(&c.n_pages, c.n_pages - 1)
+
+cdef inline void rebuild_page_locked(seg_t* s, uint64_t p) noexcept nogil:
+    """The page's free list anew, from the words of its chunks."""
+    cdef page_t* pg = &s.pages[p]
+    cdef uint32_t cls = pg.cls, i = s.page_chunks[cls], first = 0, n = 0
+    cdef item_t* it
+    while i > 0:
+        i -= 1
+        it = item_at(s, chunk_addr(s, p, cls, i))
+        if kind_of(ld64(&it.word)) == FREE:
+            st32(&it.link, first)
+            first = i + 1
+            n += 1
+    st32(&pg.free, first)
+    st32(&pg.n_free, n)
+
+cdef inline void class_repair(seg_t* s, uint32_t cls) noexcept nogil:
+    """After the death of the lock's holder: the page in hand, the ring and the avail list. Idempotent. 5 ns per page."""
+    cdef class_t* c = &s.classes[cls]
+    cdef uint64_t p
+    if 0 < c.page_in_hand <= s.n_pages and page_in_class(s, c.page_in_hand - 1, cls):
+        rebuild_page_locked(s, c.page_in_hand - 1)
+    st32(&c.ring, 0)
+    st32(&c.avail, 0)
+    st32(&c.n_pages, 0)
+    for p in range(s.n_pages):
+        if page_in_class(s, p, cls):
+            ring_insert_locked(s, c, p)
+            st8(&s.pages[p].listed, 0)
+            if s.pages[p].n_free and kind_of(ld64(&s.pages[p].word)) == PAGE_ACTIVE:
+                avail_push_locked(s, c, p)
+    st32(&c.page_in_hand, 0)
+
+cdef inline int class_take(seg_t* s, uint32_t cls, uint64_t limit_ns) noexcept nogil:
+    cdef int rc = lock_take(s, &s.classes[cls].lock, limit_ns)
+    if rc == TAKEN_OVER:
+        class_repair(s, cls)
+        return OK
+    return rc
+
+cdef inline void class_release(seg_t* s, uint32_t cls) noexcept nogil:
+    lock_release(&s.classes[cls].lock)
+
+cdef inline void chunk_push_locked(seg_t* s, uint32_t cls, uint64_t addr) noexcept nogil:
+    """Free a chunk that is this process's and that no slot names (its bucket's version was counted up since)."""
+    cdef class_t* c = &s.classes[cls]
+    cdef uint64_t p = page_of(s, addr)
+    cdef page_t* pg = &s.pages[p]
+    cdef item_t* it = item_at(s, addr)
+    cdef uint32_t i = <uint32_t>((s.page_bytes - page_room(s, addr)) // s.chunk_bytes[cls])
+    if c.page_in_hand != p + 1:
+        st32(&c.page_in_hand, <uint32_t>p + 1)
+    st32(&it.link, pg.free)
+    st64(&it.word, word_of(FREE, 0))
+    st32(&pg.free, i + 1)
+    st32(&pg.n_free, pg.n_free + 1)
+    if kind_of(ld64(&pg.word)) == PAGE_ACTIVE:
+        avail_push_locked(s, c, p)
+
+cdef inline uint64_t chunk_pop_locked(seg_t* s, uint32_t cls) noexcept nogil:
+    """A chunk, now RESERVED(this process); 0: the class has none free."""
+    cdef class_t* c = &s.classes[cls]
+    cdef uint64_t p, addr
+    cdef page_t* pg
+    cdef item_t* it
+    cdef int mended
+    for mended in range(4):
+        if not (0 < c.avail <= s.n_pages):
+            return 0
+        p = c.avail - 1
+        pg = &s.pages[p]
+        if not page_in_class(s, p, cls) or not pg.listed:
+            class_repair(s, cls)                # a damaged list: from the words, once more
+            continue
+        if c.page_in_hand != p + 1:
+            st32(&c.page_in_hand, <uint32_t>p + 1)
+        addr = chunk_addr(s, p, cls, pg.free - 1)
+        if not (0 < pg.free <= s.page_chunks[cls]) or kind_of(ld64(&item_at(s, addr).word)) != FREE:
+            rebuild_page_locked(s, p)
+            if pg.n_free == 0:
+                avail_remove_locked(s, c, p)
+            continue
+        it = item_at(s, addr)
+        st64(&it.word, word_of(RESERVED, s.me[0]))
+        st32(&pg.free, it.link)
+        st32(&pg.n_free, pg.n_free - 1 if pg.n_free else 0)
+        if pg.free == 0:
+            avail_remove_locked(s, c, p)
+        return addr
+    return 0
+
+# ---- the page pool ------------------------------------------------------------------------------------------------------
+
+cdef inline void pool_push_locked(seg_t* s, uint64_t p) noexcept nogil:
+    cdef pool_t* pool = &s.header.pages
+    st32(&s.pages[p].next, <uint32_t>pool.list)
+    st64(&s.pages[p].head, 0)
+    st64(&s.pages[p].word, word_of(PAGE_FREE, 0))
+    st64(&pool.list, p + 1)
+    st64(&pool.n_free, pool.n_free + 1)
+
+cdef inline void pool_repair(seg_t* s) noexcept nogil:
+    cdef uint64_t p = s.n_pages
+    st64(&s.header.pages.list, 0)
+    st64(&s.header.pages.n_free, 0)
+    while p > 0:
+        p -= 1
+        if ld64(&s.pages[p].word) == word_of(PAGE_FREE, 0):
+            pool_push_locked(s, p)
+
+cdef inline int pool_take(seg_t* s, uint64_t limit_ns) noexcept nogil:
+    cdef int rc = lock_take(s, &s.header.pages.lock, limit_ns)
+    if rc == TAKEN_OVER:
+        pool_repair(s)
+        return OK
+    return rc
+
+cdef inline int page_from_pool(seg_t* s, int kind, uint64_t head, uint64_t limit_ns, uint64_t* page) noexcept nogil:
+    """A page, now kind(this process): OK, NO_ROOM, BUSY or INTR."""
+    cdef pool_t* pool = &s.header.pages
+    cdef uint64_t p
+    cdef int rc
+    if ld64(&pool.list) == 0 and ld64(&pool.lock.word) == 0:
+        return NO_ROOM
+    rc = pool_take(s, limit_ns)
+    if rc != OK:
+        return rc
+    p = pool.list - 1
+    if pool.list != 0 and (p >= s.n_pages or kind_of(ld64(&s.pages[p].word)) != PAGE_FREE):
+        pool_repair(s)
+        p = pool.list - 1
+    if pool.list == 0:
+        lock_release(&pool.lock)
+        return NO_ROOM
+    st64(&s.pages[p].head, head)
+    st64(&s.pages[p].word, word_of(kind, s.me[0]))
+    st64(&pool.list, s.pages[p].next)
+    st64(&pool.n_free, pool.n_free - 1 if pool.n_free else 0)
+    lock_release(&pool.lock)
+    page[0] = p
+    return OK
+
+cdef inline int page_to_pool(seg_t* s, uint64_t p, uint64_t word, uint64_t head, uint64_t limit_ns) noexcept nogil:
+    """Put a page into the pool if its row still says (word, head). BUSY leaves it to settle_pages."""
+    cdef int rc = pool_take(s, limit_ns)
+    if rc != OK:
+        return rc
+    if ld64(&s.pages[p].word) == word and ld64(&s.pages[p].head) == head:
+        pool_push_locked(s, p)
+    lock_release(&s.header.pages.lock)
+    return OK
+
+cdef inline void cut_page(seg_t* s, uint64_t p, uint32_t cls) noexcept nogil:
+    """Cut a page that is CUTTING(this process): every word FREE, every count 0, the list in order of address."""
+    cdef page_t* pg = &s.pages[p]
+    cdef uint32_t i, n = s.page_chunks[cls]
+    cdef item_t* it
+    cdef uint64_t addr
+    for i in range(n):
+        addr = chunk_addr(s, p, cls, i)
+        it = item_at(s, addr)
+        st64(&it.cas, 0)
+        st64(&it.word, word_of(FREE, 0))
+        st64(&it.hash, 0)
+        st32(&it.link, i + 2 if i + 1 < n else 0)
+        st8r(refs_of(s, addr), 0)
+    pg.cls = cls
+    st8(&pg.listed, 0)
+    st32(&pg.free, 1)
+    st32(&pg.n_free, n)
+    st64(&pg.stamp, add64(&s.header.tick, 1))
+
+cdef inline int publish_page(seg_t* s, uint64_t p, uint32_t cls, uint64_t limit_ns) noexcept nogil:
+    """Give a page that was cut to its class. After BUSY or INTR it is in the pool again."""
+    cdef int rc = class_take(s, cls, limit_ns)
+    if rc != OK:
+        page_to_pool(s, p, word_of(PAGE_CUTTING, s.me[0]), 0, s.limit_ns)
+        return rc
+    st32(&s.classes[cls].page_in_hand, <uint32_t>p + 1)
+    st64(&s.pages[p].word, word_of(PAGE_ACTIVE, 0))
+    ring_insert_locked(s, &s.classes[cls], p)
+    avail_push_locked(s, &s.classes[cls], p)
+    class_release(s, cls)
+    return OK
+
+# ---- chunks in hand -------------------------------------------------------------------------------------------------------
+
+cdef inline bint batched(seg_t* s, uint32_t cls) noexcept nogil:
+    return cls < BATCH_CLASSES and s.chunk_bytes[cls] <= 1024
+
+cdef inline bint batch_put(seg_t* s, uint32_t cls, uint64_t addr) noexcept nogil:
+    """Keep a RESERVED(this process) chunk for later; False: the batch is full."""
+    cdef int i
+    if batched(s, cls):
+        for i in range(BATCH_SLOTS):
+            if ld64(&s.row.batch[cls][i]) == 0 and cas64(&s.row.batch[cls][i], 0, addr):
+                return True
+    return False
+
+cdef inline uint64_t batch_get(seg_t* s, uint32_t cls) noexcept nogil:
+    cdef int i
+    cdef uint64_t addr
+    if batched(s, cls):
+        for i in range(BATCH_SLOTS):
+            if ld64(&s.row.batch[cls][i]):
+                addr = xchg64(&s.row.batch[cls][i], 0)
+                if addr:
+                    return addr
+    return 0
+
+cdef inline uint64_t parked_get(seg_t* s, uint32_t cls) noexcept nogil:
+    cdef int i
+    cdef uint64_t addr
+    cdef uint32_t index = 0
+    for i in range(PARKED_SLOTS):
+        addr = ld64(&s.row.parked[i])
+        if addr and chunk_class(s, addr, &index) == <int>cls and cas64(&s.row.parked[i], addr, 0):
+            return addr
+    return 0
+
+cdef inline int chunk_get(seg_t* s, uint32_t cls, uint64_t limit_ns, uint64_t* addr) noexcept nogil:
+    """A free chunk, RESERVED(this process): OK, NO_ROOM, BUSY or INTR."""
+    cdef int rc, i
+    cdef uint64_t more
+    addr[0] = batch_get(s, cls)
+    if addr[0]:
+        return OK
+    if ld32(&s.classes[cls].avail) == 0 and ld64(&s.classes[cls].lock.word) == 0:
+        addr[0] = parked_get(s, cls)
+        return OK if addr[0] else NO_ROOM
+    rc = class_take(s, cls, limit_ns)
+    if rc != OK:
+        return rc
+    addr[0] = chunk_pop_locked(s, cls)
+    if addr[0] and batched(s, cls):
+        for i in range(BATCH_SLOTS - 1):
+            more = chunk_pop_locked(s, cls)
+            if more == 0:
+                break
+            if not batch_put(s, cls, more):
+                chunk_push_locked(s, cls, more)
+                break
+    class_release(s, cls)
+    return OK if addr[0] else NO_ROOM
+
+cdef inline void chunk_park(seg_t* s, uint64_t addr) noexcept nogil:
+    cdef int i
+    st64(&item_at(s, addr).word, word_of(RESERVED, s.me[0]))
+    for i in range(PARKED_SLOTS):
+        if cas64(&s.row.parked[i], 0, addr):
+            return
+    add64(&s.row.leaked, 1)     # 17 class locks stopped at once: it stays RESERVED until this process ends
+
+cdef inline void chunk_free_list(seg_t* s, uint32_t cls, uint64_t addr, uint64_t limit_ns) noexcept nogil:
+    """Free this process's chunk for everybody, not into the batch."""
+    if class_take(s, cls, limit_ns) == OK:
+        chunk_push_locked(s, cls, addr)
+        class_release(s, cls)
+    else:
+        chunk_park(s, addr)
+
+cdef inline void chunk_free(seg_t* s, uint32_t cls, uint64_t addr, uint64_t limit_ns) noexcept nogil:
+    """Free this process's chunk, which no slot names: into the batch, else the class's list, else parked."""
+    if batched(s, cls):
+        st64(&item_at(s, addr).word, word_of(RESERVED, s.me[0]))
+        if batch_put(s, cls, addr):
+            return
+    chunk_free_list(s, cls, addr, limit_ns)
+
+cdef inline bint recall(seg_t* s, uint64_t addr, uint32_t cls, uint64_t word) noexcept nogil:
+    """Take a chunk out of the batch of the row that `word` names. Whoever gets the slot has the chunk; True: this process."""
+    cdef uint64_t r = (token_of(word) & 0xffff) - 1
+    cdef int i
+    if kind_of(word) != RESERVED or r >= s.n_rows:
+        return False
+    if cls < BATCH_CLASSES:
+        for i in range(BATCH_SLOTS):
+            if ld64(&s.rows[r].batch[cls][i]) == addr and cas64(&s.rows[r].batch[cls][i], addr, 0):
+                return cas64(&item_at(s, addr).word, word, word_of(RESERVED, s.me[0]))
+    for i in range(PARKED_SLOTS):
+        if ld64(&s.rows[r].parked[i]) == addr and cas64(&s.rows[r].parked[i], addr, 0):
+            return cas64(&item_at(s, addr).word, word, word_of(RESERVED, s.me[0]))
+    return False
+
+cdef inline void give_back_all(seg_t* s) noexcept nogil:
+    """Before this process leaves its row: the chunks in its hand go to their lists."""
+    cdef uint32_t cls, index = 0
+    cdef int i, got
+    cdef uint64_t addr
+    for cls in range(BATCH_CLASSES):
+        for i in range(BATCH_SLOTS):
+            addr = xchg64(&s.row.batch[cls][i], 0)
+            if addr:
+                chunk_free_list(s, cls, addr, s.limit_ns)
+    for i in range(PARKED_SLOTS):
+        addr = xchg64(&s.row.parked[i], 0)
+        if addr:
+            got = chunk_class(s, addr, &index)
+            if got >= 0 and class_take(s, got, s.limit_ns) == OK:
+                chunk_push_locked(s, got, addr)
+                class_release(s, got)

@@ -1,0 +1,558 @@
+# One operation on one key: read without a lock, write under one stripe.
+#
+# A read, in order: head version (acquire); walk, every slot loaded once; of a candidate cas (acquire) first, then hash, epoch,
+# expiry and lengths, once each, clamped; key compared; value copied; acquire fence; good if the version is unchanged, or (a hit)
+# slot, hash and cas are. Why that is enough: content changes only after rule F's bump; a reader that saw one new byte has, behind
+# its acquire fence, to see the bump, or the cas of 0 that is stored before any other byte.
+#
+# A write (step numbers as in the code): 1 reserve, 2 fill, 3 take the stripe and check, 4 intent, 5 old RETIRED, 6 slot,
+# 7 version, (8 log), 9 new LIVE, 10 seq, 11 release, 12 free the old.
+# Crash at 1-3: RESERVED(dead), R1. 4-5: repair undoes. 6-10: repair finishes. 12: RETIRED(dead), R4.
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.string cimport memcmp, memcpy
+
+from shmcache.core.atomics cimport add64, cas32, fence_acquire, fence_release, ld8r, ld16r, ld32, ld32r, ld64, ld64r, \
+    likely, prefetch, st8r, st32, st64, unlikely
+from shmcache.core.big cimport big_fill, big_free_item_pages, big_free_pages, big_read, big_seal_locked, big_shape, big_t
+from shmcache.core.bucket cimport ADDR_MASK, OP_DELETE, OP_EVICT, OP_SET, OP_TOUCH, bucket_of, bump, chain_first, \
+    chain_grow_locked, chain_next, chain_t, count_now, count_without, note_intent, remove_locked, slot_word, stripe_of, \
+    stripe_release, stripe_take
+from shmcache.core.clock cimport now_ms, stale, take_page, take_room
+from shmcache.core.layout cimport FLAG_BIG, MAX_REFS, bucket_t, item_t, seg_t, stripe_t
+from shmcache.core.lock cimport lock_release, lock_take
+from shmcache.core.settle cimport settle_pages
+from shmcache.core.slab cimport chunk_class, chunk_free, class_for, in_slab, item_at, page_from_pool, page_room, page_to_pool, \
+    refs_of, value_offset
+from shmcache.core.token cimport ABSENT, AGAIN, BUSY, EXISTS, INTR, LIVE, MISMATCH, NO_ROOM, NOT_INT, OK, OVERFLOW, PAGE_BIG, \
+    PAGE_CUTTING, RETIRED, TAKEN_OVER, word_of
+
+cdef enum:
+    RESTARTS = 64           # of a read, before it takes the stripe
+    CODEC_INT = 2           # codec.py: eight bytes, changed in place
+    # put: when
+    ALWAYS = 0
+    IF_ABSENT = 1
+    IF_PRESENT = 2
+    IF_VERSION = 3
+
+# ---- read -----------------------------------------------------------------------------------------------------------------
+
+ctypedef struct read_t:
+    bucket_t* head
+    uint32_t version
+    uint64_t* slot
+    uint64_t slot_word
+    uint64_t hash
+    uint64_t addr
+    uint64_t cas
+    uint64_t expiry_ms
+    uint64_t key_bytes
+    uint64_t value_bytes
+    uint8_t codec
+    bint is_big
+    bint expired            # the miss was a hit whose time was over
+    big_t big
+
+cdef inline bint unchanged(read_t* r) noexcept nogil:
+    """Is what was read since read_begin one state of the table?"""
+    fence_acquire()
+    if likely(ld32r(&r.head.version) == r.version):
+        return True
+    return False
+
+cdef inline bint same_item(seg_t* s, read_t* r) noexcept nogil:
+    """The version moved: is it still this item, in this slot? Long copies next to busy neighbours live by this."""
+    cdef item_t* it = item_at(s, r.addr)
+    return ld64(r.slot) == r.slot_word and ld64r(&it.hash) == r.hash and ld64r(&it.cas) == r.cas and r.cas != 0
+
+cdef inline bint load_item(seg_t* s, read_t* r, const uint8_t* key, size_t n) noexcept nogil:
+    """Load and clamp the header at r.addr; is it this key's? Every field is loaded once."""
+    cdef item_t* it = item_at(s, r.addr)
+    cdef uint64_t room
+    r.cas = ld64(&it.cas)
+    if ld64r(&it.hash) != r.hash:
+        return False
+    r.key_bytes = ld16r(&it.key_bytes)
+    r.value_bytes = ld32r(&it.value_bytes)
+    r.codec = ld8r(&it.codec)
+    r.is_big = ld8r(&it.flags) & FLAG_BIG
+    room = page_room(s, r.addr)
+    if r.key_bytes != n or 48 + n > room or memcmp(<uint8_t*>it + 48, key, n) != 0:
+        return False
+    if unlikely(r.is_big):
+        big_shape(s, n, r.value_bytes, &r.big)
+        return r.big.head_bytes <= room and r.value_bytes <= s.max_value_bytes
+    return value_offset(n) + r.value_bytes <= room
+
+cdef inline int read_begin(seg_t* s, const uint8_t* key, size_t n, uint64_t h, read_t* r) noexcept nogil:
+    """Find a key: OK (copy, then read_end), ABSENT (true at one instant), or AGAIN."""
+    cdef chain_t c
+    cdef uint64_t b = bucket_of(s, h), w
+    cdef item_t* it
+    cdef int i
+    r.head = &s.buckets[b]
+    r.version = ld32(&r.head.version)
+    r.hash = h
+    r.expired = False
+    chain_first(s, b, &c)
+    while True:
+        for i in range(c.n_slots):
+            w = ld64(&c.slot[i])
+            if (w ^ h) >> 48 or w == 0:
+                continue
+            r.addr = w & ADDR_MASK
+            if unlikely(not in_slab(s, r.addr)):
+                continue
+            if not load_item(s, r, key, n):
+                continue
+            it = item_at(s, r.addr)
+            r.slot = &c.slot[i]
+            r.slot_word = w
+            r.expiry_ms = ld64r(&it.expiry_ms)
+            if unlikely(ld32r(&it.epoch) != ld32(&s.header.epoch)):
+                return ABSENT if unchanged(r) else AGAIN
+            if unlikely(r.expiry_ms != 0) and r.expiry_ms <= now_ms(s):
+                if not unchanged(r):
+                    return AGAIN
+                r.expired = True
+                return ABSENT
+            if unlikely(r.is_big) and not unchanged(r):     # before anyone allocates value_bytes
+                return AGAIN
+            return OK
+        if likely(ld32r(c.link) == 0) or not chain_next(s, &c):
+            break
+    return ABSENT if unchanged(r) else AGAIN
+
+cdef inline void read_copy(seg_t* s, read_t* r, uint8_t* to) noexcept nogil:
+    cdef uint64_t counter
+    if unlikely(r.is_big):
+        big_read(s, r.addr, r.key_bytes, r.value_bytes, &r.big, to)
+    elif r.codec == CODEC_INT and r.value_bytes == 8:
+        counter = ld64r(<uint64_t*>(<uint8_t*>item_at(s, r.addr) + value_offset(r.key_bytes)))
+        memcpy(to, &counter, 8)
+    else:
+        memcpy(to, <uint8_t*>item_at(s, r.addr) + value_offset(r.key_bytes), r.value_bytes)
+
+cdef extern from *:
+    """
+    #ifdef SHMCACHE_NO_VERSION_CHECK        /* to see the stress test find what the check is for; never in a release */
+    #define SHM_TRUST_BLINDLY 1
+    #else
+    #define SHM_TRUST_BLINDLY 0
+    #endif
+    """
+    const bint TRUST_BLINDLY "SHM_TRUST_BLINDLY"
+
+cdef inline int read_end(seg_t* s, read_t* r) noexcept nogil:
+    """After the copy: OK, and the hit is counted for CLOCK; or AGAIN, and the copy is worth nothing."""
+    cdef uint8_t* refs
+    cdef uint8_t n
+    if TRUST_BLINDLY or unchanged(r) or same_item(s, r):
+        refs = refs_of(s, r.addr)
+        n = ld8r(refs)
+        if n < MAX_REFS:
+            st8r(refs, n + 1)
+        return OK
+    return AGAIN
+
+# ---- find, under the stripe -------------------------------------------------------------------------------------------------
+
+ctypedef struct found_t:
+    uint64_t* slot          # of the key, or NULL
+    uint64_t addr
+    bint live               # not cleared, not expired
+    uint64_t* empty         # the first free slot of the chain, or NULL
+    uint64_t* dull          # the slot whose item is least worth keeping (stale first)
+    uint8_t dull_refs
+    uint32_t* last_link     # of the chain's last bucket
+    int hops
+
+cdef inline void find_locked(seg_t* s, uint64_t b, const uint8_t* key, size_t n, uint64_t h, found_t* f) noexcept nogil:
+    cdef chain_t c
+    cdef read_t r
+    cdef uint64_t w
+    cdef uint8_t refs
+    cdef int i
+    f.slot = NULL
+    f.empty = NULL
+    f.dull = NULL
+    f.dull_refs = 255
+    r.hash = h
+    chain_first(s, b, &c)
+    while True:
+        for i in range(c.n_slots):
+            w = c.slot[i]
+            if w == 0:
+                if f.empty == NULL:
+                    f.empty = &c.slot[i]
+                continue
+            r.addr = w & ADDR_MASK
+            if not in_slab(s, r.addr):
+                continue
+            if (w ^ h) >> 48 == 0 and load_item(s, &r, key, n):
+                f.slot = &c.slot[i]
+                f.addr = r.addr
+                f.live = not stale(s, item_at(s, r.addr))
+                return
+        if not chain_next(s, &c):
+            break
+    f.last_link = c.link
+    f.hops = c.hops
+
+cdef inline void find_dull_locked(seg_t* s, uint64_t b, found_t* f) noexcept nogil:
+    """The chain's least used entry, of equals the oldest (one stripe, so versions compare): what goes when no overflow bucket
+    can be had."""
+    cdef chain_t c
+    cdef uint64_t addr, cas, oldest = 0
+    cdef uint8_t refs
+    cdef int i
+    chain_first(s, b, &c)
+    while True:
+        for i in range(c.n_slots):
+            addr = c.slot[i] & ADDR_MASK
+            if not in_slab(s, addr):
+                continue
+            refs = ld8r(refs_of(s, addr))
+            cas = item_at(s, addr).cas
+            if stale(s, item_at(s, addr)):
+                refs = 0
+                cas = 0
+            if refs < f.dull_refs or (refs == f.dull_refs and cas < oldest):
+                f.dull_refs = refs
+                oldest = cas
+                f.dull = &c.slot[i]
+        if not chain_next(s, &c):
+            return
+
+# ---- write -------------------------------------------------------------------------------------------------------------------
+
+ctypedef struct put_t:
+    const uint8_t* key
+    size_t key_bytes
+    uint64_t hash
+    const uint8_t* value
+    uint64_t value_bytes
+    uint64_t expiry_ms
+    uint8_t codec
+    int when                # ALWAYS, IF_ABSENT, IF_PRESENT, IF_VERSION
+    uint64_t version        # for IF_VERSION
+    # what put has in hand between two calls
+    uint64_t chunk          # reserved and filled; 0: not yet
+    int cls
+    big_t big
+    bint is_big
+    uint64_t cas            # out: the version of the item stored
+
+cdef inline int collect_pages(seg_t* s, put_t* op, uint64_t limit_ns) noexcept nogil:
+    """Pages for a big value, listed in its head. One process at a time, or two could each hold half and wait."""
+    cdef uint32_t* pages = <uint32_t*>(<uint8_t*>item_at(s, op.chunk) + value_offset(op.key_bytes))
+    cdef uint32_t got = 0
+    cdef uint64_t p = 0
+    cdef int rc, failures = 0
+    rc = lock_take(s, &s.header.big.lock, limit_ns)
+    if rc != OK and rc != TAKEN_OVER:       # a dead holder's pages are BIG(dead): settle_pages finds them
+        return rc
+    rc = OK
+    while got < op.big.n_pages:
+        rc = page_from_pool(s, PAGE_BIG, op.chunk, limit_ns, &p)
+        if rc == NO_ROOM:
+            rc = take_page(s, -1, True, limit_ns, &p)
+            if rc == OK:
+                st64(&s.pages[p].head, op.chunk)
+                st64(&s.pages[p].word, word_of(PAGE_BIG, s.me[0]))
+        if rc == OK:
+            pages[got] = <uint32_t>p
+            got += 1
+            failures = 0
+            continue
+        failures += 1
+        if rc == INTR or failures > 64 or (rc == BUSY and limit_ns == 0) or (limit_ns == 0 and failures > 2):
+            break
+        settle_pages(s, s.n_pages, limit_ns)
+    lock_release(&s.header.big.lock)
+    if got == op.big.n_pages:
+        return OK
+    big_free_pages(s, op.chunk, op.key_bytes, got, s.limit_ns if limit_ns else 0)
+    return BUSY if limit_ns == 0 and rc != INTR else rc
+
+cdef inline int reserve(seg_t* s, put_t* op, uint64_t limit_ns) noexcept nogil:
+    """Steps 1 and 2: a chunk (and pages) of this process's, filled."""
+    cdef uint64_t need = value_offset(op.key_bytes) + op.value_bytes
+    cdef uint64_t addr = 0
+    cdef item_t* it
+    cdef int rc
+    op.is_big = need > s.chunk_bytes[s.n_classes - 1]
+    if op.is_big:
+        big_shape(s, op.key_bytes, op.value_bytes, &op.big)
+        need = op.big.head_bytes
+    op.cls = class_for(s, need)
+    if op.cls < 0:
+        return NO_ROOM
+    rc = take_room(s, op.cls, limit_ns, &addr)
+    if rc != OK:
+        return rc
+    op.chunk = addr
+    it = item_at(s, addr)
+    st64(&it.cas, 0)
+    fence_release()             # nobody sees a byte of the new content and the old cas
+    st64(&it.hash, op.hash)
+    if op.is_big:
+        rc = collect_pages(s, op, limit_ns)
+        if rc != OK:
+            chunk_free(s, op.cls, addr, limit_ns)
+            op.chunk = 0
+            return rc
+    it.key_bytes = <uint32_t>op.key_bytes
+    it.value_bytes = <uint32_t>op.value_bytes
+    it.codec = op.codec
+    it.flags = FLAG_BIG if op.is_big else 0
+    it.expiry_ms = op.expiry_ms
+    memcpy(<uint8_t*>it + 48, op.key, op.key_bytes)
+    if op.is_big:
+        big_fill(s, addr, op.key_bytes, op.value, op.value_bytes)
+    else:
+        memcpy(<uint8_t*>it + value_offset(op.key_bytes), op.value, op.value_bytes)
+    st8r(refs_of(s, addr), 0)
+    return OK
+
+cdef inline void give_up(seg_t* s, put_t* op) noexcept nogil:
+    """The put will not be: free what it has in hand."""
+    if op.chunk:
+        if op.is_big:
+            big_free_pages(s, op.chunk, op.key_bytes, op.big.n_pages, 0)
+        chunk_free(s, op.cls, op.chunk, 0)
+        op.chunk = 0
+
+cdef inline void free_old(seg_t* s, uint64_t addr, uint64_t limit_ns) noexcept nogil:
+    """Step 12: an item that this process has taken out of the table."""
+    cdef uint32_t index = 0
+    cdef int cls = chunk_class(s, addr, &index)
+    big_free_item_pages(s, addr, limit_ns)
+    if cls >= 0:
+        chunk_free(s, cls, addr, limit_ns)
+
+cdef inline int place_locked(seg_t* s, put_t* op, uint64_t b, found_t* f, uint64_t limit_ns) noexcept nogil:
+    """The slot into which a new key goes: an empty one, a new overflow bucket's, or the chain's dullest entry's."""
+    f.addr = 0
+    f.slot = f.empty
+    if f.slot == NULL and f.hops < 60:
+        f.slot = chain_grow_locked(s, b, f.last_link, min(limit_ns, <uint64_t>4000000))
+    if f.slot == NULL:
+        find_dull_locked(s, b, f)
+        if f.dull == NULL:
+            return NO_ROOM
+        f.slot = f.dull
+        f.addr = f.slot[0] & ADDR_MASK
+        add64(&s.row.chain_evictions, 1)
+        add64(&s.row.inline_evictions, 1)
+        add64(&s.row.evictions, 1)
+    return OK
+
+cdef inline int allowed(seg_t* s, put_t* op, found_t* f) noexcept nogil:
+    cdef bint present = f.slot != NULL and f.live
+    if op.when == IF_ABSENT:
+        return EXISTS if present else OK
+    if op.when == ALWAYS:
+        return OK
+    if not present:
+        return ABSENT
+    if op.when == IF_VERSION and ld64(&item_at(s, f.addr).cas) != op.version:
+        return MISMATCH
+    return OK
+
+cdef inline int put(seg_t* s, put_t* op, uint64_t limit_ns) noexcept nogil:
+    """Store an item: OK, or EXISTS / ABSENT / MISMATCH by op.when; BUSY and INTR keep the chunk: call again, or give_up."""
+    cdef uint64_t b = bucket_of(s, op.hash), old, count
+    cdef stripe_t* st = stripe_of(s, b)
+    cdef item_t* it
+    cdef found_t f
+    cdef int rc
+    prefetch(&s.buckets[b])
+    if op.chunk == 0:
+        rc = reserve(s, op, limit_ns)
+        if rc != OK:
+            return rc
+    it = item_at(s, op.chunk)
+    rc = stripe_take(s, st, limit_ns)                               # 3
+    if rc != OK:
+        return rc
+    find_locked(s, b, op.key, op.key_bytes, op.hash, &f)
+    rc = allowed(s, op, &f)
+    if rc == OK and f.slot == NULL:
+        rc = place_locked(s, op, b, &f, limit_ns)
+    elif rc == OK:
+        st8r(refs_of(s, op.chunk), ld8r(refs_of(s, f.addr)))        # a key keeps its count
+    if rc != OK:
+        stripe_release(st)
+        return rc
+    old = f.addr
+    count = count_now(s, st)
+    it.epoch = <uint32_t>(count >> 32)
+    st64(&it.cas, st.seq + 1)
+    op.cas = st.seq + 1
+    note_intent(st, OP_SET, old, op.chunk, (count_without(s, count, old) if old else count) + 1)     # 4
+    if old:
+        st64(&item_at(s, old).word, word_of(RETIRED, s.me[0]))      # 5
+    st64(f.slot, slot_word(op.hash, op.chunk))                      # 6
+    bump(s, b)                                                      # 7
+    if op.is_big:
+        big_seal_locked(s, op.chunk, op.big.n_pages)
+    st64(&it.word, word_of(LIVE, 0))                                # 9
+    st64(&st.seq, st.seq + 1)                                       # 10
+    st64(&st.count, st.count_next)
+    op.chunk = 0
+    stripe_release(st)                                              # 11
+    if old:
+        free_old(s, old, limit_ns)                                  # 12
+    return OK
+
+cdef inline int remove(seg_t* s, const uint8_t* key, size_t n, uint64_t h, uint64_t version, bint only_expired,
+                       uint64_t limit_ns) noexcept nogil:
+    """Take a key out: OK, ABSENT, or MISMATCH if version is given (not 0) and is another; BUSY, INTR.
+
+    only_expired: what get does with what it found expired; whoever replaced the item meanwhile wins.
+    """
+    cdef uint64_t b = bucket_of(s, h)
+    cdef stripe_t* st = stripe_of(s, b)
+    cdef found_t f
+    cdef int rc = stripe_take(s, st, limit_ns)
+    if rc != OK:
+        return rc
+    find_locked(s, b, key, n, h, &f)
+    if f.slot == NULL or (only_expired and f.live):
+        rc = ABSENT
+    elif not f.live:
+        remove_locked(s, st, b, f.slot, OP_EVICT)
+        rc = ABSENT
+    elif version and ld64(&item_at(s, f.addr).cas) != version:
+        f.slot = NULL
+        rc = MISMATCH
+    else:
+        remove_locked(s, st, b, f.slot, OP_DELETE)
+        rc = OK
+    if only_expired and f.live:
+        f.slot = NULL
+    stripe_release(st)
+    if f.slot != NULL:
+        add64(&s.row.deletes if rc == OK else &s.row.expired, 1)
+        free_old(s, f.addr, limit_ns)
+    return rc
+
+cdef inline int add_to(seg_t* s, const uint8_t* key, size_t n, uint64_t h, int64_t by, int64_t* out,
+                       uint64_t limit_ns) noexcept nogil:
+    """Change a counter in place: OK, ABSENT, NOT_INT, OVERFLOW, BUSY or INTR.
+
+    Value, then cas: gets() loads cas first, so no version covers a value it has not got. Crash between: repair counts the
+    version up (TOUCH).
+    """
+    cdef uint64_t b = bucket_of(s, h)
+    cdef stripe_t* st = stripe_of(s, b)
+    cdef found_t f
+    cdef item_t* it
+    cdef int64_t* at
+    cdef int64_t was
+    cdef int rc = stripe_take(s, st, limit_ns)
+    if rc != OK:
+        return rc
+    find_locked(s, b, key, n, h, &f)
+    if f.slot == NULL or not f.live:
+        rc = ABSENT
+    else:
+        it = item_at(s, f.addr)
+        at = <int64_t*>(<uint8_t*>it + value_offset(n))
+        if it.codec != CODEC_INT or it.value_bytes != 8 or it.flags & FLAG_BIG:
+            rc = NOT_INT
+        else:
+            was = at[0]
+            if (by > 0 and was > <int64_t>0x7fffffffffffffff - by) or (by < 0 and was < -<int64_t>0x7fffffffffffffff - 1 - by):
+                rc = OVERFLOW
+            else:
+                out[0] = was + by
+                note_intent(st, OP_TOUCH, f.addr, 0, st.count)
+                st64(<uint64_t*>at, <uint64_t>(was + by))
+                st64(&it.cas, st.seq + 1)
+                st64(&st.seq, st.seq + 1)
+    stripe_release(st)
+    return rc
+
+cdef inline int set_expiry(seg_t* s, const uint8_t* key, size_t n, uint64_t h, uint64_t expiry_ms,
+                           uint64_t limit_ns) noexcept nogil:
+    """Change when an item expires, in place: OK, ABSENT, BUSY or INTR."""
+    cdef uint64_t b = bucket_of(s, h)
+    cdef stripe_t* st = stripe_of(s, b)
+    cdef found_t f
+    cdef item_t* it
+    cdef int rc = stripe_take(s, st, limit_ns)
+    if rc != OK:
+        return rc
+    find_locked(s, b, key, n, h, &f)
+    if f.slot == NULL or not f.live:
+        rc = ABSENT
+    else:
+        it = item_at(s, f.addr)
+        note_intent(st, OP_TOUCH, f.addr, 0, st.count)
+        st64(&it.expiry_ms, expiry_ms)
+        st64(&it.cas, st.seq + 1)
+        st64(&st.seq, st.seq + 1)
+    stripe_release(st)
+    return rc
+
+# ---- the whole table, cheaply --------------------------------------------------------------------------------------------------
+
+cdef inline uint64_t count_items(seg_t* s) noexcept nogil:
+    """Items of this epoch; some may have expired. Not one instant: a sum over stripes."""
+    cdef uint32_t i
+    cdef uint64_t total = 0, c, epoch = ld32(&s.header.epoch)
+    for i in range(s.n_stripes):
+        c = ld64(&s.stripes[i].count)
+        if c >> 32 == epoch:
+            total += <uint32_t>c
+    return total
+
+cdef inline void clear_all(seg_t* s) noexcept nogil:
+    """Everything stored before is gone: O(1), by a new epoch. Of two at once one suffices."""
+    cdef uint32_t e = ld32(&s.header.epoch)
+    if count_items(s):
+        cas32(&s.header.epoch, e, e + 1)
+
+cdef inline int next_keys(seg_t* s, uint64_t b, uint8_t* to, uint32_t room, uint32_t* used, uint64_t limit_ns) noexcept nogil:
+    """The keys of one chain at one instant, each as u16 length + bytes: OK, NO_ROOM (a larger buffer), BUSY or INTR."""
+    cdef stripe_t* st = stripe_of(s, b)
+    cdef int tries, rc
+    cdef uint32_t v
+    for tries in range(RESTARTS):
+        v = ld32(&s.buckets[b].version)
+        rc = copy_keys(s, b, to, room, used)
+        fence_acquire()
+        if ld32r(&s.buckets[b].version) == v:
+            return rc
+    rc = stripe_take(s, st, limit_ns)
+    if rc == OK:
+        rc = copy_keys(s, b, to, room, used)
+        stripe_release(st)
+    return rc
+
+cdef inline int copy_keys(seg_t* s, uint64_t b, uint8_t* to, uint32_t room, uint32_t* used) noexcept nogil:
+    cdef chain_t c
+    cdef uint64_t addr, klen
+    cdef item_t* it
+    cdef int i
+    used[0] = 0
+    chain_first(s, b, &c)
+    while True:
+        for i in range(c.n_slots):
+            addr = ld64(&c.slot[i]) & ADDR_MASK
+            if not in_slab(s, addr):
+                continue
+            it = item_at(s, addr)
+            klen = ld16r(&it.key_bytes)
+            if klen == 0 or klen > 4096 or 48 + klen > page_room(s, addr) or stale(s, it):
+                continue
+            if used[0] + 2 + klen > room:
+                return NO_ROOM
+            to[used[0]] = klen & 0xff
+            to[used[0] + 1] = <uint8_t>(klen >> 8)
+            memcpy(to + used[0] + 2, <uint8_t*>it + 48, klen)
+            used[0] += <uint32_t>klen + 2
+        if not chain_next(s, &c):
+            return OK

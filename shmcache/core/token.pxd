@@ -1,0 +1,213 @@
+# Tokens: who owns what, and whether he lives.
+#
+#   token = gen(40 bits) << 16 | row + 1          never 0
+#
+# A token names one life of one process in one row. The row's gen is counted up at every taking, by whoever holds the row's
+# byte, and is never reset: so a token is never used twice, and its death is final.
+#
+# Alive is who holds an open-file-description lock on byte 2^62 + row of the segment's own inode. The description is kept by
+# one mapped page and no descriptor: closing descriptors cannot drop it (daemons close them all), no fork child inherits it
+# (MADV_DONTFORK), and the kernel drops it at exit, exec or death, however that comes. Pids would lie: they are reused, and
+# mean nothing in another container.
+#
+# Race table
+#   two take one row         F_OFD_SETLK is the taking; the loser tries the next row
+#   ask vs die               "alive" may be old by the time it is used: the asker waits one slice more. "dead" is final
+#   ask vs row taken anew    gen is counted up after the byte is locked: the asker sees another gen, or a locked byte; the
+#                            latter says "alive" of a dead token until gen moves, an instant later
+#   ask about oneself        the prober would answer right, but is never asked: own token = alive
+# Crash: after the lock, before gen: the byte is free again, gen is the dead predecessor's; nothing carries a new token.
+from libc.stdint cimport uint32_t, uint64_t
+
+from shmcache.core.atomics cimport ld64, st64
+from shmcache.core.layout cimport BATCH_CLASSES, BATCH_SLOTS, HAZARDS, PARKED_SLOTS, row_t, seg_t
+
+cdef enum rc_t:
+    OK = 0
+    TAKEN_OVER = 1      # the lock was a dead owner's: repair what it guards, then go on
+    BUSY = -1           # a living process holds it, longer than the limit
+    INTR = -2           # a signal came; nothing is held
+    NO_ROOM = -3
+    ABSENT = -4         # no such key (or it has expired, or was cleared)
+    EXISTS = -5         # the key is there, and the operation wanted it not to be
+    MISMATCH = -6       # cas: another version
+    NOT_INT = -7
+    OVERFLOW = -8
+    NO_ROW = -9         # all rows are taken by the living
+    NO_OFD = -10        # this file system does not keep open-file-description locks
+    OS_ERROR = -11      # errno says
+    AGAIN = -12         # a reader has to begin again
+
+cdef enum:
+    # kinds of chunk words: FREE -> RESERVED(token) -> LIVE -> RETIRED(token) -> FREE
+    FREE = 0
+    RESERVED = 1
+    LIVE = 2
+    RETIRED = 3
+    # kinds of page words
+    PAGE_FREE = 0       # in the pool
+    PAGE_CUTTING = 1    # token: taken from the pool, being cut for a class
+    PAGE_ACTIVE = 2     # of class `cls`
+    PAGE_DRAINING = 3   # token: of class `cls`, being emptied
+    PAGE_BIG = 4        # token while the big value is being built, then 0
+    # kinds of overflow bucket words
+    OV_FREE = 0
+    OV_RESERVED = 1     # token
+    OV_LINKED = 2
+
+cdef extern from *:
+    """
+    #include <errno.h>
+    #include <fcntl.h>
+    #include <stdint.h>
+    #include <stdio.h>
+    #include <string.h>
+    #include <sys/mman.h>
+    #include <sys/stat.h>
+    #include <time.h>
+    #include <unistd.h>
+
+    #define SHM_LIFE_BYTE ((off_t)1 << 62)
+
+    /* 0 done or free, 1 held by another, -1 error */
+    static int shm_ofd_lock(int fd, int ask, uint32_t row) {
+        struct flock f;
+        memset(&f, 0, sizeof f);
+        f.l_type = F_WRLCK;
+        f.l_whence = SEEK_SET;
+        f.l_start = SHM_LIFE_BYTE + row;
+        f.l_len = 1;
+        if (fcntl(fd, ask ? F_OFD_GETLK : F_OFD_SETLK, &f) < 0)
+            return (errno == EAGAIN || errno == EACCES) && !ask ? 1 : -1;
+        return ask ? f.l_type != F_UNLCK : 0;
+    }
+    static int shm_same_file(int fd, uint64_t dev, uint64_t ino) {
+        struct stat st;
+        return fd >= 0 && fstat(fd, &st) == 0 && (uint64_t)st.st_dev == dev && (uint64_t)st.st_ino == ino;
+    }
+    /* a descriptor of a new description of the same inode; by name when the descriptor is gone. -1: impossible */
+    static int shm_reopen(int fd, const char *path, uint64_t dev, uint64_t ino) {
+        char proc[64];
+        int got = -1;
+        if (shm_same_file(fd, dev, ino)) {
+            snprintf(proc, sizeof proc, "/proc/self/fd/%d", fd);
+            got = open(proc, O_RDWR | O_CLOEXEC);
+        }
+        if (got < 0) got = open(path, O_RDWR | O_CLOEXEC);
+        if (got >= 0 && !shm_same_file(got, dev, ino)) { close(got); got = -1; errno = ESTALE; }
+        return got;
+    }
+    static void *shm_keep_description(int fd) {
+        void *p = mmap(NULL, 4096, PROT_READ, MAP_SHARED, fd, 0);
+        if (p == MAP_FAILED) return NULL;
+        if (madvise(p, 4096, MADV_DONTFORK)) { munmap(p, 4096); return NULL; }
+        return p;
+    }
+    static uint64_t *shm_wiped_page(void) {
+        void *p = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (p == MAP_FAILED) return NULL;
+        if (madvise(p, 4096, MADV_WIPEONFORK)) { munmap(p, 4096); return NULL; }
+        return (uint64_t *)p;
+    }
+    static uint64_t shm_clock_ns(clockid_t c) {
+        struct timespec t;
+        clock_gettime(c, &t);
+        return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+    }
+    static inline uint64_t mono_ns(void) { return shm_clock_ns(CLOCK_MONOTONIC); }
+    static inline uint64_t wall_ms(void) { return shm_clock_ns(CLOCK_REALTIME) / 1000000u; }
+    """
+    int shm_ofd_lock(int fd, bint ask, uint32_t row) noexcept nogil
+    bint shm_same_file(int fd, uint64_t dev, uint64_t ino) noexcept nogil
+    int shm_reopen(int fd, const char* path, uint64_t dev, uint64_t ino) noexcept nogil
+    void* shm_keep_description(int fd) noexcept nogil
+    uint64_t* shm_wiped_page() noexcept nogil
+    uint64_t mono_ns() noexcept nogil
+    uint64_t wall_ms() noexcept nogil
+    int getpid() noexcept nogil
+    int close(int fd) noexcept nogil
+    int munmap(void* p, size_t n) noexcept nogil
+
+cdef inline uint64_t word_of(uint64_t kind, uint64_t token) noexcept nogil:
+    return kind << 56 | token
+
+cdef inline int kind_of(uint64_t word) noexcept nogil:
+    return <int>(word >> 56)
+
+cdef inline uint64_t token_of(uint64_t word) noexcept nogil:
+    return word & ((<uint64_t>1 << 56) - 1)
+
+cdef inline uint32_t row_of(uint64_t token) noexcept nogil:
+    """Row index of a token; anything from outside must be held against n_rows."""
+    return <uint32_t>((token & 0xffff) - 1)
+
+cdef inline bint prober_ready(seg_t* s) noexcept nogil:
+    """See that s.prober is a descriptor of the segment. Somebody may have closed it, and its number be another file's."""
+    if shm_same_file(s.prober, s.dev, s.ino):
+        return True
+    s.prober = shm_reopen(-1, s.path, s.dev, s.ino)     # the number is not ours any more: nothing to close
+    return s.prober >= 0
+
+cdef inline bint dead(seg_t* s, uint64_t token) noexcept nogil:
+    """Has this token's process died? In doubt, no: what is dead may be robbed. About 1 us; ask only after a time-out."""
+    cdef uint32_t r = row_of(token)
+    if token == s.me[0]:
+        return False
+    if r >= s.n_rows:
+        return True                                     # no process ever had it: damage, which nobody will release
+    if ld64(&s.rows[r].gen) != token >> 16:
+        return True
+    if not prober_ready(s):
+        return False
+    return shm_ofd_lock(s.prober, True, r) == 0 and ld64(&s.rows[r].gen) == token >> 16 or \
+        ld64(&s.rows[r].gen) != token >> 16
+
+cdef inline void row_begin(seg_t* s, uint32_t r) noexcept nogil:
+    """Start a life in row r, whose byte this process has just locked. What the dead had in hand is told by his token."""
+    cdef row_t* row = &s.rows[r]
+    cdef uint64_t gen = (ld64(&row.gen) + 1) & ((<uint64_t>1 << 40) - 1)
+    cdef int i, j
+    st64(&row.gen, gen if gen else 1)
+    for i in range(BATCH_CLASSES):
+        for j in range(BATCH_SLOTS):
+            st64(&row.batch[i][j], 0)
+    for i in range(PARKED_SLOTS):
+        st64(&row.parked[i], 0)
+    for i in range(HAZARDS):
+        st64(&row.hazard[i], 0)
+    st64(&row.started_ms, wall_ms())
+    st64(&row.pid, <uint64_t>getpid())
+    s.row = row
+    s.row_idx = r
+    s.me[0] = ld64(&row.gen) << 16 | (r + 1)
+
+cdef inline int take_row(seg_t* s) noexcept nogil:
+    """Take a free row: OK, NO_ROW, NO_OFD or OS_ERROR. Also what a fork child does at its first operation."""
+    cdef uint32_t i, r, start = <uint32_t>((mono_ns() >> 10) % s.n_rows)
+    cdef int fd, rc
+    if not prober_ready(s):
+        return OS_ERROR
+    fd = shm_reopen(s.prober, s.path, s.dev, s.ino)
+    if fd < 0:
+        return OS_ERROR
+    s.lock_page = shm_keep_description(fd)
+    if s.lock_page == NULL:
+        close(fd)
+        return OS_ERROR
+    for i in range(s.n_rows):
+        r = (start + i) % s.n_rows
+        rc = shm_ofd_lock(fd, False, r)
+        if rc == 0:
+            close(fd)                                   # the mapping keeps the description, and so the lock
+            if shm_ofd_lock(s.prober, True, r) != 1:    # held, but the prober does not see it: all would look dead
+                munmap(s.lock_page, 4096)
+                s.lock_page = NULL
+                return NO_OFD
+            row_begin(s, r)
+            return OK
+        if rc < 0:
+            break
+    close(fd)
+    munmap(s.lock_page, 4096)
+    s.lock_page = NULL
+    return NO_ROW if rc == 1 else NO_OFD

@@ -1,0 +1,397 @@
+"""A segment: one POSIX shared memory object that holds a whole cache. Made, found, removed, and looked at with numpy.
+
+Invariants
+  S1  nobody ever sees half a segment: it is made complete in an object without a name, then linked; of two creators one wins
+  S2  its memory is reserved when it is made: no later write can fail for want of room
+  S3  one process has one mapping of a segment and one row in it, however many handles
+  S4  views are made over the mapping's buffer, so that they keep it mapped; the last close() refuses while one is out
+
+`python -m shmcache.segment` prints the layout.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
+
+import posix_ipc
+
+from shmcache import errors
+from shmcache.core import _core
+
+if TYPE_CHECKING:
+    import numpy as np
+
+SHM_DIR = "/dev/shm"
+PREFIX = "shmcache."  # of the object's name: what `ls /dev/shm` shows, and what sets our objects apart
+MIN_SIZE = 4 << 20
+BIG_PAGES_FROM = 4 << 30  # bytes; from here slab pages have 1 MiB, below 64 KiB (bench: 1 MiB pages cost a small cache 4 points)
+BYTES_PER_BUCKET = 768  # of slab memory: not five of the smallest common items (160 B) to seven slots
+CONFIG = b"\x80"  # an empty msgpack map: policies and watermarks will stand there
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_mappings: WeakValueDictionary[tuple[int, int], _core.Mapping] = WeakValueDictionary()
+
+
+def parse_size(size: int | str, what: str = "size") -> int:
+    """Bytes of `4194304`, `"64M"`, `"1.5G"` or `"1GiB"`. Raises: InvalidSize."""
+    if isinstance(size, int) and not isinstance(size, bool):
+        n = size
+    else:
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", size, re.IGNORECASE) if isinstance(size, str) else None
+        if match is None:
+            raise errors.InvalidSize(f"{what} is a number of bytes or something like '256M' or '1G', not {size!r}")
+        n = int(float(match[1]) * _UNITS[match[2].upper()])
+    if n < 1 or n >= 1 << 62:
+        raise errors.InvalidSize(f"{what} is a positive number of bytes, not {size!r}")
+    return n
+
+
+def check_name(name: str) -> str:
+    """Path of the segment's object. Raises: InvalidName."""
+    ok = isinstance(name, str) and 0 < len(name.encode("utf-8", "surrogatepass")) <= 200 and "/" not in name and "\0" not in name
+    if not ok:
+        raise errors.InvalidName(f"a segment name is 1 to 200 bytes without '/', not {name!r}")
+    return f"{SHM_DIR}/{PREFIX}{name}"
+
+
+# ---- geometry -----------------------------------------------------------------------------------------------------------------
+
+
+def slab_classes(page_bytes: int) -> list[int]:
+    """Chunk sizes: growth 1.25 at most where it matters, multiples of 16, the larger ones fitted to the page."""
+    sizes = [128]
+    nxt = 144
+    while nxt < page_bytes // 2:
+        fitted = page_bytes // (page_bytes // nxt) // 16 * 16 if nxt * 64 >= page_bytes else nxt
+        if fitted > sizes[-1]:
+            sizes.append(fitted)
+        nxt = max(nxt + 16, sizes[-1] * 5 // 4 // 16 * 16)
+    if sizes[-1] < page_bytes // 2:
+        sizes.append(page_bytes // 2)
+    return sizes
+
+
+def geometry(
+    size_bytes: int,
+    *,
+    max_processes: int = 128,
+    stripes: int = 1024,
+    max_value_bytes: int = 64 << 20,
+    default_ttl_ms: int = 0,
+    lock_limit_ms: int = 1000,
+) -> tuple[dict[str, int], list[int]]:
+    """Where everything stands in a segment of size_bytes, by header field name; and the slab classes. Allocates nothing."""
+    page_shift = 20 if size_bytes >= BIG_PAGES_FROM else 16
+    page_bytes = 1 << page_shift
+    chunks = slab_classes(page_bytes)
+    fixed = {"n_rows": max_processes, "n_stripes": stripes, "n_classes": len(chunks), "page_shift": page_shift}
+    n_pages = size_bytes >> page_shift
+    while True:
+        g = _sections(fixed, n_pages)
+        end = g["slab_off"] + (n_pages << page_shift)
+        if end <= size_bytes:
+            break
+        n_pages -= max(1, (end - size_bytes) >> (page_shift + 1))
+    slab_bytes = n_pages << page_shift
+    # the list of a big value's pages must fit its head chunk, beside the longest key
+    listable = (chunks[-1] - _core.CONSTANTS["item"] - _core.CONSTANTS["max_key"]) // 4 * page_bytes
+    g["max_value_bytes"] = min(max_value_bytes, slab_bytes // 4, listable, (1 << 32) - 1)
+    g["default_ttl_ms"] = default_ttl_ms
+    g["lock_limit_ms"] = lock_limit_ms
+    g["size_bytes"] = size_bytes
+    return g, chunks
+
+
+def _sections(fixed: dict[str, int], n_pages: int) -> dict[str, int]:
+    size_of = _core.CONSTANTS
+    slab_bytes = n_pages << fixed["page_shift"]
+    n_buckets = min(max(64, slab_bytes // BYTES_PER_BUCKET), (1 << 32) - 1)
+    n_overflow = min(max(16, n_buckets // 3), (1 << 31) - 1)
+    sketch_bytes = 1 << max(6, (slab_bytes // 512).bit_length() - 1)
+    sections = {
+        "rows": fixed["n_rows"] * size_of["row"],
+        "stripes": fixed["n_stripes"] * size_of["stripe"],
+        "classes": fixed["n_classes"] * size_of["class"],
+        "pages": n_pages * size_of["page"],
+        "refs": slab_bytes >> 7,
+        "sketch": sketch_bytes,
+        "buckets": n_buckets * size_of["bucket"],
+        "overflow": n_overflow * size_of["overflow"],
+        "rings": 0,
+    }
+    g = dict(fixed, n_pages=n_pages, n_buckets=n_buckets, n_overflow=n_overflow)
+    g.update(refs_bytes=sections["refs"], sketch_bytes=sketch_bytes, rings_bytes=0)
+    at = size_of["header"]
+    for name, n_bytes in sections.items():
+        g[name + "_off"] = at
+        at += -(-n_bytes // 128) * 128
+    page_bytes = 1 << fixed["page_shift"]
+    g["slab_off"] = -(-at // page_bytes) * page_bytes
+    return g
+
+
+# ---- create, attach, unlink -----------------------------------------------------------------------------------------------
+
+
+def create(name: str, size_bytes: int, *, mode: int = 0o600, group: int | str | None = None, **options: int) -> _core.Mapping:
+    """Make a segment and map it. options: of geometry().
+
+    Raises: InvalidName, InvalidConfig, SegmentExists, SegmentForbidden, SharedMemoryFull.
+    Crash: at any step before the link the object has no name and goes with its creator; after it the segment is whole.
+    """
+    path = check_name(name)
+    size_bytes = -(-size_bytes // 4096) * 4096
+    if size_bytes < MIN_SIZE:
+        raise errors.InvalidSize(f"a segment has at least 4M ({MIN_SIZE:,} bytes), not {size_bytes:,}")
+    if os.path.exists(path):
+        raise errors.SegmentExists(f"a segment {name!r} exists: attach() or open() it, or unlink() it first")
+    g, chunks = geometry(size_bytes, **options)
+    try:
+        # Not posix_ipc's O_CREAT under a temporary name: a creator that is killed would leave it, with all its memory.
+        fd = os.open(SHM_DIR, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, mode)
+    except PermissionError as e:
+        raise errors.SegmentForbidden(f"may not create objects in {SHM_DIR}: {e.strerror}") from None
+    try:
+        os.fchmod(fd, mode)  # the umask has cut the mode of open
+        if group is not None:
+            os.fchown(fd, -1, _gid(group))
+        _reserve(fd, size_bytes)
+        _core.format_segment(fd, g, chunks, _boot_id(), os.urandom(16), CONFIG)
+        _link(fd, path, name)
+        return _map(fd, path, name)
+    finally:
+        os.close(fd)
+
+
+def _link(fd: int, path: str, name: str) -> None:
+    """Give the nameless object its name, if nobody was faster."""
+    descriptors = os.open("/proc/self/fd", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.link(str(fd), path, src_dir_fd=descriptors, follow_symlinks=True)  # with a src_dir_fd it is linkat, which follows
+    except FileExistsError:
+        raise errors.SegmentExists(f"a segment {name!r} exists: attach() or open() it, or unlink() it first") from None
+    finally:
+        os.close(descriptors)
+
+
+def _reserve(fd: int, size_bytes: int) -> None:
+    """ftruncate alone succeeds on a full tmpfs, and the first write then dies of SIGBUS."""
+    stat = os.statvfs(SHM_DIR)
+    full = (
+        f"{SHM_DIR} has {stat.f_bavail * stat.f_frsize:,} of {size_bytes:,} bytes free: ask for less (size=), or make it larger "
+        "(docker run --shm-size, a Kubernetes emptyDir with medium: Memory, or mount -o remount,size=)"
+    )
+    if stat.f_bavail * stat.f_frsize < size_bytes and stat.f_blocks:
+        raise errors.SharedMemoryFull(errno.ENOSPC, full)
+    try:
+        os.posix_fallocate(fd, 0, size_bytes)
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG):
+            raise errors.SharedMemoryFull(errno.ENOSPC, full) from None
+        raise
+
+
+def attach(name: str, *, owner: int | str | None = None, group: int | str | None = None) -> _core.Mapping:
+    """Map a live segment.
+
+    Raises: InvalidName, SegmentNotFound, SegmentForbidden, ForeignSegment, NotASegment, LayoutMismatch, SegmentTruncated,
+    TooManyProcesses.
+    """
+    path = check_name(name)
+    try:
+        shm = posix_ipc.SharedMemory("/" + PREFIX + name)
+    except posix_ipc.ExistentialError:
+        raise errors.SegmentNotFound(f"there is no segment {name!r}: create() or open() it") from None
+    except (posix_ipc.PermissionsError, PermissionError):
+        raise errors.SegmentForbidden(
+            f"this user may not open the segment {name!r}: run as its owner, or create it with mode= and group="
+        ) from None
+    try:
+        _check_owner(shm.fd, name, owner, group)
+        return _map(shm.fd, path, name)
+    finally:
+        shm.close_fd()
+
+
+def _check_owner(fd: int, name: str, owner: int | str | None, group: int | str | None) -> None:
+    """/dev/shm is writable for everybody: what another user has put there under our name is not to be trusted."""
+    stat = os.fstat(fd)
+    if stat.st_uid == os.geteuid():
+        return
+    if (owner is not None and stat.st_uid == _uid(owner)) or (group is not None and stat.st_gid == _gid(group)):
+        return
+    raise errors.ForeignSegment(
+        f"the segment {name!r} belongs to uid {stat.st_uid}, gid {stat.st_gid}; this process is uid {os.geteuid()}. If you trust "
+        "that user, say so with owner= or group="
+    )
+
+
+def _map(fd: int, path: str, name: str) -> _core.Mapping:
+    stat = os.fstat(fd)
+    mapping = _mappings.get((stat.st_dev, stat.st_ino))
+    if mapping is None:
+        mapping = _core.Mapping(fd, path, name)
+        _mappings[mapping.identity] = mapping
+    return mapping
+
+
+def unlink(name: str) -> None:
+    """Remove a segment's name. Processes that have it mapped keep it until they close; its memory goes with the last of them.
+
+    Raises: InvalidName, SegmentNotFound, SegmentForbidden.
+    """
+    check_name(name)
+    try:
+        posix_ipc.unlink_shared_memory("/" + PREFIX + name)
+    except posix_ipc.ExistentialError:
+        raise errors.SegmentNotFound(f"there is no segment {name!r}") from None
+    except (posix_ipc.PermissionsError, PermissionError):
+        raise errors.SegmentForbidden(f"this user may not unlink the segment {name!r}") from None
+
+
+def _uid(owner: int | str) -> int:
+    if isinstance(owner, int):
+        return owner
+    import pwd
+
+    try:
+        return pwd.getpwnam(owner).pw_uid
+    except KeyError:
+        raise errors.InvalidConfig(f"owner: there is no user {owner!r}") from None
+
+
+def _gid(group: int | str) -> int:
+    if isinstance(group, int):
+        return group
+    import grp
+
+    try:
+        return grp.getgrnam(group).gr_gid
+    except KeyError:
+        raise errors.InvalidConfig(f"group: there is no group {group!r}") from None
+
+
+def _boot_id() -> bytes:
+    with open("/proc/sys/kernel/random/boot_id") as f:
+        return bytes.fromhex(f.read().strip().replace("-", ""))
+
+
+# ---- numpy views ---------------------------------------------------------------------------------------------------------------
+
+
+def dtypes() -> dict[str, np.dtype[Any]]:
+    """The structs of core/layout.pxd as numpy dtypes, by name."""
+    import numpy as np
+
+    made = {}
+    for struct, (size, fields) in _core.layout().items():
+        made[struct] = np.dtype(
+            {
+                "names": [f[0] for f in fields],
+                "offsets": [f[1] for f in fields],
+                "formats": [f[2] if f[3] == 1 else (f[2], f[3]) for f in fields],
+                "itemsize": size,
+            }
+        )
+    return made
+
+
+class Segment:
+    """The bytes of a mapped segment as numpy arrays. They are the live bytes: they change while you look.
+
+    Each array keeps the segment mapped; delete them before the last close(). Read-only, unless writable=True: then a wrong store
+    damages the cache for everybody.
+    """
+
+    def __init__(self, mapping: _core.Mapping, writable: bool = False) -> None:
+        self._buffer = _core.WritableView(mapping) if writable else mapping
+        self._mapping = mapping
+        self.writable = writable
+
+    def _array(self, dtype: Any, shape: Any, offset: int, strides: Any = None) -> np.ndarray[Any, Any]:
+        import numpy as np
+
+        return np.ndarray(shape, dtype, buffer=self._buffer, offset=offset, strides=strides)
+
+    def _section(self, struct: str, count: str, section: str) -> np.ndarray[Any, Any]:
+        header = self.header
+        return self._array(dtypes()[struct], (int(header[count]),), int(header[section + "_off"]))
+
+    @property
+    def header(self) -> np.ndarray[Any, Any]:
+        """() header."""
+        return self._array(dtypes()["header"], (), 0)
+
+    @property
+    def rows(self) -> np.ndarray[Any, Any]:
+        """(n_rows,) process rows."""
+        return self._section("row", "n_rows", "rows")
+
+    @property
+    def stripes(self) -> np.ndarray[Any, Any]:
+        """(n_stripes,) stripes."""
+        return self._section("stripe", "n_stripes", "stripes")
+
+    @property
+    def classes(self) -> np.ndarray[Any, Any]:
+        """(n_classes,) slab classes."""
+        return self._section("class", "n_classes", "classes")
+
+    @property
+    def pages(self) -> np.ndarray[Any, Any]:
+        """(n_pages,) slab page table."""
+        return self._section("page", "n_pages", "pages")
+
+    @property
+    def buckets(self) -> np.ndarray[Any, Any]:
+        """(n_buckets,) buckets."""
+        return self._section("bucket", "n_buckets", "buckets")
+
+    @property
+    def overflow(self) -> np.ndarray[Any, Any]:
+        """(n_overflow,) overflow buckets."""
+        return self._section("overflow", "n_overflow", "overflow")
+
+    @property
+    def refs(self) -> np.ndarray[Any, Any]:
+        """(slab bytes / 128,) uint8: CLOCK counts."""
+        return self._array("u1", (int(self.header["refs_bytes"]),), int(self.header["refs_off"]))
+
+    @property
+    def bytes(self) -> np.ndarray[Any, Any]:
+        """(size_bytes,) uint8: the whole segment; an address times 16 is an index into it."""
+        return self._array("u1", (int(self.header["size_bytes"]),), 0)
+
+    def items(self, class_id: int) -> np.ndarray[Any, Any]:
+        """(n_pages, chunks per page) items, strided by page and by chunk of this slab class.
+
+        Row p has a meaning only while `pages[p]` is of this class: `segment.items(c)[segment.pages["cls"] == c]` copies those (and
+        any page that was of the class before; check the kind in `pages["word"]`).
+        """
+        header = self.header
+        n_classes = int(header["n_classes"])
+        if not 0 <= class_id < n_classes:
+            raise errors.UsageError(f"class_id is 0 to {n_classes - 1}, not {class_id}")
+        chunk = int(self.classes["chunk_bytes"][class_id])
+        page_bytes = 1 << int(header["page_shift"])
+        return self._array(
+            dtypes()["item"], (int(header["n_pages"]), page_bytes // chunk), int(header["slab_off"]), (page_bytes, chunk)
+        )
+
+
+def format_layout() -> str:
+    """The layout as a table, from the dtypes."""
+    lines = []
+    for struct, dtype in dtypes().items():
+        lines.append(f"{struct}: {dtype.itemsize} bytes")
+        fields = dtype.fields or {}
+        lines += [f"  {fields[n][1]:5}  {fields[n][0]!s:16}  {n}" for n in dtype.names or ()]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(format_layout())
