@@ -1,2 +1,426 @@
-# cython: binding=False
-"""placeholder"""
+# cython: binding=False, embedsignature=True, cdivision=True
+"""The whole table at once: verify, and the settling of what the dead left.
+
+Invariants, by the numbers that verify() reports. They hold for whoever holds the lock named:
+
+    I1   a slot's address is a chunk of a page ACTIVE or DRAINING                                        (stripe)
+    I2   that chunk is LIVE                                                                              (stripe)
+    I3   slot >> 48 equals the top 16 bits of the item's hash                                            (stripe)
+    I4   the item's hash belongs to this bucket                                                          (stripe)
+    I5   the item's hash is SipHash-1-3 of its key                                                       (stripe)
+    I6   key and value, or key, page list and tail, fit the chunk; the key has 1 to 4,096 bytes          (stripe)
+    I7   no key stands twice in a chain                                                                  (stripe)
+    I8   the item's version is 1 to the stripe's seq                                                     (stripe)
+    I9   a LIVE chunk is named by a slot of its bucket                                                   (stripe)
+    I10  a page's free list holds FREE chunks of the page, each once, n_free of them                     (class)
+    I11  the class's ring holds its pages, each once, n_pages of them; the avail list those with a free chunk  (class)
+    I12  the page pool's list holds FREE pages, each once, n_free of them                                (page pool)
+    I13  a big item's pages are BIG and name it as their head                                            (stripe)
+    I14  a page BIG(nobody) is listed by its reachable head                                              (stripe)
+    I15  a stripe counts the items of the current epoch in its buckets                                   (stripe)
+    I16  a chain's overflow buckets are LINKED to its bucket and the chain ends                          (stripe)
+    I17  the overflow pool's list holds FREE, empty overflow buckets, each once, n_free of them          (overflow pool)
+    I18  a CLOCK count is 0 to 3                                                                         (none)
+    I19  a chunk in the hand of a living process is RESERVED by it                                       (none; looked at twice)
+    I20  the header still says what it said when this process attached                                   (none)
+"""
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+
+from shmcache.core._core cimport Table
+from shmcache.core.atomics cimport ld32, ld64
+from shmcache.core.big cimport big_lists, big_shape, big_t
+from shmcache.core.bucket cimport (
+    ADDR_MASK, bucket_of, chain_first, chain_next, chain_t, overflow_take, slot_naming, stripe_of, stripe_release, stripe_take)
+from shmcache.core.layout cimport (
+    BATCH_CLASSES, BATCH_SLOTS, FLAG_BIG, MAX_REFS, OV_SLOTS, PARKED_SLOTS, class_t, item_t, overflow_t, page_t, seg_t, stripe_t)
+from shmcache.core.lock cimport lock_release
+from shmcache.core.settle cimport settle_chunk, settle_overflow, settle_page
+from shmcache.core.siphash cimport siphash13
+from shmcache.core.slab cimport (
+    chunk_addr, chunk_class, class_release, class_take, in_slab, item_at, page_in_class, page_room, pool_take, rebuild_page_locked,
+    refs_of, value_offset, avail_push_locked)
+from shmcache.core.token cimport (
+    FREE, LIVE, OK, OV_FREE, OV_LINKED, PAGE_ACTIVE, PAGE_BIG, PAGE_DRAINING, PAGE_FREE, RESERVED, dead, kind_of, token_of)
+
+from shmcache import errors
+
+KINDS = ("FREE", "RESERVED", "LIVE", "RETIRED")
+MOST = 1000         # violations listed; more would not help anybody
+
+
+cdef class Verifier:
+    cdef Table table
+    cdef seg_t* s
+    cdef list found
+
+    def __init__(self, Table table not None):
+        self.table = table
+        self.s = table.ready()
+        self.found = []
+
+    cdef void say(self, text):
+        if len(self.found) < MOST:
+            self.found.append(text)
+
+    cdef int wait(self, int rc) except -1:
+        """Locks are waited for without the GIL by the callers; what is still busy then is an error, not a violation."""
+        if rc != OK:
+            raise errors.StripeBusy("a living process that does not run holds a lock that verify needs: try again")
+        return 0
+
+    # -- buckets, stripe by stripe
+
+    cdef int stripe(self, uint32_t i) except -1:
+        cdef seg_t* s = self.s
+        cdef stripe_t* st = &s.stripes[i]
+        cdef uint64_t b, n = 0, c
+        cdef int rc
+        with nogil:
+            rc = stripe_take(s, st, 10 * s.limit_ns)
+        self.wait(rc)
+        # Lists are built under the stripe here: verify is the one place that runs Python under a lock; it creates no object that
+        # could run a finalizer, and a stripe held for long is only held up, never robbed.
+        try:
+            b = i
+            while b < s.n_buckets:
+                n += self.chain(b, st)
+                b += s.n_stripes
+            c = st.count if st.count >> 32 == ld32(&s.header.epoch) else 0
+            if <uint32_t>c != n:
+                self.say(f"I15 stripe {i}: counts {<uint32_t>c} items, its buckets hold {n}")
+        finally:
+            stripe_release(st)
+        return 0
+
+    cdef uint64_t chain(self, uint64_t b, stripe_t* st):
+        """Check one chain, the stripe held; how many items of this epoch it holds."""
+        cdef seg_t* s = self.s
+        cdef chain_t c
+        cdef uint64_t addr, w, n = 0
+        cdef int i
+        cdef uint32_t nxt
+        cdef overflow_t* ov
+        cdef set seen = set()
+        cdef int hops = 0
+        nxt = s.buckets[b].overflow
+        while nxt:
+            if nxt > s.n_overflow or hops >= 64:
+                self.say(f"I16 bucket {b}: its chain does not end (overflow index {nxt}, hop {hops})")
+                break
+            ov = &s.overflow[nxt - 1]
+            if ov.head != b or not (kind_of(ov.word) == OV_LINKED or (kind_of(ov.word) == 1 and dead(s, token_of(ov.word)))):
+                self.say(f"I16 bucket {b}: overflow bucket {nxt - 1} in its chain is of bucket {ov.head}, kind {kind_of(ov.word)}")
+            nxt = ov.next
+            hops += 1
+        chain_first(s, b, &c)
+        while True:
+            for i in range(c.n_slots):
+                w = c.slot[i]
+                if w:
+                    n += self.item(b, st, i, w, seen)
+            if not chain_next(s, &c):
+                return n
+
+    cdef int item(self, uint64_t b, stripe_t* st, int i, uint64_t w, set seen):
+        """Check the item that a slot names: 1 if it is of this epoch."""
+        cdef seg_t* s = self.s
+        cdef uint64_t addr = w & ADDR_MASK
+        cdef uint32_t index = 0, j
+        cdef item_t* it
+        cdef int cls = chunk_class(s, addr, &index)
+        cdef big_t g
+        cdef uint64_t need
+        cdef uint8_t* key
+        cdef uint32_t* pages
+        where = f"bucket {b} slot {i}"
+        if cls < 0:
+            self.say(f"I1 {where}: address {addr} is no chunk")
+            return 0
+        it = item_at(s, addr)
+        if kind_of(it.word) != LIVE:
+            self.say(f"I2 {where}: chunk {addr} is {KINDS[kind_of(it.word) & 3]}")
+        if w >> 48 != it.hash >> 48:
+            self.say(f"I3 {where}: tag {w >> 48:#06x}, item {it.hash >> 48:#06x}")
+        if bucket_of(s, it.hash) != b:
+            self.say(f"I4 {where}: the item belongs to bucket {bucket_of(s, it.hash)}")
+        if it.cas == 0 or it.cas > st.seq:
+            self.say(f"I8 {where}: version {it.cas}, the stripe is at {st.seq}")
+        need = value_offset(it.key_bytes) + it.value_bytes
+        if it.flags & FLAG_BIG:
+            big_shape(s, it.key_bytes, it.value_bytes, &g)
+            need = g.head_bytes
+        if not 0 < it.key_bytes <= 4096 or need > s.chunk_bytes[cls]:
+            self.say(f"I6 {where}: key {it.key_bytes} and value {it.value_bytes} bytes in a chunk of {s.chunk_bytes[cls]}")
+        else:
+            key = <uint8_t*>it + 48
+            if siphash13(key, it.key_bytes, s.k0, s.k1) != it.hash:
+                self.say(f"I5 {where}: the hash is not that of the key")
+            text = key[:it.key_bytes]
+            if text in seen:
+                self.say(f"I7 {where}: the key {text!r} stands twice in this chain")
+            seen.add(text)
+            if it.flags & FLAG_BIG:
+                pages = <uint32_t*>(<uint8_t*>it + value_offset(it.key_bytes))
+                for j in range(g.n_pages):
+                    if pages[j] >= s.n_pages or kind_of(s.pages[pages[j]].word) != PAGE_BIG or s.pages[pages[j]].head != addr:
+                        self.say(f"I13 {where}: page {pages[j]} of its list is not its own")
+        return it.epoch == ld32(&s.header.epoch)
+
+    # -- chunks, page by page
+
+    cdef int chunks(self, uint64_t p) except -1:
+        cdef seg_t* s = self.s
+        cdef uint32_t cls = s.pages[p].cls, i
+        cdef uint64_t addr
+        cdef item_t* it
+        if cls >= s.n_classes or not page_in_class(s, p, cls):
+            return 0
+        for i in range(s.page_chunks[cls]):
+            addr = chunk_addr(s, p, cls, i)
+            it = item_at(s, addr)
+            if refs_of(s, addr)[0] > MAX_REFS:
+                self.say(f"I18 page {p} chunk {i}: count {refs_of(s, addr)[0]}")
+            if kind_of(ld64(&it.word)) == LIVE and not self.named(p, cls, addr):
+                self.say(f"I9 page {p} chunk {i}: LIVE, and no slot of bucket {bucket_of(s, it.hash)} names it")
+        return 0
+
+    cdef bint named(self, uint64_t p, uint32_t cls, uint64_t addr) except -1:
+        cdef seg_t* s = self.s
+        cdef item_t* it = item_at(s, addr)
+        cdef uint64_t h = ld64(&it.hash), b = bucket_of(s, h)
+        cdef stripe_t* st = stripe_of(s, b)
+        cdef int rc
+        cdef bint fine
+        if slot_naming(s, b, addr) != NULL:
+            return True
+        with nogil:
+            rc = stripe_take(s, st, 10 * s.limit_ns)
+        self.wait(rc)
+        fine = slot_naming(s, b, addr) != NULL or ld64(&it.hash) != h or kind_of(ld64(&it.word)) != LIVE or \
+            not page_in_class(s, p, cls)
+        stripe_release(st)
+        return fine
+
+    cdef int big_page(self, uint64_t p) except -1:
+        cdef seg_t* s = self.s
+        cdef page_t* pg = &s.pages[p]
+        cdef uint64_t w = ld64(&pg.word), head = ld64(&pg.head), h
+        cdef stripe_t* st
+        cdef int rc
+        if kind_of(w) != PAGE_BIG or token_of(w):
+            return 0
+        if not in_slab(s, head):
+            self.say(f"I14 page {p}: its head {head} is no address")
+            return 0
+        h = ld64(&item_at(s, head).hash)
+        st = stripe_of(s, bucket_of(s, h))
+        with nogil:
+            rc = stripe_take(s, st, 10 * s.limit_ns)
+        self.wait(rc)
+        if ld64(&pg.word) == w and ld64(&pg.head) == head and ld64(&item_at(s, head).hash) == h and \
+                kind_of(ld64(&item_at(s, head).word)) == LIVE and \
+                not (slot_naming(s, bucket_of(s, h), head) != NULL and big_lists(s, head, p)):
+            self.say(f"I14 page {p}: BIG, and the item at {head} does not list it")
+        stripe_release(st)
+        return 0
+
+    # -- lists, lock by lock
+
+    cdef int slab_class(self, uint32_t cls) except -1:
+        cdef seg_t* s = self.s
+        cdef class_t* c = &s.classes[cls]
+        cdef uint64_t p, n = 0
+        cdef uint32_t at
+        cdef int rc
+        with nogil:
+            rc = class_take(s, cls, 10 * s.limit_ns)
+        self.wait(rc)
+        try:
+            ring = set()
+            at = c.ring
+            while 0 < at <= s.n_pages and at not in ring:
+                ring.add(at)
+                at = s.pages[at - 1].next
+            if at != c.ring or len(ring) != c.n_pages:
+                self.say(f"I11 class {cls}: its ring has {len(ring)} pages and ends at {at}, n_pages is {c.n_pages}")
+            avail = set()
+            at = c.avail
+            while 0 < at <= s.n_pages and at not in avail:
+                avail.add(at)
+                at = s.pages[at - 1].next_avail
+            if at:
+                self.say(f"I11 class {cls}: its avail list ends at {at}")
+            for p in range(s.n_pages):
+                if not page_in_class(s, p, cls):
+                    if p + 1 in ring or p + 1 in avail:
+                        self.say(f"I11 class {cls}: page {p} is in its lists and not of it")
+                    continue
+                if p + 1 not in ring:
+                    self.say(f"I11 class {cls}: page {p} is not in its ring")
+                if kind_of(s.pages[p].word) == PAGE_ACTIVE and (s.pages[p].n_free != 0) != (p + 1 in avail):
+                    self.say(f"I11 class {cls}: page {p} with {s.pages[p].n_free} free chunks is {'' if p + 1 in avail else 'not '}on "
+                             "its avail list")
+                self.free_list(p, cls)
+        finally:
+            class_release(s, cls)
+        return 0
+
+    cdef int free_list(self, uint64_t p, uint32_t cls) except -1:
+        cdef seg_t* s = self.s
+        cdef uint32_t at = s.pages[p].free, n = 0
+        cdef uint8_t* seen = <uint8_t*>calloc(s.page_chunks[cls] + 1, 1)
+        if seen == NULL:
+            raise MemoryError
+        while at:
+            if at > s.page_chunks[cls] or seen[at]:
+                self.say(f"I10 page {p}: its free list leads to chunk {<int64_t>at - 1}" + (" twice" if at <= s.page_chunks[cls] else ""))
+                break
+            seen[at] = 1
+            n += 1
+            if kind_of(item_at(s, chunk_addr(s, p, cls, at - 1)).word) != FREE:
+                self.say(f"I10 page {p}: chunk {at - 1} on its free list is "
+                         f"{KINDS[kind_of(item_at(s, chunk_addr(s, p, cls, at - 1)).word) & 3]}")
+                break
+            at = item_at(s, chunk_addr(s, p, cls, at - 1)).link
+        free(seen)
+        if at == 0 and n != s.pages[p].n_free:
+            self.say(f"I10 page {p}: {n} chunks on its free list, n_free is {s.pages[p].n_free}")
+        return 0
+
+    cdef int pools(self) except -1:
+        cdef seg_t* s = self.s
+        cdef uint64_t at, k
+        cdef int rc
+        with nogil:
+            rc = pool_take(s, 10 * s.limit_ns)
+        self.wait(rc)
+        try:
+            seen = set()
+            at = s.header.pages.list
+            while 0 < at <= s.n_pages and at not in seen:
+                seen.add(at)
+                if kind_of(s.pages[at - 1].word) != PAGE_FREE:
+                    self.say(f"I12 page {at - 1} is on the pool's list and of kind {kind_of(s.pages[at - 1].word)}")
+                    break
+                at = s.pages[at - 1].next
+            else:
+                if at or len(seen) != s.header.pages.n_free:
+                    self.say(f"I12 the page pool's list has {len(seen)} pages and ends at {at}, n_free is {s.header.pages.n_free}")
+        finally:
+            lock_release(&s.header.pages.lock)
+        with nogil:
+            rc = overflow_take(s, 10 * s.limit_ns)
+        self.wait(rc)
+        try:
+            seen = set()
+            at = s.header.overflow.list
+            while 0 < at <= s.n_overflow and at not in seen:
+                seen.add(at)
+                if kind_of(s.overflow[at - 1].word) != OV_FREE or any(s.overflow[at - 1].slot[k] for k in range(OV_SLOTS)):
+                    self.say(f"I17 overflow bucket {at - 1} is on the pool's list and in use")
+                    break
+                at = s.overflow[at - 1].next
+            else:
+                if at or len(seen) != s.header.overflow.n_free:
+                    self.say(f"I17 the overflow pool's list has {len(seen)} buckets and ends at {at}, n_free is {s.header.overflow.n_free}")
+        finally:
+            lock_release(&s.header.overflow.lock)
+        return 0
+
+    # -- rows, header
+
+    cdef int row(self, uint32_t r) except -1:
+        cdef seg_t* s = self.s
+        cdef uint64_t gen = ld64(&s.rows[r].gen), token = gen << 16 | (r + 1), addr, word
+        cdef uint32_t cls, i, index = 0
+        if gen == 0 or dead(s, token):
+            return 0
+        for i in range(BATCH_CLASSES * BATCH_SLOTS + PARKED_SLOTS):
+            cls = i // BATCH_SLOTS
+            slot = &s.rows[r].batch[cls][i % BATCH_SLOTS] if cls < BATCH_CLASSES else &s.rows[r].parked[i - BATCH_CLASSES * BATCH_SLOTS]
+            addr = ld64(slot)
+            if addr == 0:
+                continue
+            word = ld64(&item_at(s, addr).word) if in_slab(s, addr) else 0
+            if word != (<uint64_t>RESERVED << 56 | token) and ld64(slot) == addr and ld64(&s.rows[r].gen) == gen and \
+                    (not in_slab(s, addr) or ld64(&item_at(s, addr).word) == word):
+                self.say(f"I19 row {r}: it has chunk {addr} in hand, whose word is {word:#x}")
+        return 0
+
+    cdef int header(self) except -1:
+        cdef seg_t* s = self.s
+        h = s.header
+        if (h.n_rows, h.n_stripes, h.n_classes, h.page_shift, h.n_pages, h.n_buckets, h.n_overflow, h.slab_off, h.hash_key[0],
+                h.hash_key[1]) != (s.n_rows, s.n_stripes, s.n_classes, s.page_shift, s.n_pages, s.n_buckets, s.n_overflow,
+                                   s.slab_off, s.k0, s.k1):
+            self.say("I20 the header's geometry or key is not what it was at attach")
+        for i in range(s.n_classes):
+            if s.classes[i].chunk_bytes != s.chunk_bytes[i]:
+                self.say(f"I20 class {i}: chunk_bytes {s.classes[i].chunk_bytes}, {s.chunk_bytes[i]} at attach")
+        return 0
+
+    def run(self):
+        cdef seg_t* s = self.s
+        cdef uint64_t p
+        cdef uint32_t i
+        self.header()
+        for i in range(s.n_stripes):
+            self.stripe(i)
+        for i in range(s.n_classes):
+            self.slab_class(i)
+        for p in range(s.n_pages):
+            self.chunks(p)
+            self.big_page(p)
+        self.pools()
+        for i in range(s.n_rows):
+            self.row(i)
+        return self.found
+
+
+def verify(Table table not None):
+    """Hold every structure against the invariants above: a line for each violation, which begins with its number."""
+    return Verifier(table).run()
+
+
+def settle(Table table not None):
+    """Put everything in order that the dead left, at once, as hands would in time. Returns: {kind of chunk word: how many, of the
+    pages that are cut}, to see that every chunk is accounted for."""
+    cdef seg_t* s = table.ready()
+    cdef uint64_t p, i
+    cdef uint32_t cls, k
+    cdef int rc
+    cdef uint64_t counts[4]
+    with nogil:
+        for i in range(s.n_stripes):
+            if stripe_take(s, &s.stripes[i], s.limit_ns) == OK:
+                stripe_release(&s.stripes[i])
+        for cls in range(s.n_classes):
+            if class_take(s, cls, s.limit_ns) == OK:
+                class_release(s, cls)
+        if pool_take(s, s.limit_ns) == OK:
+            lock_release(&s.header.pages.lock)
+        for p in range(s.n_pages):
+            settle_page(s, p, s.limit_ns)
+            cls = s.pages[p].cls
+            if cls < s.n_classes and page_in_class(s, p, cls):
+                for k in range(s.page_chunks[cls]):
+                    settle_chunk(s, chunk_addr(s, p, cls, k), s.limit_ns)
+        for p in range(s.n_pages):                  # again: pages whose head was settled after them
+            settle_page(s, p, s.limit_ns)
+            cls = s.pages[p].cls
+            if cls < s.n_classes and page_in_class(s, p, cls) and class_take(s, cls, s.limit_ns) == OK:
+                if page_in_class(s, p, cls):        # what is FREE and on no list
+                    s.classes[cls].page_in_hand = <uint32_t>p + 1
+                    rebuild_page_locked(s, p)
+                    if s.pages[p].n_free and kind_of(s.pages[p].word) == PAGE_ACTIVE:
+                        avail_push_locked(s, &s.classes[cls], p)
+                class_release(s, cls)
+        settle_overflow(s, s.n_overflow, s.limit_ns)
+        counts[0] = counts[1] = counts[2] = counts[3] = 0
+        for p in range(s.n_pages):
+            cls = s.pages[p].cls
+            if cls < s.n_classes and page_in_class(s, p, cls):
+                for k in range(s.page_chunks[cls]):
+                    counts[kind_of(ld64(&item_at(s, chunk_addr(s, p, cls, k)).word)) & 3] += 1
+    return {KINDS[k]: counts[k] for k in range(4)}
