@@ -1099,10 +1099,13 @@ cdef class Table:
         living = []
         for i in range(s.n_rows):
             r = &s.rows[i]
-            if i == s.row_idx or (ld64(&r.gen) and prober_ready(s) and shm_ofd_lock(s.prober, True, i) == 1):
+            if self.row_alive(s, i):
                 living.append({"pid": r.pid, "row": i, "started_ms": r.started_ms, "hits": r.hits, "misses": r.misses,
                                "sets": r.sets, "deletes": r.deletes, "max_wait_ns": r.max_wait_ns})
         return living
+
+    cdef bint row_alive(self, seg_t* s, uint32_t i):
+        return i == s.row_idx or (ld64(&s.rows[i].gen) and prober_ready(s) and shm_ofd_lock(s.prober, True, i) == 1)
 
     def slab_classes(self):
         """By class: chunk_bytes, pages, live, free, reserved (in the hands of processes) chunks; and {"pages", "big_pages", "free_pages"}.
@@ -1127,8 +1130,8 @@ cdef class Table:
                 classes[cls]["free"] += s.pages[p].n_free
                 classes[cls]["live"] += s.page_chunks[cls] - s.pages[p].n_free
         for i in range(s.n_rows):
-            if ld64(&s.rows[i].gen) == 0:
-                continue
+            if not self.row_alive(s, i):
+                continue                    # what the dead had in hand is for the CLOCK hand to settle
             for cls in range(min(BATCH_CLASSES, s.n_classes)):
                 for j in range(BATCH_SLOTS):
                     if s.rows[i].batch[cls][j]:

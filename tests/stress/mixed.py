@@ -101,7 +101,7 @@ class Worker:
             cache.replace(key, make(number, 700, rng.getrandbits(60)))
         else:
             self.check(number, cache.get(key))
-            if self.count["ops"] % self.clear_every == 0:
+            if (self.count["ops"] + 1) % self.clear_every == 0:
                 cache.clear()
                 self.count["clears"] += 1
         self.count["ops"] += 1
