@@ -63,15 +63,14 @@ def check_name(name: str) -> str:
 
 def slab_classes(page_bytes: int) -> list[int]:
     """Chunk sizes: growth 1.25 at most where it matters, multiples of 16, the larger ones fitted to the page."""
-    sizes = [128]
-    nxt = 144
-    while nxt < page_bytes // 2:
-        fitted = page_bytes // (page_bytes // nxt) // 16 * 16 if nxt * 64 >= page_bytes else nxt
-        if fitted > sizes[-1]:
-            sizes.append(fitted)
-        nxt = max(nxt + 16, sizes[-1] * 5 // 4 // 16 * 16)
-    if sizes[-1] < page_bytes // 2:
-        sizes.append(page_bytes // 2)
+    sizes = [128, 144]
+    while sizes[-1] < page_bytes // 2:
+        last = sizes[-1]
+        grown = max(last + 16, last * 5 // 4 // 16 * 16)
+        if last * 64 >= page_bytes:  # few to a page: the sizes that divide it, or its end would be wasted
+            per_page = min(-(-page_bytes // grown), page_bytes // last - 1)
+            grown = page_bytes // per_page // 16 * 16
+        sizes.append(grown)
     return sizes
 
 

@@ -107,18 +107,15 @@ cdef inline void avail_remove_locked(seg_t* s, class_t* c, uint64_t p) noexcept 
         st32(&s.pages[pg.next_avail - 1].prev_avail, pg.prev_avail)
     st8(&pg.listed, 0)
 
-cdef inline void ring_insert_locked(seg_t* s, class_t* c, uint64_t p) noexcept nogil:
-    """Before the page under the hand: what is in it is young, and is to be visited last."""
+cdef inline void ring_link_locked(seg_t* s, class_t* c, uint64_t p, uint64_t at) noexcept nogil:
+    """Put page p into the ring before page `at`, which is in it; into an empty ring if c.ring is 0."""
     cdef page_t* pg = &s.pages[p]
-    cdef uint64_t at = ld64(&c.hand) >> 32
-    cdef uint32_t cls = pg.cls, before
+    cdef uint32_t before
     if c.ring == 0 or c.ring > s.n_pages:
         st32(&pg.next, <uint32_t>p + 1)
         st32(&pg.prev, <uint32_t>p + 1)
         st32(&c.ring, <uint32_t>p + 1)
     else:
-        if at == p or not page_in_class(s, at, cls) or not (0 < s.pages[at].prev <= s.n_pages):
-            at = c.ring - 1
         before = s.pages[at].prev
         if not (0 < before <= s.n_pages):
             before = <uint32_t>at + 1
@@ -127,6 +124,13 @@ cdef inline void ring_insert_locked(seg_t* s, class_t* c, uint64_t p) noexcept n
         st32(&s.pages[before - 1].next, <uint32_t>p + 1)
         st32(&s.pages[at].prev, <uint32_t>p + 1)
     st32(&c.n_pages, c.n_pages + 1)
+
+cdef inline void ring_insert_locked(seg_t* s, class_t* c, uint64_t p) noexcept nogil:
+    """Before the page under the hand: what is in it is young, and is to be visited last."""
+    cdef uint64_t at = ld64(&c.hand) >> 32
+    if at == p or not page_in_class(s, at, s.pages[p].cls):
+        at = c.ring - 1
+    ring_link_locked(s, c, p, at)
 
 cdef inline void ring_remove_locked(seg_t* s, class_t* c, uint64_t p) noexcept nogil:
     cdef page_t* pg = &s.pages[p]
@@ -170,7 +174,7 @@ cdef inline void class_repair(seg_t* s, uint32_t cls) noexcept nogil:
     st32(&c.n_pages, 0)
     for p in range(s.n_pages):
         if page_in_class(s, p, cls):
-            ring_insert_locked(s, c, p)
+            ring_link_locked(s, c, p, c.ring - 1)       # not by the hand: its page may not be in the new ring yet
             st8(&s.pages[p].listed, 0)
             if s.pages[p].n_free and kind_of(ld64(&s.pages[p].word)) == PAGE_ACTIVE:
                 avail_push_locked(s, c, p)

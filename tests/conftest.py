@@ -1,0 +1,60 @@
+"""Fixtures: segments that are verified after each test, and nothing left behind by any."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from pathlib import Path
+
+import psutil
+import pytest
+
+import shmcache
+
+counter = itertools.count()
+
+
+def objects() -> set[str]:
+    return {p.name for p in Path("/dev/shm").glob("shmcache.*")} | {p.name for p in Path("/dev/shm").glob("sem.shmcache*")}
+
+
+@pytest.fixture(autouse=True)
+def nothing_left():
+    before = objects()
+    yield
+    left = objects() - before
+    ours = {name for name in left if f"-{os.getpid()}-" in name or name.startswith(("shmcache.demo-", "shmcache.t-"))}
+    assert not ours, f"left in /dev/shm: {ours}"
+    assert not psutil.Process().children(recursive=True), "left processes"
+
+
+@pytest.fixture
+def name():
+    """A fresh segment name, unlinked afterwards if the test made it."""
+    name = f"t-{os.getpid()}-{next(counter)}"
+    yield name
+    try:
+        shmcache.unlink(name)
+    except shmcache.SegmentNotFound:
+        pass
+
+
+@pytest.fixture
+def make(name):
+    """make(size, **options) -> Cache: verified and closed after the test."""
+    made = []
+
+    def create(size="8M", **options):
+        made.append(shmcache.create(name, size, **options))
+        return made[-1]
+
+    yield create
+    for cache in made:
+        if not cache.closed:
+            assert cache.verify() == []
+            cache.close()
+
+
+@pytest.fixture
+def cache(make):
+    return make()

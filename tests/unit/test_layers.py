@@ -1,0 +1,46 @@
+"""Imports point down the module map, and what a worker pays for at its first get stays small."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import shmcache
+
+ROOT = Path(shmcache.__file__).parent
+ALLOWED = {  # module -> what of ours it may import
+    "errors": set(),
+    "codec": {"errors"},
+    "core": {"errors", "core"},
+    "segment": {"errors", "core"},
+    "cache": {"errors", "core", "segment", "codec"},
+    "__init__": {"errors", "segment", "cache"},
+}
+
+
+def imported(tree: ast.AST):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (a.name for a in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{a.name}" for a in node.names)
+
+
+def test_arrows_point_down():
+    for path in sorted(ROOT.rglob("*.py")):
+        layer = path.relative_to(ROOT).parts[0].removesuffix(".py")
+        assert layer in ALLOWED, f"{path.name}: give it a place in the map"
+        for name in imported(ast.parse(path.read_text())):
+            parts = name.split(".")
+            if parts[0] == "shmcache" and len(parts) > 1 and (ROOT / f"{parts[1]}.py").exists() | (ROOT / parts[1]).is_dir():
+                assert parts[1] in ALLOWED[layer], f"{path.name} imports {name}"
+
+
+def test_a_first_get_imports_no_heavy_module(cache):
+    cache.set("k", "v")
+    code = f"import sys, shmcache; assert shmcache.attach({cache.name!r}).get('k') == 'v'; print([m for m in ('numpy', 'msgpack', 'psutil') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
