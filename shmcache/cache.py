@@ -11,6 +11,7 @@ from datetime import timedelta
 from typing import Any
 
 from shmcache import errors, segment
+from shmcache.codec import check_codec, get_codec
 from shmcache.core import _core
 
 DEFAULT_SIZE = "256M"
@@ -26,13 +27,8 @@ class Cache(_core.Table):
         self._codec: Any = None
         self._codec_name = codec
         self._trust = trust or {}
-        if codec != "msgpack":
-            self._load_codec()  # so that a wrong name is said now
-
     def _load_codec(self) -> Any:
         if self._codec is None:
-            from shmcache.codec import get_codec
-
             self._codec = get_codec(self._codec_name)
         return self._codec
 
@@ -151,6 +147,7 @@ def create(
         lock_limit: seconds that a write waits for a lock that a living process holds, 1 by default; then StripeBusy.
     Raises: SegmentExists, SharedMemoryFull, InvalidName, InvalidConfig, SegmentForbidden.
     """
+    check_codec(codec)
     options = _options(default_ttl, max_value, stripes, max_processes, lock_limit)
     mapping = segment.create(name, segment.parse_size(size), mode=mode, group=group, **options)
     return Cache(mapping, codec)
@@ -162,6 +159,7 @@ def attach(name: str, *, codec: str = "msgpack", owner: int | str | None = None,
     Args: codec: as in create; it is this handle's. owner, group: a user or group, by id or name, whose segment is trusted.
     Raises: SegmentNotFound, SegmentForbidden, ForeignSegment, NotASegment, LayoutMismatch, SegmentTruncated, TooManyProcesses.
     """
+    check_codec(codec)
     trust = {k: v for k, v in (("owner", owner), ("group", group)) if v is not None}
     return Cache(segment.attach(name, **trust), codec, trust)
 

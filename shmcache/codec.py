@@ -39,11 +39,14 @@ class Codec(Protocol):
 
 def get_codec(name: str) -> Codec:
     """The codec of that name. Raises: InvalidConfig."""
-    if name == "msgpack":
-        return MsgpackCodec()
-    if name == "pickle":
-        return PickleCodec()
-    raise errors.InvalidConfig(f"codec is 'msgpack' or 'pickle', not {name!r}")
+    check_codec(name)
+    return MsgpackCodec() if name == "msgpack" else PickleCodec()
+
+
+def check_codec(name: str) -> None:
+    """Raises: InvalidConfig if there is no codec of that name."""
+    if name not in ("msgpack", "pickle"):
+        raise errors.InvalidConfig(f"codec is 'msgpack' or 'pickle', not {name!r}")
 
 
 def refuse(value: Any, why: str = "") -> errors.UnsupportedValue:

@@ -314,7 +314,8 @@ class Segment:
     def _array(self, dtype: Any, shape: Any, offset: int, strides: Any = None) -> np.ndarray[Any, Any]:
         import numpy as np
 
-        return np.ndarray(shape, dtype, buffer=self._buffer, offset=offset, strides=strides)
+        # frombuffer first: it holds the buffer, by which the last close() sees that a view is out; ndarray lets go of it at once
+        return np.ndarray(shape, dtype, buffer=np.frombuffer(self._buffer, "u1"), offset=offset, strides=strides)
 
     def _section(self, struct: str, count: str, section: str) -> np.ndarray[Any, Any]:
         header = self.header

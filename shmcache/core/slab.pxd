@@ -367,6 +367,13 @@ cdef inline uint64_t parked_get(seg_t* s, uint32_t cls) noexcept nogil:
             return addr
     return 0
 
+cdef inline void unpark_locked(seg_t* s, uint32_t cls) noexcept nogil:
+    """The class's lock is had at last: chunks that were freed while it was busy go to its lists."""
+    cdef uint64_t addr = parked_get(s, cls)
+    while addr:
+        chunk_push_locked(s, cls, addr)
+        addr = parked_get(s, cls)
+
 cdef inline int chunk_get(seg_t* s, uint32_t cls, uint64_t limit_ns, uint64_t* addr) noexcept nogil:
     """A free chunk, RESERVED(this process): OK, NO_ROOM, BUSY or INTR."""
     cdef int rc, i
@@ -380,6 +387,7 @@ cdef inline int chunk_get(seg_t* s, uint32_t cls, uint64_t limit_ns, uint64_t* a
     rc = class_take(s, cls, limit_ns)
     if rc != OK:
         return rc
+    unpark_locked(s, cls)
     addr[0] = chunk_pop_locked(s, cls)
     if addr[0] and batched(s, cls):
         for i in range(BATCH_SLOTS - 1):
@@ -404,6 +412,7 @@ cdef inline void chunk_free_list(seg_t* s, uint32_t cls, uint64_t addr, uint64_t
     """Free this process's chunk for everybody, not into the batch."""
     if class_take(s, cls, limit_ns) == OK:
         chunk_push_locked(s, cls, addr)
+        unpark_locked(s, cls)
         class_release(s, cls)
     else:
         chunk_park(s, addr)
