@@ -372,10 +372,10 @@ class Segment:
         Row p has a meaning only while `pages[p]` is of this class: `segment.items(c)[segment.pages["cls"] == c]` copies those (and
         any page that was of the class before; check the kind in `pages["word"]`).
         """
-        header = self.header
-        n_classes = int(header["n_classes"])
+        n_classes = int(self.header["n_classes"])
         if not 0 <= class_id < n_classes:
             raise errors.UsageError(f"class_id is 0 to {n_classes - 1}, not {class_id}")
+        header = self.header
         chunk = int(self.classes["chunk_bytes"][class_id])
         page_bytes = 1 << int(header["page_shift"])
         return self._array(

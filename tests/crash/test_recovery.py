@@ -1,0 +1,230 @@
+"""Each row of the recovery table, set up in the bytes as a dead process would have left it, and each branch of a stripe's repair."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+
+from shmcache.core import _sweep
+
+ADDR = (1 << 48) - 1
+DEAD = 77 << 16 | 100  # a generation that row 99 never had
+FREE, RESERVED, LIVE, RETIRED = range(4)
+SET, DELETE, EVICT, TOUCH = range(1, 5)
+
+
+class Place:
+    """One key's slot, item and stripe, writable."""
+
+    def __init__(self, cache, key=b"k", value=b"v"):
+        cache.set(key, value)
+        self.cache, self.key = cache, key
+        seg = cache.views(writable=True)
+        self.seg = seg
+        b, slot = map(int, np.argwhere(seg.buckets["slot"] != 0)[0])
+        self.bucket, self.slot = seg.buckets[b : b + 1], slot
+        self.stripe = seg.stripes[b & 1023 : (b & 1023) + 1]
+        self.address = int(self.bucket["slot"][0, slot]) & ADDR
+        self.item = np.ndarray((1,), seg.items(0).dtype, buffer=seg.bytes, offset=self.address * 16)
+
+    def die_holding(self, op, old, new, count_next):
+        self.stripe["count_next"] = 1 << 32 | count_next
+        self.stripe["old"] = op << 56 | old
+        self.stripe["new"] = new
+        self.stripe["word"] = DEAD
+
+    @property
+    def kind(self):
+        return int(self.item["word"][0]) >> 56
+
+    def unlink(self):
+        self.bucket["slot"][0, self.slot] = 0
+
+
+@pytest.fixture
+def place(cache):
+    p = Place(cache)
+    yield p
+    for name in list(vars(p)):
+        delattr(p, name)
+
+
+def settled(place):
+    _sweep.settle(place.cache)
+    assert place.cache.verify() == []
+
+
+def test_reserved_not_reachable_is_freed(place):
+    version = int(place.bucket["version"][0])
+    place.item["word"] = RESERVED << 56 | DEAD
+    place.unlink()
+    place.stripe["count"] = 1 << 32
+    settled(place)
+    assert place.kind == FREE
+    assert int(place.bucket["version"][0]) > version, "rule F"
+
+
+def test_reserved_reachable_is_finished(place):
+    place.item["word"] = RESERVED << 56 | DEAD
+    settled(place)
+    assert place.kind == LIVE
+    assert place.cache[b"k"] == b"v"
+
+
+def test_retired_reachable_is_undone(place):
+    place.item["word"] = RETIRED << 56 | DEAD
+    settled(place)
+    assert place.kind == LIVE
+
+
+def test_retired_not_reachable_is_freed(place):
+    place.item["word"] = RETIRED << 56 | DEAD
+    place.unlink()
+    place.stripe["count"] = 1 << 32
+    settled(place)
+    assert place.kind == FREE
+
+
+def test_live_owner_is_left_alone(place):
+    pid = os.fork()
+    if pid == 0:
+        place.cache.get(b"k")  # takes a row
+        os.kill(os.getpid(), 19)
+        os._exit(0)
+    os.waitpid(pid, os.WUNTRACED)
+    row = int(np.flatnonzero(place.seg.rows["pid"] == pid)[0])
+    token = int(place.seg.rows["gen"][row]) << 16 | row + 1
+    place.item["word"] = RETIRED << 56 | token
+    place.unlink()
+    place.stripe["count"] = 1 << 32
+    _sweep.settle(place.cache)
+    assert place.kind == RETIRED
+    os.kill(pid, 9)
+    os.waitpid(pid, 0)
+    settled(place)
+    assert place.kind == FREE
+
+
+def test_repair_undoes_a_set_that_did_not_commit(place):
+    place.item["word"] = RETIRED << 56 | DEAD
+    other = place.address + 2
+    place.die_holding(SET, place.address, other, 1)
+    assert place.cache.set(b"other", b"x") is None
+    place.cache.delete(b"k2")
+    settled(place)
+    assert place.cache[b"k"] == b"v"
+    assert place.stripe["word"][0] == place.stripe["old"][0] == place.stripe["new"][0] == 0
+
+
+def test_repair_finishes_a_set_that_did(place):
+    place.item["word"] = RESERVED << 56 | DEAD
+    place.item["cas"] = 10
+    place.stripe["count"] = 1 << 32
+    version = int(place.bucket["version"][0])
+    place.die_holding(SET, 0, place.address, 1)
+    settled(place)
+    assert place.kind == LIVE
+    assert place.stripe["seq"][0] == 10
+    assert int(place.bucket["version"][0]) > version
+    assert len(place.cache) == 1
+
+
+@pytest.mark.parametrize("op", [DELETE, EVICT])
+@pytest.mark.parametrize("committed", [False, True])
+def test_repair_of_a_removal(place, op, committed):
+    seq = int(place.stripe["seq"][0])
+    place.item["word"] = RETIRED << 56 | DEAD
+    place.die_holding(op, place.address, 0, 0)
+    if committed:
+        place.unlink()
+    settled(place)
+    assert place.cache.get(b"k") == (None if committed else b"v")
+    assert len(place.cache) == (not committed)
+    assert place.stripe["seq"][0] == seq + (op == DELETE and committed)
+
+
+def test_repair_of_a_touch_counts_the_version_up(place):
+    version = place.cache.gets(b"k")[1]
+    place.die_holding(TOUCH, place.address, 0, 1)
+    settled(place)
+    assert place.cache.gets(b"k")[1] > version
+
+
+def test_dead_class_lock_rebuilds_lists(place):
+    place.seg.classes["word"][0] = DEAD
+    page = int(np.flatnonzero(place.seg.pages["word"] >> 56 == 2)[0])
+    place.seg.classes["page_in_hand"][0] = page + 1
+    place.seg.pages["free"][page] = 0
+    place.seg.pages["n_free"][page] = 0
+    place.seg.classes["ring"][0] = place.seg.classes["avail"][0] = 0
+    settled(place)
+
+
+def test_dead_pool_locks_rebuild_lists(place):
+    for pool in ("pages", "overflow"):
+        place.seg.header[pool + "_word"] = DEAD
+        place.seg.header[pool + "_list"] = 0
+        place.seg.header[pool + "_n_free"] = 3
+    place.seg.header["big_word"] = DEAD
+    place.cache.set(b"big", bytes(200_000))
+    settled(place)
+    assert place.cache[b"big"] == bytes(200_000)
+
+
+@pytest.mark.parametrize("kind", [1, 4])
+def test_pages_of_the_dead_go_to_the_pool(place, kind):
+    seg = place.seg
+    first = int(seg.header["pages_list"]) - 1
+    seg.header["pages_list"] = seg.pages["next"][first]
+    seg.header["pages_n_free"] -= 1
+    seg.pages["word"][first] = kind << 56 | DEAD
+    seg.pages["head"][first] = place.address if kind == 4 else 0
+    settled(place)
+    assert int(seg.pages["word"][first]) >> 56 == 0
+
+
+def test_a_draining_page_of_the_dead_is_active_again(place):
+    page = int(np.flatnonzero(place.seg.pages["word"] >> 56 == 2)[0])
+    place.seg.pages["word"][page] = 3 << 56 | DEAD
+    place.seg.pages["listed"][page] = 0
+    place.seg.classes["avail"][0] = 0
+    settled(place)
+    assert int(place.seg.pages["word"][page]) >> 56 == 2
+
+
+def test_a_big_value_published_but_not_sealed(cache):
+    cache.set(b"big", bytes(200_000))
+    seg = cache.views(writable=True)
+    pages = np.flatnonzero(seg.pages["word"] >> 56 == 4)
+    seg.pages["word"][pages] = 4 << 56 | DEAD
+    _sweep.settle(cache)
+    assert cache[b"big"] == bytes(200_000)
+    assert (seg.pages["word"][pages] == 4 << 56).all()
+    del seg, pages
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_overflow_bucket_of_the_dead(place, linked):
+    seg = place.seg
+    i = int(seg.header["overflow_list"]) - 1
+    seg.header["overflow_list"] = seg.overflow["next"][i]
+    seg.header["overflow_n_free"] -= 1
+    b = int(np.flatnonzero(seg.buckets["slot"][:, place.slot])[0])
+    seg.overflow["head"][i] = b
+    seg.overflow["next"][i] = 0
+    seg.overflow["word"][i] = 1 << 56 | DEAD
+    if linked:
+        place.bucket["overflow"] = i + 1
+    settled(place)
+    assert int(seg.overflow["word"][i]) >> 56 == (2 if linked else 0)
+
+
+def test_writers_find_what_the_dead_held_without_a_supervisor(place):
+    """No settle(): an ordinary set of the key takes the stripe over, repairs, goes on."""
+    place.item["word"] = RETIRED << 56 | DEAD
+    place.die_holding(SET, place.address, 0, 1)
+    place.cache.set(b"k", b"new")
+    assert place.cache[b"k"] == b"new"
+    assert place.cache.stats()["takeovers"] == 1

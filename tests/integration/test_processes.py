@@ -1,0 +1,290 @@
+"""Between real processes and threads: sharing, fork, spawn, close, stopped owners, the stress and the storm in short."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing as mp
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+import shmcache
+from shmcache import errors
+
+
+def child(run):
+    """Fork, run, exit 0 if it returned true."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os._exit(0 if run() else 1)
+        except BaseException as e:
+            print(f"child: {e!r}", file=sys.stderr)
+            os._exit(2)
+    return pid
+
+
+def ended(pid):
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def increments(cache, n):
+    for _ in range(n):
+        cache.incr("n", 1, default=0)
+
+
+def test_counter_of_processes_and_threads_is_exact(cache):
+    def run():
+        threads = [threading.Thread(target=increments, args=(cache, 5000)) for _ in range(2)]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
+        return True
+
+    pids = [child(run) for _ in range(3)]
+    assert [ended(p) for p in pids] == [0] * 3
+    assert cache["n"] == 30_000
+
+
+def test_cas_loops_lose_nothing(cache):
+    cache["n"] = (0,)
+
+    def run():
+        for _ in range(2000):
+            while True:
+                (n,), version = cache.gets("n")
+                if cache.cas("n", (n + 1,), version):
+                    break
+        return True
+
+    pids = [child(run) for _ in range(3)]
+    assert [ended(p) for p in pids] == [0] * 3
+    assert cache["n"] == (6000,)
+
+
+def test_fork_child_takes_a_row_of_its_own(cache):
+    cache["k"] = 1
+
+    def run():
+        cache["c"] = 2
+        pids = {p["pid"] for p in cache.stats()["processes"]}
+        return cache["k"] == 1 and pids == {os.getpid(), os.getppid()}
+
+    assert ended(child(run)) == 0
+    assert cache["c"] == 2
+    assert len(cache.stats()["processes"]) == 1
+
+
+def test_child_of_a_child_after_its_parent_died(cache):
+    read, write = os.pipe()
+
+    def parent():
+        cache["p"] = 1
+
+        def grandchild():
+            while os.getppid() == mine:
+                signal.sigtimedwait([], 0.001)
+            ok = cache["p"] == 1 and len(cache.stats()["processes"]) == 2
+            os.write(write, b"y" if ok else b"n")
+            return True
+
+        mine = os.getpid()
+        child(grandchild)
+        os.kill(mine, signal.SIGKILL)
+
+    assert ended(child(parent)) == -9
+    assert os.read(read, 1) == b"y"
+    os.close(read)
+    os.close(write)
+
+
+def spawned(cache, out):
+    out.put((cache["k"], os.getpid() in {p["pid"] for p in cache.stats()["processes"]}))
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver", "fork"])
+def test_handle_goes_to_a_worker(cache, method):
+    cache["k"] = "v"
+    context = mp.get_context(method)
+    out = context.Queue()
+    p = context.Process(target=spawned, args=(cache, out))
+    p.start()
+    assert out.get(timeout=30) == ("v", True)
+    p.join()
+    out.close()
+    del out, p  # their semaphores go before the tracker of semaphores does
+    if method == "forkserver":
+        from multiprocessing import forkserver, resource_tracker
+
+        forkserver._forkserver._stop()
+        resource_tracker._resource_tracker._stop()
+    elif method == "spawn":
+        from multiprocessing import resource_tracker
+
+        resource_tracker._resource_tracker._stop()
+
+
+def test_close_waits_for_a_call_that_is_under_way(make):
+    cache = make(lock_limit=0.5)
+    cache["k"] = 1
+    seg = cache.views(writable=True)
+    holder = child(lambda: cache.get("k") and os.kill(os.getpid(), signal.SIGSTOP) is None)
+    os.waitpid(holder, os.WUNTRACED)
+    row = int(np.flatnonzero(seg.rows["pid"] == holder)[0])
+    seg.stripes["word"][:] = int(seg.rows["gen"][row]) << 16 | row + 1  # as if it had been stopped inside every stripe
+    del seg
+    raised = []
+
+    def write():
+        try:
+            cache.set("k", 2)
+        except errors.StripeBusy as e:
+            raised.append(e)
+
+    t = threading.Thread(target=write)
+    t.start()
+    other = shmcache.attach(cache.name)
+    while other.mapping.handles and other.counters()["lock_waits"] == 0 and t.is_alive():
+        signal.sigtimedwait([], 0.01)
+    cache.close()
+    t.join()
+    assert len(raised) == 1
+    other.close()
+    os.kill(holder, signal.SIGKILL)
+    ended(holder)
+
+
+def test_a_stopped_owner_is_not_robbed_and_readers_go_on(make):
+    cache = make(lock_limit=0.2, stripes=1)
+    cache["k"] = 1
+    seg = cache.views(writable=True)
+    holder = child(lambda: cache.get("k") and os.kill(os.getpid(), signal.SIGSTOP) is None)
+    os.waitpid(holder, os.WUNTRACED)
+    row = int(np.flatnonzero(seg.rows["pid"] == holder)[0])
+    token = int(seg.rows["gen"][row]) << 16 | row + 1
+    seg.stripes["word"][0] = token
+    for call in (lambda: cache.set("k", 2), lambda: cache.delete("k"), lambda: cache.incr("k"), lambda: cache.touch("k", 5)):
+        began = time.monotonic()
+        with pytest.raises(errors.StripeBusy, match="stopped"):
+            call()
+        assert time.monotonic() - began < 5
+        assert cache.get("k") == 1, "a reader needs no lock"
+    assert int(seg.stripes["stalled"][0]) == token
+    os.kill(holder, signal.SIGKILL)
+    ended(holder)
+    cache.set("k", 3)
+    assert cache["k"] == 3
+    assert cache.stats()["takeovers"] == 1
+    del seg
+
+
+def test_ctrl_c_while_waiting_leaves_nothing_in_hand(make):
+    cache = make(lock_limit=60, stripes=1)
+    cache["k"] = 1
+    seg = cache.views(writable=True)
+    holder = child(lambda: cache.get("k") and os.kill(os.getpid(), signal.SIGSTOP) is None)
+    os.waitpid(holder, os.WUNTRACED)
+    row = int(np.flatnonzero(seg.rows["pid"] == holder)[0])
+    seg.stripes["word"][0] = int(seg.rows["gen"][row]) << 16 | row + 1
+    before = cache.stats()["slab_classes"][0]
+    for call in (lambda: cache.set("k", b"x" * 50), lambda: cache.set("k", bytes(200_000)), lambda: cache.incr("k")):
+        signal.signal(signal.SIGALRM, signal.default_int_handler)
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        with pytest.raises(KeyboardInterrupt):
+            call()
+    os.kill(holder, signal.SIGKILL)
+    ended(holder)
+    assert cache["k"] == 1
+    after = cache.stats()["slab_classes"][0]
+    assert after["live"] == before["live"]
+    assert cache.stats()["big_pages"] == 0
+    del seg
+
+
+def test_readme_two_terminals(name):
+    one = "import shmcache, sys; c = shmcache.open(sys.argv[1], size='4M'); c.set('greeting', 'hello'); c.close()"
+    two = "import shmcache, sys; print(shmcache.attach(sys.argv[1]).get('greeting'))"
+    subprocess.run([sys.executable, "-c", one, name], check=True)
+    out = subprocess.run([sys.executable, "-c", two, name], check=True, capture_output=True, text=True)
+    assert out.stdout == "hello\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command",
+    [
+        "tests.stress.mixed --seed 5 --seconds 6 --size 16M --clear-every 2000",
+        "tests.crash.storm --seed 5 --seconds 9",
+        "tests.stress.churn --size 16M",
+    ],
+)
+def test_long_runs_in_short(command):
+    out = subprocess.run([sys.executable, "-m", *command.split()], capture_output=True, text=True, check=False, timeout=120)
+    assert out.returncode == 0, out.stdout + out.stderr
+
+
+def replay(*args):
+    return subprocess.run([sys.executable, "tools/replay.py", *args], capture_output=True, text=True, check=False, timeout=120)
+
+
+def test_demo_on_the_standard_library():
+    out = replay("--seconds", "1", "--procs", "2", "--size", "8M", "--json")
+    assert out.returncode == 0, out.stderr
+    report = json.loads(out.stdout)
+    assert report["wrong_values"] == 0
+    assert report["verify"] == []
+    assert 0.3 < report["hit_ratio"] < 1
+    assert report["evictions"] > 0
+
+
+def test_demo_on_a_trace(tmp_path):
+    import gzip
+
+    path = tmp_path / "trace.csv.gz"
+    with gzip.open(path, "wt") as f:
+        f.write("time_s,key,key_size,value_size,op,ttl\n")
+        f.writelines(f"0,{i * i % 997},16,{i * i % 997 % 50},get,0\n" for i in range(20_000))
+    out = replay("--trace", str(path), "--procs", "3", "--size", "4M", "--json")
+    report = json.loads(out.stdout)
+    assert (report["requests"], report["wrong_values"]) == (20_000, 0)
+    assert report["hit_ratio"] == pytest.approx(report["lru_hit_ratio"]), "all fit: both miss the first requests only"
+    assert "exact LRU" in replay("--trace", str(path), "--size", "4M").stdout
+
+
+def test_demo_says_what_is_wrong_with_its_input(tmp_path):
+    bad = tmp_path / "bad.gz"
+    bad.write_bytes(b"no gzip")
+    for args in (("--trace", str(bad)), ("--trace", str(tmp_path / "none")), ("--size", "1K", "--seconds", "1"), ("--procs", "0")):
+        out = replay(*args)
+        assert out.returncode == 2
+        assert out.stderr.startswith("demo: ")
+        assert out.stderr.count("\n") == 1
+
+
+def test_demo_cleans_up_after_ctrl_c(name):
+    p = subprocess.Popen([sys.executable, "tools/replay.py", "--seconds", "60", "--procs", "2", "--name", name], stderr=subprocess.PIPE)
+    while True:
+        try:
+            cache = shmcache.attach(name)
+            break
+        except errors.ShmcacheError:
+            assert p.poll() is None
+            signal.sigtimedwait([], 0.02)
+    while cache.counters()["sets"] == 0:
+        signal.sigtimedwait([], 0.02)
+    workers = [w["pid"] for w in cache.stats()["processes"] if w["pid"] not in (p.pid, os.getpid())]
+    cache.close()
+    p.send_signal(signal.SIGINT)
+    _, err = p.communicate(timeout=30)
+    assert p.returncode == 130, err
+    with pytest.raises(errors.SegmentNotFound):
+        shmcache.attach(name)
+    assert workers
+    assert not any(os.path.exists(f"/proc/{w}") for w in workers)
