@@ -6,13 +6,15 @@ here runs when a value is not bytes, str or int, and when a person asks for figu
 
 from __future__ import annotations
 
-import warnings
-from datetime import timedelta
-from typing import Any
-
 from shmcache import errors, segment
 from shmcache.codec import check_codec, get_codec
 from shmcache.core import _core
+from shmcache.segment import Segment
+
+TYPE_CHECKING = False  # see segment.py
+if TYPE_CHECKING:
+    from datetime import timedelta
+    from typing import Any
 
 DEFAULT_SIZE = "256M"
 
@@ -40,15 +42,15 @@ class Cache(_core.Table):
         return self._load_codec().decode(codec, payload)
 
     @property
-    def segment(self) -> segment.Segment:
+    def segment(self) -> Segment:
         """The segment's bytes as numpy views, read-only."""
         return self.views()
 
-    def views(self, writable: bool = False) -> segment.Segment:
+    def views(self, writable: bool = False) -> Segment:
         """The segment's bytes as numpy views. writable: for tests and repair; a wrong store damages the cache for everybody."""
         if self.closed:
             raise errors.CacheClosed("this handle was closed: attach or open the cache again")
-        return segment.Segment(self.mapping, writable)
+        return Segment(self.mapping, writable)
 
     def stats(self) -> dict[str, Any]:
         """Figures since the segment was created, as a dict that json takes.
@@ -106,7 +108,7 @@ def _options(
     """Those that were given, as segment.geometry takes them. Raises: InvalidConfig."""
     given: dict[str, int] = {}
     if default_ttl is not None:
-        seconds = default_ttl.total_seconds() if isinstance(default_ttl, timedelta) else default_ttl
+        seconds = default_ttl if isinstance(default_ttl, (int, float)) else getattr(default_ttl, "total_seconds", lambda: None)()
         if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds < 1e12:
             raise errors.InvalidTTL(f"default_ttl is a number of seconds above 0, or None for never, not {default_ttl!r}")
         given["default_ttl_ms"] = max(1, round(seconds * 1000))
@@ -199,6 +201,8 @@ def _warn_of_differences(cache: Cache, size_bytes: int | None, options: dict[str
         wanted["max_value_bytes"] = min(wanted["max_value_bytes"], live["max_value_most"])
     differ = [f"{k} {v:,} asked, {live[k]:,} in force" for k, v in wanted.items() if live[k] != v]
     if differ:
+        import warnings
+
         warnings.warn(
             f"the segment {cache.name!r} is live with other settings: {'; '.join(differ)}. To change them, unlink it and create it again",
             errors.ConfigMismatch,

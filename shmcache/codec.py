@@ -11,10 +11,26 @@ msgpack, numpy and pickle are imported at the first value that needs them.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from typing import Any, Protocol
 
 from shmcache import errors
+
+TYPE_CHECKING = False  # typing would be a third of what a worker's import costs
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any, Protocol
+
+    class Codec(Protocol):
+        """What Cache calls for a value that is not bytes, str or a 64-bit int."""
+
+        name: str
+
+        def encode(self, value: Any) -> tuple[int, bytes]:
+            """(codec number, payload). Raises: UnsupportedValue."""
+
+        def decode(self, number: int, payload: bytes) -> Any:
+            """The value. Raises: CodecMismatch if this codec does not read that number; DamageError."""
+
+    Unpack = Callable[[bytes], Any]
 
 # Stored in each item. Numbers are a format: never reused.
 BYTES, STR, INT, MSGPACK, PICKLE = 0, 1, 2, 3, 4
@@ -23,18 +39,6 @@ BYTES, STR, INT, MSGPACK, PICKLE = 0, 1, 2, 3, 4
 TUPLE, SET, FROZENSET, BIGINT, DATETIME, DATE, TIME, TIMEDELTA, DECIMAL, UUID_, COMPLEX, NDARRAY, NPSCALAR, ORDERED = range(1, 15)
 
 MAX_DEPTH = 100  # of containers; msgpack itself stops near 500, the interpreter's stack may stop earlier
-
-
-class Codec(Protocol):
-    """What Cache calls for a value that is not bytes, str or a 64-bit int."""
-
-    name: str
-
-    def encode(self, value: Any) -> tuple[int, bytes]:
-        """(codec number, payload). Raises: UnsupportedValue."""
-
-    def decode(self, number: int, payload: bytes) -> Any:
-        """The value. Raises: CodecMismatch if this codec does not read that number; DamageError."""
 
 
 def get_codec(name: str) -> Codec:
@@ -256,9 +260,6 @@ def dtypes_differ(dtype: Any, descr: Any) -> bool:
 
 
 # ---- unpacking ----------------------------------------------------------------------------------------------------------------
-
-Unpack = Callable[[bytes], Any]
-
 
 def _unzone(zone: Any) -> Any:
     import datetime as dt

@@ -13,16 +13,17 @@ from __future__ import annotations
 
 import errno
 import os
-import re
-from typing import TYPE_CHECKING, Any
-from weakref import WeakValueDictionary
+from _weakref import ref
 
 import posix_ipc
 
 from shmcache import errors
 from shmcache.core import _core
 
+TYPE_CHECKING = False  # typing, re and weakref would be most of what a worker's import costs
 if TYPE_CHECKING:
+    from typing import Any
+
     import numpy as np
 
 SHM_DIR = "/dev/shm"
@@ -33,20 +34,22 @@ BYTES_PER_BUCKET = 768  # of slab memory: not five of the smallest common items 
 CONFIG = b"\x80"  # an empty msgpack map: policies and watermarks will stand there
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-_mappings: WeakValueDictionary[tuple[int, int], _core.Mapping] = WeakValueDictionary()
+_mappings: dict[tuple[int, int], ref[_core.Mapping]] = {}
 
 
 def parse_size(size: int | str, what: str = "size") -> int:
     """Bytes of `4194304`, `"64M"`, `"1.5G"` or `"1GiB"`. Raises: InvalidSize."""
+    n = -1
     if isinstance(size, int) and not isinstance(size, bool):
         n = size
-    else:
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", size, re.IGNORECASE) if isinstance(size, str) else None
-        if match is None:
-            raise errors.InvalidSize(f"{what} is a number of bytes or something like '256M' or '1G', not {size!r}")
-        n = int(float(match[1]) * _UNITS[match[2].upper()])
+    elif isinstance(size, str):
+        digits = size.strip().upper().removesuffix("B").removesuffix("I")
+        unit = digits[-1:] if digits[-1:] in _UNITS else ""
+        digits = digits.removesuffix(unit).strip()
+        if digits.replace(".", "", 1).isdecimal():
+            n = int(float(digits) * _UNITS[unit]) if "." in digits else int(digits) * _UNITS[unit]
     if n < 1 or n >= 1 << 62:
-        raise errors.InvalidSize(f"{what} is a positive number of bytes, not {size!r}")
+        raise errors.InvalidSize(f"{what} is a number of bytes or something like '256M' or '1G', not {size!r}")
     return n
 
 
@@ -231,10 +234,13 @@ def _check_owner(fd: int, name: str, owner: int | str | None, group: int | str |
 
 def _map(fd: int, path: str, name: str) -> _core.Mapping:
     stat = os.fstat(fd)
-    mapping = _mappings.get((stat.st_dev, stat.st_ino))
+    known = _mappings.get((stat.st_dev, stat.st_ino))
+    mapping = known() if known is not None else None
     if mapping is None:
+        for identity in [i for i, r in _mappings.items() if r() is None]:
+            del _mappings[identity]
         mapping = _core.Mapping(fd, path, name)
-        _mappings[mapping.identity] = mapping
+        _mappings[mapping.identity] = ref(mapping)
     return mapping
 
 
@@ -315,7 +321,7 @@ class Segment:
         import numpy as np
 
         # frombuffer first: it holds the buffer, by which the last close() sees that a view is out; ndarray lets go of it at once
-        return np.ndarray(shape, dtype, buffer=np.frombuffer(self._buffer, "u1"), offset=offset, strides=strides)
+        return np.ndarray(shape, dtype, buffer=np.frombuffer(memoryview(self._buffer), "u1"), offset=offset, strides=strides)
 
     def _section(self, struct: str, count: str, section: str) -> np.ndarray[Any, Any]:
         header = self.header
@@ -388,7 +394,7 @@ def format_layout() -> str:
     lines = []
     for struct, dtype in dtypes().items():
         lines.append(f"{struct}: {dtype.itemsize} bytes")
-        fields = dtype.fields or {}
+        fields: Any = dtype.fields
         lines += [f"  {fields[n][1]:5}  {fields[n][0]!s:16}  {n}" for n in dtype.names or ()]
     return "\n".join(lines)
 

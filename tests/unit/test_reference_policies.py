@@ -20,7 +20,7 @@ def slow(keys, capacity, lru):
                 held.remove(k)
                 held.append(k)
         else:
-            held = (held + [k])[-capacity:]
+            held = [*held, k][-capacity:]
     return hits
 
 
