@@ -25,7 +25,11 @@ kb = sum(int(line.split()[1]) for line in open('/proc/self/smaps_rollup') if lin
 print(kb, (time.perf_counter_ns() - began) / 1e6)
 """
 BARE = "import time; began = time.perf_counter_ns()" + TAIL
-OURS = "import time; began = time.perf_counter_ns(); import shmcache; cache = shmcache.attach({name!r}); assert cache.get(b'k') == b'v'" + TAIL
+OURS = (
+    "import time; began = time.perf_counter_ns(); import shmcache; "
+    "cache = shmcache.attach({name!r}); assert cache.get(b'k') == b'v'"
+)
+OURS += TAIL
 
 
 def child(code: str) -> tuple[float, float]:

@@ -43,6 +43,8 @@ from shmcache.core.slab cimport (
 from shmcache.core.token cimport (
     FREE, LIVE, OK, OV_FREE, OV_LINKED, PAGE_ACTIVE, PAGE_BIG, PAGE_DRAINING, PAGE_FREE, RESERVED, dead, kind_of, token_of)
 
+import gc
+
 from shmcache import errors
 
 KINDS = ("FREE", "RESERVED", "LIVE", "RETIRED")
@@ -79,8 +81,8 @@ cdef class Verifier:
         with nogil:
             rc = stripe_take(s, st, 10 * s.limit_ns)
         self.wait(rc)
-        # Lists are built under the stripe here: verify is the one place that runs Python under a lock; it creates no object that
-        # could run a finalizer, and a stripe held for long is only held up, never robbed.
+        # verify is the one place that runs Python under a lock: it makes plain objects only, with the collector off (verify()), and
+        # a process that holds a stripe for long is only waited for, never robbed.
         try:
             b = i
             while b < s.n_buckets:
@@ -380,7 +382,13 @@ cdef class Verifier:
 
 def verify(Table table not None):
     """Hold every structure against the invariants above: a line for each violation, which begins with its number."""
-    return Verifier(table).run()
+    collecting = gc.isenabled()
+    gc.disable()        # a collection under a stripe could run a finalizer that wants that stripe
+    try:
+        return Verifier(table).run()
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def settle(Table table not None):
