@@ -3,7 +3,8 @@
     python bench/get.py [--large] [--json bench/results/get.json]
 
 22-byte keys, 100-byte values; keys drawn uniformly into a list of fresh bytes objects; one `for k in seq: f(k)` loop; peers alternated,
-medians of 7 rounds. Beside 100,000 keys: one hot key, misses, and with --large 10 million keys.
+medians of 7 rounds. Beside 100,000 keys: one hot key (fresh objects, and one object whose hash dict finds cached), misses, and with
+--large 10 million keys.
 """
 
 from __future__ import annotations
@@ -89,6 +90,8 @@ def main() -> int:
             cases[f"get/keys={n}/klen=22/vlen=100"] = measure(peers, slow, keys, args.ops, args.rounds)
             if n == args.keys:
                 cases["get/keys=1/klen=22/vlen=100"] = measure(peers, slow, keys[:1], args.ops, args.rounds)
+                same = [keys[0]] * args.ops
+                cases["get/keys=1/same object"] = summary(alternate(peers, lambda _: same, args.rounds))
                 absent = [key(i) for i in range(n, 2 * n)]
                 cases[f"miss/keys={n}/klen=22"] = measure(peers, slow, absent, args.ops, args.rounds)
         finally:

@@ -400,13 +400,37 @@ cdef inline int chunk_get(seg_t* s, uint32_t cls, uint64_t limit_ns, uint64_t* a
     class_release(s, cls)
     return OK if addr[0] else NO_ROOM
 
-cdef inline void chunk_park(seg_t* s, uint64_t addr) noexcept nogil:
+cdef inline bint park(seg_t* s, uint64_t addr) noexcept nogil:
     cdef int i
-    st64(&item_at(s, addr).word, word_of(RESERVED, s.me[0]))
     for i in range(PARKED_SLOTS):
         if cas64(&s.row.parked[i], 0, addr):
-            return
-    add64(&s.row.leaked, 1)     # 17 class locks stopped at once: it stays RESERVED until this process ends
+            return True
+    return False
+
+cdef inline void parked_flush(seg_t* s, uint64_t limit_ns) noexcept nogil:
+    """Give every parked chunk to its class, as far as the locks are to be had."""
+    cdef uint32_t index = 0
+    cdef uint64_t addr
+    cdef int i, cls
+    for i in range(PARKED_SLOTS):
+        addr = xchg64(&s.row.parked[i], 0)
+        cls = chunk_class(s, addr, &index) if addr else -1
+        if cls < 0:
+            continue
+        if class_take(s, cls, limit_ns) == OK:
+            chunk_push_locked(s, cls, addr)
+            class_release(s, cls)
+        elif not park(s, addr):
+            add64(&s.row.leaked, 1)
+
+cdef inline void chunk_park(seg_t* s, uint64_t addr) noexcept nogil:
+    """The class lock is busy: keep the chunk until it is not."""
+    st64(&item_at(s, addr).word, word_of(RESERVED, s.me[0]))
+    if park(s, addr):
+        return
+    parked_flush(s, 0)
+    if not park(s, addr):
+        add64(&s.row.leaked, 1)     # 17 class locks busy at once: it stays RESERVED until this process ends
 
 cdef inline void chunk_free_list(seg_t* s, uint32_t cls, uint64_t addr, uint64_t limit_ns) noexcept nogil:
     """Free this process's chunk for everybody, not into the batch."""
@@ -442,18 +466,12 @@ cdef inline bint recall(seg_t* s, uint64_t addr, uint32_t cls, uint64_t word) no
 
 cdef inline void give_back_all(seg_t* s) noexcept nogil:
     """Before this process leaves its row: the chunks in its hand go to their lists."""
-    cdef uint32_t cls, index = 0
-    cdef int i, got
+    cdef uint32_t cls
+    cdef int i
     cdef uint64_t addr
     for cls in range(BATCH_CLASSES):
         for i in range(BATCH_SLOTS):
             addr = xchg64(&s.row.batch[cls][i], 0)
             if addr:
                 chunk_free_list(s, cls, addr, s.limit_ns)
-    for i in range(PARKED_SLOTS):
-        addr = xchg64(&s.row.parked[i], 0)
-        if addr:
-            got = chunk_class(s, addr, &index)
-            if got >= 0 and class_take(s, got, s.limit_ns) == OK:
-                chunk_push_locked(s, got, addr)
-                class_release(s, got)
+    parked_flush(s, s.limit_ns)
