@@ -90,8 +90,8 @@ def main() -> int:
             cases[f"get/keys={n}/klen=22/vlen=100"] = measure(peers, slow, keys, args.ops, args.rounds)
             if n == args.keys:
                 cases["get/keys=1/klen=22/vlen=100"] = measure(peers, slow, keys[:1], args.ops, args.rounds)
-                same = [keys[0]] * args.ops
-                cases["get/keys=1/same object"] = summary(alternate(peers, lambda _: same, args.rounds))
+                same = keys[:1] * args.ops
+                cases["get/keys=1/same object"] = summary(alternate(peers, lambda _, same=same: same, args.rounds))
                 absent = [key(i) for i in range(n, 2 * n)]
                 cases[f"miss/keys={n}/klen=22"] = measure(peers, slow, absent, args.ops, args.rounds)
         finally:
