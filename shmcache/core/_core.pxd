@@ -22,8 +22,10 @@ cdef class Table:
     cdef seg_t* s                   # NULL: closed
     cdef readonly Mapping mapping
     cdef int in_flight              # calls of this handle that run without the GIL
+    cdef uint64_t life              # the token for which in_flight counts: a fork child starts at 0
     cdef object idle                # set by the last of them when close() waits
     cdef seg_t* ready(self) except NULL
+    cdef void enter(self, seg_t* s)
     cdef int leave(self) except -1
     cdef object read(self, object key, object default, uint64_t* version)
     cdef object take_value(self, seg_t* s, read_t* r, uint64_t* version, int* rc)

@@ -6,8 +6,11 @@ Below this file everything returns a status (token.pxd, rc_t); exceptions are bo
 - a call first does everything with the GIL held and without sleeping (limit 0); only when a lock is busy it leaves the GIL and waits
 - no Python object is touched under any lock
 - while a call runs without the GIL its handle counts it in flight, and close() waits for it
+- whatever may run other Python (a codec, a signal handler, a generator's caller) may close this handle: a method that uses `s` after
+  such a point keeps the mapping in a local, `held`; the segment is unmapped when the last such reference goes
 """
-from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_FillInfo
+cimport cython
+from cpython.buffer cimport PyBuffer_FillInfo
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_Check, PyBytes_CheckExact, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.long cimport PyLong_AsLongLongAndOverflow, PyLong_CheckExact
@@ -462,6 +465,7 @@ cdef class Mapping:
 
 # ---- table --------------------------------------------------------------------------------------------------------------------
 
+@cython.no_gc_clear             # the collector must not take the mapping from a table that is still to be deallocated
 cdef class Table:
     """Operations on one segment's table, by one handle. `shmcache.Cache` is this with codecs."""
 
@@ -479,9 +483,14 @@ cdef class Table:
         if self.s == NULL:
             raise errors.CacheClosed("this handle was closed: attach or open the cache again")
         if self.s.me[0] == 0:
-            self.in_flight = 0
             self.mapping.revive()
         return self.s
+
+    cdef void enter(self, seg_t* s):
+        if self.life != s.me[0]:            # a fork child: the calls counted so far are threads of the parent
+            self.life = s.me[0]
+            self.in_flight = 0
+        self.in_flight += 1
 
     cdef int leave(self) except -1:
         self.in_flight -= 1
@@ -509,7 +518,10 @@ cdef class Table:
             read_copy(s, r, <uint8_t*>PyBytes_AS_STRING(data))
             rc[0] = read_end(s, r)
             version[0] = r.cas
-            return data if rc[0] == OK else None
+            if rc[0] != OK:
+                return None
+            s.row.hits += 1
+            return data
         if r.value_bytes > STACK_BYTES:
             to = <uint8_t*>malloc(r.value_bytes)
             if to == NULL:
@@ -520,6 +532,7 @@ cdef class Table:
             version[0] = r.cas
             if rc[0] != OK:
                 return None
+            s.row.hits += 1                 # here, for a codec may close the handle
             if r.codec == CODEC_STR:
                 try:
                     return PyUnicode_DecodeUTF8(<char*>to, <Py_ssize_t>r.value_bytes, "surrogatepass")
@@ -557,7 +570,6 @@ cdef class Table:
             if rc == OK:
                 value = self.take_value(s, &r, version, &rc)
                 if rc == OK:
-                    s.row.hits += 1
                     return value
             s.row.retries += 1
         return self.read_locked(s, k, n, h, default, version)
@@ -568,8 +580,8 @@ cdef class Table:
         cdef uint8_t* copy = NULL
         cdef int rc
         cdef bytes data
-        cdef object value
-        self.in_flight += 1
+        cdef Mapping held = self.mapping
+        self.enter(s)
         try:
             while True:
                 with nogil:
@@ -663,8 +675,8 @@ cdef class Table:
         cdef seg_t* s
         cdef int rc
         key_view(key, &k, &n)
-        s = self.ready()
         while True:
+            s = self.ready()
             rc = read_begin(s, k, n, siphash13(k, n, s.k0, s.k1), &r)
             if rc == ABSENT:
                 return None
@@ -702,9 +714,10 @@ cdef class Table:
 
     cdef int put_view(self, seg_t* s, put_t* op) except -100:
         """Put what op points at: OK, EXISTS, ABSENT or MISMATCH."""
+        cdef Mapping held = self.mapping
         cdef int rc = put(s, op, 0)
         if rc == BUSY or rc == NO_ROOM:
-            self.in_flight += 1
+            self.enter(s)
             try:
                 while True:
                     with nogil:
@@ -730,6 +743,7 @@ cdef class Table:
         cdef uint64_t ttl_ms = 0
         cdef seg_t* s = self.ready()
         cdef object holder
+        cdef Mapping held
         cdef int rc
         op.chunk = 0
         op.when = when
@@ -746,6 +760,7 @@ cdef class Table:
                 f"the encoded value has {op.value_bytes:,} bytes, this segment takes {s.max_value_bytes:,}: split it, or create the "
                 "segment larger or with a larger max_value")
         s = self.ready()                    # an encoder is Python: it may have closed this handle, or forked
+        held = self.mapping
         op.hash = siphash13(op.key, op.key_bytes, s.k0, s.k1)
         rc = self.put_view(s, &op)
         if rc == OK:
@@ -807,6 +822,7 @@ cdef class Table:
         cdef put_t op
         cdef uint64_t ttl_ms = 0
         cdef seg_t* s = self.ready()
+        cdef Mapping held = self.mapping
         op.chunk = 0
         op.when = ALWAYS
         op.version = 0
@@ -831,9 +847,10 @@ cdef class Table:
 
     cdef int remove_view(self, seg_t* s, const uint8_t* key, size_t n, uint64_t h, uint64_t version,
                          bint only_expired) except -100:
+        cdef Mapping held = self.mapping
         cdef int rc = remove(s, key, n, h, version, only_expired, 0)
         if rc == BUSY:
-            self.in_flight += 1
+            self.enter(s)
             try:
                 while True:
                     with nogil:
@@ -901,6 +918,7 @@ cdef class Table:
         cdef int overflow = 0
         cdef int rc
         cdef seg_t* s
+        cdef Mapping held
         if not isinstance(n, int) or not (default is None or isinstance(default, int)):
             raise errors.NotANumber("incr and decr take an int to add, and an int or None as default")
         by = PyLong_AsLongLongAndOverflow(n, &overflow)
@@ -911,10 +929,11 @@ cdef class Table:
         key_view(key, &k, &size)
         while True:
             s = self.ready()
+            held = self.mapping
             h = siphash13(k, size, s.k0, s.k1)
             rc = add_to(s, k, size, h, by, &out, 0)
             if rc == BUSY:
-                self.in_flight += 1
+                self.enter(s)
                 try:
                     with nogil:
                         rc = add_to(s, k, size, h, by, &out, s.limit_ns)
@@ -952,12 +971,14 @@ cdef class Table:
         cdef uint64_t h
         cdef int rc
         cdef seg_t* s
+        cdef Mapping held
         key_view(key, &k, &n)
         s = self.ready()
+        held = self.mapping
         h = siphash13(k, n, s.k0, s.k1)
         rc = set_expiry(s, k, n, h, expiry_ms, 0)
         while rc == BUSY or rc == INTR:
-            self.in_flight += 1
+            self.enter(s)
             try:
                 with nogil:
                     rc = set_expiry(s, k, n, h, expiry_ms, s.limit_ns)
@@ -1021,6 +1042,7 @@ cdef class Table:
     def keys_between(self, uint64_t first, uint64_t end):
         """The keys of a range of buckets; those of one bucket are of one instant."""
         cdef seg_t* s = self.ready()
+        cdef Mapping held = self.mapping
         cdef uint32_t room = 65536, used = 0, at
         cdef uint8_t* buffer = <uint8_t*>malloc(room)
         cdef uint8_t* larger
@@ -1029,7 +1051,7 @@ cdef class Table:
         cdef int rc
         if buffer == NULL:
             raise MemoryError
-        self.in_flight += 1
+        self.enter(s)
         try:
             while b < min(end, s.n_buckets):
                 rc = next_keys(s, b, buffer, room, &used, 0)
@@ -1165,8 +1187,8 @@ cdef class Table:
             return
         if self.mapping.handles == 1 and self.mapping.exports:
             raise errors.ViewsInUse(f"{self.mapping.exports} numpy view(s) of {self.name!r} are still in use: delete them, then close")
-        if self.s.me[0] == 0:
-            self.in_flight = 0              # a fork child: those threads are the parent's
+        if self.life != self.s.me[0]:
+            self.in_flight = 0
         self.s = NULL
         if self.in_flight:
             import threading

@@ -27,7 +27,7 @@ Invariants, by the numbers that verify() reports. They hold for whoever holds th
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 
-from shmcache.core._core cimport Table
+from shmcache.core._core cimport Mapping, Table
 from shmcache.core.atomics cimport ld32, ld64
 from shmcache.core.big cimport big_lists, big_shape, big_t
 from shmcache.core.bucket cimport (
@@ -52,13 +52,13 @@ MOST = 1000         # violations listed; more would not help anybody
 
 
 cdef class Verifier:
-    cdef Table table
+    cdef Mapping mapping            # another thread may close the handle meanwhile
     cdef seg_t* s
     cdef list found
 
     def __init__(self, Table table not None):
-        self.table = table
         self.s = table.ready()
+        self.mapping = table.mapping
         self.found = []
 
     cdef void say(self, text):
@@ -395,9 +395,9 @@ def settle(Table table not None):
     """Put everything in order that the dead left, at once, as hands would in time. Returns: {kind of chunk word: how many, of the
     pages that are cut}, to see that every chunk is accounted for."""
     cdef seg_t* s = table.ready()
+    cdef Mapping held = table.mapping
     cdef uint64_t p, i
     cdef uint32_t cls, k
-    cdef int rc
     cdef uint64_t counts[4]
     with nogil:
         for i in range(s.n_stripes):

@@ -288,3 +288,58 @@ def test_demo_cleans_up_after_ctrl_c(name):
         shmcache.attach(name)
     assert workers
     assert not any(os.path.exists(f"/proc/{w}") for w in workers)
+
+
+def test_close_in_another_thread_crashes_nobody(make):
+    """A codec runs Python in the middle of a read and a write: the segment must stay mapped under it."""
+    code = """
+import os, threading, shmcache, sys
+name = sys.argv[1]
+class Closer:
+    def __reduce__(self):
+        return (close, ())
+def close():
+    cache.close()
+    return 1
+for call in (lambda: cache.get('k'), lambda: cache.pop('k'), lambda: cache.get_many(['k', 'k']), lambda: cache.set('k', Encloser())):
+    cache = shmcache.attach(name, codec='pickle')
+    class Encloser:
+        def __reduce__(self):
+            cache.close()
+            return (int, ())
+    cache.set('k', Closer())
+    try:
+        call()
+    except shmcache.UsageError as e:
+        assert 'closed' in str(e), e
+print('alive')
+"""
+    cache = make()
+    out = subprocess.run([sys.executable, "-c", code, cache.name], capture_output=True, text=True, check=False)
+    assert out.stdout == "alive\n", (out.returncode, out.stderr)
+
+
+def test_close_while_threads_work(name, make):
+    make()
+    for _ in range(20):
+        cache = shmcache.attach(name)
+        started = threading.Barrier(4)
+
+        def work(cache=cache, started=started):
+            started.wait()
+            try:
+                while True:
+                    cache.set("k", (1, 2))
+                    cache.get("k")
+                    cache.incr("n", default=0)
+            except errors.CacheClosed:
+                pass
+
+        threads = [threading.Thread(target=work) for _ in range(3)]
+        for t in threads:
+            t.start()
+        started.wait()
+        cache.close()
+        for t in threads:
+            t.join(30)
+            assert not t.is_alive()
