@@ -141,7 +141,7 @@ def layout():
             ("lock_waits", <size_t>&r.lock_waits, "<u8", 1), ("takeovers", <size_t>&r.takeovers, "<u8", 1),
             ("settled", <size_t>&r.settled, "<u8", 1), ("pages_moved", <size_t>&r.pages_moved, "<u8", 1),
             ("stalls", <size_t>&r.stalls, "<u8", 1), ("max_wait_ns", <size_t>&r.max_wait_ns, "<u8", 1),
-            ("leaked", <size_t>&r.leaked, "<u8", 1), ("hazard", <size_t>&r.hazard, "<u8", 8),
+            ("unlisted", <size_t>&r.unlisted, "<u8", 1), ("hazard", <size_t>&r.hazard, "<u8", 8),
             ("parked", <size_t>&r.parked, "<u8", PARKED_SLOTS),
             ("batch", <size_t>&r.batch, "<u8", (BATCH_CLASSES, BATCH_SLOTS))]),
         "stripe": (sizeof(stripe_t), [
@@ -1099,7 +1099,7 @@ cdef class Table:
         cdef row_t* r
         total = dict.fromkeys(
             ("hits", "misses", "sets", "deletes", "expirations", "evictions", "inline_evictions", "chain_evictions", "retries",
-             "lock_waits", "takeovers", "settled", "pages_moved", "stalls", "leaked", "max_wait_ns"), 0)
+             "lock_waits", "takeovers", "settled", "pages_moved", "stalls", "unlisted", "max_wait_ns"), 0)
         for i in range(s.n_rows):
             r = &s.rows[i]
             if ld64(&r.gen) == 0:
@@ -1109,7 +1109,7 @@ cdef class Table:
             total["inline_evictions"] += r.inline_evictions; total["chain_evictions"] += r.chain_evictions
             total["retries"] += r.retries; total["lock_waits"] += r.lock_waits; total["takeovers"] += r.takeovers
             total["settled"] += r.settled; total["pages_moved"] += r.pages_moved; total["stalls"] += r.stalls
-            total["leaked"] += r.leaked
+            total["unlisted"] += r.unlisted
             total["max_wait_ns"] = max(total["max_wait_ns"], r.max_wait_ns)
         return total
 

@@ -27,7 +27,7 @@ from shmcache.core.layout cimport FLAG_BIG, class_t, item_t, page_t, seg_t, stri
 from shmcache.core.settle cimport settle_chunk, settle_overflow, settle_pages
 from shmcache.core.slab cimport avail_push_locked, avail_remove_locked, chunk_addr, chunk_free_list, chunk_get, \
     chunk_push_locked, class_release, class_take, cut_page, item_at, page_from_pool, page_in_class, page_of, publish_page, \
-    recall, refs_of, ring_remove_locked
+    recall, refs_of, relist_page, ring_remove_locked
 from shmcache.core.token cimport BUSY, FREE, INTR, LIVE, NO_ROOM, OK, PAGE_ACTIVE, PAGE_CUTTING, PAGE_DRAINING, RESERVED, \
     RETIRED, kind_of, mono_ns, token_of, word_of
 
@@ -120,7 +120,9 @@ cdef inline int evict_one(seg_t* s, uint32_t cls, uint64_t limit_ns, uint64_t* o
                     lowest = addr
             if n_live >= HAND_STEPS:
                 break
-        elif kind_of(w) != FREE and token_of(w) != s.me[0]:
+        elif kind_of(w) == FREE:
+            relist_page(s, page_of(s, addr), cls)
+        elif token_of(w) != s.me[0]:
             settle_chunk(s, addr, limit_ns)
     if lowest and evict_chunk(s, lowest, limit_ns) == OK:
         out[0] = lowest

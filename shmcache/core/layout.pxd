@@ -141,7 +141,7 @@ ctypedef struct row_t:      # 1,024 bytes. Writer: the process that holds the ro
     uint64_t pages_moved    # pages drained for another class or a big value
     uint64_t stalls         # locks given up on after the limit
     uint64_t max_wait_ns    # the longest wait for a lock
-    uint64_t leaked         # chunks that found no place when given back; this process's death frees them
+    uint64_t unlisted       # chunks freed while no list was to be had: FREE, listed again when a hand passes
     uint64_t counters[8]
     uint64_t hazard[8]      # HAZARDS: addresses that this process reads in place (pinned values)
     uint64_t parked[16]     # PARKED_SLOTS: chunks of any class whose class lock was busy when they were freed

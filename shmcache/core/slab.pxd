@@ -386,7 +386,8 @@ cdef inline int chunk_get(seg_t* s, uint32_t cls, uint64_t limit_ns, uint64_t* a
         return OK if addr[0] else NO_ROOM
     rc = class_take(s, cls, limit_ns)
     if rc != OK:
-        return rc
+        addr[0] = parked_get(s, cls)        # what was freed while the lock was busy serves while it is busy
+        return OK if addr[0] else rc
     unpark_locked(s, cls)
     addr[0] = chunk_pop_locked(s, cls)
     if addr[0] and batched(s, cls):
@@ -407,6 +408,27 @@ cdef inline bint park(seg_t* s, uint64_t addr) noexcept nogil:
             return True
     return False
 
+cdef inline void chunk_unlist(seg_t* s, uint64_t addr) noexcept nogil:
+    """No place is left for a chunk of this process's: FREE, on no list, until a hand passes (relist_page).
+
+    The one store of FREE without the class lock. It is this process's last touch of the chunk; whoever holds that lock sees the
+    chunk either RESERVED by a living process, which he leaves, or FREE, which he may list: only lists, and nobody else, give
+    it away.
+    """
+    st64(&item_at(s, addr).word, word_of(FREE, 0))
+    add64(&s.row.unlisted, 1)
+
+cdef inline void relist_page(seg_t* s, uint64_t p, uint32_t cls) noexcept nogil:
+    """A hand met a FREE chunk where the class has none to give: list what is FREE in its page, if the lock is to be had."""
+    if ld32(&s.classes[cls].avail) or class_take(s, cls, 0) != OK:
+        return
+    if page_in_class(s, p, cls) and kind_of(ld64(&s.pages[p].word)) == PAGE_ACTIVE:
+        st32(&s.classes[cls].page_in_hand, <uint32_t>p + 1)
+        rebuild_page_locked(s, p)
+        if s.pages[p].n_free:
+            avail_push_locked(s, &s.classes[cls], p)
+    class_release(s, cls)
+
 cdef inline void parked_flush(seg_t* s, uint64_t limit_ns) noexcept nogil:
     """Give every parked chunk to its class, as far as the locks are to be had."""
     cdef uint32_t index = 0
@@ -421,7 +443,7 @@ cdef inline void parked_flush(seg_t* s, uint64_t limit_ns) noexcept nogil:
             chunk_push_locked(s, cls, addr)
             class_release(s, cls)
         elif not park(s, addr):
-            add64(&s.row.leaked, 1)
+            chunk_unlist(s, addr)
 
 cdef inline void chunk_park(seg_t* s, uint64_t addr) noexcept nogil:
     """The class lock is busy: keep the chunk until it is not."""
@@ -430,7 +452,7 @@ cdef inline void chunk_park(seg_t* s, uint64_t addr) noexcept nogil:
         return
     parked_flush(s, 0)
     if not park(s, addr):
-        add64(&s.row.leaked, 1)     # 17 class locks busy at once: it stays RESERVED until this process ends
+        chunk_unlist(s, addr)
 
 cdef inline void chunk_free_list(seg_t* s, uint32_t cls, uint64_t addr, uint64_t limit_ns) noexcept nogil:
     """Free this process's chunk for everybody, not into the batch."""

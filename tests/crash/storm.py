@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
             "chunks": chunks,
             "in_hand_of_the_living": in_hand,
             "items": len(cache),
-            **{k: stats[k] for k in ("takeovers", "settled", "evictions", "lock_waits", "stalls", "leaked", "pages_moved")},
+            **{k: stats[k] for k in ("takeovers", "settled", "evictions", "lock_waits", "stalls", "unlisted", "pages_moved")},
             "max_lock_wait_ms": stats["max_wait_ns"] / 1e6,
             "attaches": int(cache.segment.rows["gen"].sum()),
         }

@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         stats = cache.stats()
     for phase in report:
         print(json.dumps(phase))
-    print(json.dumps({k: stats[k] for k in ("evictions", "chain_evictions", "pages_moved", "leaked")}))
+    print(json.dumps({k: stats[k] for k in ("evictions", "chain_evictions", "pages_moved", "unlisted")}))
     return 0 if all(p["live"] >= 0.75 and p["last_hits"] == p["last"] and not p["violations"] for p in report) else 1
 
 

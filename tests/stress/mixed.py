@@ -171,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
             "longest_ms": max(r["longest_ms"] for r in results),
             "exit_codes": codes,
             "verify": violations,
-            **{k: stats[k] for k in ("evictions", "chain_evictions", "expirations", "retries", "lock_waits", "pages_moved", "leaked")},
+            **{k: stats[k] for k in ("evictions", "chain_evictions", "expirations", "retries", "lock_waits", "pages_moved", "unlisted")},
         }
         print(json.dumps(report, indent=1))
         good = not violations and not total["wrong"] and not total["errors"] and not any(codes) and min(r["hits"] for r in results)

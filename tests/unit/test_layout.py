@@ -22,7 +22,7 @@ OFFSETS = {
     "overflow_list 552 overflow_n_free 560 overflow_cursor 568 big_word 632 big_stalled 640 big_list 680 big_n_free 688 "
     "big_cursor 696 config 760",
     "row": "gen 0 pid 8 started_ms 16 hits 64 misses 72 sets 80 deletes 88 expired 96 evictions 104 inline_evictions 112 "
-    "chain_evictions 120 retries 128 lock_waits 136 takeovers 144 settled 152 pages_moved 160 stalls 168 max_wait_ns 176 leaked 184 "
+    "chain_evictions 120 retries 128 lock_waits 136 takeovers 144 settled 152 pages_moved 160 stalls 168 max_wait_ns 176 unlisted 184 "
     "hazard 256 parked 320 batch 448",
     "stripe": "word 0 stalled 8 seq 48 old 56 new 64 count 72 count_next 80",
     "class": "word 0 stalled 8 chunk_bytes 48 page_in_hand 52 ring 56 avail 60 hand 64 n_pages 72",
