@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import time
 
 import numpy as np
 import pytest
@@ -228,3 +230,37 @@ def test_writers_find_what_the_dead_held_without_a_supervisor(place):
     place.cache.set(b"k", b"new")
     assert place.cache[b"k"] == b"new"
     assert place.cache.stats()["takeovers"] == 1
+
+
+def test_chunks_freed_while_no_list_is_to_be_had_come_back(make):
+    """A living process holds the class's lock: 16 freed chunks are parked, the rest are FREE on no list till a hand passes."""
+    cache = make("8M", lock_limit=0.01)
+    value = bytes(3000)  # of a class without batches
+    n = 0
+    while cache.counters()["evictions"] == 0:
+        cache.set(b"%d" % n, value)
+        n += 1
+    full = len(cache)
+    seg = cache.views(writable=True)
+    cls = next(i for i, c in enumerate(cache.stats()["slab_classes"]) if c["live"])
+    holder = os.fork()
+    if holder == 0:
+        cache.get(b"x")  # takes a row of its own
+        signal.pause()
+    try:
+        deadline = time.monotonic() + 30
+        while holder not in {p["pid"] for p in cache.processes()}:
+            assert time.monotonic() < deadline
+        row = next(p["row"] for p in cache.processes() if p["pid"] == holder)
+        seg.classes["word"][cls] = int(seg.rows["gen"][row]) << 16 | row + 1
+        for k in list(cache.scan())[:20]:
+            assert cache.delete(k)
+        seg.classes["word"][cls] = 0
+        assert cache.counters()["unlisted"] == 4
+        for i in range(3 * full):
+            cache.set(b"again %d" % i, value)
+        assert len(cache) == full
+    finally:
+        os.kill(holder, signal.SIGKILL)
+        os.waitpid(holder, 0)
+        del seg
