@@ -7,6 +7,8 @@
 
 The files, in reading order (arrows point down only; tests/unit/test_layers.py holds it):
 
+    cli.py        shmcache, shmcache-admin                           -> everything below
+    supervisor/   eviction ahead of demand, expiry, settling         -> cache, core
     cache.py      Cache, create, attach, open                        -> codec, segment, core
     codec.py      values that are not bytes, str or int              -> errors
     segment.py    the shared memory object, geometry, numpy views    -> core
@@ -32,6 +34,18 @@ from shmcache.errors import (
 )
 from shmcache.segment import unlink
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import subprocess
+
+
+def supervise(name: str) -> "subprocess.Popen[bytes]":
+    """Start a supervisor for a live segment, as a child that ends when this process does (supervisor/start.py)."""
+    from shmcache.supervisor import start
+
+    return start.supervise(name)
+
+
 __all__ = [
     "Cache",
     "CapacityError",
@@ -44,6 +58,7 @@ __all__ = [
     "attach",
     "create",
     "open",
+    "supervise",
     "unlink",
 ]
 __version__ = "0.1.0"

@@ -75,7 +75,7 @@ class Cache(_core.Table):
             "big_pages": pages["big_pages"],
             "processes": self.processes(),
             "slab_classes": classes,
-            "supervisor": {"pid": None, "alive": False},
+            "supervisor": self.supervisor(),
         }
 
     def verify(self) -> list[str]:

@@ -110,6 +110,10 @@ class NoRoom(CapacityError):
     """Nothing could be evicted for this value just now. Try again, or create a larger segment."""
 
 
+class SupervisorRunning(UsageError):
+    """The segment has a supervisor already; there is exactly one. End that one first."""
+
+
 class LivenessUnknown(CapacityError):
     """The kernel does not keep open-file-description locks on this file system, so the dead could not be told."""
 

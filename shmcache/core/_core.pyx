@@ -27,15 +27,15 @@ from shmcache.core.clock cimport now_ms
 from shmcache.core.layout cimport (
     BATCH_CLASSES, BATCH_SLOTS, CONFIG_BYTES, LAYOUT_VERSION, MAX_CLASSES, MAX_KEY, MAX_ROWS, MIN_CHUNK, PARKED_SLOTS,
     bucket_t, class_t, header_t, item_t, lock_t, overflow_t, page_t, pool_t, row_t, seg_t, sem_t, stripe_t)
-from shmcache.core.lock cimport lock_init
+from shmcache.core.lock cimport lock_init, sem_init
 from shmcache.core.siphash cimport siphash, siphash13
 from shmcache.core.slab cimport chunk_class, give_back_all
 from shmcache.core.table cimport (
     ALWAYS, IF_ABSENT, IF_PRESENT, IF_VERSION, RESTARTS, add_to, clear_all, count_items, give_up, next_keys, put, put_t,
     read_begin, read_copy, read_end, read_t, remove, set_expiry)
 from shmcache.core.token cimport (
-    ABSENT, AGAIN, BUSY, EXISTS, INTR, MISMATCH, NO_OFD, NO_ROOM, NO_ROW, NOT_INT, OK, OS_ERROR, OVERFLOW, close, getpid,
-    munmap, prober_ready, shm_ofd_lock, shm_reopen, shm_wiped_page, take_row, wall_ms)
+    ABSENT, AGAIN, BUSY, EXISTS, INTR, MISMATCH, NO_OFD, NO_ROOM, NO_ROW, NOT_INT, OK, OS_ERROR, OVERFLOW, SUPERVISOR_BYTE,
+    close, getpid, mono_ns, munmap, prober_ready, row_of, shm_ofd_lock, shm_reopen, shm_wiped_page, take_row, wall_ms)
 
 from shmcache import errors
 
@@ -128,7 +128,8 @@ def layout():
             ("default_ttl_ms", <size_t>&h.default_ttl_ms, "<u8", 1), ("lock_limit_ms", <size_t>&h.lock_limit_ms, "<u4", 1),
             ("config_bytes", <size_t>&h.config_bytes, "<u4", 1), ("epoch", <size_t>&h.epoch, "<u4", 1),
             ("clock_shift_ms", <size_t>&h.clock_shift_ms, "<i8", 1), ("tick", <size_t>&h.tick, "<u8", 1),
-            ("supervisor", <size_t>&h.supervisor, "<u8", 1),
+            ("supervisor", <size_t>&h.supervisor, "<u8", 1), ("heartbeat_ms", <size_t>&h.heartbeat_ms, "<u8", 1),
+            ("asleep", <size_t>&h.asleep, "<u4", 1),
             *pool("pages", <size_t>&h.pages), *pool("overflow", <size_t>&h.overflow), *pool("big", <size_t>&h.big),
             ("config", <size_t>&h.config, "u1", CONFIG_BYTES)]),
         "row": (sizeof(row_t), [
@@ -152,7 +153,7 @@ def layout():
             ("word", <size_t>&c.lock.word, "<u8", 1), ("stalled", <size_t>&c.lock.stalled, "<u8", 1),
             ("chunk_bytes", <size_t>&c.chunk_bytes, "<u4", 1), ("page_in_hand", <size_t>&c.page_in_hand, "<u4", 1),
             ("ring", <size_t>&c.ring, "<u4", 1), ("avail", <size_t>&c.avail, "<u4", 1),
-            ("hand", <size_t>&c.hand, "<u8", 1), ("n_pages", <size_t>&c.n_pages, "<u4", 1)]),
+            ("hand", <size_t>&c.hand, "<u8", 1), ("n_pages", <size_t>&c.n_pages, "<u4", 1), ("n_free", <size_t>&c.n_free, "<u4", 1)]),
         "page": (sizeof(page_t), [
             ("word", <size_t>&p.word, "<u8", 1), ("head", <size_t>&p.head, "<u8", 1), ("stamp", <size_t>&p.stamp, "<u8", 1),
             ("next", <size_t>&p.next, "<u4", 1), ("prev", <size_t>&p.prev, "<u4", 1),
@@ -207,6 +208,7 @@ def format_segment(int fd, dict g, list chunk_bytes, bytes boot_id, bytes hash_k
         h.max_value_bytes = g["max_value_bytes"]; h.default_ttl_ms = g["default_ttl_ms"]; h.lock_limit_ms = g["lock_limit_ms"]
         h.epoch = 1
         h.tick = 1
+        sem_init(&h.doorbell, 1, 0)
         lock_init(&h.pages.lock); lock_init(&h.overflow.lock); lock_init(&h.big.lock)
         stripes = <stripe_t*>(base + h.stripes_off)
         for i in range(h.n_stripes):
@@ -1128,6 +1130,18 @@ cdef class Table:
 
     cdef bint row_alive(self, seg_t* s, uint32_t i):
         return i == s.row_idx or (ld64(&s.rows[i].gen) and prober_ready(s) and shm_ofd_lock(s.prober, True, i) == 1)
+
+    def supervisor(self):
+        """{"pid", "alive", "heartbeat_age_s"}: of the supervisor; pid None: none was ever started, or it left in good order."""
+        cdef seg_t* s = self.ready()
+        cdef uint64_t token = ld64(&s.header.supervisor)
+        cdef uint32_t r = row_of(token)
+        cdef bint alive
+        if token == 0 or r >= s.n_rows:
+            return {"pid": None, "alive": False, "heartbeat_age_s": None}
+        alive = ld64(&s.rows[r].gen) == token >> 16 and prober_ready(s) and shm_ofd_lock(s.prober, True, SUPERVISOR_BYTE) == 1
+        return {"pid": s.rows[r].pid, "alive": alive,
+                "heartbeat_age_s": max(0, <int64_t>(mono_ns() // 1000000 - ld64(&s.header.heartbeat_ms))) / 1000.0}
 
     def slab_classes(self):
         """By class: chunk_bytes, pages, live, free, reserved (in the hands of processes) chunks; and {"pages", "big_pages", "free_pages"}.

@@ -1,5 +1,5 @@
 # cython: binding=False, embedsignature=True, cdivision=True
-"""The whole table at once: verify, and the settling of what the dead left.
+"""The whole table at once: verify, the settling of what the dead left, and what the supervisor does ahead of the writers.
 
 Invariants, by the numbers that verify() reports. They hold for whoever holds the lock named:
 
@@ -13,7 +13,7 @@ Invariants, by the numbers that verify() reports. They hold for whoever holds th
     I8   the item's version is 1 to the stripe's seq                                                     (stripe)
     I9   a LIVE chunk is named by a slot of its bucket                                                   (stripe)
     I10  a page's free list holds FREE chunks of the page, each once, n_free of them                     (class)
-    I11  the class's ring holds its pages, each once, n_pages of them; the avail list those with a free chunk  (class)
+    I11  the class's ring holds its pages, each once, n_pages of them; the avail list those with a free chunk; n_free sums  (class)
     I12  the page pool's list holds FREE pages, each once, n_free of them                                (page pool)
     I13  a big item's pages are BIG and name it as their head                                            (stripe)
     I14  a page BIG(nobody) is listed by its reachable head                                              (stripe)
@@ -24,24 +24,28 @@ Invariants, by the numbers that verify() reports. They hold for whoever holds th
     I19  a chunk in the hand of a living process is RESERVED by it                                       (none; looked at twice)
     I20  the header still says what it said when this process attached                                   (none)
 """
+from cpython.exc cimport PyErr_CheckSignals
+from libc.errno cimport errno
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 
 from shmcache.core._core cimport Mapping, Table
-from shmcache.core.atomics cimport ld32, ld64
+from shmcache.core.atomics cimport ld32, ld64, st8r, st32, st64
 from shmcache.core.big cimport big_lists, big_shape, big_t
 from shmcache.core.bucket cimport (
-    ADDR_MASK, bucket_of, chain_first, chain_next, chain_t, overflow_take, slot_naming, stripe_of, stripe_release, stripe_take)
+    ADDR_MASK, bucket_of, bump, chain_first, chain_next, chain_t, overflow_take, slot_naming, stripe_of, stripe_release, stripe_take)
 from shmcache.core.layout cimport (
-    BATCH_CLASSES, BATCH_SLOTS, FLAG_BIG, MAX_REFS, OV_SLOTS, PARKED_SLOTS, class_t, item_t, overflow_t, page_t, seg_t, stripe_t)
-from shmcache.core.lock cimport lock_release
-from shmcache.core.settle cimport settle_chunk, settle_overflow, settle_page
+    BATCH_CLASSES, BATCH_SLOTS, FLAG_BIG, MAX_KEY, MAX_REFS, OV_SLOTS, REFS_SHIFT, PARKED_SLOTS, class_t, item_t, overflow_t, page_t, seg_t, stripe_t)
+from shmcache.core.clock cimport evict_chunk, evict_one, give_page, stale, take_page
+from shmcache.core.lock cimport lock_release, shm_sleep
+from shmcache.core.settle cimport settle_chunk, settle_overflow, settle_page, settle_pages
 from shmcache.core.siphash cimport siphash13
 from shmcache.core.slab cimport (
-    chunk_addr, chunk_class, class_release, class_take, in_slab, item_at, page_in_class, page_room, pool_take, rebuild_page_locked,
+    chunk_addr, chunk_class, chunk_free_list, chunk_push_locked, class_release, class_repair, class_take, in_slab, item_at, page_in_class, page_room, pool_repair, pool_take, rebuild_page_locked,
     refs_of, value_offset, avail_push_locked)
 from shmcache.core.token cimport (
-    FREE, LIVE, OK, OV_FREE, OV_LINKED, PAGE_ACTIVE, PAGE_BIG, PAGE_DRAINING, PAGE_FREE, RESERVED, dead, kind_of, token_of)
+    FREE, LIVE, OK, OV_FREE, OV_LINKED, PAGE_ACTIVE, PAGE_BIG, PAGE_DRAINING, PAGE_FREE, RESERVED, RETIRED,
+    SUPERVISOR_BYTE, close, dead, kind_of, mono_ns, munmap, prober_ready, shm_keep_description, shm_ofd_lock, shm_reopen, token_of, word_of)
 
 import gc
 
@@ -232,7 +236,7 @@ cdef class Verifier:
     cdef int slab_class(self, uint32_t cls) except -1:
         cdef seg_t* s = self.s
         cdef class_t* c = &s.classes[cls]
-        cdef uint64_t p, n = 0
+        cdef uint64_t p, n_free = 0
         cdef uint32_t at
         cdef int rc
         with nogil:
@@ -263,7 +267,10 @@ cdef class Verifier:
                 if kind_of(s.pages[p].word) == PAGE_ACTIVE and (s.pages[p].n_free != 0) != (p + 1 in avail):
                     self.say(f"I11 class {cls}: page {p} with {s.pages[p].n_free} free chunks is {'' if p + 1 in avail else 'not '}on "
                              "its avail list")
+                n_free += s.pages[p].n_free
                 self.free_list(p, cls)
+            if c.n_free != n_free:
+                self.say(f"I11 class {cls}: counts {c.n_free} free chunks, its pages {n_free}")
         finally:
             class_release(s, cls)
         return 0
@@ -432,3 +439,245 @@ def settle(Table table not None):
                 for k in range(s.page_chunks[cls]):
                     counts[kind_of(ld64(&item_at(s, chunk_addr(s, p, cls, k)).word)) & 3] += 1
     return {KINDS[k]: counts[k] for k in range(4)}
+
+
+# ---- the supervisor's part ------------------------------------------------------------------------------------------------
+
+cdef enum:
+    HANDFUL = 32            # chunks evicted before the class's lock is taken to free them
+    PATIENCE_NS = 20000000  # the supervisor comes again: it waits for no lock longer than this
+
+
+cdef class Supervision:
+    """The supervisor's hold on a segment: exactly one process has it, by a lock on a byte that death releases.
+
+    Raises: SupervisorRunning. Race table: two begin at once -> F_OFD_SETLK is the taking. Crash: the byte is free at once, the
+    header names a token whose byte nobody holds; what was in hand is RETIRED(dead), for any hand to settle.
+    """
+    cdef Table table
+    cdef Mapping mapping
+    cdef seg_t* s
+    cdef void* lock_page
+
+    def __init__(self, Table table not None):
+        cdef seg_t* s = table.ready()
+        cdef int fd, rc
+        if not prober_ready(s):
+            raise OSError(errno, "cannot open the segment again")
+        fd = shm_reopen(s.prober, s.path, s.dev, s.ino)
+        if fd < 0:
+            raise OSError(errno, "cannot open the segment again")
+        self.lock_page = shm_keep_description(fd)
+        rc = shm_ofd_lock(fd, False, SUPERVISOR_BYTE) if self.lock_page != NULL else -1
+        close(fd)
+        if rc != 0:
+            if self.lock_page != NULL:
+                munmap(self.lock_page, 4096)
+                self.lock_page = NULL
+            if rc == 1:
+                raise errors.SupervisorRunning(
+                    f"the segment {table.name!r} has a supervisor already: process {table.supervisor()['pid']}; there is exactly one")
+            raise OSError(errno, "cannot lock the supervisor's byte")
+        self.table = table
+        self.mapping = table.mapping
+        self.s = s
+        s.supervising = True
+        st64(&s.header.supervisor, s.me[0])
+        self.beat()
+
+    def __dealloc__(self):
+        self.end()
+
+    cpdef end(self):
+        """Give it up; what is in hand is nothing between two calls."""
+        if self.lock_page != NULL:
+            self.s.supervising = False
+            st32(&self.s.header.asleep, 0)
+            st64(&self.s.header.supervisor, 0)
+            munmap(self.lock_page, 4096)
+            self.lock_page = NULL
+
+    cpdef beat(self):
+        st64(&self.s.header.heartbeat_ms, mono_ns() // 1000000)
+
+    def sleep(self, double seconds):
+        """Sleep till a writer rings or the time is over: True if one rang."""
+        cdef int rc
+        cdef uint64_t ns = <uint64_t>(seconds * 1e9)
+        st32(&self.s.header.asleep, 1)
+        with nogil:
+            rc = shm_sleep(&self.s.header.doorbell, ns)
+        st32(&self.s.header.asleep, 0)
+        if rc == 2:
+            PyErr_CheckSignals()
+        return rc == 0
+
+    def make_room(self, uint32_t cls, uint32_t n):
+        """Evict by the class's CLOCK hand till n chunks more are free: (evicted, pages taken from other classes)."""
+        cdef seg_t* s = self.s
+        cdef uint64_t hand[HANDFUL]
+        cdef uint64_t p = 0
+        cdef uint32_t got = 0, i, k, moved = 0, evicted = 0
+        cdef bint turned, more = True
+        if cls >= s.n_classes:
+            raise errors.UsageError(f"slab classes are 0 to {s.n_classes - 1}")
+        with nogil:
+            while got < n and more:
+                k = 0
+                turned = False
+                while k < min(<uint32_t>HANDFUL, n - got):
+                    if evict_one(s, cls, PATIENCE_NS, &hand[k], &turned) != OK:
+                        more = False
+                        break
+                    k += 1
+                if k and class_take(s, cls, PATIENCE_NS) == OK:
+                    for i in range(k):
+                        chunk_push_locked(s, cls, hand[i])
+                    class_release(s, cls)
+                else:
+                    for i in range(k):
+                        chunk_free_list(s, cls, hand[i], 0)
+                got += k
+                evicted += k
+                if turned:
+                    settle_pages(s, 4, 0)
+                    settle_overflow(s, 16, 0)
+                    if take_page(s, cls, False, PATIENCE_NS, &p) == OK and give_page(s, p, cls, PATIENCE_NS) == OK:
+                        got += s.page_chunks[cls]
+                        moved += 1
+        return evicted, moved
+
+    def sweep(self, uint64_t first, uint64_t end):
+        """Free what has expired or was cleared, and settle what the dead left, in pages first to end: how many were freed."""
+        cdef seg_t* s = self.s
+        cdef uint64_t p, addr, w, freed = 0
+        cdef uint32_t k, cls
+        cdef item_t* it
+        with nogil:
+            for p in range(first, min(end, s.n_pages)):
+                settle_page(s, p, PATIENCE_NS)
+                cls = s.pages[p].cls
+                if cls >= s.n_classes or not page_in_class(s, p, cls):
+                    continue
+                for k in range(s.page_chunks[cls]):
+                    addr = chunk_addr(s, p, cls, k)
+                    it = item_at(s, addr)
+                    w = ld64(&it.word)
+                    if kind_of(w) == LIVE:
+                        if stale(s, it) and evict_chunk(s, addr, cls, True, PATIENCE_NS) == OK:
+                            chunk_free_list(s, cls, addr, PATIENCE_NS)
+                            freed += 1
+                    elif kind_of(w) != FREE and token_of(w) != s.me[0]:
+                        settle_chunk(s, addr, PATIENCE_NS)
+        return freed
+
+    def sweep_overflow(self):
+        """Settle the overflow buckets that the dead left."""
+        cdef seg_t* s = self.s
+        with nogil:
+            settle_overflow(s, s.n_overflow, PATIENCE_NS)
+
+
+# ---- repair of damage -----------------------------------------------------------------------------------------------------
+
+cdef inline bint sound(seg_t* s, uint64_t b, uint64_t w) noexcept nogil:
+    """Does this slot of b's chain name a LIVE item that belongs there and fits its chunk? (I1 to I4, I6)"""
+    cdef uint64_t addr = w & ADDR_MASK, room
+    cdef uint32_t index = 0
+    cdef item_t* it
+    cdef big_t big
+    if not in_slab(s, addr) or chunk_class(s, addr, &index) < 0:
+        return False
+    it = item_at(s, addr)
+    if kind_of(ld64(&it.word)) != LIVE or (it.hash ^ w) >> 48 or bucket_of(s, it.hash) != b:
+        return False
+    room = page_room(s, addr)
+    if it.key_bytes == 0 or it.key_bytes > MAX_KEY or value_offset(it.key_bytes) > room:
+        return False
+    if it.hash != siphash13(<uint8_t*>it + 48, it.key_bytes, s.k0, s.k1):
+        return False
+    if it.flags & FLAG_BIG:
+        big_shape(s, it.key_bytes, it.value_bytes, &big)
+        return big.head_bytes <= room and it.value_bytes <= s.max_value_bytes
+    return value_offset(it.key_bytes) + it.value_bytes <= room
+
+
+def repair(Table table not None):
+    """Remove what is damaged, so that the rest is sound: clear slots that name no item of their bucket, free items that no slot names,
+    count stripes anew, then settle() and rebuild every list. Returns: (slots cleared, items freed)."""
+    cdef seg_t* s = table.ready()
+    cdef Mapping held = table.mapping
+    cdef stripe_t* st
+    cdef chain_t c
+    cdef item_t* it
+    cdef uint64_t b, h, p, addr, n, cleared = 0, freed = 0
+    cdef uint32_t i, k, cls
+    cdef int j
+    with nogil:
+        for i in range(s.n_stripes):
+            st = &s.stripes[i]
+            if stripe_take(s, st, s.limit_ns) != OK:
+                continue
+            n = 0
+            b = i
+            while b < s.n_buckets:
+                chain_first(s, b, &c)
+                while True:
+                    for j in range(c.n_slots):
+                        if c.slot[j] == 0:
+                            continue
+                        if not sound(s, b, c.slot[j]):
+                            st64(&c.slot[j], 0)
+                            bump(s, b)
+                            cleared += 1
+                            continue
+                        it = item_at(s, c.slot[j] & ADDR_MASK)
+                        if it.cas > st.seq:
+                            st64(&st.seq, it.cas)
+                        n += it.epoch == ld32(&s.header.epoch)
+                    if not chain_next(s, &c):
+                        break
+                if ld32(c.link):                # the chain does not end: cut it behind its last bucket
+                    st32(c.link, 0)
+                    bump(s, b)
+                b += s.n_stripes
+            st64(&st.count, <uint64_t>ld32(&s.header.epoch) << 32 | n)
+            stripe_release(st)
+        for p in range(s.n_pages):
+            cls = s.pages[p].cls
+            if cls >= s.n_classes or not page_in_class(s, p, cls):
+                continue
+            for k in range(s.page_chunks[cls]):
+                addr = chunk_addr(s, p, cls, k)
+                it = item_at(s, addr)
+                if kind_of(ld64(&it.word)) != LIVE:
+                    continue
+                h = ld64(&it.hash)
+                b = bucket_of(s, h)
+                st = stripe_of(s, b)
+                if stripe_take(s, st, s.limit_ns) != OK:
+                    continue
+                if ld64(&it.hash) == h and kind_of(ld64(&it.word)) == LIVE and slot_naming(s, b, addr) == NULL and \
+                        class_take(s, cls, s.limit_ns) == OK:
+                    if page_in_class(s, p, cls):
+                        st64(&it.word, word_of(RETIRED, s.me[0]))
+                        bump(s, b)
+                        chunk_push_locked(s, cls, addr)
+                        freed += 1
+                    class_release(s, cls)
+                stripe_release(st)
+        for cls in range(s.n_classes):
+            if class_take(s, cls, s.limit_ns) == OK:
+                for p in range(s.n_pages):
+                    if page_in_class(s, p, cls):
+                        rebuild_page_locked(s, p)
+                class_repair(s, cls)
+                class_release(s, cls)
+        if pool_take(s, s.limit_ns) == OK:
+            pool_repair(s)
+            lock_release(&s.header.pages.lock)
+        for addr in range((s.n_pages << s.page_shift) >> REFS_SHIFT):
+            if s.refs[addr] > MAX_REFS:
+                st8r(&s.refs[addr], 0)
+    settle(table)
+    return cleared, freed

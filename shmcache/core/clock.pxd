@@ -12,7 +12,7 @@
 #   evict vs get                 version: the get begins again
 #   evict vs set of the key      the stripe orders them; the hand re-reads word, hash and slot under it
 #   hand vs page recut           the hand reads headers without a lock, maybe of no item any more; all it does with them is
-#                                to ask under a stripe whether a slot names that address (rule P)
+#                                to ask under a stripe whether a slot names that address (rule P) and it is of his class still
 #   drain vs set                 chunks are freed into a DRAINING page, never popped from it
 #   drain vs batch               recalled by compare-and-swap on the slot, then on the word
 # Crash: evicted, not yet inherited: RETIRED(dead) -> R4. Draining: P1, its chunks R4. Cutting: P2.
@@ -20,12 +20,13 @@
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
 
-from shmcache.core.atomics cimport add64, cas64, ld8r, ld32, ld32r, ld64, ld64r, ldi64r, st8r, st32, st64
+from shmcache.core.atomics cimport add64, cas32, cas64, ld8r, ld32, ld32r, ld64, ld64r, ldi64r, st8r, st32, st64
 from shmcache.core.big cimport big_free_item_pages
 from shmcache.core.bucket cimport OP_EVICT, bucket_of, remove_locked, slot_naming, stripe_of, stripe_release, stripe_take
 from shmcache.core.layout cimport FLAG_BIG, class_t, item_t, page_t, seg_t, stripe_t
+from shmcache.core.lock cimport shm_ring
 from shmcache.core.settle cimport settle_chunk, settle_overflow, settle_pages
-from shmcache.core.slab cimport avail_push_locked, avail_remove_locked, chunk_addr, chunk_free_list, chunk_get, \
+from shmcache.core.slab cimport avail_push_locked, avail_remove_locked, chunk_addr, chunk_class, chunk_free_list, chunk_get, \
     chunk_push_locked, class_release, class_take, cut_page, item_at, page_from_pool, page_in_class, page_of, publish_page, \
     recall, refs_of, relist_page, ring_remove_locked
 from shmcache.core.token cimport BUSY, FREE, INTR, LIVE, NO_ROOM, OK, PAGE_ACTIVE, PAGE_CUTTING, PAGE_DRAINING, RESERVED, \
@@ -45,28 +46,38 @@ cdef inline bint stale(seg_t* s, item_t* it) noexcept nogil:
     cdef uint64_t expiry = ld64r(&it.expiry_ms)
     return ld32r(&it.epoch) != ld32(&s.header.epoch) or (expiry != 0 and expiry <= now_ms(s))
 
-cdef inline int evict_chunk(seg_t* s, uint64_t addr, uint64_t limit_ns) noexcept nogil:
-    """Take the item at this address out of the table, whatever its count: OK leaves it RETIRED(this process)."""
+cdef inline int evict_chunk(seg_t* s, uint64_t addr, uint32_t cls, bint only_stale, uint64_t limit_ns) noexcept nogil:
+    """Take the item at this address out of the table, whatever its count: OK leaves it RETIRED(this process), a chunk of class cls.
+
+    The class is asked for again under the stripe: since the hand chose the address its page may have been cut anew, with a
+    smaller item in this very place. A LIVE item that a slot names, its stripe held, keeps its page from being cut.
+    """
     cdef item_t* it = item_at(s, addr)
     cdef uint64_t h = ld64(&it.hash), b = bucket_of(s, h)
     cdef stripe_t* st = stripe_of(s, b)
     cdef uint64_t* slot
+    cdef uint32_t index = 0
     cdef bint was_stale
     cdef int rc = stripe_take(s, st, limit_ns)
     if rc != OK:
         return rc
     slot = slot_naming(s, b, addr)
-    if slot == NULL or ld64(&it.hash) != h or kind_of(ld64(&it.word)) != LIVE:
+    if slot == NULL or ld64(&it.hash) != h or kind_of(ld64(&it.word)) != LIVE or \
+            chunk_class(s, addr, &index) != <int>cls:
         stripe_release(st)
         return NO_ROOM
     was_stale = stale(s, it)
+    if only_stale and not was_stale:
+        stripe_release(st)
+        return NO_ROOM
     remove_locked(s, st, b, slot, OP_EVICT)
     stripe_release(st)
     if was_stale:
         add64(&s.row.expired, 1)
     else:
         add64(&s.row.evictions, 1)
-        add64(&s.row.inline_evictions, 1)
+        if not s.supervising:
+            add64(&s.row.inline_evictions, 1)
     big_free_item_pages(s, addr, s.limit_ns if limit_ns else 0)
     return OK
 
@@ -110,7 +121,7 @@ cdef inline int evict_one(seg_t* s, uint32_t cls, uint64_t limit_ns, uint64_t* o
             n_live += 1
             r = ld8r(refs_of(s, addr))
             if r == 0 or stale(s, it):
-                if evict_chunk(s, addr, limit_ns) == OK:
+                if evict_chunk(s, addr, cls, False, limit_ns) == OK:
                     out[0] = addr
                     return OK
             else:
@@ -124,7 +135,7 @@ cdef inline int evict_one(seg_t* s, uint32_t cls, uint64_t limit_ns, uint64_t* o
             relist_page(s, page_of(s, addr), cls)
         elif token_of(w) != s.me[0]:
             settle_chunk(s, addr, limit_ns)
-    if lowest and evict_chunk(s, lowest, limit_ns) == OK:
+    if lowest and evict_chunk(s, lowest, cls, False, limit_ns) == OK:
         out[0] = lowest
         return OK
     return NO_ROOM
@@ -140,7 +151,7 @@ cdef inline bint empty_chunk(seg_t* s, uint64_t addr, uint32_t cls, uint64_t lim
         if kind_of(w) == FREE:
             return True
         if kind_of(w) == LIVE:
-            if evict_chunk(s, addr, limit_ns) == OK:
+            if evict_chunk(s, addr, cls, False, limit_ns) == OK:
                 retired[0] = True
                 return True
         elif recall(s, addr, cls, w):
@@ -286,6 +297,11 @@ cdef inline int give_page(seg_t* s, uint64_t p, uint32_t cls, uint64_t limit_ns)
     cut_page(s, p, cls)
     return publish_page(s, p, cls, limit_ns)
 
+cdef inline void ring_supervisor(seg_t* s) noexcept nogil:
+    """A writer had to evict for himself: wake who should have done it ahead of him."""
+    if ld32(&s.header.asleep) and cas32(&s.header.asleep, 1, 0):
+        shm_ring(&s.header.doorbell)
+
 cdef inline int take_room(seg_t* s, uint32_t cls, uint64_t limit_ns, uint64_t* addr) noexcept nogil:
     """A chunk of the class, RESERVED(this process): in hand, free, on a new page, or evicted. OK, NO_ROOM, BUSY, INTR.
 
@@ -311,6 +327,7 @@ cdef inline int take_room(seg_t* s, uint32_t cls, uint64_t limit_ns, uint64_t* a
         rc = evict_one(s, cls, limit_ns if round_ else 0, addr, &turned)
         if rc == OK:
             st64(&item_at(s, addr[0]).word, word_of(RESERVED, s.me[0]))     # inherited: no list, no lock
+            ring_supervisor(s)
             if turned:
                 settle_pages(s, 4, 0)
                 settle_overflow(s, 16, 0)

@@ -57,7 +57,7 @@ ctypedef struct class_t:    # 128 bytes, one per slab class. Writer: the holder 
     uint32_t avail          # index + 1 of the first page with a free chunk
     uint64_t hand           # CLOCK hand: page index << 32 | chunk index. Writer: anyone, by compare-and-swap, no lock
     uint32_t n_pages        # in the ring
-    uint32_t pad0
+    uint32_t n_free         # on the lists of its pages
     uint64_t pad[6]
 
 ctypedef struct pool_t:     # 128 bytes: the page pool, the pool of overflow buckets, and the lock of big values
@@ -110,8 +110,11 @@ ctypedef struct header_t:   # 4,096 bytes. Written at creation only, where nothi
     int64_t clock_shift_ms  # added to CLOCK_MONOTONIC: the segment's clock. 0; tests move it
     uint64_t pad2[6]
     uint64_t tick           # pages that CLOCK hands have left: the time by which pages age. Any process, no lock
-    uint64_t supervisor     # token of the supervisor
-    uint64_t pad3[6]
+    uint64_t supervisor     # token of the process that holds the supervisor's byte (token.pxd). Writer: it
+    uint64_t heartbeat_ms   # when it last looked round, on CLOCK_MONOTONIC. Writer: it
+    uint32_t asleep         # 1: it sleeps on the doorbell. Writer: it; back to 0 by whoever rings, by compare-and-swap
+    uint32_t pad3
+    sem_t doorbell          # of the supervisor; its value carries no meaning
     pool_t pages
     pool_t overflow
     pool_t big              # guards the taking of more than one page
@@ -229,6 +232,7 @@ ctypedef struct seg_t:
     uint32_t page_chunks[64]    # chunks that a page of the class holds
     uint64_t max_value_bytes
     uint64_t default_ttl_ms
+    bint supervising        # this process is the supervisor: what it evicts, it evicts ahead of demand
     uint64_t limit_ns       # how long to wait for a lock that a living process holds
     void* lock_page         # mapped from the description that holds the row's byte
     int prober              # a descriptor that holds no lock, to ask who is alive

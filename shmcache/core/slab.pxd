@@ -124,6 +124,7 @@ cdef inline void ring_link_locked(seg_t* s, class_t* c, uint64_t p, uint64_t at)
         st32(&s.pages[before - 1].next, <uint32_t>p + 1)
         st32(&s.pages[at].prev, <uint32_t>p + 1)
     st32(&c.n_pages, c.n_pages + 1)
+    st32(&c.n_free, c.n_free + pg.n_free)
 
 cdef inline void ring_insert_locked(seg_t* s, class_t* c, uint64_t p) noexcept nogil:
     """Before the page under the hand: what is in it is young, and is to be visited last."""
@@ -147,6 +148,7 @@ cdef inline void ring_remove_locked(seg_t* s, class_t* c, uint64_t p) noexcept n
             cas64(&c.hand, hand, <uint64_t>(nxt - 1) << 32)
     if c.n_pages:
         st32(&c.n_pages, c.n_pages - 1)
+    st32(&c.n_free, c.n_free - min(c.n_free, pg.n_free))
 
 cdef inline void rebuild_page_locked(seg_t* s, uint64_t p) noexcept nogil:
     """The page's free list anew, from the words of its chunks."""
@@ -161,6 +163,7 @@ cdef inline void rebuild_page_locked(seg_t* s, uint64_t p) noexcept nogil:
             first = i + 1
             n += 1
     st32(&pg.free, first)
+    st32(&s.classes[cls].n_free, s.classes[cls].n_free - min(s.classes[cls].n_free, pg.n_free) + n)
     st32(&pg.n_free, n)
 
 cdef inline void class_repair(seg_t* s, uint32_t cls) noexcept nogil:
@@ -172,6 +175,7 @@ cdef inline void class_repair(seg_t* s, uint32_t cls) noexcept nogil:
     st32(&c.ring, 0)
     st32(&c.avail, 0)
     st32(&c.n_pages, 0)
+    st32(&c.n_free, 0)
     for p in range(s.n_pages):
         if page_in_class(s, p, cls):
             ring_link_locked(s, c, p, c.ring - 1)       # not by the hand: its page may not be in the new ring yet
@@ -203,6 +207,7 @@ cdef inline void chunk_push_locked(seg_t* s, uint32_t cls, uint64_t addr) noexce
     st64(&it.word, word_of(FREE, 0))
     st32(&pg.free, i + 1)
     st32(&pg.n_free, pg.n_free + 1)
+    st32(&c.n_free, c.n_free + 1)
     if kind_of(ld64(&pg.word)) == PAGE_ACTIVE:
         avail_push_locked(s, c, p)
 
@@ -233,6 +238,7 @@ cdef inline uint64_t chunk_pop_locked(seg_t* s, uint32_t cls) noexcept nogil:
         st64(&it.word, word_of(RESERVED, s.me[0]))
         st32(&pg.free, it.link)
         st32(&pg.n_free, pg.n_free - 1 if pg.n_free else 0)
+        st32(&c.n_free, c.n_free - 1 if c.n_free else 0)
         if pg.free == 0:
             avail_remove_locked(s, c, p)
         return addr

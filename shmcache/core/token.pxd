@@ -68,6 +68,7 @@ cdef extern from *:
     #include <unistd.h>
 
     #define SHM_LIFE_BYTE ((off_t)1 << 62)
+    #define SHM_SUPERVISOR_BYTE 65536       /* behind it: one more byte, for the one supervisor of a segment */
 
     /* 0 done or free, 1 held by another, -1 error */
     static int shm_ofd_lock(int fd, int ask, uint32_t row) {
@@ -117,6 +118,7 @@ cdef extern from *:
     static inline uint64_t mono_ns(void) { return shm_clock_ns(CLOCK_MONOTONIC); }
     static inline uint64_t wall_ms(void) { return shm_clock_ns(CLOCK_REALTIME) / 1000000u; }
     """
+    const uint32_t SUPERVISOR_BYTE "SHM_SUPERVISOR_BYTE"
     int shm_ofd_lock(int fd, bint ask, uint32_t row) noexcept nogil
     bint shm_same_file(int fd, uint64_t dev, uint64_t ino) noexcept nogil
     int shm_reopen(int fd, const char* path, uint64_t dev, uint64_t ino) noexcept nogil

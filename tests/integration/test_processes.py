@@ -221,7 +221,7 @@ def test_readme_two_terminals(name):
     "command",
     [
         "tests.stress.mixed --seed 5 --seconds 6 --size 16M --clear-every 2000",
-        "tests.crash.storm --seed 5 --seconds 9",
+        "tests.crash.storm --seed 5 --seconds 9 --longest 10",
         "tests.stress.churn --size 16M",
     ],
 )

@@ -16,7 +16,9 @@ ALLOWED = {  # module -> what of ours it may import
     "core": {"errors", "core"},
     "segment": {"errors", "core"},
     "cache": {"errors", "core", "segment", "codec"},
-    "__init__": {"errors", "segment", "cache"},
+    "supervisor": {"errors", "core", "cache", "supervisor"},
+    "cli": {"errors", "segment", "supervisor"},
+    "__init__": {"errors", "segment", "cache", "supervisor"},
 }
 
 

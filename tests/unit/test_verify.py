@@ -89,6 +89,10 @@ def avail(x):
     x.c["avail"][x.cls()] = 0
 
 
+def class_free(x):
+    x.c["n_free"][x.cls()] += 1
+
+
 def pool(x):
     x.h["pages_n_free"] += 1
 
@@ -134,7 +138,7 @@ def header(x):
 
 PLANTED = [
     (1, bad_address), (2, wrong_kind), (3, wrong_tag), (4, wrong_bucket), (5, wrong_key), (6, too_long), (7, twice), (8, version_ahead), (9, lost),
-    (10, free_list), (11, ring), (11, avail), (12, pool), (13, big_page), (14, big_page_unlisted), (15, count), (16, chain), (17, overflow_pool),
+    (10, free_list), (11, ring), (11, avail), (11, class_free), (12, pool), (13, big_page), (14, big_page_unlisted), (15, count), (16, chain), (17, overflow_pool),
     (18, refs), (19, in_hand), (20, header),
 ]  # fmt: skip
 

@@ -1,0 +1,455 @@
+"""`shmcache` (supervise) and `shmcache-admin` (look at segments, and mend them): what an operator types.
+
+Exit codes: 0 done; 1 not found, not healthy, or no room; 2 usage. With --json what goes to standard output is JSON; errors go to
+standard error, a line each. `rich` draws the tables if it is installed and the output is a terminal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import shmcache
+from shmcache import errors, segment
+
+
+def _mib(n: float) -> str:
+    return f"{n / (1 << 20):,.1f} MiB"
+
+
+def _text(key: bytes) -> str:
+    return key.decode("utf-8", "backslashreplace")
+
+
+def _table(title: str, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """A table: by rich on a terminal, else in plain columns. Numbers stand to the right."""
+    cells = [[f"{c:,}" if isinstance(c, int) else str(c) for c in row] for row in rows]
+    if sys.stdout.isatty():
+        with contextlib.suppress(ImportError):
+            from rich.console import Console
+            from rich.table import Table
+
+            table = Table(title=title, title_justify="left")
+            for i, name in enumerate(head):
+                table.add_column(name, justify="left" if i == 0 else "right")
+            for row in cells:
+                table.add_row(*row)
+            Console().print(table)
+            return
+    widths = [max(len(r[i]) for r in [list(head), *cells]) for i in range(len(head))]
+    print(title)
+    for row in [list(head), *cells]:
+        print("  " + "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))).rstrip())
+
+
+def _sure(args: argparse.Namespace, question: str) -> None:
+    """Ask before something is destroyed. Raises: UsageError if the answer is no, or nobody can be asked."""
+    if args.yes:
+        return
+    if not sys.stdin.isatty():
+        raise errors.UsageError(f"{question} Nobody can be asked here: say --yes")
+    if input(f"{question} [y/N] ").strip().lower() not in ("y", "yes"):
+        raise errors.UsageError("not done")
+
+
+# ---- figures --------------------------------------------------------------------------------------------------------------------
+
+
+def _processes(before: dict[str, Any], now: dict[str, Any], seconds: float) -> list[dict[str, Any]]:
+    import psutil
+
+    earlier = {p["pid"]: p for p in before["processes"]}
+    result = []
+    for p in now["processes"]:
+        was = earlier.get(p["pid"], p)
+        operations = sum(p[k] - was[k] for k in ("hits", "misses", "sets", "deletes"))
+        row = {**p, "ops_per_s": round(operations / seconds) if seconds else 0, "command": None, "rss_bytes": None, "pss_bytes": None}
+        with contextlib.suppress(psutil.Error):  # it may just have ended, be in another pid namespace, or be another user's
+            process = psutil.Process(p["pid"])
+            row["command"] = " ".join(process.cmdline())[:60] or process.name()
+            memory = process.memory_full_info()
+            row["rss_bytes"], row["pss_bytes"] = memory.rss, memory.pss
+        result.append(row)
+    return result
+
+
+def collect(cache: shmcache.Cache, before: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """cache.stats() with rates since `before` (an earlier one, so many seconds ago), and what the system knows of the processes."""
+    now = cache.stats()
+    evicted = now["evictions"] - before["evictions"]
+    now["evictions_per_s"] = evicted / seconds
+    # Little's law: as many items as are evicted while one stays. None: nothing was evicted meanwhile
+    now["eviction_age_s"] = now["items"] * seconds / evicted if evicted else None
+    now["processes"] = _processes(before, now, seconds)
+    return now
+
+
+def prometheus(s: dict[str, Any]) -> str:
+    """Figures as Prometheus exposition text (format 0.0.4)."""
+    label = s["name"].replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    lines: list[str] = []
+
+    def metric(name: str, kind: str, text: str, values: Iterable[tuple[str, Any]]) -> None:
+        lines.extend((f"# HELP shmcache_{name} {text}", f"# TYPE shmcache_{name} {kind}"))
+        lines.extend(f'shmcache_{name}{{segment="{label}"{more}}} {value}' for more, value in values)
+
+    for name, text in (
+        ("hits", "Gets that found the key."), ("misses", "Gets that did not."), ("sets", "Values stored."), ("deletes", "Items deleted."),
+        ("evictions", "Items removed to make room."), ("inline_evictions", "Of these by the writer that needed the room."),
+        ("expirations", "Items removed because their time was over."), ("lock_waits", "Locks that a process slept for."),
+        ("takeovers", "Locks taken over from the dead."), ("stalls", "Locks given up on after the limit."),
+    ):  # fmt: skip
+        metric(name + "_total", "counter", text, [("", s[name])])
+    metric("items", "gauge", "Items stored.", [("", s["items"])])
+    metric("size_bytes", "gauge", "Bytes of the segment.", [("", s["size_bytes"])])
+    metric("used_bytes", "gauge", "Bytes of chunks and pages in use.", [("", s["used_bytes"])])
+    metric("processes", "gauge", "Living processes.", [("", len(s["processes"]))])
+    metric("supervisor_up", "gauge", "Is there a supervisor?", [("", int(s["supervisor"]["alive"]))])
+    for kind in ("live", "free", "reserved"):
+        metric(f"class_{kind}_bytes", "gauge", f"Bytes of {kind} chunks, by slab class.",
+               [(f',chunk_bytes="{c["chunk_bytes"]}"', c[kind] * c["chunk_bytes"]) for c in s["slab_classes"] if c["pages"]])  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def show(s: dict[str, Any]) -> None:
+    """Figures for a person."""
+    ratio = "no gets yet" if s["hit_ratio"] is None else f"{100 * s['hit_ratio']:.2f} %"
+    age = "nothing evicted just now" if s["eviction_age_s"] is None else f"{s['eviction_age_s']:,.1f} s"
+    sup = s["supervisor"]
+    state = "none"
+    if sup["pid"] is not None:
+        state = f"{'pid' if sup['alive'] else 'DEAD, was pid'} {sup['pid']}, looked round {sup['heartbeat_age_s']:.1f} s ago"
+    rows = [
+        ("hit ratio", ratio), ("hits / misses", f"{s['hits']:,} / {s['misses']:,}"), ("items", f"{s['items']:,}"),
+        ("in use", f"{_mib(s['used_bytes'])} of {_mib(s['slab_bytes'])}, {s['free_pages']:,} pages in no class"),
+        ("sets / deletes", f"{s['sets']:,} / {s['deletes']:,}"),
+        ("evictions", f"{s['evictions']:,} ({s['evictions_per_s']:,.0f}/s), inline {s['inline_evictions']:,}"),
+        ("age of what is evicted", age), ("expirations", f"{s['expirations']:,}"),
+        ("lock waits", f"{s['lock_waits']:,}, longest {s['max_wait_ns'] / 1e6:.1f} ms, given up {s['stalls']:,}"),
+        ("takeovers", f"{s['takeovers']:,}, settled {s['settled']:,}"), ("supervisor", state),
+    ]  # fmt: skip
+    _table(s["name"], ("", "since it was created"), rows)
+    _table(
+        "slab classes",
+        ("chunk", "pages", "live MiB", "reserved MiB", "free MiB"),
+        [
+            (f"{c['chunk_bytes']:,}", c["pages"], *(f"{c[k] * c['chunk_bytes'] / (1 << 20):,.2f}" for k in ("live", "reserved", "free")))
+            for c in s["slab_classes"]
+            if c["pages"]
+        ],
+    )
+    _table(
+        "processes",
+        ("pid", "ops/s", "RSS", "PSS", "command"),
+        [(str(p["pid"]), p["ops_per_s"], *("?" if p[k] is None else _mib(p[k]) for k in ("rss_bytes", "pss_bytes")), p["command"] or "?")
+         for p in s["processes"]],
+    )  # fmt: skip
+
+
+# ---- commands -------------------------------------------------------------------------------------------------------------------
+
+
+def do_create(args: argparse.Namespace) -> int:
+    options = {k: getattr(args, k) for k in ("default_ttl", "max_value", "stripes", "max_processes", "lock_limit", "mode", "group")}
+    options = {k: v for k, v in options.items() if v is not None}
+    with shmcache.create(args.name, args.size, **options) as cache:
+        s = cache.stats()
+        if args.json:
+            print(json.dumps({k: s[k] for k in ("name", "size_bytes", "slab_bytes")}))
+        else:
+            print(f"created {args.name}: {_mib(s['size_bytes'])}, {_mib(s['slab_bytes'])} of it for items")
+    return 0
+
+
+def do_list(args: argparse.Namespace) -> int:
+    found = []
+    for path in sorted(Path(segment.SHM_DIR).glob(segment.PREFIX + "*")):
+        name = path.name.removeprefix(segment.PREFIX)
+        row: dict[str, Any] = {"name": name, "size_bytes": None, "items": None, "processes": None, "supervisor": None, "error": None}
+        try:
+            row["size_bytes"] = path.stat().st_size
+            with shmcache.attach(name) as cache:
+                me = os.getpid()
+                row |= {"items": len(cache), "supervisor": cache.supervisor()["alive"],
+                        "processes": sum(p["pid"] != me for p in cache.processes())}  # fmt: skip
+        except (errors.ShmcacheError, OSError) as e:
+            row["error"] = str(e)
+        found.append(row)
+    if args.json:
+        print(json.dumps(found))
+    elif not found:
+        print("no segments")
+    else:
+        _table("segments", ("name", "size", "items", "processes", "supervisor"), [
+            (r["name"], _mib(r["size_bytes"] or 0), r["error"] or r["items"], r["processes"] if r["error"] is None else "",
+             "" if r["error"] else "yes" if r["supervisor"] else "no") for r in found])  # fmt: skip
+    return 0
+
+
+def do_stats(args: argparse.Namespace) -> int:
+    format_ = "json" if args.json else args.format
+    with shmcache.attach(args.name) as cache:
+        seconds = args.watch or args.interval
+        while True:
+            before, began = cache.stats(), time.monotonic()
+            time.sleep(seconds)
+            s = collect(cache, before, time.monotonic() - began)
+            if format_ == "json":
+                print(json.dumps(s), flush=True)
+            elif format_ == "prometheus":
+                print(prometheus(s), end="", flush=True)
+            else:
+                if args.watch and sys.stdout.isatty():
+                    print("\033[H\033[2J", end="")
+                show(s)
+            if not args.watch:
+                return 0
+
+
+def _shown(value: Any) -> Any:
+    """A value as JSON takes it; bytes that are no text as {"base64": ...}, the rest that JSON lacks as its repr."""
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return {"base64": base64.b64encode(value).decode()}
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return repr(value)
+    return value
+
+
+def do_get(args: argparse.Namespace) -> int:
+    with shmcache.attach(args.name) as cache:
+        missing = object()
+        value = cache.get(args.key, missing)
+        if value is missing:
+            print(f"{args.key}: not there", file=sys.stderr)
+            return 1
+        if args.json:
+            ttl = cache.ttl(args.key)
+            ttl = None if ttl in (None, float("inf")) else ttl
+            print(json.dumps({"key": args.key, "value": _shown(value), "type": type(value).__name__, "ttl": ttl}))
+        elif isinstance(value, bytes):
+            sys.stdout.buffer.write(value)
+            if sys.stdout.isatty():
+                print()
+        else:
+            print(value if isinstance(value, (str, int)) else json.dumps(_shown(value), ensure_ascii=False))
+    return 0
+
+
+def do_set(args: argparse.Namespace) -> int:
+    raw = sys.stdin.buffer.read() if args.value == "-" else args.value.encode("utf-8", "surrogateescape")
+    try:
+        converters: dict[str, Callable[[bytes], Any]] = {"bytes": bytes, "str": bytes.decode, "int": int, "json": json.loads}
+        value = converters[args.type](raw)
+    except ValueError as e:
+        raise errors.UsageError(f"the value is not {args.type}: {e}") from None
+    with shmcache.attach(args.name) as cache:
+        cache.set(args.key, value, ttl=args.ttl)
+    if args.json:
+        print(json.dumps({"key": args.key, "stored": True}))
+    return 0
+
+
+def do_delete(args: argparse.Namespace) -> int:
+    with shmcache.attach(args.name) as cache:
+        deleted = cache.delete(args.key)
+    if args.json:
+        print(json.dumps({"key": args.key, "deleted": deleted}))
+    elif not deleted:
+        print(f"{args.key}: not there", file=sys.stderr)
+    return 0 if deleted else 1
+
+
+def do_scan(args: argparse.Namespace) -> int:
+    with shmcache.attach(args.name) as cache:
+        for n, key in enumerate(cache.scan(args.prefix)):
+            if args.limit is not None and n >= args.limit:
+                break
+            print(json.dumps(_shown(key)) if args.json else _text(key))
+    return 0
+
+
+def do_flush(args: argparse.Namespace) -> int:
+    with shmcache.attach(args.name) as cache:
+        n = len(cache)
+        _sure(args, f"Remove all {n:,} items of {args.name}, for every process?")
+        cache.clear()
+    print(json.dumps({"name": args.name, "removed": n}) if args.json else f"removed {n:,} items")
+    return 0
+
+
+def do_verify(args: argparse.Namespace) -> int:
+    from shmcache.core import _sweep
+
+    with shmcache.attach(args.name) as cache:
+        found = cache.verify()
+        left = found
+        if args.repair:
+            if found:
+                _sure(args, f"Remove the damaged items of {args.name}?")
+            _sweep.repair(cache)
+            left = cache.verify()
+    if args.json:
+        print(json.dumps({"name": args.name, "violations": found, "repaired": args.repair, "left": left}))
+    else:
+        for line in found:
+            print(line)
+        if args.repair and found:
+            print(f"repaired; {len(left)} violations are left" + (": unlink it and create it again" if left else ""))
+        elif not found:
+            print(f"{args.name} is whole")
+    return 1 if left else 0
+
+
+def do_layout(args: argparse.Namespace) -> int:
+    if args.json:
+        structs = {}
+        for name, dtype in segment.dtypes().items():
+            fields: Any = dtype.fields
+            structs[name] = {"size": dtype.itemsize, "fields": {f: {"offset": at, "type": str(t)} for f, (t, at) in fields.items()}}
+        print(json.dumps(structs))
+    else:
+        print(segment.format_layout())
+    return 0
+
+
+def do_unlink(args: argparse.Namespace) -> int:
+    path = segment.check_name(args.name)
+    if not Path(path).exists():
+        raise errors.SegmentNotFound(f"there is no segment {args.name!r}")
+    _sure(args, f"Remove the segment {args.name} and all that is in it?")
+    shmcache.unlink(args.name)
+    print(json.dumps({"name": args.name, "unlinked": True}) if args.json else f"unlinked {args.name}")
+    return 0
+
+
+def do_supervise(args: argparse.Namespace) -> int:
+    from shmcache.supervisor.loop import Supervisor
+
+    with shmcache.attach(args.name) if args.size is None else shmcache.open(args.name, args.size) as cache:
+        supervisor = Supervisor(cache, args.parent)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, supervisor.stop)
+        if not args.quiet:
+            print(f"supervising {args.name}", file=sys.stderr, flush=True)
+        supervisor.run()
+        del supervisor
+    return 0
+
+
+# ---- the parsers ----------------------------------------------------------------------------------------------------------------
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1e6:
+        raise argparse.ArgumentTypeError("a number of seconds above 0")
+    return value
+
+
+def admin_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="shmcache-admin", description="Look at the segments of this host, and mend them.")
+    parser.add_argument("--version", action="version", version=shmcache.__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], text: str, *, named: bool = True) -> argparse.ArgumentParser:
+        p = commands.add_parser(name, help=text, description=text)
+        p.set_defaults(run=run)
+        if named:
+            p.add_argument("name", metavar="NAME", help="of the segment")
+        p.add_argument("--json", action="store_true", help="print JSON")
+        return p
+
+    p = command("create", do_create, "Create a segment; its memory is reserved at once.")
+    p.add_argument("--size", default="256M", help="bytes, or 256M, 1G (256M)")
+    p.add_argument("--default-ttl", type=float, metavar="S", help="seconds until an item expires that is set without ttl (never)")
+    p.add_argument("--max-value", metavar="SIZE", help="of one value (64M)")
+    p.add_argument("--stripes", type=int, help="locks, a power of two (1024)")
+    p.add_argument("--max-processes", type=int, help="attached at once (128)")
+    p.add_argument("--lock-limit", type=float, metavar="S", help="that a write waits for a stopped process (1)")
+    p.add_argument("--mode", type=lambda t: int(t, 8), help="octal (600)")
+    p.add_argument("--group", help="that owns it")
+    command("list", do_list, "List the segments of this host.", named=False)
+    p = command("stats", do_stats, "Figures of a segment: hits, memory by class, evictions, locks, processes, supervisor.")
+    p.add_argument("--watch", nargs="?", type=_positive, const=2.0, metavar="S", help="again every S seconds (2)")
+    p.add_argument("--interval", type=_positive, default=0.5, metavar="S", help="over which rates are taken (0.5)")
+    p.add_argument("--format", choices=("text", "json", "prometheus"), default="text")
+    p = command("get", do_get, "Print a key's value.")
+    p.add_argument("key", metavar="KEY")
+    p = command("set", do_set, "Store a value.")
+    p.add_argument("key", metavar="KEY")
+    p.add_argument("value", metavar="VALUE", help="-: standard input")
+    p.add_argument("--ttl", type=float, metavar="S", help="seconds until it expires")
+    p.add_argument("--type", choices=("str", "bytes", "int", "json"), default="str", help="of the value (str)")
+    p = command("delete", do_delete, "Delete a key.")
+    p.add_argument("key", metavar="KEY")
+    p = command("scan", do_scan, "Print the keys, one a line.")
+    p.add_argument("--prefix", default="", help="of the keys")
+    p.add_argument("--limit", type=int, metavar="N", help="at most so many")
+    p = command("flush", do_flush, "Remove every item.")
+    p.add_argument("--yes", action="store_true", help="do not ask")
+    p = command("verify", do_verify, "Hold every structure against its invariants.")
+    p.add_argument("--repair", action="store_true", help="remove what is damaged, settle what the dead left")
+    p.add_argument("--yes", action="store_true", help="do not ask")
+    command("layout", do_layout, "Print the binary layout, from the dtypes.", named=False)
+    p = command("unlink", do_unlink, "Remove a segment. Who is attached keeps what he has mapped.")
+    p.add_argument("--yes", action="store_true", help="do not ask")
+    return parser
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="shmcache", description="Processes that serve a segment.")
+    parser.add_argument("--version", action="version", version=shmcache.__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    text = "Evict ahead of demand, expire, settle what the dead left; till SIGTERM. One per segment."
+    p = commands.add_parser("supervise", help=text, description=text)
+    p.set_defaults(run=do_supervise)
+    p.add_argument("name", metavar="NAME", help="of the segment")
+    p.add_argument("--size", help="create the segment with it if there is none")
+    p.add_argument("--quiet", action="store_true", help="say nothing but errors")
+    p.add_argument("--parent", type=int, help=argparse.SUPPRESS)
+    return parser
+
+
+def _run(args: argparse.Namespace, prog: str) -> int:
+    try:
+        return int(args.run(args))
+    except (errors.SegmentNotFound, errors.SupervisorRunning, errors.SegmentExists, errors.SegmentForbidden, errors.CapacityError,
+            errors.DamageError) as e:  # fmt: skip
+        print(f"{prog}: {e}", file=sys.stderr)
+        return 1
+    except errors.ShmcacheError as e:
+        print(f"{prog}: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def admin(argv: Sequence[str] | None = None) -> int:
+    """`shmcache-admin`"""
+    return _run(admin_parser().parse_args(argv), "shmcache-admin")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`shmcache`"""
+    return _run(parser().parse_args(argv), "shmcache")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
