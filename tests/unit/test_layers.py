@@ -17,7 +17,7 @@ ALLOWED = {  # module -> what of ours it may import
     "segment": {"errors", "core"},
     "cache": {"errors", "core", "segment", "codec"},
     "supervisor": {"errors", "core", "cache", "supervisor"},
-    "cli": {"errors", "segment", "supervisor"},
+    "cli": {"errors", "core", "segment", "supervisor"},
     "__init__": {"errors", "segment", "cache", "supervisor"},
 }
 
