@@ -1,0 +1,253 @@
+"""Every command through a real subprocess: what a person reads, what a program reads, and each way to fail."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import shmcache
+
+BIN = Path(sys.executable).parent
+
+
+def admin(*args, stdin=b"", code=0):
+    out = subprocess.run([BIN / "shmcache-admin", *args], input=stdin, capture_output=True, check=False, timeout=60)
+    assert out.returncode == code, (out.returncode, out.stdout, out.stderr)
+    if code:
+        assert b"Traceback" not in out.stderr
+        assert len(out.stderr.splitlines()) == 1 or b"usage:" in out.stderr or not out.stderr
+    return out.stdout.decode("utf-8", "surrogateescape") if not code else out.stderr.decode()
+
+
+def data(*args, **kwargs):
+    return json.loads(admin(*args, "--json", **kwargs))
+
+
+def test_create(name):
+    assert "created" in admin("create", name, "--size", "8M", "--default-ttl", "60", "--mode", "640", "--max-processes", "9")
+    with shmcache.attach(name) as cache:
+        settings = cache.mapping.settings()
+        assert settings["size_bytes"] == 8 << 20
+        assert settings["default_ttl_ms"] == 60_000
+        assert settings["max_processes"] == 9
+    assert Path(f"/dev/shm/shmcache.{name}").stat().st_mode & 0o777 == 0o640
+    assert "exist" in admin("create", name, "--size", "8M", code=1)
+    assert "size" in admin("create", name + "x", "--size", "many", code=2)
+    assert "stripes" in admin("create", name + "x", "--stripes", "3", code=2)
+    assert "NAME" in admin("create", code=2)
+    assert "/dev/shm" in admin("create", name + "x", "--size", "900T", code=1)
+
+
+def test_create_json(name):
+    made = data("create", name, "--size", "8M")
+    assert made["name"] == name
+    assert made["size_bytes"] == 8 << 20
+
+
+def test_list(cache):
+    cache.set("k", 1)
+    row = next(r for r in data("list") if r["name"] == cache.name)
+    assert row["items"] == 1
+    assert row["processes"] == 1
+    assert row["supervisor"] is False
+    assert re.search(rf"{cache.name} +8\.0 MiB +1 +1 +no", admin("list"))
+
+
+def test_list_shows_what_is_no_segment(name):
+    path = Path(f"/dev/shm/shmcache.{name}")
+    path.write_bytes(b"x" * 8192)
+    try:
+        row = next(r for r in data("list") if r["name"] == name)
+        assert "not a shmcache segment" in row["error"]
+        assert "not a shmcache segment" in admin("list")
+    finally:
+        path.unlink()
+
+
+def test_stats(cache):
+    cache.set("k", b"v")
+    cache.get("k")
+    s = data("stats", cache.name, "--interval", "0.05")
+    assert {"name", "size_bytes", "used_bytes", "items", "hits", "misses", "hit_ratio", "sets", "deletes", "evictions", "expirations",
+            "inline_evictions", "processes", "slab_classes", "supervisor"} <= s.keys()  # fmt: skip
+    assert (s["items"], s["hits"], s["sets"]) == (1, 1, 1)
+    mine = next(p for p in s["processes"] if p["pid"] == os.getpid())
+    assert "python" in mine["command"]
+    assert mine["rss_bytes"] >= mine["pss_bytes"] > 0
+    assert {"chunk_bytes", "pages", "live", "free"} <= s["slab_classes"][0].keys()
+    text = admin("stats", cache.name, "--interval", "0.05")
+    assert re.search(r"hit ratio +100\.00 %", text)
+    assert str(os.getpid()) in text
+    assert re.search(r"supervisor +none", text)
+    assert "no segment" in admin("stats", cache.name + "x", code=1)
+    assert "seconds" in admin("stats", cache.name, "--interval", "0", code=2)
+
+
+def test_stats_prometheus(cache):
+    cache.set("k", b"v")
+    text = admin("stats", cache.name, "--format", "prometheus", "--interval", "0.05")
+    assert f'shmcache_sets_total{{segment="{cache.name}"}} 1\n' in text
+    for line in text.splitlines():
+        assert re.fullmatch(r'# (HELP|TYPE) shmcache_\w+ .+|shmcache_\w+\{segment="[^"]+"(,chunk_bytes="\d+")?\} [\d.e+-]+', line), line
+
+
+def test_stats_watch_goes_on_till_it_is_stopped(cache):
+    p = subprocess.Popen([BIN / "shmcache-admin", "stats", cache.name, "--json", "--watch", "0.05"], stdout=subprocess.PIPE)
+    try:
+        seen = [json.loads(p.stdout.readline())["name"] for _ in range(3)]
+    finally:
+        p.send_signal(signal.SIGINT)
+        p.stdout.close()
+        assert p.wait(30) in (130, 0)
+    assert seen == [cache.name] * 3
+
+
+@pytest.mark.parametrize(
+    ("value", "printed", "shown", "kind"),
+    [
+        (b"bytes", "bytes", "bytes", "bytes"),
+        ("t\u00e9xt", "t\u00e9xt\n", "t\u00e9xt", "str"),
+        (17, "17\n", 17, "int"),
+        ({"a": [1, None]}, '{"a": [1, null]}\n', {"a": [1, None]}, "dict"),
+        (b"\xff\x00", "\udcff\x00", {"base64": "/wA="}, "bytes"),
+    ],
+)
+def test_get(cache, value, printed, shown, kind):
+    cache.set("k", value, ttl=100)
+    assert admin("get", cache.name, "k") == printed
+    got = data("get", cache.name, "k")
+    assert 90 < got.pop("ttl") <= 100
+    assert got == {"key": "k", "value": shown, "type": kind}
+
+
+def test_get_fails(cache):
+    assert "not there" in admin("get", cache.name, "k", code=1)
+    assert "no segment" in admin("get", cache.name + "x", "k", code=1)
+    assert "4,096" in admin("get", cache.name, "k" * 5000, code=2)
+    cache.set("k", 1)
+    assert data("get", cache.name, "k")["ttl"] is None
+
+
+@pytest.mark.parametrize(
+    ("args", "stdin", "value"),
+    [
+        (("v",), b"", "v"), (("17", "--type", "int"), b"", 17), (("v", "--type", "bytes"), b"", b"v"),
+        (('[1, {"a": null}]', "--type", "json"), b"", [1, {"a": None}]), (("-", "--type", "bytes"), b"\xff\n", b"\xff\n"),
+    ],
+)  # fmt: skip
+def test_set(cache, args, stdin, value):
+    assert admin("set", cache.name, "k", *args, stdin=stdin) == ""
+    assert cache["k"] == value
+
+
+def test_set_json_ttl_and_failures(cache):
+    assert data("set", cache.name, "k", "v", "--ttl", "50") == {"key": "k", "stored": True}
+    assert 40 < cache.ttl("k") <= 50
+    assert "not int" in admin("set", cache.name, "k", "many", "--type", "int", code=2)
+    assert "not json" in admin("set", cache.name, "k", "{", "--type", "json", code=2)
+    assert "ttl" in admin("set", cache.name, "k", "v", "--ttl", "-1", code=2)
+    assert "no segment" in admin("set", cache.name + "x", "k", "v", code=1)
+    assert "larger max_value" in admin("set", cache.name, "k", "-", stdin=bytes(5 << 20), code=2)
+    assert cache["k"] == "v"
+
+
+def test_delete(cache):
+    cache.set("k", 1)
+    cache.set("l", 1)
+    assert admin("delete", cache.name, "k") == ""
+    assert data("delete", cache.name, "l") == {"key": "l", "deleted": True}
+    assert len(cache) == 0
+    assert "not there" in admin("delete", cache.name, "k", code=1)
+    assert "no segment" in admin("delete", cache.name + "x", "k", code=1)
+
+
+def test_scan(cache):
+    for key in ("user:1", "user:2", "page:1", b"\xff"):
+        cache.set(key, 1)
+    assert sorted(admin("scan", cache.name, "--prefix", "user:").split()) == ["user:1", "user:2"]
+    assert "\\xff" in admin("scan", cache.name).split()
+    lines = admin("scan", cache.name, "--json").splitlines()
+    assert {"base64": "/w=="} in [json.loads(line) for line in lines]
+    assert len(lines) == 4
+    assert len(admin("scan", cache.name, "--limit", "2").splitlines()) == 2
+    assert "no segment" in admin("scan", cache.name + "x", code=1)
+
+
+def test_flush_asks(cache):
+    cache.set("k", 1)
+    assert "--yes" in admin("flush", cache.name, code=2)
+    assert len(cache) == 1
+    assert "removed 1 item" in admin("flush", cache.name, "--yes")
+    assert len(cache) == 0
+    cache.set("k", 1)
+    assert data("flush", cache.name, "--yes") == {"name": cache.name, "removed": 1}
+    assert "no segment" in admin("flush", cache.name + "x", "--yes", code=1)
+
+
+@pytest.mark.parametrize(("answer", "left"), [(b"n\n", 1), (b"y\n", 0)])
+def test_a_person_is_asked(cache, answer, left):
+    cache.set("k", 1)
+    ours, theirs = pty.openpty()
+    try:
+        p = subprocess.Popen([BIN / "shmcache-admin", "flush", cache.name], stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        os.write(ours, answer)
+        out, _ = p.communicate(timeout=60)
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert b"Remove all 1 items" in out
+    assert len(cache) == left
+    assert p.returncode == (2 if left else 0)
+
+
+def test_verify_and_repair(name):
+    with shmcache.create(name, "8M") as cache:
+        for i in range(1000):
+            cache.set(b"%d" % i, b"v")
+        assert "whole" in admin("verify", name)
+        assert data("verify", name) == {"name": name, "violations": [], "repaired": False, "left": []}
+        seg = cache.views(writable=True)
+        b, slot = next((b, i) for b, i in zip(*seg.buckets["slot"].nonzero(), strict=True))
+        seg.buckets["slot"][b, slot] ^= 1 << 60  # the tag: the key is not found any more
+        out = subprocess.run([BIN / "shmcache-admin", "verify", name], capture_output=True, check=False)
+        assert out.returncode == 1
+        assert b"I3 " in out.stdout
+        assert "--yes" in admin("verify", name, "--repair", code=2)
+        report = data("verify", name, "--repair", "--yes")
+        assert report["repaired"]
+        assert report["violations"]
+        assert report["left"] == []
+        assert cache.verify() == []
+        assert len(cache) == len(list(cache.scan())) == 999
+        assert sum(cache.get(b"%d" % i) == b"v" for i in range(1000)) == 999
+        del seg
+    assert "no segment" in admin("verify", name + "x", code=1)
+
+
+def test_layout():
+    assert re.search(r"item: 48 bytes", admin("layout"))
+    assert data("layout")["item"]["fields"]["cas"] == {"offset": 16, "type": "uint64"}
+
+
+def test_unlink(name):
+    shmcache.create(name, "4M").close()
+    assert "--yes" in admin("unlink", name, code=2)
+    assert "unlinked" in admin("unlink", name, "--yes")
+    assert "no segment" in admin("unlink", name, "--yes", code=1)
+    assert "name" in admin("unlink", "a/b", "--yes", code=2)
+    shmcache.create(name, "4M").close()
+    assert data("unlink", name, "--yes") == {"name": name, "unlinked": True}
+
+
+def test_usage():
+    assert "usage" in admin(code=2)
+    assert "usage" in admin("nonsense", code=2)
+    assert shmcache.__version__ in admin("--version")
