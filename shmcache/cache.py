@@ -6,13 +6,15 @@ here runs when a value is not bytes, str or int, and when a person asks for figu
 
 from __future__ import annotations
 
-from shmcache import errors, segment
+from shmcache import errors, flight, segment
 from shmcache.codec import check_codec, get_codec
 from shmcache.core import _core
+from shmcache.namespace import Namespace
 from shmcache.segment import Segment
 
 TYPE_CHECKING = False  # see segment.py
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from datetime import timedelta
     from typing import Any
 
@@ -40,6 +42,37 @@ class Cache(_core.Table):
 
     def _decode(self, codec: int, payload: bytes) -> Any:
         return self._load_codec().decode(codec, payload)
+
+    def get_or_set(
+        self, key: bytes | str, factory: Callable[[], Any], ttl: float | timedelta | None = None, *, lease: float = flight.LEASE
+    ) -> Any:
+        """The key's value; on a miss factory()'s, stored. Of all threads of all processes that miss at once one computes, the rest wait.
+
+        Args: factory: called without arguments. lease: seconds that it may take before another caller tries as well.
+        If it raises, the caller gets the exception and one of those who wait tries in turn. If its process dies, one takes over at once. If
+        the key is set, deleted or cleared meanwhile, that wins: the computed value is returned to its caller, and not stored.
+        Raises: as set; what factory raises.
+        """
+        value = self.get(key, flight.MISSING)
+        if value is not flight.MISSING:
+            return value
+        return flight.get_or_set(self, key, factory, ttl, lease)
+
+    def memoize(self, ttl: float | timedelta | None = None, *, name: str | None = None, lease: float = flight.LEASE) -> Any:
+        """A decorator: the function's results are cached by its arguments and computed once per host, as by get_or_set.
+
+        Args: name: that results are kept under, else the function's module and qualified name. Arguments are told apart by their encoded
+        bytes, so they are what the codec takes; 1 and True and 1.0 are three. The function gets `cache_key(*args)` and `forget(*args)`.
+        """
+        return flight.memoize(self, ttl, name, lease)
+
+    def lock(self, name: bytes | str, ttl: float | None = None) -> flight.Lock:
+        """A lock that all processes share: `with cache.lock("report", ttl=30): ...`. Its owner's death, or ttl seconds, release it."""
+        return flight.Lock(self, name, ttl)
+
+    def namespace(self, name: str) -> Namespace:
+        """A part of the cache with keys of its own, and an O(1) clear() of its own."""
+        return Namespace(self, name)
 
     @property
     def segment(self) -> Segment:

@@ -25,17 +25,17 @@ from shmcache.core.big cimport big_read
 from shmcache.core.bucket cimport bucket_of, stripe_of, stripe_release, stripe_take
 from shmcache.core.clock cimport now_ms
 from shmcache.core.layout cimport (
-    BATCH_CLASSES, BATCH_SLOTS, CONFIG_BYTES, LAYOUT_VERSION, MAX_CLASSES, MAX_KEY, MAX_ROWS, MIN_CHUNK, PARKED_SLOTS,
+    BATCH_CLASSES, BATCH_SLOTS, CONFIG_BYTES, FLAG_CLAIM, FLAG_LOCK, LAYOUT_VERSION, MAX_CLASSES, MAX_KEY, MAX_ROWS, MIN_CHUNK, PARKED_SLOTS,
     bucket_t, class_t, header_t, item_t, lock_t, overflow_t, page_t, pool_t, row_t, seg_t, sem_t, stripe_t)
 from shmcache.core.lock cimport lock_init, sem_init
 from shmcache.core.siphash cimport siphash, siphash13
 from shmcache.core.slab cimport chunk_class, give_back_all
 from shmcache.core.table cimport (
-    ALWAYS, IF_ABSENT, IF_PRESENT, IF_VERSION, RESTARTS, add_to, clear_all, count_items, give_up, next_keys, put, put_t,
-    read_begin, read_copy, read_end, read_t, remove, set_expiry)
+    ALWAYS, IF_ABSENT, IF_CLAIM, IF_PRESENT, IF_UNCLAIMED, IF_VERSION, RESTARTS, add_to, clear_all, count_items, give_up, next_keys, put, put_t,
+    read_begin, read_claim, read_copy, read_end, read_t, remove, remove_claim, set_expiry)
 from shmcache.core.token cimport (
     ABSENT, AGAIN, BUSY, EXISTS, INTR, MISMATCH, NO_OFD, NO_ROOM, NO_ROW, NOT_INT, OK, OS_ERROR, OVERFLOW, SUPERVISOR_BYTE,
-    close, getpid, mono_ns, munmap, prober_ready, row_of, shm_ofd_lock, shm_reopen, shm_wiped_page, take_row, wall_ms)
+    close, dead, getpid, mono_ns, munmap, prober_ready, row_of, shm_ofd_lock, shm_reopen, shm_wiped_page, take_row, wall_ms)
 
 from shmcache import errors
 
@@ -44,6 +44,7 @@ cdef extern from "Python.h":
     bint PyUnicode_CheckExact(object o)
     bint PyUnicode_IS_COMPACT_ASCII(object o)
     object PyLong_FromLongLong(long long v)
+    unsigned long PyThread_get_thread_ident()
 
 cdef extern from *:
     """
@@ -734,7 +735,8 @@ cdef class Table:
         elif op.chunk:
             give_up(s, op)
         if rc == OK:
-            s.row.sets += 1
+            if op.flags == 0:
+                s.row.sets += 1
         elif rc != EXISTS and rc != ABSENT and rc != MISMATCH:
             fail(rc)
         return rc
@@ -748,6 +750,7 @@ cdef class Table:
         cdef Mapping held
         cdef int rc
         op.chunk = 0
+        op.flags = 0
         op.when = when
         op.version = version
         key_view(key, &op.key, &op.key_bytes)
@@ -826,6 +829,7 @@ cdef class Table:
         cdef seg_t* s = self.ready()
         cdef Mapping held = self.mapping
         op.chunk = 0
+        op.flags = 0
         op.when = ALWAYS
         op.version = 0
         key_view(key, &op.key, &op.key_bytes)
@@ -903,6 +907,96 @@ cdef class Table:
                 return default
             if self.remove_key(key, version) == OK:
                 return value
+
+    # -- claims: who computes a missing value, who holds a lock
+
+    def claim(self, key, double seconds, bint lock=False):
+        """Claim a key that is not there: say that this thread computes its value, or (lock) holds it.
+
+        Args: seconds: after which the claim is void, 0: never. lock: clear() leaves it alone.
+        Returns: the claim's version, above 0; 0: a value is there; -1: another living thread's claim stands; -2: this thread's own.
+        A claim of the dead is taken over. Whoever sets, deletes or (but for a lock) clears the key voids it.
+        """
+        cdef put_t op
+        cdef uint64_t owner[2]
+        cdef uint64_t token = 0, thread = 0
+        cdef seg_t* s
+        cdef int rc
+        cdef Mapping held
+        key_view(key, &op.key, &op.key_bytes)
+        while True:
+            s = self.ready()
+            held = self.mapping
+            owner[0] = s.me[0]
+            owner[1] = <uint64_t>PyThread_get_thread_ident()
+            op.chunk = 0
+            op.hash = siphash13(op.key, op.key_bytes, s.k0, s.k1)
+            op.version = 0
+            rc = read_claim(s, op.key, op.key_bytes, op.hash, &op.version, &token, &thread)
+            if rc == OK:
+                return 0
+            if rc == AGAIN:
+                continue
+            if rc == EXISTS:
+                if token == owner[0]:
+                    return -2 if thread == owner[1] else -1
+                if not dead(s, token):
+                    return -1
+            op.when = IF_CLAIM if rc == EXISTS else IF_UNCLAIMED
+            op.flags = FLAG_CLAIM | (FLAG_LOCK if lock else 0)
+            op.codec = CODEC_BYTES
+            op.value = <const uint8_t*>owner
+            op.value_bytes = 16
+            op.expiry_ms = now_ms(s) + <uint64_t>(seconds * 1000 + 0.999999) if seconds else 0
+            if self.put_view(s, &op) == OK:
+                return op.cas
+            if op.when == IF_UNCLAIMED:
+                PyErr_CheckSignals()
+
+    def claim_version(self, key):
+        """The version of the claim on this key; 0: there is none."""
+        cdef const uint8_t* k
+        cdef size_t n
+        cdef uint64_t version = 0, token = 0, thread = 0
+        cdef seg_t* s
+        cdef int rc = AGAIN
+        key_view(key, &k, &n)
+        while rc == AGAIN:
+            s = self.ready()
+            rc = read_claim(s, k, n, siphash13(k, n, s.k0, s.k1), &version, &token, &thread)
+        return version if rc == EXISTS else 0
+
+    def fill(self, key, value, uint64_t version, ttl=None):
+        """Store the value for which claim() gave this version: True if the claim still stood."""
+        cdef uint64_t stored
+        return self.store(key, value, ttl, IF_CLAIM, version, &stored) == OK
+
+    def unclaim(self, key, uint64_t version):
+        """Give a claim back: True if it still stood."""
+        cdef const uint8_t* k
+        cdef size_t n
+        cdef uint64_t h
+        cdef seg_t* s
+        cdef Mapping held
+        cdef int rc
+        key_view(key, &k, &n)
+        s = self.ready()
+        held = self.mapping
+        h = siphash13(k, n, s.k0, s.k1)
+        rc = remove_claim(s, k, n, h, version, 0)
+        while rc == BUSY or rc == INTR:
+            self.enter(s)
+            try:
+                with nogil:
+                    rc = remove_claim(s, k, n, h, version, s.limit_ns)
+            finally:
+                self.leave()
+            if rc == BUSY:
+                break
+            PyErr_CheckSignals()
+        if rc != OK and rc != MISMATCH:
+            fail(rc)
+        return rc == OK
 
     # -- in place
 

@@ -23,14 +23,14 @@ from libc.string cimport memset
 from shmcache.core.atomics cimport add64, cas32, cas64, ld8r, ld32, ld32r, ld64, ld64r, ldi64r, st8r, st32, st64
 from shmcache.core.big cimport big_free_item_pages
 from shmcache.core.bucket cimport OP_EVICT, bucket_of, remove_locked, slot_naming, stripe_of, stripe_release, stripe_take
-from shmcache.core.layout cimport FLAG_BIG, class_t, item_t, page_t, seg_t, stripe_t
+from shmcache.core.layout cimport FLAG_BIG, FLAG_CLAIM, FLAG_LOCK, class_t, item_t, page_t, seg_t, stripe_t
 from shmcache.core.lock cimport shm_ring
 from shmcache.core.settle cimport settle_chunk, settle_overflow, settle_pages
 from shmcache.core.slab cimport avail_push_locked, avail_remove_locked, chunk_addr, chunk_class, chunk_free_list, chunk_get, \
     chunk_push_locked, class_release, class_take, cut_page, item_at, page_from_pool, page_in_class, page_of, publish_page, \
-    recall, refs_of, relist_page, ring_remove_locked
+    page_room, recall, refs_of, relist_page, ring_remove_locked, value_offset
 from shmcache.core.token cimport BUSY, FREE, INTR, LIVE, NO_ROOM, OK, PAGE_ACTIVE, PAGE_CUTTING, PAGE_DRAINING, RESERVED, \
-    RETIRED, kind_of, mono_ns, token_of, word_of
+    RETIRED, dead, kind_of, mono_ns, token_of, word_of
 
 cdef enum:
     HAND_STEPS = 32         # live items that a writer looks at before he takes the lowest
@@ -44,7 +44,14 @@ cdef inline uint64_t now_ms(seg_t* s) noexcept nogil:
 cdef inline bint stale(seg_t* s, item_t* it) noexcept nogil:
     """Cleared or expired: nobody may be given it any more."""
     cdef uint64_t expiry = ld64r(&it.expiry_ms)
-    return ld32r(&it.epoch) != ld32(&s.header.epoch) or (expiry != 0 and expiry <= now_ms(s))
+    return (ld32r(&it.epoch) != ld32(&s.header.epoch) and not ld8r(&it.flags) & FLAG_LOCK) or (expiry != 0 and expiry <= now_ms(s))
+
+cdef inline bint claim_stands(seg_t* s, uint64_t addr) noexcept nogil:
+    """Is this item a claim of a living process whose time is not over? Its stripe is held."""
+    cdef item_t* it = item_at(s, addr)
+    if not ld8r(&it.flags) & FLAG_CLAIM or stale(s, it) or value_offset(it.key_bytes) + 16 > page_room(s, addr):
+        return False
+    return not dead(s, (<uint64_t*>(<uint8_t*>it + value_offset(it.key_bytes)))[0])
 
 cdef inline int evict_chunk(seg_t* s, uint64_t addr, uint32_t cls, bint only_stale, uint64_t limit_ns) noexcept nogil:
     """Take the item at this address out of the table, whatever its count: OK leaves it RETIRED(this process), a chunk of class cls.
@@ -67,7 +74,7 @@ cdef inline int evict_chunk(seg_t* s, uint64_t addr, uint32_t cls, bint only_sta
         stripe_release(st)
         return NO_ROOM
     was_stale = stale(s, it)
-    if only_stale and not was_stale:
+    if (only_stale and not was_stale) or claim_stands(s, addr):
         stripe_release(st)
         return NO_ROOM
     remove_locked(s, st, b, slot, OP_EVICT)

@@ -196,6 +196,8 @@ ctypedef struct item_t:     # 48 bytes, then the key, zero to seven bytes of pad
 
 cdef enum:
     FLAG_BIG = 1            # instead of the value: u32 page indexes, then the rest of the value
+    FLAG_CLAIM = 2          # no value: somebody computes it, or holds this lock. Value: u64 owner's token, u64 thread
+    FLAG_LOCK = 4           # a claim that clear() leaves alone
 
 # ---- a process's own view, outside the segment ------------------------------------------------------------------------
 

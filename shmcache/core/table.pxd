@@ -17,8 +17,8 @@ from shmcache.core.big cimport big_fill, big_free_item_pages, big_free_pages, bi
 from shmcache.core.bucket cimport ADDR_MASK, OP_DELETE, OP_EVICT, OP_SET, OP_TOUCH, bucket_of, bump, chain_first, \
     chain_grow_locked, chain_next, chain_t, count_now, count_without, note_intent, remove_locked, slot_word, stripe_of, \
     stripe_release, stripe_take
-from shmcache.core.clock cimport now_ms, stale, take_page, take_room
-from shmcache.core.layout cimport FLAG_BIG, MAX_REFS, bucket_t, item_t, seg_t, stripe_t
+from shmcache.core.clock cimport claim_stands, now_ms, stale, take_page, take_room
+from shmcache.core.layout cimport FLAG_BIG, FLAG_CLAIM, FLAG_LOCK, MAX_REFS, bucket_t, item_t, seg_t, stripe_t
 from shmcache.core.lock cimport lock_release, lock_take
 from shmcache.core.settle cimport settle_pages
 from shmcache.core.slab cimport chunk_class, chunk_free, class_for, in_slab, item_at, page_from_pool, page_room, page_to_pool, \
@@ -34,6 +34,8 @@ cdef enum:
     IF_ABSENT = 1
     IF_PRESENT = 2
     IF_VERSION = 3
+    IF_UNCLAIMED = 4        # neither a value nor a claim that stands
+    IF_CLAIM = 5            # exactly this claim: its version
 
 # ---- read -----------------------------------------------------------------------------------------------------------------
 
@@ -49,8 +51,10 @@ ctypedef struct read_t:
     uint64_t key_bytes
     uint64_t value_bytes
     uint8_t codec
+    uint8_t flags
     bint is_big
     bint expired            # the miss was a hit whose time was over
+    bint claimed            # the miss is a claim, at addr
     big_t big
 
 cdef inline bint unchanged(read_t* r) noexcept nogil:
@@ -75,7 +79,8 @@ cdef inline bint load_item(seg_t* s, read_t* r, const uint8_t* key, size_t n) no
     r.key_bytes = ld16r(&it.key_bytes)
     r.value_bytes = ld32r(&it.value_bytes)
     r.codec = ld8r(&it.codec)
-    r.is_big = ld8r(&it.flags) & FLAG_BIG
+    r.flags = ld8r(&it.flags)
+    r.is_big = r.flags & FLAG_BIG
     room = page_room(s, r.addr)
     if r.key_bytes != n or 48 + n > room or memcmp(<uint8_t*>it + 48, key, n) != 0:
         return False
@@ -94,6 +99,7 @@ cdef inline int read_begin(seg_t* s, const uint8_t* key, size_t n, uint64_t h, r
     r.version = ld32(&r.head.version)
     r.hash = h
     r.expired = False
+    r.claimed = False
     chain_first(s, b, &c)
     while True:
         for i in range(c.n_slots):
@@ -109,13 +115,16 @@ cdef inline int read_begin(seg_t* s, const uint8_t* key, size_t n, uint64_t h, r
             r.slot = &c.slot[i]
             r.slot_word = w
             r.expiry_ms = ld64r(&it.expiry_ms)
-            if unlikely(ld32r(&it.epoch) != ld32(&s.header.epoch)):
+            if unlikely(ld32r(&it.epoch) != ld32(&s.header.epoch)) and not r.flags & FLAG_LOCK:
                 return ABSENT if unchanged(r) else AGAIN
             if unlikely(r.expiry_ms != 0) and r.expiry_ms <= now_ms(s):
                 if not unchanged(r):
                     return AGAIN
                 r.expired = True
                 return ABSENT
+            if unlikely(r.flags & FLAG_CLAIM):
+                r.claimed = unchanged(r)
+                return ABSENT if r.claimed else AGAIN
             if unlikely(r.is_big) and not unchanged(r):     # before anyone allocates value_bytes
                 return AGAIN
             return OK
@@ -160,7 +169,8 @@ cdef inline int read_end(seg_t* s, read_t* r) noexcept nogil:
 ctypedef struct found_t:
     uint64_t* slot          # of the key, or NULL
     uint64_t addr
-    bint live               # not cleared, not expired
+    bint live               # a value; not cleared, not expired
+    bint claimed            # a claim; not cleared, not expired
     uint64_t* empty         # the first free slot of the chain, or NULL
     uint64_t* dull          # the slot whose item is least worth keeping (stale first)
     uint8_t dull_refs
@@ -193,6 +203,9 @@ cdef inline void find_locked(seg_t* s, uint64_t b, const uint8_t* key, size_t n,
                 f.slot = &c.slot[i]
                 f.addr = r.addr
                 f.live = not stale(s, item_at(s, r.addr))
+                f.claimed = f.live and r.flags & FLAG_CLAIM
+                if f.claimed:
+                    f.live = False
                 return
         if not chain_next(s, &c):
             break
@@ -211,6 +224,8 @@ cdef inline void find_dull_locked(seg_t* s, uint64_t b, found_t* f) noexcept nog
         for i in range(c.n_slots):
             addr = c.slot[i] & ADDR_MASK
             if not in_slab(s, addr):
+                continue
+            if claim_stands(s, addr):
                 continue
             refs = ld8r(refs_of(s, addr))
             cas = item_at(s, addr).cas
@@ -234,8 +249,9 @@ ctypedef struct put_t:
     uint64_t value_bytes
     uint64_t expiry_ms
     uint8_t codec
-    int when                # ALWAYS, IF_ABSENT, IF_PRESENT, IF_VERSION
-    uint64_t version        # for IF_VERSION
+    uint8_t flags           # FLAG_CLAIM, FLAG_LOCK; 0: a value
+    int when                # ALWAYS, IF_ABSENT, IF_PRESENT, IF_VERSION, IF_UNCLAIMED, IF_CLAIM
+    uint64_t version        # for IF_VERSION and IF_CLAIM
     # what put has in hand between two calls
     uint64_t chunk          # reserved and filled; 0: not yet
     int cls
@@ -305,7 +321,7 @@ cdef inline int reserve(seg_t* s, put_t* op, uint64_t limit_ns) noexcept nogil:
     it.key_bytes = <uint32_t>op.key_bytes
     it.value_bytes = <uint32_t>op.value_bytes
     it.codec = op.codec
-    it.flags = FLAG_BIG if op.is_big else 0
+    it.flags = op.flags | (FLAG_BIG if op.is_big else 0)
     it.expiry_ms = op.expiry_ms
     memcpy(<uint8_t*>it + 48, op.key, op.key_bytes)
     if op.is_big:
@@ -354,6 +370,10 @@ cdef inline int allowed(seg_t* s, put_t* op, found_t* f) noexcept nogil:
         return EXISTS if present else OK
     if op.when == ALWAYS:
         return OK
+    if op.when == IF_UNCLAIMED:
+        return EXISTS if present or (f.slot != NULL and f.claimed) else OK
+    if op.when == IF_CLAIM:
+        return OK if f.slot != NULL and f.claimed and ld64(&item_at(s, f.addr).cas) == op.version else MISMATCH
     if not present:
         return ABSENT
     if op.when == IF_VERSION and ld64(&item_at(s, f.addr).cas) != op.version:
@@ -422,7 +442,10 @@ cdef inline int remove(seg_t* s, const uint8_t* key, size_t n, uint64_t h, uint6
     if f.slot == NULL or (only_expired and f.live):
         rc = ABSENT
     elif not f.live:
-        remove_locked(s, st, b, f.slot, OP_EVICT)
+        if not only_expired or not f.claimed:       # a delete takes a claim away: what is being computed may be old
+            remove_locked(s, st, b, f.slot, OP_DELETE if f.claimed else OP_EVICT)
+        else:
+            f.slot = NULL
         rc = ABSENT
     elif version and ld64(&item_at(s, f.addr).cas) != version:
         f.slot = NULL
@@ -437,6 +460,37 @@ cdef inline int remove(seg_t* s, const uint8_t* key, size_t n, uint64_t h, uint6
         add64(&s.row.deletes if rc == OK else &s.row.expired, 1)
         free_old(s, f.addr, limit_ns)
     return rc
+
+cdef inline int remove_claim(seg_t* s, const uint8_t* key, size_t n, uint64_t h, uint64_t version, uint64_t limit_ns) noexcept nogil:
+    """Take exactly this claim away: OK, MISMATCH, BUSY or INTR."""
+    cdef uint64_t b = bucket_of(s, h)
+    cdef stripe_t* st = stripe_of(s, b)
+    cdef found_t f
+    cdef int rc = stripe_take(s, st, limit_ns)
+    if rc != OK:
+        return rc
+    find_locked(s, b, key, n, h, &f)
+    rc = OK if f.slot != NULL and f.claimed and ld64(&item_at(s, f.addr).cas) == version else MISMATCH
+    if rc == OK:
+        remove_locked(s, st, b, f.slot, OP_EVICT)
+    stripe_release(st)
+    if rc == OK:
+        free_old(s, f.addr, limit_ns)
+    return rc
+
+cdef inline int read_claim(seg_t* s, const uint8_t* key, size_t n, uint64_t h, uint64_t* version, uint64_t* token,
+                           uint64_t* thread) noexcept nogil:
+    """Whose claim is on this key? OK: a value is there. EXISTS: a claim. ABSENT: neither. AGAIN."""
+    cdef read_t r
+    cdef uint64_t* at
+    cdef int rc = read_begin(s, key, n, h, &r)
+    if rc != ABSENT or not r.claimed:
+        return rc
+    at = <uint64_t*>(<uint8_t*>item_at(s, r.addr) + value_offset(n))
+    version[0] = r.cas
+    token[0] = ld64r(&at[0])
+    thread[0] = ld64r(&at[1])
+    return EXISTS if r.value_bytes == 16 and (unchanged(&r) or same_item(s, &r)) else AGAIN
 
 cdef inline int add_to(seg_t* s, const uint8_t* key, size_t n, uint64_t h, int64_t by, int64_t* out,
                        uint64_t limit_ns) noexcept nogil:
@@ -546,7 +600,8 @@ cdef inline int copy_keys(seg_t* s, uint64_t b, uint8_t* to, uint32_t room, uint
                 continue
             it = item_at(s, addr)
             klen = ld16r(&it.key_bytes)
-            if klen == 0 or klen > 4096 or 48 + klen > page_room(s, addr) or stale(s, it):
+            if klen == 0 or klen > 4096 or 48 + klen > page_room(s, addr) or stale(s, it) or \
+                    ld8r(&it.flags) & FLAG_CLAIM:
                 continue
             if used[0] + 2 + klen > room:
                 return NO_ROOM

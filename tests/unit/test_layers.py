@@ -15,7 +15,9 @@ ALLOWED = {  # module -> what of ours it may import
     "codec": {"errors"},
     "core": {"errors", "core"},
     "segment": {"errors", "core"},
-    "cache": {"errors", "core", "segment", "codec"},
+    "flight": {"errors", "cache"},  # cache for annotations only
+    "namespace": {"errors", "flight", "cache"},
+    "cache": {"errors", "core", "segment", "codec", "flight", "namespace"},
     "supervisor": {"errors", "core", "cache", "supervisor"},
     "cli": {"errors", "core", "segment", "supervisor"},
     "__init__": {"errors", "segment", "cache", "supervisor"},

@@ -1,0 +1,133 @@
+"""Namespaces: keys of their own, and a clear() of their own that costs one write.
+
+A namespace has a generation, a random number under a key of the cache; every key carries it. clear() stores another one: what carries the
+old one is never found again, and goes as the CLOCK hand meets it. A generation that was evicted is replaced by a new random one: a
+namespace may lose what is in it, it never sees again what was cleared.
+"""
+
+from __future__ import annotations
+
+import os
+
+from shmcache import errors, flight
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from datetime import timedelta
+    from typing import Any
+
+    from shmcache.cache import Cache
+
+    Key = bytes | str
+    Ttl = float | timedelta | None
+
+PREFIX = b"\x00ns\x00"
+
+
+class Namespace:
+    """A part of a cache, with the cache's operations on keys, and clear(). Made by cache.namespace(name)."""
+
+    def __init__(self, cache: Cache, name: str) -> None:
+        if not isinstance(name, str) or not 0 < len(name.encode()) <= 200:
+            raise errors.InvalidName(f"the name of a namespace is a str of 1 to 200 bytes, not {name!r}")
+        self.cache = cache
+        self.name = name
+        self._generation_key = PREFIX + name.encode()
+
+    def _prefix(self) -> bytes:
+        generation = self.cache.get(self._generation_key)
+        while generation is None:
+            self.cache.add(self._generation_key, os.urandom(8), ttl=flight.FOREVER)
+            generation = self.cache.get(self._generation_key)
+        return self._generation_key + b"\x00" + bytes(generation)
+
+    def _key(self, key: Key) -> bytes:
+        if not isinstance(key, (bytes, str)):
+            raise errors.InvalidKeyType(f"a key is bytes or str, not {type(key).__name__}: convert it, for example with str(key)")
+        if not key:
+            raise errors.InvalidKey("a key has at least 1 byte: use a longer one")
+        return self._prefix() + (key.encode() if isinstance(key, str) else key)
+
+    def clear(self) -> None:
+        """Remove everything in the namespace, for everybody, in one step."""
+        self.cache.set(self._generation_key, os.urandom(8), ttl=flight.FOREVER)
+
+    def get(self, key: Key, default: Any = None) -> Any:
+        return self.cache.get(self._key(key), default)
+
+    def gets(self, key: Key) -> tuple[Any, int]:
+        return self.cache.gets(self._key(key))
+
+    def set(self, key: Key, value: Any, ttl: Ttl = None) -> None:
+        self.cache.set(self._key(key), value, ttl)
+
+    def add(self, key: Key, value: Any, ttl: Ttl = None) -> bool:
+        return self.cache.add(self._key(key), value, ttl)
+
+    def replace(self, key: Key, value: Any, ttl: Ttl = None) -> bool:
+        return self.cache.replace(self._key(key), value, ttl)
+
+    def cas(self, key: Key, value: Any, version: int, ttl: Ttl = None) -> bool:
+        return self.cache.cas(self._key(key), value, version, ttl)
+
+    def delete(self, key: Key) -> bool:
+        return self.cache.delete(self._key(key))
+
+    def pop(self, key: Key, default: Any = None) -> Any:
+        return self.cache.pop(self._key(key), default)
+
+    def incr(self, key: Key, n: int = 1, *, default: int | None = None, ttl: Ttl = None) -> int:
+        return self.cache.incr(self._key(key), n, default=default, ttl=ttl)
+
+    def decr(self, key: Key, n: int = 1, *, default: int | None = None, ttl: Ttl = None) -> int:
+        return self.cache.decr(self._key(key), n, default=default, ttl=ttl)
+
+    def touch(self, key: Key, ttl: Ttl = None) -> bool:
+        return self.cache.touch(self._key(key), ttl)
+
+    def expire(self, key: Key, ttl: float | timedelta) -> bool:
+        return self.cache.expire(self._key(key), ttl)
+
+    def persist(self, key: Key) -> bool:
+        return self.cache.persist(self._key(key))
+
+    def ttl(self, key: Key) -> float | None:
+        return self.cache.ttl(self._key(key))
+
+    def get_many(self, keys: Iterable[Key]) -> dict[Key, Any]:
+        prefix = self._prefix()
+        wanted = {prefix + (k.encode() if isinstance(k, str) else k): k for k in keys}
+        return {wanted[bytes(k)]: v for k, v in self.cache.get_many(wanted).items()}
+
+    def set_many(self, mapping: Mapping[Key, Any], ttl: Ttl = None) -> None:
+        prefix = self._prefix()
+        self.cache.set_many({prefix + (k.encode() if isinstance(k, str) else k): v for k, v in mapping.items()}, ttl)
+
+    def delete_many(self, keys: Iterable[Key]) -> int:
+        prefix = self._prefix()
+        return self.cache.delete_many([prefix + (k.encode() if isinstance(k, str) else k) for k in keys])
+
+    def get_or_set(self, key: Key, factory: Callable[[], Any], ttl: Ttl = None, *, lease: float = flight.LEASE) -> Any:
+        return self.cache.get_or_set(self._key(key), factory, ttl, lease=lease)
+
+    def scan(self, prefix: Key = b"") -> Iterator[bytes]:
+        """The keys, as bytes, that begin with prefix: as they are in the namespace."""
+        own = self._prefix()
+        for key in self.cache.scan(own + (prefix.encode() if isinstance(prefix, str) else prefix)):
+            yield key[len(own) :]
+
+    def __getitem__(self, key: Key) -> Any:
+        return self.cache[self._key(key)]
+
+    def __setitem__(self, key: Key, value: Any) -> None:
+        self.cache[self._key(key)] = value
+
+    def __delitem__(self, key: Key) -> None:
+        del self.cache[self._key(key)]
+
+    def __contains__(self, key: Key) -> bool:
+        return self._key(key) in self.cache
+
+    def __repr__(self) -> str:
+        return f"<shmcache.Namespace {self.name!r} of {self.cache!r}>"
