@@ -257,8 +257,9 @@ def run(args: argparse.Namespace) -> int:
     load = Trace(args.trace) if args.trace else StandardLibrary()
     name = args.name or f"demo-{os.getpid()}"
     with shmcache.create(name, args.size) as cache:
-        replay = None
+        replay = supervisor = None
         try:
+            supervisor = shmcache.supervise(name)
             replay = Replay(cache, load, args.procs)
             replay.run(args.seconds, progress if sys.stderr.isatty() else lambda _: None)
             private = replay.finish()
@@ -268,6 +269,9 @@ def run(args: argparse.Namespace) -> int:
                 sys.stderr.write("\r" + " " * 60 + "\r")
             if replay is not None:
                 replay.kill()
+            if supervisor is not None:
+                supervisor.terminate()
+                supervisor.wait()
             shmcache.unlink(name)
     print(json.dumps(report)) if args.json else show(report)
     return 0 if not (report["wrong_values"] or report["verify"] or any(report["exit_codes"])) else 1
