@@ -148,7 +148,8 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=10_000_000, help="to sweep")
     args = parser.parse_args()
     name = f"bench-supervisor-{os.getpid()}"
-    print(json.dumps({"writers": inline(name, args.seconds), "sweep": sweep(name, args.items), "idle": cpu_when_idle(name, args.idle)}, indent=1))
+    result = {"writers": inline(name, args.seconds), "sweep": sweep(name, args.items), "idle": cpu_when_idle(name, args.idle)}
+    print(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

@@ -90,7 +90,8 @@ def page(name: str) -> bytes | None:
     style = "i{font-style:normal}.k{color:#00f}.s{color:#080}.c{color:#888}.n{color:#a00}.b{color:#808}"
     title = html.escape(name)
     return (
-        f"<!doctype html><title>{title}</title><style>{style}</style><h1>{title}</h1><p>Mentioned in: {links}</p><pre>{highlight(row[0])}</pre>"
+        f"<!doctype html><title>{title}</title><style>{style}</style><h1>{title}</h1><p>Mentioned in: {links}</p>"
+        f"<pre>{highlight(row[0])}</pre>"
     ).encode()
 
 
@@ -118,10 +119,8 @@ class Site:
                 state = "miss"
                 return page(name)
 
-            if environ.get("QUERY_STRING") == "nocache":
-                body = miss()
-            else:
-                body = self.cache.get_or_set(f"page:{name}", miss, TTL)
+            uncached = environ.get("QUERY_STRING") == "nocache"
+            body = miss() if uncached else self.cache.get_or_set(f"page:{name}", miss, TTL)
         else:
             body = None
         micros = round(1e6 * (time.perf_counter() - began))

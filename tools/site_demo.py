@@ -148,7 +148,7 @@ def run(args: argparse.Namespace) -> int:
             load = Load(port, names, 2 * args.workers)
             print(f"asking http://127.0.0.1:{port}/ for {args.seconds:.0f} s ...", file=sys.stderr)
             began = time.monotonic()
-            killed, reloaded_at = 0, 0.0
+            killed = 0
             while (fraction := (time.monotonic() - began) / args.seconds) < 1:
                 bar(fraction)
                 if load.phase == "without" and fraction > BASELINE:
@@ -194,7 +194,8 @@ def make_report(cache: Any, notes: list[Any], args: Any, failed: int, killed: in
         "workers": args.workers,
         **{p: summary(n) for p, n in phases.items()},
         "requests_per_s": {
-            "without": round(len(phases["without"]) / (args.seconds * BASELINE)), "with": round(len(cached) / (args.seconds * (1 - BASELINE)))
+            "without": round(len(phases["without"]) / (args.seconds * BASELINE)),
+            "with": round(len(cached) / (args.seconds * (1 - BASELINE))),
         },
         "hit_ratio_by_worker": {pid: summary([n for n in cached if n[1] == pid])["hit_ratio"] for pid in sorted({n[1] for n in cached})},
         "killed_pid": killed,
@@ -227,8 +228,8 @@ def show(r: dict[str, Any]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     epilog="With --trace FILE a trace is replayed straight against a segment: ./tools/demo --trace FILE --help")  # fmt: skip
+    parser = argparse.ArgumentParser(prog="demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.epilog = "With --trace FILE a trace is replayed straight against a segment: ./tools/demo --trace FILE --help"
     parser.add_argument("--seconds", type=float, default=20.0, help="of load (20)")
     parser.add_argument("--workers", type=int, default=4, help="of gunicorn (4)")
     parser.add_argument("--size", default="64M", help="of the segment (64M)")

@@ -12,6 +12,7 @@ import threading
 import time
 
 import numpy as np
+import psutil
 import pytest
 
 import shmcache
@@ -288,6 +289,49 @@ def test_demo_cleans_up_after_ctrl_c(name):
         shmcache.attach(name)
     assert workers
     assert not any(os.path.exists(f"/proc/{w}") for w in workers)
+
+
+def site_demo(*args, **kwargs):
+    return subprocess.run([sys.executable, "tools/site_demo.py", *args], capture_output=True, text=True, check=False, timeout=120, **kwargs)
+
+
+@pytest.mark.slow
+def test_site_demo_survives_a_killed_worker_and_a_reload():
+    pytest.importorskip("gunicorn", reason="the site demo needs gunicorn")
+    out = site_demo("--seconds", "6", "--workers", "2", "--size", "8M", "--json")
+    assert out.returncode == 0, out.stderr
+    r = json.loads(out.stdout)
+    assert r["verify"] == []
+    assert r["without"]["hit_ratio"] == 0
+    assert r["without"]["requests"] > 0
+    assert r["reloaded"]["hit_ratio"] > 0.3
+    assert r["evictions"] > 0, "8 MB do not hold all pages"
+    assert len(r["hit_ratio_by_worker"]) >= 4, "two workers, the one that replaced the killed one, and those after the reload"
+    assert str(r["killed_pid"]) in r["hit_ratio_by_worker"]
+
+
+def test_site_demo_refuses_what_it_cannot_do():
+    pytest.importorskip("gunicorn", reason="the site demo needs gunicorn")
+    for args in (("--workers", "0"), ("--seconds", "0"), ("--size", "1K")):
+        out = site_demo(*args)
+        assert out.returncode == 2
+        assert out.stderr.startswith("demo: ")
+
+
+@pytest.mark.slow
+def test_site_demo_cleans_up_after_ctrl_c(name):
+    pytest.importorskip("gunicorn", reason="the site demo needs gunicorn")
+    p = subprocess.Popen([sys.executable, "tools/site_demo.py", "--seconds", "60", "--workers", "2", "--name", name], stderr=subprocess.PIPE, text=True)
+    while "asking" not in p.stderr.readline():
+        assert p.poll() is None
+    children = [c.pid for c in psutil.Process(p.pid).children(recursive=True)]
+    assert len(children) >= 3  # gunicorn, its workers, the supervisor
+    p.send_signal(signal.SIGINT)
+    assert p.wait(60) == 130
+    p.stderr.close()
+    with pytest.raises(shmcache.SegmentNotFound):
+        shmcache.attach(name)
+    assert not any(psutil.pid_exists(c) for c in children)
 
 
 def test_close_in_another_thread_crashes_nobody(make):
