@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
 from pathlib import Path
 
 import psutil
@@ -12,6 +13,7 @@ import pytest
 import shmcache
 
 counter = itertools.count()
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, and so inherited, when started in a shell's background
 
 
 def objects() -> set[str]:

