@@ -31,6 +31,7 @@ class Cache(_core.Table):
         self._codec: Any = None
         self._codec_name = codec
         self._trust = trust or {}
+
     def _load_codec(self) -> Any:
         if self._codec is None:
             self._codec = get_codec(self._codec_name)
