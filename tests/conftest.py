@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -20,12 +21,23 @@ def objects() -> set[str]:
     return {p.name for p in Path("/dev/shm").glob("shmcache.*")} | {p.name for p in Path("/dev/shm").glob("sem.shmcache*")}
 
 
+def of_another_run(name: str) -> bool:
+    """Objects are named by the pid of their maker: it lives, and is neither this process nor a child of it."""
+    maker = re.search(r"-(\d+)", name)
+    if maker is None or int(maker[1]) == os.getpid():
+        return False
+    try:
+        return os.getpid() not in {p.pid for p in psutil.Process(int(maker[1])).parents()}
+    except psutil.NoSuchProcess:
+        return False
+
+
 @pytest.fixture(autouse=True)
 def nothing_left():
     before = objects()
     yield
     left = objects() - before
-    ours = {name for name in left if f"-{os.getpid()}-" in name or name.startswith(("shmcache.demo-", "shmcache.t-"))}
+    ours = {name for name in left if not of_another_run(name)}
     assert not ours, f"left in /dev/shm: {ours}"
     assert not psutil.Process().children(recursive=True), "left processes"
 

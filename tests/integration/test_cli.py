@@ -91,6 +91,24 @@ def test_stats(cache):
     assert "seconds" in admin("stats", cache.name, "--interval", "0", code=2)
 
 
+def test_rich_draws_the_tables_on_a_terminal(cache):
+    pytest.importorskip("rich", reason="rich draws the tables if it is installed")
+    ours, theirs = pty.openpty()
+    p = subprocess.Popen([BIN / "shmcache-admin", "stats", cache.name, "--interval", "0.05"], stdout=theirs, env=os.environ | {"COLUMNS": "120"})
+    os.close(theirs)
+    text = b""
+    try:
+        while part := os.read(ours, 65536):
+            text += part
+    except OSError:  # EIO: the other side was closed
+        pass
+    finally:
+        os.close(ours)
+    assert p.wait(60) == 0
+    assert "┃" in text.decode()
+    assert "no gets yet" in text.decode()
+
+
 def test_stats_prometheus(cache):
     cache.set("k", b"v")
     text = admin("stats", cache.name, "--format", "prometheus", "--interval", "0.05")
