@@ -52,25 +52,21 @@ def get_or_set(cache: Cache, key: bytes | str, factory: Callable[[], Any], ttl: 
     if not 0 < lease < 1e9:
         raise errors.InvalidTTL(f"lease is a number of seconds above 0, not {lease!r}")
     pause = waits(None)
-    while True:
-        version = cache.claim(key, lease)
-        if version > 0:
-            break
-        if version == -2:
-            return factory()
-        if version == 0:
-            value = cache.get(key, MISSING)
-            if value is not MISSING:
-                return value
-        else:
-            next(pause)
+    version = 0
     try:
+        while (version := cache.claim(key, lease)) <= 0:
+            if version == -2:
+                return factory()
+            if version == -1:
+                next(pause)
+            elif (value := cache.get(key, MISSING)) is not MISSING:
+                return value
         value = factory()
         if cache.fill(key, value, version, ttl):
             version = 0
         return value
     finally:
-        if version:
+        if version > 0:
             cache.unclaim(key, version)
 
 

@@ -457,7 +457,8 @@ cdef inline int remove(seg_t* s, const uint8_t* key, size_t n, uint64_t h, uint6
         f.slot = NULL
     stripe_release(st)
     if f.slot != NULL:
-        add64(&s.row.deletes if rc == OK else &s.row.expired, 1)
+        if not f.claimed:
+            add64(&s.row.deletes if rc == OK else &s.row.expired, 1)
         free_old(s, f.addr, limit_ns)
     return rc
 

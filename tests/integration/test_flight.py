@@ -112,6 +112,7 @@ def test_a_claim_is_no_value(cache):
     assert not cache.replace("k", 1)
     assert not cache.delete("k")
     assert cache.claim_version("k") == 0
+    assert cache.counters()["expirations"] == cache.counters()["deletes"] == 0
     assert cache.claim("k", 60) > 0
     assert cache.add("k", 5)
     assert cache["k"] == 5
