@@ -11,6 +11,7 @@ Race table
     fill vs take-over         a claim older than `lease` seconds is void: the late fill is refused
     the claimer dies          the kernel drops its row's lock; the next waiter to look takes over. A thread that ends without a fill
                               (its process lives) gives its claim back in `finally`; else `lease` bounds it
+    fork while a claim is held: the child has another token: it fills and releases none of its parent's
     a factory asks its own key again: computed at once, not stored; waiting would be for itself
 """
 
@@ -136,7 +137,7 @@ class Lock:
 
     def owned(self) -> bool:
         """Does this object hold it still?"""
-        return self._version != 0 and self._cache.claim_version(self._key) == self._version
+        return self._version != 0 and self._cache.claim_version(self._key, True) == self._version
 
     def __enter__(self) -> Lock:
         self.acquire()

@@ -953,8 +953,8 @@ cdef class Table:
             if op.when == IF_UNCLAIMED:
                 PyErr_CheckSignals()
 
-    def claim_version(self, key):
-        """The version of the claim on this key; 0: there is none."""
+    def claim_version(self, key, bint mine=False):
+        """The version of the claim on this key (mine: if it is this process's); 0: there is none."""
         cdef const uint8_t* k
         cdef size_t n
         cdef uint64_t version = 0, token = 0, thread = 0
@@ -964,7 +964,7 @@ cdef class Table:
         while rc == AGAIN:
             s = self.ready()
             rc = read_claim(s, k, n, siphash13(k, n, s.k0, s.k1), &version, &token, &thread)
-        return version if rc == EXISTS else 0
+        return version if rc == EXISTS and (not mine or token == s.me[0]) else 0
 
     def fill(self, key, value, uint64_t version, ttl=None):
         """Store the value for which claim() gave this version: True if the claim still stood."""

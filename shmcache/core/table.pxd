@@ -364,6 +364,11 @@ cdef inline int place_locked(seg_t* s, put_t* op, uint64_t b, found_t* f, uint64
         add64(&s.row.evictions, 1)
     return OK
 
+cdef inline bint my_claim(seg_t* s, uint64_t addr) noexcept nogil:
+    """Is this claim of this process? A fork child knows its parent's versions, and is to fill and release none of them."""
+    cdef item_t* it = item_at(s, addr)
+    return it.value_bytes == 16 and (<uint64_t*>(<uint8_t*>it + value_offset(it.key_bytes)))[0] == s.me[0]
+
 cdef inline int allowed(seg_t* s, put_t* op, found_t* f) noexcept nogil:
     cdef bint present = f.slot != NULL and f.live
     if op.when == IF_ABSENT:
@@ -373,7 +378,9 @@ cdef inline int allowed(seg_t* s, put_t* op, found_t* f) noexcept nogil:
     if op.when == IF_UNCLAIMED:
         return EXISTS if present or (f.slot != NULL and f.claimed) else OK
     if op.when == IF_CLAIM:
-        return OK if f.slot != NULL and f.claimed and ld64(&item_at(s, f.addr).cas) == op.version else MISMATCH
+        if f.slot == NULL or not f.claimed or ld64(&item_at(s, f.addr).cas) != op.version:
+            return MISMATCH
+        return OK if op.flags & FLAG_CLAIM or my_claim(s, f.addr) else MISMATCH     # a claim on a claim: the dead's is taken over
     if not present:
         return ABSENT
     if op.when == IF_VERSION and ld64(&item_at(s, f.addr).cas) != op.version:
@@ -463,7 +470,7 @@ cdef inline int remove(seg_t* s, const uint8_t* key, size_t n, uint64_t h, uint6
     return rc
 
 cdef inline int remove_claim(seg_t* s, const uint8_t* key, size_t n, uint64_t h, uint64_t version, uint64_t limit_ns) noexcept nogil:
-    """Take exactly this claim away: OK, MISMATCH, BUSY or INTR."""
+    """Take exactly this claim, of this process, away: OK, MISMATCH, BUSY or INTR."""
     cdef uint64_t b = bucket_of(s, h)
     cdef stripe_t* st = stripe_of(s, b)
     cdef found_t f
@@ -471,7 +478,7 @@ cdef inline int remove_claim(seg_t* s, const uint8_t* key, size_t n, uint64_t h,
     if rc != OK:
         return rc
     find_locked(s, b, key, n, h, &f)
-    rc = OK if f.slot != NULL and f.claimed and ld64(&item_at(s, f.addr).cas) == version else MISMATCH
+    rc = OK if f.slot != NULL and f.claimed and ld64(&item_at(s, f.addr).cas) == version and my_claim(s, f.addr) else MISMATCH
     if rc == OK:
         remove_locked(s, st, b, f.slot, OP_EVICT)
     stripe_release(st)

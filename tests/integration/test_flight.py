@@ -267,6 +267,29 @@ def test_lock(cache):
         cache.lock("l", ttl=-1)
 
 
+def test_a_fork_child_releases_and_fills_nothing_of_its_parents(cache):
+    lock = cache.lock("l")
+    lock.acquire()
+    version = cache.claim("k", 60)
+    child = os.fork()
+    if child == 0:
+        try:
+            assert not lock.owned()
+            with pytest.raises(errors.UsageError, match="not held"):
+                lock.release()
+            assert not lock.acquire(blocking=False)
+            assert not cache.fill("k", "the child's", version)
+            assert not cache.unclaim("k", version)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert lock.owned()
+    lock.release()
+    assert cache.fill("k", "the parent's", version)
+    assert cache["k"] == "the parent's"
+
+
 def test_a_lock_whose_time_is_over_is_free(cache):
     lock = cache.lock("l", ttl=0.001)
     lock.acquire()
