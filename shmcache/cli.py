@@ -339,10 +339,13 @@ def do_unlink(args: argparse.Namespace) -> int:
 def do_supervise(args: argparse.Namespace) -> int:
     from shmcache.supervisor.loop import Supervisor
 
+    ends = (signal.SIGTERM, signal.SIGINT)
+    signal.pthread_sigmask(signal.SIG_BLOCK, ends)  # till there is something to stop in good order
     with shmcache.attach(args.name) if args.size is None else shmcache.open(args.name, args.size) as cache:
         supervisor = Supervisor(cache, args.parent)
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in ends:
             signal.signal(number, supervisor.stop)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ends)
         if not args.quiet:
             print(f"supervising {args.name}", file=sys.stderr, flush=True)
         supervisor.run()
