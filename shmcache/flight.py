@@ -17,9 +17,7 @@ Race table
 
 from __future__ import annotations
 
-import functools
 import time
-from hashlib import blake2b
 
 from shmcache import errors
 
@@ -75,6 +73,9 @@ def memoize(
     cache: Cache, ttl: float | timedelta | None, name: str | None, lease: float
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Cache.memoize."""
+    import functools  # here: a worker that memoizes nothing does not pay for them
+    from hashlib import blake2b
+
     if callable(ttl):
         raise errors.UsageError("memoize is called: @cache.memoize() or @cache.memoize(ttl=60)")
 

@@ -45,6 +45,6 @@ def test_arrows_point_down():
 
 def test_a_first_get_imports_no_heavy_module(cache):
     cache.set("k", "v")
-    code = f"import sys, shmcache; assert shmcache.attach({cache.name!r}).get('k') == 'v'; print([m for m in ('numpy', 'msgpack', 'psutil') if m in sys.modules])"
+    code = f"import sys, shmcache; assert shmcache.attach({cache.name!r}).get('k') == 'v'; print([m for m in ('numpy', 'msgpack', 'psutil', 'hashlib', 'subprocess', 'typing') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
