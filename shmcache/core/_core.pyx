@@ -25,11 +25,10 @@ from shmcache.core.big cimport big_read
 from shmcache.core.bucket cimport bucket_of, stripe_of, stripe_release, stripe_take
 from shmcache.core.clock cimport now_ms
 from shmcache.core.layout cimport (
-    BATCH_CLASSES, BATCH_SLOTS, CONFIG_BYTES, FLAG_CLAIM, FLAG_LOCK, LAYOUT_VERSION, MAX_CLASSES, MAX_KEY, MAX_ROWS, MIN_CHUNK, PARKED_SLOTS,
-    bucket_t, class_t, header_t, item_t, lock_t, overflow_t, page_t, pool_t, row_t, seg_t, sem_t, stripe_t)
-from shmcache.core.lock cimport lock_init, sem_init
+    BATCH_CLASSES, BATCH_SLOTS, CLS_POOL, CONFIG_BYTES, FLAG_CLAIM, FLAG_LOCK, LAYOUT_VERSION, MAX_CLASSES, MAX_KEY, MAX_ROWS, MIN_CHUNK, PARKED_SLOTS,
+    bucket_t, class_t, header_t, item_t, lock_t, overflow_t, page_t, pool_t, row_t, seg_t, stripe_t)
 from shmcache.core.siphash cimport siphash, siphash13
-from shmcache.core.slab cimport chunk_class, give_back_all
+from shmcache.core.slab cimport chunk_class, cls_mark, give_back_all, page_cls
 from shmcache.core.table cimport (
     ALWAYS, IF_ABSENT, IF_CLAIM, IF_PRESENT, IF_UNCLAIMED, IF_VERSION, RESTARTS, add_to, clear_all, count_items, give_up, next_keys, put, put_t,
     read_begin, read_claim, read_copy, read_end, read_t, remove, remove_claim, set_expiry)
@@ -75,7 +74,7 @@ cdef enum:
     CODEC_INT = 2
     STACK_BYTES = 1024          # values up to this are copied to the stack before they are decoded
 
-cdef uint32_t ABI = <uint32_t>(sizeof(sem_t) << 16 | 1 << 8 | sizeof(void*) * 8)
+cdef uint32_t ABI = <uint32_t>(1 << 8 | sizeof(void*) * 8)
 
 CONSTANTS = {"row": sizeof(row_t), "header": sizeof(header_t), "stripe": sizeof(stripe_t), "class": sizeof(class_t),
                "page": sizeof(page_t), "bucket": sizeof(bucket_t), "overflow": sizeof(overflow_t), "item": sizeof(item_t),
@@ -147,11 +146,11 @@ def layout():
             ("parked", <size_t>&r.parked, "<u8", PARKED_SLOTS),
             ("batch", <size_t>&r.batch, "<u8", (BATCH_CLASSES, BATCH_SLOTS))]),
         "stripe": (sizeof(stripe_t), [
-            ("word", <size_t>&t.lock.word, "<u8", 1), ("stalled", <size_t>&t.lock.stalled, "<u8", 1),
+            ("word", <size_t>&t.lock.word, "<u8", 1), ("stalled", <size_t>&t.lock.stalled, "<u8", 1), ("bell", <size_t>&t.lock.bell, "<u4", 1),
             ("seq", <size_t>&t.seq, "<u8", 1), ("old", <size_t>&t.old, "<u8", 1), ("new", <size_t>&t.new, "<u8", 1),
             ("count", <size_t>&t.count, "<u8", 1), ("count_next", <size_t>&t.count_next, "<u8", 1)]),
         "class": (sizeof(class_t), [
-            ("word", <size_t>&c.lock.word, "<u8", 1), ("stalled", <size_t>&c.lock.stalled, "<u8", 1),
+            ("word", <size_t>&c.lock.word, "<u8", 1), ("stalled", <size_t>&c.lock.stalled, "<u8", 1), ("bell", <size_t>&c.lock.bell, "<u4", 1),
             ("chunk_bytes", <size_t>&c.chunk_bytes, "<u4", 1), ("page_in_hand", <size_t>&c.page_in_hand, "<u4", 1),
             ("ring", <size_t>&c.ring, "<u4", 1), ("avail", <size_t>&c.avail, "<u4", 1),
             ("hand", <size_t>&c.hand, "<u8", 1), ("n_pages", <size_t>&c.n_pages, "<u4", 1), ("n_free", <size_t>&c.n_free, "<u4", 1)]),
@@ -160,6 +159,7 @@ def layout():
             ("next", <size_t>&p.next, "<u4", 1), ("prev", <size_t>&p.prev, "<u4", 1),
             ("next_avail", <size_t>&p.next_avail, "<u4", 1), ("prev_avail", <size_t>&p.prev_avail, "<u4", 1),
             ("free", <size_t>&p.free, "<u4", 1), ("n_free", <size_t>&p.n_free, "<u4", 1), ("cls", <size_t>&p.cls, "<u2", 1),
+            ("cls_check", <size_t>&p.cls + 2, "<u2", 1),
             ("listed", <size_t>&p.listed, "u1", 1)]),
         "bucket": (sizeof(bucket_t), [
             ("version", <size_t>&b.version, "<u4", 1), ("overflow", <size_t>&b.overflow, "<u4", 1),
@@ -186,8 +186,6 @@ def format_segment(int fd, dict g, list chunk_bytes, bytes boot_id, bytes hash_k
     cdef class_t* classes
     cdef page_t* pages
     cdef overflow_t* ov
-    cdef stripe_t* stripes
-    cdef uint8_t[:] part
     if base == NULL:
         raise OSError(errno, "mmap of the new segment")
     try:
@@ -209,19 +207,14 @@ def format_segment(int fd, dict g, list chunk_bytes, bytes boot_id, bytes hash_k
         h.max_value_bytes = g["max_value_bytes"]; h.default_ttl_ms = g["default_ttl_ms"]; h.lock_limit_ms = g["lock_limit_ms"]
         h.epoch = 1
         h.tick = 1
-        sem_init(&h.doorbell, 1, 0)
-        lock_init(&h.pages.lock); lock_init(&h.overflow.lock); lock_init(&h.big.lock)
-        stripes = <stripe_t*>(base + h.stripes_off)
-        for i in range(h.n_stripes):
-            lock_init(&stripes[i].lock)
         classes = <class_t*>(base + h.classes_off)
         for i in range(h.n_classes):
-            lock_init(&classes[i].lock)
             classes[i].chunk_bytes = chunk_bytes[i]
             classes[i].hand = <uint64_t>0xffffffff << 32         # on no page
         pages = <page_t*>(base + h.pages_off)
         for i in range(h.n_pages):
             pages[i].next = <uint32_t>(i + 2 if i + 1 < h.n_pages else 0)
+            pages[i].cls = cls_mark(CLS_POOL)
         h.pages.list = 1
         h.pages.n_free = h.n_pages
         ov = <overflow_t*>(base + h.overflow_off)
@@ -235,6 +228,10 @@ def format_segment(int fd, dict g, list chunk_bytes, bytes boot_id, bytes hash_k
 
 
 # ---- errors ---------------------------------------------------------------------------------------------------------------
+
+cdef object damaged_pages():
+    return errors.DamageError("a page of this value belongs to somebody else: delete the key, or run shmcache-admin verify --repair")
+
 
 cdef int fail(int rc) except -100:
     """The one place where a status becomes an exception."""
@@ -523,6 +520,8 @@ cdef class Table:
             version[0] = r.cas
             if rc[0] != OK:
                 return None
+            if unlikely(r.damaged):
+                raise damaged_pages()
             s.row.hits += 1
             return data
         if r.value_bytes > STACK_BYTES:
@@ -535,6 +534,8 @@ cdef class Table:
             version[0] = r.cas
             if rc[0] != OK:
                 return None
+            if unlikely(r.damaged):
+                raise damaged_pages()
             s.row.hits += 1                 # here, for a codec may close the handle
             if r.codec == CODEC_STR:
                 try:
@@ -611,6 +612,8 @@ cdef class Table:
             raise MemoryError
         data = PyBytes_FromStringAndSize(<char*>copy, <Py_ssize_t>r.value_bytes)
         free(copy)
+        if r.damaged:
+            raise damaged_pages()
         s.row.hits += 1
         version[0] = r.cas
         if r.codec == CODEC_BYTES:
@@ -1250,15 +1253,15 @@ cdef class Table:
                    for cls in range(s.n_classes)]
         for p in range(s.n_pages):
             kind = <int>(ld64(&s.pages[p].word) >> 56)
-            cls = s.pages[p].cls
+            got = page_cls(s, p)
             if kind == 0:
                 n_pool += 1
             elif kind == 4:
                 n_big += 1
-            elif (kind == 2 or kind == 3) and cls < s.n_classes:
-                classes[cls]["pages"] += 1
-                classes[cls]["free"] += s.pages[p].n_free
-                classes[cls]["live"] += s.page_chunks[cls] - s.pages[p].n_free
+            elif (kind == 2 or kind == 3) and got >= 0:
+                classes[got]["pages"] += 1
+                classes[got]["free"] += s.pages[p].n_free
+                classes[got]["live"] += s.page_chunks[got] - s.pages[p].n_free
         for i in range(s.n_rows):
             if not self.row_alive(s, i):
                 continue                    # what the dead had in hand is for the CLOCK hand to settle

@@ -41,7 +41,7 @@ from shmcache.core.lock cimport lock_release, shm_sleep
 from shmcache.core.settle cimport settle_chunk, settle_overflow, settle_page, settle_pages
 from shmcache.core.siphash cimport siphash13
 from shmcache.core.slab cimport (
-    chunk_addr, chunk_class, chunk_free_list, chunk_push_locked, class_release, class_repair, class_take, in_slab, item_at, page_in_class, page_room, pool_repair, pool_take, rebuild_page_locked,
+    chunk_addr, chunk_class, chunk_free_list, chunk_push_locked, class_release, class_repair, class_take, in_slab, item_at, page_cls, page_in_class, page_room, pool_repair, pool_take, rebuild_page_locked,
     refs_of, value_offset, avail_push_locked)
 from shmcache.core.token cimport (
     FREE, LIVE, OK, OV_FREE, OV_LINKED, PAGE_ACTIVE, PAGE_BIG, PAGE_DRAINING, PAGE_FREE, RESERVED, RETIRED,
@@ -177,7 +177,7 @@ cdef class Verifier:
 
     cdef int chunks(self, uint64_t p) except -1:
         cdef seg_t* s = self.s
-        cdef uint32_t cls = s.pages[p].cls, i
+        cdef uint32_t cls = <uint32_t>page_cls(s, p), i
         cdef uint64_t addr
         cdef item_t* it
         if cls >= s.n_classes or not page_in_class(s, p, cls):
@@ -417,24 +417,24 @@ def settle(Table table not None):
             lock_release(&s.header.pages.lock)
         for p in range(s.n_pages):
             settle_page(s, p, s.limit_ns)
-            cls = s.pages[p].cls
+            cls = <uint32_t>page_cls(s, p)
             if cls < s.n_classes and page_in_class(s, p, cls):
                 for k in range(s.page_chunks[cls]):
                     settle_chunk(s, chunk_addr(s, p, cls, k), s.limit_ns)
         for p in range(s.n_pages):                  # again: pages whose head was settled after them
             settle_page(s, p, s.limit_ns)
-            cls = s.pages[p].cls
+            cls = <uint32_t>page_cls(s, p)
             if cls < s.n_classes and page_in_class(s, p, cls) and class_take(s, cls, s.limit_ns) == OK:
                 if page_in_class(s, p, cls):        # what is FREE and on no list
                     s.classes[cls].page_in_hand = <uint32_t>p + 1
-                    rebuild_page_locked(s, p)
+                    rebuild_page_locked(s, p, cls)
                     if s.pages[p].n_free and kind_of(s.pages[p].word) == PAGE_ACTIVE:
                         avail_push_locked(s, &s.classes[cls], p)
                 class_release(s, cls)
         settle_overflow(s, s.n_overflow, s.limit_ns)
         counts[0] = counts[1] = counts[2] = counts[3] = 0
         for p in range(s.n_pages):
-            cls = s.pages[p].cls
+            cls = <uint32_t>page_cls(s, p)
             if cls < s.n_classes and page_in_class(s, p, cls):
                 for k in range(s.page_chunks[cls]):
                     counts[kind_of(ld64(&item_at(s, chunk_addr(s, p, cls, k)).word)) & 3] += 1
@@ -503,10 +503,11 @@ cdef class Supervision:
     def sleep(self, double seconds):
         """Sleep till a writer rings or the time is over: True if one rang."""
         cdef int rc
+        cdef uint32_t bell = ld32(&self.s.header.doorbell)      # before any writer is told to ring it
         cdef uint64_t ns = <uint64_t>(seconds * 1e9)
         st32(&self.s.header.asleep, 1)
         with nogil:
-            rc = shm_sleep(&self.s.header.doorbell, ns)
+            rc = shm_sleep(&self.s.header.doorbell, bell, ns)
         st32(&self.s.header.asleep, 0)
         if rc == 2:
             PyErr_CheckSignals()
@@ -556,7 +557,7 @@ cdef class Supervision:
         with nogil:
             for p in range(first, min(end, s.n_pages)):
                 settle_page(s, p, PATIENCE_NS)
-                cls = s.pages[p].cls
+                cls = <uint32_t>page_cls(s, p)
                 if cls >= s.n_classes or not page_in_class(s, p, cls):
                     continue
                 for k in range(s.page_chunks[cls]):
@@ -644,7 +645,7 @@ def repair(Table table not None):
             st64(&st.count, <uint64_t>ld32(&s.header.epoch) << 32 | n)
             stripe_release(st)
         for p in range(s.n_pages):
-            cls = s.pages[p].cls
+            cls = <uint32_t>page_cls(s, p)
             if cls >= s.n_classes or not page_in_class(s, p, cls):
                 continue
             for k in range(s.page_chunks[cls]):
@@ -670,7 +671,7 @@ def repair(Table table not None):
             if class_take(s, cls, s.limit_ns) == OK:
                 for p in range(s.n_pages):
                     if page_in_class(s, p, cls):
-                        rebuild_page_locked(s, p)
+                        rebuild_page_locked(s, p, cls)
                 class_repair(s, cls)
                 class_release(s, cls)
         if pool_take(s, s.limit_ns) == OK:

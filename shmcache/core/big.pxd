@@ -10,10 +10,10 @@
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
-from shmcache.core.atomics cimport ld8r, ld16r, ld32r, ld64, st64
-from shmcache.core.layout cimport FLAG_BIG, GRANULE_SHIFT, item_t, seg_t
-from shmcache.core.slab cimport item_at, page_room, page_to_pool, value_offset
-from shmcache.core.token cimport PAGE_BIG, kind_of, word_of
+from shmcache.core.atomics cimport cas64, fence_acquire, ld8r, ld16r, ld32, ld32r, ld64, st64
+from shmcache.core.layout cimport CLS_BIG, FLAG_BIG, GRANULE_SHIFT, item_t, seg_t
+from shmcache.core.slab cimport cls_mark, item_at, page_room, page_to_pool, value_offset
+from shmcache.core.token cimport OK, PAGE_BIG, kind_of, word_of
 
 ctypedef struct big_t:
     uint32_t n_pages        # whole pages
@@ -51,8 +51,14 @@ cdef inline bint big_lists(seg_t* s, uint64_t addr, uint64_t p) noexcept nogil:
             return True
     return False
 
-cdef inline void big_read(seg_t* s, uint64_t addr, uint64_t klen, uint64_t vlen, big_t* g, uint8_t* to) noexcept nogil:
-    """Copy a big value out. The caller has clamped g.head_bytes; page indexes are clamped here."""
+cdef inline bint big_owns(seg_t* s, uint64_t addr, uint64_t p) noexcept nogil:
+    """Does the row of page p say that it belongs to the big value whose head is at addr?"""
+    return p < s.n_pages and kind_of(ld64(&s.pages[p].word)) == PAGE_BIG and ld64(&s.pages[p].head) == addr and \
+        ld32(&s.pages[p].cls) == cls_mark(CLS_BIG)
+
+cdef inline bint big_read(seg_t* s, uint64_t addr, uint64_t klen, uint64_t vlen, big_t* g, uint8_t* to) noexcept nogil:
+    """Copy a big value out. The caller has clamped g.head_bytes. False: a page of the list is not (any more) its own."""
+    cdef bint own = True
     cdef uint8_t* at = <uint8_t*>item_at(s, addr) + value_offset(klen)
     cdef uint32_t i, p
     cdef uint64_t left = vlen - g.tail, n
@@ -61,49 +67,57 @@ cdef inline void big_read(seg_t* s, uint64_t addr, uint64_t klen, uint64_t vlen,
         n = min(left, s.page_bytes)
         if p < s.n_pages:
             memcpy(to, page_bytes_of(s, p), n)
+        fence_acquire()
+        own = own and big_owns(s, addr, p)
         to += n
         left -= n
     memcpy(to, at + 4 * <uint64_t>g.n_pages, g.tail)
+    return own
 
 cdef inline void big_fill(seg_t* s, uint64_t addr, uint64_t klen, const uint8_t* value, uint64_t vlen) noexcept nogil:
-    """Copy a value into a head and the pages that it lists; all are this process's."""
+    """Copy a value into a head and the pages that it lists; all are this process's, or they are not written to."""
     cdef uint8_t* at = <uint8_t*>item_at(s, addr) + value_offset(klen)
     cdef big_t g
-    cdef uint32_t i
+    cdef uint32_t i, p
     cdef uint64_t left, n
     big_shape(s, klen, vlen, &g)
     left = vlen - g.tail
     for i in range(g.n_pages):
         n = min(left, s.page_bytes)
-        memcpy(page_bytes_of(s, (<uint32_t*>at)[i]), value, n)
+        p = ld32r(&(<uint32_t*>at)[i])
+        if big_owns(s, addr, p):
+            memcpy(page_bytes_of(s, p), value, n)
         value += n
         left -= n
     memcpy(at + 4 * <uint64_t>g.n_pages, value, g.tail)
 
-cdef inline void big_seal_locked(seg_t* s, uint64_t addr, uint32_t n_pages) noexcept nogil:
+cdef inline void big_seal_locked(seg_t* s, uint64_t addr, uint64_t klen, uint32_t n_pages) noexcept nogil:
     """Under the stripe, the slot stored: the pages are nobody's but the item's."""
-    cdef item_t* it = item_at(s, addr)
-    cdef uint32_t* pages = <uint32_t*>(<uint8_t*>it + value_offset(it.key_bytes))
-    cdef uint32_t i
+    cdef uint32_t* pages = <uint32_t*>(<uint8_t*>item_at(s, addr) + value_offset(klen))
+    cdef uint32_t i, p
     for i in range(n_pages):
-        st64(&s.pages[pages[i]].word, word_of(PAGE_BIG, 0))
+        p = ld32r(&pages[i])
+        if big_owns(s, addr, p):
+            st64(&s.pages[p].word, word_of(PAGE_BIG, 0))
 
 cdef inline void big_free_pages(seg_t* s, uint64_t addr, uint64_t klen, uint32_t n_pages, uint64_t limit_ns) noexcept nogil:
     """Pages of a head chunk that is this process's and that no slot names. What stays behind settle_pages finds."""
     cdef uint32_t* pages = <uint32_t*>(<uint8_t*>item_at(s, addr) + value_offset(klen))
-    cdef uint32_t i
+    cdef uint32_t i, p
     cdef uint64_t w
     for i in range(n_pages):
-        if pages[i] < s.n_pages:
-            w = ld64(&s.pages[pages[i]].word)
-            if kind_of(w) == PAGE_BIG and ld64(&s.pages[pages[i]].head) == addr:
-                page_to_pool(s, pages[i], w, addr, limit_ns)
+        p = ld32r(&pages[i])
+        if big_owns(s, addr, p):
+            w = ld64(&s.pages[p].word)
+            if page_to_pool(s, p, w, addr, limit_ns) != OK:
+                cas64(&s.pages[p].word, w, word_of(PAGE_BIG, 0))    # nobody's: settle_pages need not wait for this process's end
 
 cdef inline void big_free_item_pages(seg_t* s, uint64_t addr, uint64_t limit_ns) noexcept nogil:
     """The same for an item that was taken out of the table, if it is a big one."""
     cdef item_t* it = item_at(s, addr)
+    cdef uint64_t klen = ld16r(&it.key_bytes)
     cdef big_t g
-    if it.flags & FLAG_BIG:
-        big_shape(s, it.key_bytes, it.value_bytes, &g)
+    if ld8r(&it.flags) & FLAG_BIG:
+        big_shape(s, klen, ld32r(&it.value_bytes), &g)
         if g.head_bytes <= page_room(s, addr):
-            big_free_pages(s, addr, it.key_bytes, g.n_pages, limit_ns)
+            big_free_pages(s, addr, klen, g.n_pages, limit_ns)

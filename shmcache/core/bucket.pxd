@@ -190,8 +190,8 @@ cdef inline uint64_t* chain_grow_locked(seg_t* s, uint64_t b, uint32_t* link, ui
     cdef overflow_t* ov
     if ld64(&pool.list) == 0 or overflow_take(s, limit_ns) != OK:
         return NULL
-    i = pool.list - 1
-    if pool.list == 0 or i >= s.n_overflow or kind_of(ld64(&s.overflow[i].word)) != OV_FREE:
+    i = ld64(&pool.list) - 1
+    if i >= s.n_overflow or kind_of(ld64(&s.overflow[i].word)) != OV_FREE:
         lock_release(&pool.lock)
         return NULL
     ov = &s.overflow[i]
@@ -213,22 +213,23 @@ cdef inline void chain_shrink_locked(seg_t* s, uint64_t b) noexcept nogil:
     Crash: RESERVED(dead) and still in the chain -> LINKED again; out of it -> version up, and to the pool (settle_overflow).
     """
     cdef uint32_t* link = &s.buckets[b].overflow
-    cdef uint32_t i = ld32(link)
+    cdef uint32_t i = ld32(link), nxt
     cdef overflow_t* ov
     cdef int k, hops = 0
     if i == 0 or i > s.n_overflow:
         return
     while True:
         ov = &s.overflow[i - 1]
-        if ov.next == 0 or ov.next > s.n_overflow or hops >= MAX_HOPS:
+        nxt = ld32(&ov.next)
+        if nxt == 0 or nxt > s.n_overflow or hops >= MAX_HOPS:
             break
         link = &ov.next
-        i = ov.next
+        i = nxt
         hops += 1
     for k in range(OV_SLOTS):
         if ov.slot[k]:
             return
-    if ov.next or overflow_take(s, 0) != OK:
+    if nxt or ov.head != b or kind_of(ld64(&ov.word)) != OV_LINKED or overflow_take(s, 0) != OK:
         return
     st64(&ov.word, word_of(OV_RESERVED, s.me[0]))
     st32(link, 0)
@@ -238,12 +239,11 @@ cdef inline void chain_shrink_locked(seg_t* s, uint64_t b) noexcept nogil:
 
 # ---- taking an item out (the stripe held) ---------------------------------------------------------------------------------------
 
-cdef inline void remove_locked(seg_t* s, stripe_t* st, uint64_t b, uint64_t* slot, int op) noexcept nogil:
-    """Clear the slot; the item is then RETIRED(this process), and the caller frees it after release.
+cdef inline void remove_locked(seg_t* s, stripe_t* st, uint64_t b, uint64_t* slot, uint64_t addr, int op) noexcept nogil:
+    """Clear the slot, which names addr; the item is then RETIRED(this process), and the caller frees it after release.
 
     Crash: before the slot's store repair makes it LIVE again; after it repair counts version and count, and the hand frees it.
     """
-    cdef uint64_t addr = slot[0] & ADDR_MASK
     cdef bint in_overflow = not (s.buckets[b].slot <= slot < s.buckets[b].slot + SLOTS)
     note_intent(st, op, addr, 0, count_without(s, count_now(s, st), addr))
     st64(&item_at(s, addr).word, word_of(RETIRED, s.me[0]))

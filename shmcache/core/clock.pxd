@@ -20,7 +20,7 @@
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
 
-from shmcache.core.atomics cimport add64, cas32, cas64, ld8r, ld32, ld32r, ld64, ld64r, ldi64r, st8r, st32, st64
+from shmcache.core.atomics cimport add64, cas32, cas64, ld8r, ld16r, ld32, ld32r, ld64, ld64r, ldi64r, st8r, st32, st64
 from shmcache.core.big cimport big_free_item_pages
 from shmcache.core.bucket cimport OP_EVICT, bucket_of, remove_locked, slot_naming, stripe_of, stripe_release, stripe_take
 from shmcache.core.layout cimport FLAG_BIG, FLAG_CLAIM, FLAG_LOCK, class_t, item_t, page_t, seg_t, stripe_t
@@ -49,9 +49,10 @@ cdef inline bint stale(seg_t* s, item_t* it) noexcept nogil:
 cdef inline bint claim_stands(seg_t* s, uint64_t addr) noexcept nogil:
     """Is this item a claim of a living process whose time is not over? Its stripe is held."""
     cdef item_t* it = item_at(s, addr)
-    if not ld8r(&it.flags) & FLAG_CLAIM or stale(s, it) or value_offset(it.key_bytes) + 16 > page_room(s, addr):
+    cdef uint64_t at = value_offset(ld16r(&it.key_bytes))
+    if not ld8r(&it.flags) & FLAG_CLAIM or stale(s, it) or at + 16 > page_room(s, addr):
         return False
-    return not dead(s, (<uint64_t*>(<uint8_t*>it + value_offset(it.key_bytes)))[0])
+    return not dead(s, ld64r(<uint64_t*>(<uint8_t*>it + at)))
 
 cdef inline int evict_chunk(seg_t* s, uint64_t addr, uint32_t cls, bint only_stale, uint64_t limit_ns) noexcept nogil:
     """Take the item at this address out of the table, whatever its count: OK leaves it RETIRED(this process), a chunk of class cls.
@@ -77,7 +78,7 @@ cdef inline int evict_chunk(seg_t* s, uint64_t addr, uint32_t cls, bint only_sta
     if (only_stale and not was_stale) or claim_stands(s, addr):
         stripe_release(st)
         return NO_ROOM
-    remove_locked(s, st, b, slot, OP_EVICT)
+    remove_locked(s, st, b, slot, addr, OP_EVICT)
     stripe_release(st)
     if was_stale:
         add64(&s.row.expired, 1)
@@ -115,7 +116,7 @@ cdef inline int evict_one(seg_t* s, uint32_t cls, uint64_t limit_ns, uint64_t* o
     """Evict by the class's hand: OK with a RETIRED(this process) chunk, or NO_ROOM. Settles the dead's on the way."""
     cdef uint64_t addr, w, lowest = 0
     cdef uint32_t n_live = 0
-    cdef uint64_t n, most = <uint64_t>s.classes[cls].n_pages * s.page_chunks[cls] + HAND_STEPS
+    cdef uint64_t n, most = min(<uint64_t>ld32(&s.classes[cls].n_pages), s.n_pages) * s.page_chunks[cls] + HAND_STEPS
     cdef uint8_t r, lowest_refs = 255
     cdef item_t* it
     for n in range(most):

@@ -9,12 +9,8 @@
 # Words: see token.pxd. "Writer:" says who stores to a field, and under which lock.
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
-cdef extern from "<semaphore.h>" nogil:
-    ctypedef struct sem_t:
-        pass
-
 cdef enum:
-    LAYOUT_VERSION = 1      # bump = attach refuses older segments, every host starts cold
+    LAYOUT_VERSION = 2      # bump = attach refuses older segments, every host starts cold
     SLOTS = 7               # of a bucket
     OV_SLOTS = 6            # of an overflow bucket; its last word says whose it is
     GRANULE = 16            # bytes; unit of an address
@@ -31,6 +27,8 @@ cdef enum:
     CONFIG_BYTES = 1024
     MAX_REFS = 3
     ITEM_HEADER = 48
+    CLS_POOL = 0xffff       # page_t.cls of a page in the pool
+    CLS_BIG = 0xfffe        # page_t.cls of a page of a big value
 
 # ---- locks ----------------------------------------------------------------------------------------------------------
 # One kind of lock for everything (lock.pxd). The order: big, stripes ascending, one class, one pool.
@@ -38,7 +36,8 @@ cdef enum:
 ctypedef struct lock_t:
     uint64_t word           # 0, or the owner's token | WAIT (bit 63); taken by compare-and-swap, released by exchange
     uint64_t stalled        # token of an owner that held it past somebody's limit, so that others fail fast; a hint
-    sem_t sem               # doorbell for those who sleep; its value carries no meaning
+    uint32_t bell           # futex for those who sleep: counted up to wake one; its value carries no meaning
+    uint32_t pad
 
 ctypedef struct stripe_t:   # 128 bytes; bucket b belongs to stripe b & (n_stripes - 1). Writer: the holder
     lock_t lock
@@ -47,7 +46,7 @@ ctypedef struct stripe_t:   # 128 bytes; bucket b belongs to stripe b & (n_strip
     uint64_t new            # intent: address of the chunk that is to come
     uint64_t count          # epoch << 32 | items of that epoch in this stripe's buckets
     uint64_t count_next     # intent: what count is once the write is through
-    uint64_t pad[5]
+    uint64_t pad[8]
 
 ctypedef struct class_t:    # 128 bytes, one per slab class. Writer: the holder of its lock, but for the hand
     lock_t lock
@@ -58,21 +57,21 @@ ctypedef struct class_t:    # 128 bytes, one per slab class. Writer: the holder 
     uint64_t hand           # CLOCK hand: page index << 32 | chunk index. Writer: anyone, by compare-and-swap, no lock
     uint32_t n_pages        # in the ring
     uint32_t n_free         # on the lists of its pages
-    uint64_t pad[6]
+    uint64_t pad[9]
 
 ctypedef struct pool_t:     # 128 bytes: the page pool, the pool of overflow buckets, and the lock of big values
     lock_t lock
     uint64_t list           # index + 1 of the first free one
     uint64_t n_free
     uint64_t cursor         # where the next look for leavings of the dead starts; any process, no lock, a hint
-    uint64_t pad[7]
+    uint64_t pad[10]
 
 # ---- header ---------------------------------------------------------------------------------------------------------
 
 ctypedef struct header_t:   # 4,096 bytes. Written at creation only, where nothing else is said
     uint64_t magic
     uint32_t layout_version
-    uint32_t abi            # sizeof(sem_t) << 16 | 64 (bits) | 1 << 8 (little-endian)
+    uint32_t abi            # 64 (bits) | 1 << 8 (little-endian)
     uint64_t size_bytes     # of the whole segment
     uint64_t created_ms     # wall clock, for people
     uint8_t boot_id[16]     # of the kernel: monotonic times mean nothing after a reboot
@@ -113,8 +112,8 @@ ctypedef struct header_t:   # 4,096 bytes. Written at creation only, where nothi
     uint64_t supervisor     # token of the process that holds the supervisor's byte (token.pxd). Writer: it
     uint64_t heartbeat_ms   # when it last looked round, on CLOCK_MONOTONIC. Writer: it
     uint32_t asleep         # 1: it sleeps on the doorbell. Writer: it; back to 0 by whoever rings, by compare-and-swap
-    uint32_t pad3
-    sem_t doorbell          # of the supervisor; its value carries no meaning
+    uint32_t doorbell       # of the supervisor: a futex like lock_t.bell
+    uint64_t pad3[4]
     pool_t pages
     pool_t overflow
     pool_t big              # guards the taking of more than one page
@@ -164,10 +163,10 @@ ctypedef struct page_t:     # 64 bytes, one per slab page. Writer: the holder of
     uint32_t prev_avail     # index + 1
     uint32_t free           # chunk index + 1: first of the page's free list
     uint32_t n_free         # on that list
-    uint16_t cls            # slab class
+    uint32_t cls            # slab class, or CLS_POOL, CLS_BIG; in the upper half its complement, so that damage is seen
     uint8_t listed          # is on the avail list
-    uint8_t pad0
-    uint32_t pad1[3]
+    uint8_t pad0[3]
+    uint32_t pad1[2]
 
 # ---- table ----------------------------------------------------------------------------------------------------------
 

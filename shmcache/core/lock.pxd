@@ -1,4 +1,4 @@
-# The lock: an owner word, and a semaphore as its doorbell. Stripes, slab classes, pools: all the same.
+# The lock: an owner word, and a futex as its doorbell. Stripes, slab classes, pools: all the same.
 #
 #   word = 0 | token | WAIT          taken by compare-and-swap from 0: taking and owning are one step, so there is no
 #                                    instant at which a lock is held and nobody knows by whom
@@ -8,6 +8,7 @@
 #   two take a free lock            the compare-and-swap decides; the loser sees the winner's token
 #   release vs a waiter's WAIT      release is one exchange: it returns WAIT and rings, or the waiter's compare-and-swap of WAIT
 #                                   fails and it begins again from the word
+#   ring vs a waiter going to sleep he read the bell before the word: a ring since then has changed it, and the futex does not sleep
 #   two take over from a dead one   compare-and-swap from the dead token decides
 #   take over vs the dead one       the dead store nothing more
 #   take over vs row taken anew     the word has the old gen: dead. That process is not in it
@@ -16,53 +17,43 @@
 #   Who slept takes the word with WAIT kept, since others may sleep behind him: he owes the next one a bell.
 # A stopped owner is alive and is never robbed. Who waited `limit` for him notes `stalled`, the rest wait 1 ms and fail fast.
 # Source: model/lock.pml checks this with deaths at every step; 40 pauses and 1..16 ms slices are measured there.
-from libc.stdint cimport uint64_t
+from libc.stdint cimport uint32_t, uint64_t
 
-from shmcache.core.atomics cimport add64, cas64, cpu_pause, ld64, st64, xchg64
-from shmcache.core.layout cimport lock_t, sem_t, seg_t
+from shmcache.core.atomics cimport add64, cas64, cpu_pause, ld32, ld64, st64, xchg64
+from shmcache.core.layout cimport lock_t, seg_t
 from shmcache.core.token cimport BUSY, INTR, OK, TAKEN_OVER, dead, mono_ns, token_of
 
 cdef extern from *:
     """
     #include <errno.h>
-    #include <semaphore.h>
+    #include <linux/futex.h>
+    #include <sys/syscall.h>
     #include <time.h>
+    #include <unistd.h>
     #define SHM_WAIT ((uint64_t)1 << 63)
-    /* 0 rung, 1 slice over, 2 interrupted */
-    static int shm_sleep(sem_t *sem, uint64_t slice_ns) {
+    /* Sleep while *bell == seen: 0 rung, 1 slice over, 2 interrupted. Whatever the word holds, nothing worse happens. */
+    static int shm_sleep(uint32_t *bell, uint32_t seen, uint64_t slice_ns) {
         struct timespec t;
-    #if defined(__GLIBC__) && __GLIBC_PREREQ(2, 30)
         clock_gettime(CLOCK_MONOTONIC, &t);
         uint64_t at = (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec + slice_ns;
         t.tv_sec = (time_t)(at / 1000000000u);
         t.tv_nsec = (long)(at % 1000000000u);
-        if (sem_clockwait(sem, CLOCK_MONOTONIC, &t) == 0) return 0;
+        if (syscall(SYS_futex, bell, FUTEX_WAIT_BITSET, seen, &t, NULL, FUTEX_BITSET_MATCH_ANY) == 0 || errno == EAGAIN) return 0;
         return errno == EINTR ? 2 : 1;
-    #else   /* sem_timedwait is on the wall clock, which may jump: poll instead */
-        if (sem_trywait(sem) == 0) return 0;
-        t.tv_sec = 0;
-        t.tv_nsec = (long)(slice_ns < 1000000u ? slice_ns : 1000000u);
-        if (nanosleep(&t, NULL)) return errno == EINTR ? 2 : 1;
-        return sem_trywait(sem) == 0 ? 0 : 1;
-    #endif
     }
-    static void shm_ring(sem_t *sem) {
-        int v = 0;
-        if (sem_getvalue(sem, &v) == 0 && v <= 0) sem_post(sem);
+    static void shm_ring(uint32_t *bell) {
+        __atomic_fetch_add(bell, 1, __ATOMIC_SEQ_CST);
+        syscall(SYS_futex, bell, FUTEX_WAKE, 1, NULL, NULL, 0);
     }
     """
     const uint64_t WAIT "SHM_WAIT"
-    int shm_sleep(sem_t* sem, uint64_t slice_ns) noexcept nogil
-    void shm_ring(sem_t* sem) noexcept nogil
-    int sem_init(sem_t* sem, int shared, unsigned value) noexcept nogil
+    int shm_sleep(uint32_t* bell, uint32_t seen, uint64_t slice_ns) noexcept nogil
+    void shm_ring(uint32_t* bell) noexcept nogil
 
 cdef enum:
     SPINS = 40
     SLICE_MIN_NS = 1000000
     SLICE_MAX_NS = 16000000
-
-cdef inline void lock_init(lock_t* l) noexcept nogil:
-    sem_init(&l.sem, 1, 0)
 
 cdef inline int lock_try(seg_t* s, lock_t* l) noexcept nogil:
     """Take the lock without sleeping: OK or BUSY."""
@@ -87,12 +78,14 @@ cdef inline int lock_take(seg_t* s, lock_t* l, uint64_t limit_ns) noexcept nogil
     May sleep: never called with the GIL held, unless limit_ns is 0.
     """
     cdef uint64_t w, t0, slice_ns = SLICE_MIN_NS
+    cdef uint32_t bell
     cdef bint slept = False, ask = False
     cdef int rc = lock_try(s, l)
     if rc == OK or limit_ns == 0:
         return rc
     t0 = mono_ns()
     while True:
+        bell = ld32(&l.bell)
         w = ld64(&l.word)
         if token_of(w) == 0:
             if cas64(&l.word, w, s.me[0] | (WAIT if slept else 0)):
@@ -112,15 +105,15 @@ cdef inline int lock_take(seg_t* s, lock_t* l, uint64_t limit_ns) noexcept nogil
                 note_wait(s, t0)
                 add64(&s.row.stalls, 1)
                 if slept:
-                    shm_ring(&l.sem)        # the bell that woke us was for somebody: pass it on
+                    shm_ring(&l.bell)        # the bell that woke us was for somebody: pass it on
                 return BUSY
         if not w & WAIT:
             if not cas64(&l.word, w, w | WAIT):
                 continue
-        rc = shm_sleep(&l.sem, slice_ns)
+        rc = shm_sleep(&l.bell, bell, slice_ns)
         if rc == 2:
             if slept:
-                shm_ring(&l.sem)
+                shm_ring(&l.bell)
             return INTR
         if rc == 0:
             slept = True
@@ -131,7 +124,7 @@ cdef inline int lock_take(seg_t* s, lock_t* l, uint64_t limit_ns) noexcept nogil
 cdef inline void lock_release(lock_t* l) noexcept nogil:
     """Give the lock back. The holder has cleared its intent before."""
     if xchg64(&l.word, 0) & WAIT:
-        shm_ring(&l.sem)
+        shm_ring(&l.bell)
 
 cdef inline bint lock_mine(seg_t* s, lock_t* l) noexcept nogil:
     return token_of(ld64(&l.word)) == s.me[0]

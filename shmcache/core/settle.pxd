@@ -23,14 +23,14 @@
 # Crash: R4 claims as RETIRED(me) and R1 likewise, so a settler's death leaves a chunk that the next one settles.
 from libc.stdint cimport uint32_t, uint64_t
 
-from shmcache.core.atomics cimport add64, cas64, ld64, st64
+from shmcache.core.atomics cimport add64, cas64, ld32, ld64, st64
 from shmcache.core.big cimport big_lists
 from shmcache.core.bucket cimport bucket_of, bump, overflow_push_locked, overflow_take, reachable, slot_naming, \
     stripe_of, stripe_release, stripe_take
 from shmcache.core.layout cimport class_t, item_t, overflow_t, page_t, seg_t, stripe_t
 from shmcache.core.lock cimport lock_release
 from shmcache.core.slab cimport avail_push_locked, chunk_class, chunk_push_locked, class_release, class_take, in_slab, \
-    item_at, page_to_pool, rebuild_page_locked
+    item_at, page_cls, page_to_pool, rebuild_page_locked
 from shmcache.core.token cimport LIVE, OK, OV_LINKED, OV_RESERVED, PAGE_ACTIVE, PAGE_BIG, PAGE_CUTTING, PAGE_DRAINING, \
     RESERVED, RETIRED, dead, kind_of, token_of, word_of
 
@@ -97,16 +97,16 @@ cdef inline void settle_page(seg_t* s, uint64_t p, uint64_t limit_ns) noexcept n
     cdef page_t* pg = &s.pages[p]
     cdef uint64_t w = ld64(&pg.word)
     cdef int kind = kind_of(w)
-    cdef uint32_t cls = pg.cls
+    cdef int cls = page_cls(s, p)
     if kind == PAGE_BIG:
         settle_big_page(s, p, limit_ns)
     elif kind == PAGE_CUTTING and dead(s, token_of(w)):     # P2
         if page_to_pool(s, p, w, ld64(&pg.head), limit_ns) == OK:
             add64(&s.row.settled, 1)
-    elif kind == PAGE_DRAINING and cls < s.n_classes and dead(s, token_of(w)):      # P1
+    elif kind == PAGE_DRAINING and cls >= 0 and dead(s, token_of(w)):               # P1
         if class_take(s, cls, limit_ns) == OK:
-            if pg.cls == cls and cas64(&pg.word, w, word_of(PAGE_ACTIVE, 0)):
-                rebuild_page_locked(s, p)
+            if page_cls(s, p) == cls and cas64(&pg.word, w, word_of(PAGE_ACTIVE, 0)):
+                rebuild_page_locked(s, p, cls)
                 if pg.n_free:
                     avail_push_locked(s, &s.classes[cls], p)
                 add64(&s.row.settled, 1)
@@ -114,20 +114,20 @@ cdef inline void settle_page(seg_t* s, uint64_t p, uint64_t limit_ns) noexcept n
 
 cdef inline void settle_pages(seg_t* s, uint64_t n, uint64_t limit_ns) noexcept nogil:
     """Look at the next n rows of the page table."""
-    cdef uint64_t i, at = add64(&s.header.pages.cursor, n)
+    cdef uint64_t i, at = add64(&s.header.pages.cursor, n) % s.n_pages
     for i in range(min(n, s.n_pages)):
         settle_page(s, (at + i) % s.n_pages, limit_ns)
 
 cdef inline void settle_overflow(seg_t* s, uint64_t n, uint64_t limit_ns) noexcept nogil:
     """Look at the next n overflow buckets."""
-    cdef uint64_t i, j, k, w, b, at = add64(&s.header.overflow.cursor, n)
+    cdef uint64_t i, j, k, w, b, at = add64(&s.header.overflow.cursor, n) % s.n_overflow
     cdef overflow_t* ov
     cdef stripe_t* st
     for i in range(min(n, s.n_overflow)):
         j = (at + i) % s.n_overflow
         ov = &s.overflow[j]
         w = ld64(&ov.word)
-        b = ov.head
+        b = ld32(&ov.head)
         if kind_of(w) != OV_RESERVED or b >= s.n_buckets or not dead(s, token_of(w)):
             continue
         st = stripe_of(s, b)
@@ -147,11 +147,11 @@ cdef inline void settle_overflow(seg_t* s, uint64_t n, uint64_t limit_ns) noexce
 
 cdef inline bint in_chain(seg_t* s, uint64_t b, uint64_t overflow_idx) noexcept nogil:
     """Is this overflow bucket part of b's chain? The stripe is held."""
-    cdef uint32_t i = s.buckets[b].overflow
+    cdef uint32_t i = ld32(&s.buckets[b].overflow)
     cdef int hops = 0
     while 0 < i <= s.n_overflow and hops <= 64:
         if i - 1 == overflow_idx:
             return True
-        i = s.overflow[i - 1].next
+        i = ld32(&s.overflow[i - 1].next)
         hops += 1
     return False

@@ -16,7 +16,7 @@
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from shmcache.core.atomics cimport add64, cas64, ld8r, ld32, ld64, st8, st8r, st32, st64, xchg64
-from shmcache.core.layout cimport BATCH_CLASSES, BATCH_SLOTS, GRANULE_SHIFT, MIN_CHUNK, PARKED_SLOTS, REFS_SHIFT, \
+from shmcache.core.layout cimport BATCH_CLASSES, BATCH_SLOTS, CLS_BIG, CLS_POOL, GRANULE_SHIFT, MIN_CHUNK, PARKED_SLOTS, REFS_SHIFT, \
     class_t, header_t, item_t, page_t, pool_t, seg_t
 from shmcache.core.lock cimport lock_release, lock_take
 from shmcache.core.token cimport BUSY, FREE, INTR, LIVE, NO_ROOM, OK, PAGE_ACTIVE, PAGE_CUTTING, PAGE_DRAINING, PAGE_FREE, \
@@ -59,9 +59,17 @@ cdef inline int class_for(seg_t* s, uint64_t n_bytes) noexcept nogil:
             hi = mid
     return lo if lo < <int>s.n_classes else -1
 
+cdef inline uint32_t cls_mark(uint32_t cls) noexcept nogil:
+    return cls | (~cls & 0xffff) << 16
+
+cdef inline int page_cls(seg_t* s, uint64_t page) noexcept nogil:
+    """The slab class that a page was cut for last; -1: none, or the row is damaged."""
+    cdef uint32_t mark = ld32(&s.pages[page].cls), cls = mark & 0xffff
+    return <int>cls if mark == cls_mark(cls) and cls < s.n_classes else -1
+
 cdef inline bint page_in_class(seg_t* s, uint64_t page, uint32_t cls) noexcept nogil:
     cdef int k
-    if page >= s.n_pages or s.pages[page].cls != cls:
+    if page >= s.n_pages or cls >= s.n_classes or ld32(&s.pages[page].cls) != cls_mark(cls):
         return False
     k = kind_of(ld64(&s.pages[page].word))
     return k == PAGE_ACTIVE or k == PAGE_DRAINING
@@ -69,54 +77,56 @@ cdef inline bint page_in_class(seg_t* s, uint64_t page, uint32_t cls) noexcept n
 cdef inline int chunk_class(seg_t* s, uint64_t addr, uint32_t* index) noexcept nogil:
     """The class of which this address is a chunk, as the page table has it just now; -1: it is none."""
     cdef uint64_t page, off
-    cdef uint32_t cls
+    cdef int cls
     if not in_slab(s, addr):
         return -1
     page = page_of(s, addr)
-    cls = s.pages[page].cls
-    if cls >= s.n_classes or not page_in_class(s, page, cls):
+    cls = page_cls(s, page)
+    if cls < 0 or not page_in_class(s, page, cls):
         return -1
     off = s.page_bytes - page_room(s, addr)
     index[0] = <uint32_t>(off // s.chunk_bytes[cls])
     if off % s.chunk_bytes[cls] or index[0] >= s.page_chunks[cls]:
         return -1
-    return <int>cls
+    return cls
 
 # ---- lists of a class (its lock held) ---------------------------------------------------------------------------------
 
 cdef inline void avail_push_locked(seg_t* s, class_t* c, uint64_t p) noexcept nogil:
     cdef page_t* pg = &s.pages[p]
+    cdef uint32_t first = ld32(&c.avail)
     if pg.listed:
         return
     st32(&pg.prev_avail, 0)
-    st32(&pg.next_avail, c.avail)
-    if 0 < c.avail <= s.n_pages:
-        st32(&s.pages[c.avail - 1].prev_avail, <uint32_t>p + 1)
+    st32(&pg.next_avail, first)
+    if 0 < first <= s.n_pages:
+        st32(&s.pages[first - 1].prev_avail, <uint32_t>p + 1)
     st8(&pg.listed, 1)
     st32(&c.avail, <uint32_t>p + 1)
 
 cdef inline void avail_remove_locked(seg_t* s, class_t* c, uint64_t p) noexcept nogil:
     cdef page_t* pg = &s.pages[p]
+    cdef uint32_t nxt = ld32(&pg.next_avail), prv = ld32(&pg.prev_avail)
     if not pg.listed:
         return
-    if 0 < pg.prev_avail <= s.n_pages:
-        st32(&s.pages[pg.prev_avail - 1].next_avail, pg.next_avail)
+    if 0 < prv <= s.n_pages:
+        st32(&s.pages[prv - 1].next_avail, nxt)
     else:
-        st32(&c.avail, pg.next_avail)
-    if 0 < pg.next_avail <= s.n_pages:
-        st32(&s.pages[pg.next_avail - 1].prev_avail, pg.prev_avail)
+        st32(&c.avail, nxt)
+    if 0 < nxt <= s.n_pages:
+        st32(&s.pages[nxt - 1].prev_avail, prv)
     st8(&pg.listed, 0)
 
 cdef inline void ring_link_locked(seg_t* s, class_t* c, uint64_t p, uint64_t at) noexcept nogil:
-    """Put page p into the ring before page `at`, which is in it; into an empty ring if c.ring is 0."""
+    """Put page p into the ring before page `at`, which is in it; an `at` that is no page: into an empty ring."""
     cdef page_t* pg = &s.pages[p]
     cdef uint32_t before
-    if c.ring == 0 or c.ring > s.n_pages:
+    if at >= s.n_pages:
         st32(&pg.next, <uint32_t>p + 1)
         st32(&pg.prev, <uint32_t>p + 1)
         st32(&c.ring, <uint32_t>p + 1)
     else:
-        before = s.pages[at].prev
+        before = ld32(&s.pages[at].prev)
         if not (0 < before <= s.n_pages):
             before = <uint32_t>at + 1
         st32(&pg.next, <uint32_t>at + 1)
@@ -129,14 +139,14 @@ cdef inline void ring_link_locked(seg_t* s, class_t* c, uint64_t p, uint64_t at)
 cdef inline void ring_insert_locked(seg_t* s, class_t* c, uint64_t p) noexcept nogil:
     """Before the page under the hand: what is in it is young, and is to be visited last."""
     cdef uint64_t at = ld64(&c.hand) >> 32
-    if at == p or not page_in_class(s, at, s.pages[p].cls):
-        at = c.ring - 1
+    if at == p or ld32(&c.ring) == 0 or not page_in_class(s, at, page_cls(s, p)):
+        at = <uint32_t>(ld32(&c.ring) - 1)
     ring_link_locked(s, c, p, at)
 
 cdef inline void ring_remove_locked(seg_t* s, class_t* c, uint64_t p) noexcept nogil:
     cdef page_t* pg = &s.pages[p]
     cdef uint64_t hand = ld64(&c.hand)
-    cdef uint32_t nxt = pg.next, prv = pg.prev
+    cdef uint32_t nxt = ld32(&pg.next), prv = ld32(&pg.prev)
     if nxt == p + 1 or not (0 < nxt <= s.n_pages) or not (0 < prv <= s.n_pages):
         st32(&c.ring, 0)
     else:
@@ -150,10 +160,10 @@ cdef inline void ring_remove_locked(seg_t* s, class_t* c, uint64_t p) noexcept n
         st32(&c.n_pages, c.n_pages - 1)
     st32(&c.n_free, c.n_free - min(c.n_free, pg.n_free))
 
-cdef inline void rebuild_page_locked(seg_t* s, uint64_t p) noexcept nogil:
-    """The page's free list anew, from the words of its chunks."""
+cdef inline void rebuild_page_locked(seg_t* s, uint64_t p, uint32_t cls) noexcept nogil:
+    """The free list of a page of the class anew, from the words of its chunks."""
     cdef page_t* pg = &s.pages[p]
-    cdef uint32_t cls = pg.cls, i = s.page_chunks[cls], first = 0, n = 0
+    cdef uint32_t i = s.page_chunks[cls], first = 0, n = 0
     cdef item_t* it
     while i > 0:
         i -= 1
@@ -169,16 +179,16 @@ cdef inline void rebuild_page_locked(seg_t* s, uint64_t p) noexcept nogil:
 cdef inline void class_repair(seg_t* s, uint32_t cls) noexcept nogil:
     """After the death of the lock's holder: the page in hand, the ring and the avail list. Idempotent. 5 ns per page."""
     cdef class_t* c = &s.classes[cls]
-    cdef uint64_t p
-    if 0 < c.page_in_hand <= s.n_pages and page_in_class(s, c.page_in_hand - 1, cls):
-        rebuild_page_locked(s, c.page_in_hand - 1)
+    cdef uint64_t p = <uint32_t>(ld32(&c.page_in_hand) - 1)
+    if page_in_class(s, p, cls):
+        rebuild_page_locked(s, p, cls)
     st32(&c.ring, 0)
     st32(&c.avail, 0)
     st32(&c.n_pages, 0)
     st32(&c.n_free, 0)
     for p in range(s.n_pages):
         if page_in_class(s, p, cls):
-            ring_link_locked(s, c, p, c.ring - 1)       # not by the hand: its page may not be in the new ring yet
+            ring_link_locked(s, c, p, <uint32_t>(ld32(&c.ring) - 1))    # not by the hand: its page may not be in the new ring yet
             st8(&s.pages[p].listed, 0)
             if s.pages[p].n_free and kind_of(ld64(&s.pages[p].word)) == PAGE_ACTIVE:
                 avail_push_locked(s, c, p)
@@ -217,20 +227,22 @@ cdef inline uint64_t chunk_pop_locked(seg_t* s, uint32_t cls) noexcept nogil:
     cdef uint64_t p, addr
     cdef page_t* pg
     cdef item_t* it
+    cdef uint32_t first
     cdef int mended
     for mended in range(4):
-        if not (0 < c.avail <= s.n_pages):
+        p = <uint32_t>(ld32(&c.avail) - 1)
+        if p >= s.n_pages:
             return 0
-        p = c.avail - 1
         pg = &s.pages[p]
         if not page_in_class(s, p, cls) or not pg.listed:
             class_repair(s, cls)                # a damaged list: from the words, once more
             continue
         if c.page_in_hand != p + 1:
             st32(&c.page_in_hand, <uint32_t>p + 1)
-        addr = chunk_addr(s, p, cls, pg.free - 1)
-        if not (0 < pg.free <= s.page_chunks[cls]) or kind_of(ld64(&item_at(s, addr).word)) != FREE:
-            rebuild_page_locked(s, p)
+        first = ld32(&pg.free)
+        addr = chunk_addr(s, p, cls, first - 1)
+        if not (0 < first <= s.page_chunks[cls]) or kind_of(ld64(&item_at(s, addr).word)) != FREE:
+            rebuild_page_locked(s, p, cls)
             if pg.n_free == 0:
                 avail_remove_locked(s, c, p)
             continue
@@ -250,9 +262,13 @@ cdef inline void pool_push_locked(seg_t* s, uint64_t p) noexcept nogil:
     cdef pool_t* pool = &s.header.pages
     st32(&s.pages[p].next, <uint32_t>pool.list)
     st64(&s.pages[p].head, 0)
+    st32(&s.pages[p].cls, cls_mark(CLS_POOL))
     st64(&s.pages[p].word, word_of(PAGE_FREE, 0))
     st64(&pool.list, p + 1)
     st64(&pool.n_free, pool.n_free + 1)
+
+cdef inline bint page_is_free(seg_t* s, uint64_t p) noexcept nogil:
+    return ld64(&s.pages[p].word) == word_of(PAGE_FREE, 0) and ld32(&s.pages[p].cls) == cls_mark(CLS_POOL)
 
 cdef inline void pool_repair(seg_t* s) noexcept nogil:
     cdef uint64_t p = s.n_pages
@@ -260,7 +276,7 @@ cdef inline void pool_repair(seg_t* s) noexcept nogil:
     st64(&s.header.pages.n_free, 0)
     while p > 0:
         p -= 1
-        if ld64(&s.pages[p].word) == word_of(PAGE_FREE, 0):
+        if page_is_free(s, p):
             pool_push_locked(s, p)
 
 cdef inline int pool_take(seg_t* s, uint64_t limit_ns) noexcept nogil:
@@ -280,15 +296,16 @@ cdef inline int page_from_pool(seg_t* s, int kind, uint64_t head, uint64_t limit
     rc = pool_take(s, limit_ns)
     if rc != OK:
         return rc
-    p = pool.list - 1
-    if pool.list != 0 and (p >= s.n_pages or kind_of(ld64(&s.pages[p].word)) != PAGE_FREE):
+    p = ld64(&pool.list) - 1
+    if p < s.n_pages and not page_is_free(s, p) or p >= s.n_pages and p + 1:
         pool_repair(s)
-        p = pool.list - 1
-    if pool.list == 0:
+        p = ld64(&pool.list) - 1
+    if p >= s.n_pages:
         lock_release(&pool.lock)
         return NO_ROOM
     st64(&s.pages[p].head, head)
     st64(&s.pages[p].word, word_of(kind, s.me[0]))
+    st32(&s.pages[p].cls, cls_mark(CLS_BIG))        # what is being cut gets its class then
     st64(&pool.list, s.pages[p].next)
     st64(&pool.n_free, pool.n_free - 1 if pool.n_free else 0)
     lock_release(&pool.lock)
@@ -319,7 +336,7 @@ cdef inline void cut_page(seg_t* s, uint64_t p, uint32_t cls) noexcept nogil:
         st64(&it.hash, 0)
         st32(&it.link, i + 2 if i + 1 < n else 0)
         st8r(refs_of(s, addr), 0)
-    pg.cls = cls
+    st32(&pg.cls, cls_mark(cls))
     st8(&pg.listed, 0)
     st32(&pg.free, 1)
     st32(&pg.n_free, n)
@@ -359,17 +376,21 @@ cdef inline uint64_t batch_get(seg_t* s, uint32_t cls) noexcept nogil:
         for i in range(BATCH_SLOTS):
             if ld64(&s.row.batch[cls][i]):
                 addr = xchg64(&s.row.batch[cls][i], 0)
-                if addr:
+                if addr and in_hand(s, addr, cls):
                     return addr
     return 0
+
+cdef inline bint in_hand(seg_t* s, uint64_t addr, uint32_t cls) noexcept nogil:
+    """Is what a slot of the row names what it should be? If not the row is damaged, and the chunk somebody's."""
+    cdef uint32_t index = 0
+    return chunk_class(s, addr, &index) == <int>cls and ld64(&item_at(s, addr).word) == word_of(RESERVED, s.me[0])
 
 cdef inline uint64_t parked_get(seg_t* s, uint32_t cls) noexcept nogil:
     cdef int i
     cdef uint64_t addr
-    cdef uint32_t index = 0
     for i in range(PARKED_SLOTS):
         addr = ld64(&s.row.parked[i])
-        if addr and chunk_class(s, addr, &index) == <int>cls and cas64(&s.row.parked[i], addr, 0):
+        if addr and in_hand(s, addr, cls) and cas64(&s.row.parked[i], addr, 0):
             return addr
     return 0
 
@@ -430,7 +451,7 @@ cdef inline void relist_page(seg_t* s, uint64_t p, uint32_t cls) noexcept nogil:
         return
     if page_in_class(s, p, cls) and kind_of(ld64(&s.pages[p].word)) == PAGE_ACTIVE:
         st32(&s.classes[cls].page_in_hand, <uint32_t>p + 1)
-        rebuild_page_locked(s, p)
+        rebuild_page_locked(s, p, cls)
         if s.pages[p].n_free:
             avail_push_locked(s, &s.classes[cls], p)
     class_release(s, cls)
@@ -443,7 +464,7 @@ cdef inline void parked_flush(seg_t* s, uint64_t limit_ns) noexcept nogil:
     for i in range(PARKED_SLOTS):
         addr = xchg64(&s.row.parked[i], 0)
         cls = chunk_class(s, addr, &index) if addr else -1
-        if cls < 0:
+        if cls < 0 or not in_hand(s, addr, cls):
             continue
         if class_take(s, cls, limit_ns) == OK:
             chunk_push_locked(s, cls, addr)
@@ -478,7 +499,7 @@ cdef inline void chunk_free(seg_t* s, uint32_t cls, uint64_t addr, uint64_t limi
     chunk_free_list(s, cls, addr, limit_ns)
 
 cdef inline bint recall(seg_t* s, uint64_t addr, uint32_t cls, uint64_t word) noexcept nogil:
-    """Take a chunk out of the batch of the row that `word` names. Whoever gets the slot has the chunk; True: this process."""
+    """Take a chunk out of the hand of the row that `word` names. Whoever gets the slot has the chunk; True: this process."""
     cdef uint64_t r = (token_of(word) & 0xffff) - 1
     cdef int i
     if kind_of(word) != RESERVED or r >= s.n_rows:
@@ -486,11 +507,18 @@ cdef inline bint recall(seg_t* s, uint64_t addr, uint32_t cls, uint64_t word) no
     if cls < BATCH_CLASSES:
         for i in range(BATCH_SLOTS):
             if ld64(&s.rows[r].batch[cls][i]) == addr and cas64(&s.rows[r].batch[cls][i], addr, 0):
-                return cas64(&item_at(s, addr).word, word, word_of(RESERVED, s.me[0]))
+                return recalled(s, addr, r)
     for i in range(PARKED_SLOTS):
         if ld64(&s.rows[r].parked[i]) == addr and cas64(&s.rows[r].parked[i], addr, 0):
-            return cas64(&item_at(s, addr).word, word, word_of(RESERVED, s.me[0]))
+            return recalled(s, addr, r)
     return False
+
+cdef inline bint recalled(seg_t* s, uint64_t addr, uint64_t r) noexcept nogil:
+    """The slot is had: the word is read anew, for the row may have been taken anew since the drainer looked at it. If it names
+    another row the slot was a dead process's, and the chunk was settled meanwhile."""
+    cdef uint64_t word = ld64(&item_at(s, addr).word)
+    return kind_of(word) == RESERVED and (token_of(word) & 0xffff) == r + 1 and \
+        cas64(&item_at(s, addr).word, word, word_of(RESERVED, s.me[0]))
 
 cdef inline void give_back_all(seg_t* s) noexcept nogil:
     """Before this process leaves its row: the chunks in its hand go to their lists."""
@@ -500,6 +528,6 @@ cdef inline void give_back_all(seg_t* s) noexcept nogil:
     for cls in range(BATCH_CLASSES):
         for i in range(BATCH_SLOTS):
             addr = xchg64(&s.row.batch[cls][i], 0)
-            if addr:
+            if addr and in_hand(s, addr, cls):
                 chunk_free_list(s, cls, addr, s.limit_ns)
     parked_flush(s, s.limit_ns)

@@ -18,10 +18,10 @@ from shmcache.core.bucket cimport ADDR_MASK, OP_DELETE, OP_EVICT, OP_SET, OP_TOU
     chain_grow_locked, chain_next, chain_t, count_now, count_without, note_intent, remove_locked, slot_word, stripe_of, \
     stripe_release, stripe_take
 from shmcache.core.clock cimport claim_stands, now_ms, stale, take_page, take_room
-from shmcache.core.layout cimport FLAG_BIG, FLAG_CLAIM, FLAG_LOCK, MAX_REFS, bucket_t, item_t, seg_t, stripe_t
+from shmcache.core.layout cimport CLS_BIG, FLAG_BIG, FLAG_CLAIM, FLAG_LOCK, MAX_REFS, bucket_t, item_t, seg_t, stripe_t
 from shmcache.core.lock cimport lock_release, lock_take
 from shmcache.core.settle cimport settle_pages
-from shmcache.core.slab cimport chunk_class, chunk_free, class_for, in_slab, item_at, page_from_pool, page_room, page_to_pool, \
+from shmcache.core.slab cimport chunk_class, chunk_free, class_for, cls_mark, in_slab, item_at, page_from_pool, page_room, page_to_pool, \
     refs_of, value_offset
 from shmcache.core.token cimport ABSENT, AGAIN, BUSY, EXISTS, INTR, LIVE, MISMATCH, NO_ROOM, NOT_INT, OK, OVERFLOW, PAGE_BIG, \
     PAGE_CUTTING, RETIRED, TAKEN_OVER, word_of
@@ -53,6 +53,7 @@ ctypedef struct read_t:
     uint8_t codec
     uint8_t flags
     bint is_big
+    bint damaged            # a big value whose pages are not its own
     bint expired            # the miss was a hit whose time was over
     bint claimed            # the miss is a claim, at addr
     big_t big
@@ -98,6 +99,7 @@ cdef inline int read_begin(seg_t* s, const uint8_t* key, size_t n, uint64_t h, r
     r.head = &s.buckets[b]
     r.version = ld32(&r.head.version)
     r.hash = h
+    r.damaged = False
     r.expired = False
     r.claimed = False
     chain_first(s, b, &c)
@@ -135,7 +137,7 @@ cdef inline int read_begin(seg_t* s, const uint8_t* key, size_t n, uint64_t h, r
 cdef inline void read_copy(seg_t* s, read_t* r, uint8_t* to) noexcept nogil:
     cdef uint64_t counter
     if unlikely(r.is_big):
-        big_read(s, r.addr, r.key_bytes, r.value_bytes, &r.big, to)
+        r.damaged = not big_read(s, r.addr, r.key_bytes, r.value_bytes, &r.big, to)
     elif r.codec == CODEC_INT and r.value_bytes == 8:
         counter = ld64r(<uint64_t*>(<uint8_t*>item_at(s, r.addr) + value_offset(r.key_bytes)))
         memcpy(to, &counter, 8)
@@ -191,7 +193,7 @@ cdef inline void find_locked(seg_t* s, uint64_t b, const uint8_t* key, size_t n,
     chain_first(s, b, &c)
     while True:
         for i in range(c.n_slots):
-            w = c.slot[i]
+            w = ld64(&c.slot[i])
             if w == 0:
                 if f.empty == NULL:
                     f.empty = &c.slot[i]
@@ -214,17 +216,21 @@ cdef inline void find_locked(seg_t* s, uint64_t b, const uint8_t* key, size_t n,
 
 cdef inline void find_dull_locked(seg_t* s, uint64_t b, found_t* f) noexcept nogil:
     """The chain's least used entry, of equals the oldest (one stripe, so versions compare): what goes when no overflow bucket
-    can be had."""
+    can be had. A slot that names no item of this bucket goes first, and nothing is done to what it names."""
     cdef chain_t c
     cdef uint64_t addr, cas, oldest = 0
+    cdef uint32_t index = 0
     cdef uint8_t refs
     cdef int i
     chain_first(s, b, &c)
     while True:
         for i in range(c.n_slots):
-            addr = c.slot[i] & ADDR_MASK
-            if not in_slab(s, addr):
-                continue
+            addr = ld64(&c.slot[i]) & ADDR_MASK
+            if chunk_class(s, addr, &index) < 0 or ld64(&item_at(s, addr).word) != word_of(LIVE, 0) or \
+                    bucket_of(s, ld64(&item_at(s, addr).hash)) != b:
+                f.dull = &c.slot[i]
+                f.addr = 0
+                return
             if claim_stands(s, addr):
                 continue
             refs = ld8r(refs_of(s, addr))
@@ -236,6 +242,7 @@ cdef inline void find_dull_locked(seg_t* s, uint64_t b, found_t* f) noexcept nog
                 f.dull_refs = refs
                 oldest = cas
                 f.dull = &c.slot[i]
+                f.addr = addr
         if not chain_next(s, &c):
             return
 
@@ -276,6 +283,7 @@ cdef inline int collect_pages(seg_t* s, put_t* op, uint64_t limit_ns) noexcept n
             if rc == OK:
                 st64(&s.pages[p].head, op.chunk)
                 st64(&s.pages[p].word, word_of(PAGE_BIG, s.me[0]))
+                st32(&s.pages[p].cls, cls_mark(CLS_BIG))
         if rc == OK:
             pages[got] = <uint32_t>p
             got += 1
@@ -358,16 +366,15 @@ cdef inline int place_locked(seg_t* s, put_t* op, uint64_t b, found_t* f, uint64
         if f.dull == NULL:
             return NO_ROOM
         f.slot = f.dull
-        f.addr = f.slot[0] & ADDR_MASK
         add64(&s.row.chain_evictions, 1)
         add64(&s.row.inline_evictions, 1)
         add64(&s.row.evictions, 1)
     return OK
 
-cdef inline bint my_claim(seg_t* s, uint64_t addr) noexcept nogil:
+cdef inline bint my_claim(seg_t* s, uint64_t addr, size_t n) noexcept nogil:
     """Is this claim of this process? A fork child knows its parent's versions, and is to fill and release none of them."""
-    cdef item_t* it = item_at(s, addr)
-    return it.value_bytes == 16 and (<uint64_t*>(<uint8_t*>it + value_offset(it.key_bytes)))[0] == s.me[0]
+    return item_at(s, addr).value_bytes == 16 and value_offset(n) + 16 <= page_room(s, addr) and \
+        ld64r(<uint64_t*>(<uint8_t*>item_at(s, addr) + value_offset(n))) == s.me[0]
 
 cdef inline int allowed(seg_t* s, put_t* op, found_t* f) noexcept nogil:
     cdef bint present = f.slot != NULL and f.live
@@ -380,7 +387,7 @@ cdef inline int allowed(seg_t* s, put_t* op, found_t* f) noexcept nogil:
     if op.when == IF_CLAIM:
         if f.slot == NULL or not f.claimed or ld64(&item_at(s, f.addr).cas) != op.version:
             return MISMATCH
-        return OK if op.flags & FLAG_CLAIM or my_claim(s, f.addr) else MISMATCH     # a claim on a claim: the dead's is taken over
+        return OK if op.flags & FLAG_CLAIM or my_claim(s, f.addr, op.key_bytes) else MISMATCH     # a claim on a claim: the dead's is taken over
     if not present:
         return ABSENT
     if op.when == IF_VERSION and ld64(&item_at(s, f.addr).cas) != op.version:
@@ -423,7 +430,7 @@ cdef inline int put(seg_t* s, put_t* op, uint64_t limit_ns) noexcept nogil:
     st64(f.slot, slot_word(op.hash, op.chunk))                      # 6
     bump(s, b)                                                      # 7
     if op.is_big:
-        big_seal_locked(s, op.chunk, op.big.n_pages)
+        big_seal_locked(s, op.chunk, op.key_bytes, op.big.n_pages)
     st64(&it.word, word_of(LIVE, 0))                                # 9
     st64(&st.seq, st.seq + 1)                                       # 10
     st64(&st.count, st.count_next)
@@ -450,7 +457,7 @@ cdef inline int remove(seg_t* s, const uint8_t* key, size_t n, uint64_t h, uint6
         rc = ABSENT
     elif not f.live:
         if not only_expired or not f.claimed:       # a delete takes a claim away: what is being computed may be old
-            remove_locked(s, st, b, f.slot, OP_DELETE if f.claimed else OP_EVICT)
+            remove_locked(s, st, b, f.slot, f.addr, OP_DELETE if f.claimed else OP_EVICT)
         else:
             f.slot = NULL
         rc = ABSENT
@@ -458,7 +465,7 @@ cdef inline int remove(seg_t* s, const uint8_t* key, size_t n, uint64_t h, uint6
         f.slot = NULL
         rc = MISMATCH
     else:
-        remove_locked(s, st, b, f.slot, OP_DELETE)
+        remove_locked(s, st, b, f.slot, f.addr, OP_DELETE)
         rc = OK
     if only_expired and f.live:
         f.slot = NULL
@@ -478,9 +485,9 @@ cdef inline int remove_claim(seg_t* s, const uint8_t* key, size_t n, uint64_t h,
     if rc != OK:
         return rc
     find_locked(s, b, key, n, h, &f)
-    rc = OK if f.slot != NULL and f.claimed and ld64(&item_at(s, f.addr).cas) == version and my_claim(s, f.addr) else MISMATCH
+    rc = OK if f.slot != NULL and f.claimed and ld64(&item_at(s, f.addr).cas) == version and my_claim(s, f.addr, n) else MISMATCH
     if rc == OK:
-        remove_locked(s, st, b, f.slot, OP_EVICT)
+        remove_locked(s, st, b, f.slot, f.addr, OP_EVICT)
     stripe_release(st)
     if rc == OK:
         free_old(s, f.addr, limit_ns)
@@ -492,13 +499,13 @@ cdef inline int read_claim(seg_t* s, const uint8_t* key, size_t n, uint64_t h, u
     cdef read_t r
     cdef uint64_t* at
     cdef int rc = read_begin(s, key, n, h, &r)
-    if rc != ABSENT or not r.claimed:
+    if rc != ABSENT or not r.claimed or r.value_bytes != 16:
         return rc
     at = <uint64_t*>(<uint8_t*>item_at(s, r.addr) + value_offset(n))
     version[0] = r.cas
     token[0] = ld64r(&at[0])
     thread[0] = ld64r(&at[1])
-    return EXISTS if r.value_bytes == 16 and (unchanged(&r) or same_item(s, &r)) else AGAIN
+    return EXISTS if unchanged(&r) or same_item(s, &r) else AGAIN
 
 cdef inline int add_to(seg_t* s, const uint8_t* key, size_t n, uint64_t h, int64_t by, int64_t* out,
                        uint64_t limit_ns) noexcept nogil:
@@ -522,7 +529,7 @@ cdef inline int add_to(seg_t* s, const uint8_t* key, size_t n, uint64_t h, int64
     else:
         it = item_at(s, f.addr)
         at = <int64_t*>(<uint8_t*>it + value_offset(n))
-        if it.codec != CODEC_INT or it.value_bytes != 8 or it.flags & FLAG_BIG:
+        if it.codec != CODEC_INT or it.value_bytes != 8 or it.flags & FLAG_BIG or value_offset(n) + 8 > page_room(s, f.addr):
             rc = NOT_INT
         else:
             was = at[0]

@@ -18,15 +18,15 @@ OFFSETS = {
     "page_shift 76 n_pages 80 n_buckets 88 n_overflow 96 refs_bytes 104 sketch_bytes 112 rings_bytes 120 rows_off 128 stripes_off 136 "
     "classes_off 144 pages_off 152 refs_off 160 sketch_off 168 buckets_off 176 overflow_off 184 rings_off 192 slab_off 200 "
     "max_value_bytes 208 default_ttl_ms 216 lock_limit_ms 224 config_bytes 228 epoch 248 clock_shift_ms 256 tick 312 supervisor 320 heartbeat_ms 328 asleep 336 "
-    "pages_word 376 pages_stalled 384 pages_list 424 pages_n_free 432 pages_cursor 440 overflow_word 504 overflow_stalled 512 "
-    "overflow_list 552 overflow_n_free 560 overflow_cursor 568 big_word 632 big_stalled 640 big_list 680 big_n_free 688 "
-    "big_cursor 696 config 760",
+    "pages_word 376 pages_stalled 384 pages_list 400 pages_n_free 408 pages_cursor 416 overflow_word 504 overflow_stalled 512 "
+    "overflow_list 528 overflow_n_free 536 overflow_cursor 544 big_word 632 big_stalled 640 big_list 656 big_n_free 664 "
+    "big_cursor 672 config 760",
     "row": "gen 0 pid 8 started_ms 16 hits 64 misses 72 sets 80 deletes 88 expired 96 evictions 104 inline_evictions 112 "
     "chain_evictions 120 retries 128 lock_waits 136 takeovers 144 settled 152 pages_moved 160 stalls 168 max_wait_ns 176 unlisted 184 "
     "hazard 256 parked 320 batch 448",
-    "stripe": "word 0 stalled 8 seq 48 old 56 new 64 count 72 count_next 80",
-    "class": "word 0 stalled 8 chunk_bytes 48 page_in_hand 52 ring 56 avail 60 hand 64 n_pages 72 n_free 76",
-    "page": "word 0 head 8 stamp 16 next 24 prev 28 next_avail 32 prev_avail 36 free 40 n_free 44 cls 48 listed 50",
+    "stripe": "word 0 stalled 8 bell 16 seq 24 old 32 new 40 count 48 count_next 56",
+    "class": "word 0 stalled 8 bell 16 chunk_bytes 24 page_in_hand 28 ring 32 avail 36 hand 40 n_pages 48 n_free 52",
+    "page": "word 0 head 8 stamp 16 next 24 prev 28 next_avail 32 prev_avail 36 free 40 n_free 44 cls 48 cls_check 50 listed 52",
     "bucket": "version 0 overflow 4 slot 8",
     "overflow": "head 0 next 4 slot 8 word 56",
     "item": "hash 0 word 8 cas 16 expiry_ms 24 value_bytes 32 epoch 36 key_bytes 40 codec 42 flags 43 link 44",
