@@ -38,3 +38,4 @@ cdef class Table:
                          bint only_expired) except -100
     cdef int change_expiry(self, object key, uint64_t expiry_ms) except -100
     cdef bint row_alive(self, seg_t* s, uint32_t i)
+    cdef int kept(self, seg_t* s, uint32_t r, uint64_t addr)

@@ -28,13 +28,13 @@ from shmcache.core.layout cimport (
     BATCH_CLASSES, BATCH_SLOTS, CLS_POOL, CONFIG_BYTES, FLAG_CLAIM, FLAG_LOCK, LAYOUT_VERSION, MAX_CLASSES, MAX_KEY, MAX_ROWS, MIN_CHUNK, PARKED_SLOTS,
     bucket_t, class_t, header_t, item_t, lock_t, overflow_t, page_t, pool_t, row_t, seg_t, stripe_t)
 from shmcache.core.siphash cimport siphash, siphash13
-from shmcache.core.slab cimport chunk_class, cls_mark, give_back_all, page_cls
+from shmcache.core.slab cimport chunk_class, cls_mark, give_back_all, item_at, page_cls
 from shmcache.core.table cimport (
     ALWAYS, IF_ABSENT, IF_CLAIM, IF_PRESENT, IF_UNCLAIMED, IF_VERSION, RESTARTS, add_to, clear_all, count_items, give_up, next_keys, put, put_t,
     read_begin, read_claim, read_copy, read_end, read_t, remove, remove_claim, set_expiry)
 from shmcache.core.token cimport (
-    ABSENT, AGAIN, BUSY, EXISTS, INTR, MISMATCH, NO_OFD, NO_ROOM, NO_ROW, NOT_INT, OK, OS_ERROR, OVERFLOW, SUPERVISOR_BYTE,
-    close, dead, getpid, mono_ns, munmap, prober_ready, row_of, shm_ofd_lock, shm_reopen, shm_wiped_page, take_row, wall_ms)
+    ABSENT, AGAIN, BUSY, EXISTS, INTR, KEPT, MISMATCH, NO_OFD, NO_ROOM, NO_ROW, NOT_INT, OK, OS_ERROR, OVERFLOW, SUPERVISOR_BYTE,
+    close, dead, getpid, mono_ns, munmap, prober_ready, row_of, shm_ofd_lock, shm_reopen, shm_wiped_page, take_row, wall_ms, word_of)
 
 from shmcache import errors
 
@@ -142,7 +142,7 @@ def layout():
             ("lock_waits", <size_t>&r.lock_waits, "<u8", 1), ("takeovers", <size_t>&r.takeovers, "<u8", 1),
             ("settled", <size_t>&r.settled, "<u8", 1), ("pages_moved", <size_t>&r.pages_moved, "<u8", 1),
             ("stalls", <size_t>&r.stalls, "<u8", 1), ("max_wait_ns", <size_t>&r.max_wait_ns, "<u8", 1),
-            ("unlisted", <size_t>&r.unlisted, "<u8", 1), ("hazard", <size_t>&r.hazard, "<u8", 8),
+            ("unlisted", <size_t>&r.unlisted, "<u8", 1), ("repairs", <size_t>&r.repairs, "<u8", 8), ("hazard", <size_t>&r.hazard, "<u8", 8),
             ("parked", <size_t>&r.parked, "<u8", PARKED_SLOTS),
             ("batch", <size_t>&r.batch, "<u8", (BATCH_CLASSES, BATCH_SLOTS))]),
         "stripe": (sizeof(stripe_t), [
@@ -205,6 +205,7 @@ def format_segment(int fd, dict g, list chunk_bytes, bytes boot_id, bytes hash_k
         h.buckets_off = g["buckets_off"]; h.overflow_off = g["overflow_off"]; h.rings_off = g["rings_off"]
         h.slab_off = g["slab_off"]
         h.max_value_bytes = g["max_value_bytes"]; h.default_ttl_ms = g["default_ttl_ms"]; h.lock_limit_ms = g["lock_limit_ms"]
+        #! create: header
         h.epoch = 1
         h.tick = 1
         classes = <class_t*>(base + h.classes_off)
@@ -222,7 +223,9 @@ def format_segment(int fd, dict g, list chunk_bytes, bytes boot_id, bytes hash_k
             ov[i].next = <uint32_t>(i + 2 if i + 1 < h.n_overflow else 0)
         h.overflow.list = 1
         h.overflow.n_free = h.n_overflow
+        #! create: lists
         st64(&h.magic, MAGIC)
+        #! create: magic
     finally:
         munmap(base, size)
 
@@ -429,8 +432,11 @@ cdef class Mapping:
         if self.s.me != NULL:
             if self.s.me[0]:
                 give_back_all(&self.s)
+                #! leave: given back
                 st64(&self.s.row.pid, 0)
+                #! leave: pid cleared
                 munmap(self.s.lock_page, 4096)
+                #! leave: row free
             munmap(self.s.me, 4096)
         if self.s.prober >= 0 and prober_ready(&self.s):
             close(self.s.prober)
@@ -1194,11 +1200,12 @@ cdef class Table:
     def counters(self):
         """The counters of all rows, summed; since the segment was created, whoever has died meanwhile."""
         cdef seg_t* s = self.ready()
-        cdef uint32_t i
+        cdef uint32_t i, j
         cdef row_t* r
         total = dict.fromkeys(
             ("hits", "misses", "sets", "deletes", "expirations", "evictions", "inline_evictions", "chain_evictions", "retries",
              "lock_waits", "takeovers", "settled", "pages_moved", "stalls", "unlisted", "max_wait_ns"), 0)
+        repairs = [0] * 8
         for i in range(s.n_rows):
             r = &s.rows[i]
             if ld64(&r.gen) == 0:
@@ -1210,6 +1217,10 @@ cdef class Table:
             total["settled"] += r.settled; total["pages_moved"] += r.pages_moved; total["stalls"] += r.stalls
             total["unlisted"] += r.unlisted
             total["max_wait_ns"] = max(total["max_wait_ns"], r.max_wait_ns)
+            for j in range(8):
+                repairs[j] += r.repairs[j]
+        total["repairs"] = dict(zip(("sets_finished", "writes_undone", "removals_finished", "class_lists", "pool_lists", "chunks", "pages",
+                                     "overflow_buckets"), repairs))
         return total
 
     def processes(self):
@@ -1240,6 +1251,12 @@ cdef class Table:
         return {"pid": s.rows[r].pid, "alive": alive,
                 "heartbeat_age_s": max(0, <int64_t>(mono_ns() // 1000000 - ld64(&s.header.heartbeat_ms))) / 1000.0}
 
+    cdef int kept(self, seg_t* s, uint32_t r, uint64_t addr):
+        """The class of a chunk that a slot of row r names and that is in that process's hand; else -1."""
+        cdef uint32_t index = 0
+        cdef int cls = chunk_class(s, addr, &index)
+        return cls if cls >= 0 and ld64(&item_at(s, addr).word) == word_of(KEPT, s.rows[r].gen << 16 | (r + 1)) else -1
+
     def slab_classes(self):
         """By class: chunk_bytes, pages, live, free, reserved (in the hands of processes) chunks; and {"pages", "big_pages", "free_pages"}.
 
@@ -1247,7 +1264,7 @@ cdef class Table:
         """
         cdef seg_t* s = self.ready()
         cdef uint64_t p, in_hand, n_big = 0, n_pool = 0
-        cdef uint32_t cls, i, j, index = 0
+        cdef uint32_t cls, i, j
         cdef int kind, got
         classes = [{"chunk_bytes": s.chunk_bytes[cls], "pages": 0, "live": 0, "free": 0, "reserved": 0}
                    for cls in range(s.n_classes)]
@@ -1267,15 +1284,20 @@ cdef class Table:
                 continue                    # what the dead had in hand is for the CLOCK hand to settle
             for cls in range(min(BATCH_CLASSES, s.n_classes)):
                 for j in range(BATCH_SLOTS):
-                    if s.rows[i].batch[cls][j]:
+                    if self.kept(s, i, s.rows[i].batch[cls][j]) == <int>cls:
                         classes[cls]["reserved"] += 1
                         classes[cls]["live"] -= 1
             for j in range(PARKED_SLOTS):
-                got = chunk_class(s, s.rows[i].parked[j], &index) if s.rows[i].parked[j] else -1
+                got = self.kept(s, i, s.rows[i].parked[j])
                 if got >= 0:
                     classes[got]["reserved"] += 1
                     classes[got]["live"] -= 1
         return classes, {"pages": s.n_pages, "big_pages": n_big, "free_pages": n_pool, "page_bytes": s.page_bytes}
+
+    @property
+    def row(self):
+        """Index of this process's row in segment.rows."""
+        return self.ready().row_idx
 
     @property
     def lock_limit(self):

@@ -21,13 +21,15 @@ Invariants, by the numbers that verify() reports. They hold for whoever holds th
     I16  a chain's overflow buckets are LINKED to its bucket and the chain ends                          (stripe)
     I17  the overflow pool's list holds FREE, empty overflow buckets, each once, n_free of them          (overflow pool)
     I18  a CLOCK count is 0 to 3                                                                         (none)
-    I19  a chunk in the hand of a living process is RESERVED by it                                       (none; looked at twice)
+    I19  a chunk KEPT by a living process is named by a slot of its row                                  (none; looked at five times)
     I20  the header still says what it said when this process attached                                   (none)
 """
 from cpython.exc cimport PyErr_CheckSignals
 from libc.errno cimport errno
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
+from libc.string cimport memset
+from posix.unistd cimport usleep
 
 from shmcache.core._core cimport Mapping, Table
 from shmcache.core.atomics cimport ld32, ld64, st8r, st32, st64
@@ -37,21 +39,21 @@ from shmcache.core.bucket cimport (
 from shmcache.core.layout cimport (
     BATCH_CLASSES, BATCH_SLOTS, FLAG_BIG, MAX_KEY, MAX_REFS, OV_SLOTS, REFS_SHIFT, PARKED_SLOTS, class_t, item_t, overflow_t, page_t, seg_t, stripe_t)
 from shmcache.core.clock cimport evict_chunk, evict_one, give_page, stale, take_page
-from shmcache.core.lock cimport lock_release, shm_sleep
+from shmcache.core.lock cimport lock_release, lock_take, shm_sleep
 from shmcache.core.settle cimport settle_chunk, settle_overflow, settle_page, settle_pages
 from shmcache.core.siphash cimport siphash13
 from shmcache.core.slab cimport (
     chunk_addr, chunk_class, chunk_free_list, chunk_push_locked, class_release, class_repair, class_take, in_slab, item_at, page_cls, page_in_class, page_room, pool_repair, pool_take, rebuild_page_locked,
     refs_of, value_offset, avail_push_locked)
 from shmcache.core.token cimport (
-    FREE, LIVE, OK, OV_FREE, OV_LINKED, PAGE_ACTIVE, PAGE_BIG, PAGE_DRAINING, PAGE_FREE, RESERVED, RETIRED,
-    SUPERVISOR_BYTE, close, dead, kind_of, mono_ns, munmap, prober_ready, shm_keep_description, shm_ofd_lock, shm_reopen, token_of, word_of)
+    FREE, KEPT, LIVE, OK, OV_FREE, OV_LINKED, PAGE_ACTIVE, PAGE_BIG, PAGE_DRAINING, PAGE_FREE, RESERVED, RETIRED,
+    SUPERVISOR_BYTE, close, dead, kind_of, mono_ns, munmap, prober_ready, row_of, shm_keep_description, shm_ofd_lock, shm_reopen, token_of, word_of)
 
 import gc
 
 from shmcache import errors
 
-KINDS = ("FREE", "RESERVED", "LIVE", "RETIRED")
+KINDS = ("FREE", "RESERVED", "LIVE", "RETIRED", "KEPT", "of no kind", "of no kind", "of no kind")
 MOST = 1000         # violations listed; more would not help anybody
 
 
@@ -145,7 +147,7 @@ cdef class Verifier:
             return 0
         it = item_at(s, addr)
         if kind_of(it.word) != LIVE:
-            self.say(f"I2 {where}: chunk {addr} is {KINDS[kind_of(it.word) & 3]}")
+            self.say(f"I2 {where}: chunk {addr} is {KINDS[kind_of(it.word) & 7]}")
         if w >> 48 != it.hash >> 48:
             self.say(f"I3 {where}: tag {w >> 48:#06x}, item {it.hash >> 48:#06x}")
         if bucket_of(s, it.hash) != b:
@@ -189,6 +191,8 @@ cdef class Verifier:
                 self.say(f"I18 page {p} chunk {i}: count {refs_of(s, addr)[0]}")
             if kind_of(ld64(&it.word)) == LIVE and not self.named(p, cls, addr):
                 self.say(f"I9 page {p} chunk {i}: LIVE, and no slot of bucket {bucket_of(s, it.hash)} names it")
+            elif kind_of(ld64(&it.word)) == KEPT and not self.kept(addr):
+                self.say(f"I19 page {p} chunk {i}: KEPT by row {row_of(token_of(it.word))}, none of whose slots names it")
         return 0
 
     cdef bint named(self, uint64_t p, uint32_t cls, uint64_t addr) except -1:
@@ -289,7 +293,7 @@ cdef class Verifier:
             n += 1
             if kind_of(item_at(s, chunk_addr(s, p, cls, at - 1)).word) != FREE:
                 self.say(f"I10 page {p}: chunk {at - 1} on its free list is "
-                         f"{KINDS[kind_of(item_at(s, chunk_addr(s, p, cls, at - 1)).word) & 3]}")
+                         f"{KINDS[kind_of(item_at(s, chunk_addr(s, p, cls, at - 1)).word) & 7]}")
                 break
             at = item_at(s, chunk_addr(s, p, cls, at - 1)).link
         free(seen)
@@ -339,23 +343,25 @@ cdef class Verifier:
 
     # -- rows, header
 
-    cdef int row(self, uint32_t r) except -1:
+    cdef bint kept(self, uint64_t addr) except -1:
+        """Is this KEPT chunk known to its owner, or not KEPT any more? Its owner notes it an instant after it is KEPT."""
         cdef seg_t* s = self.s
-        cdef uint64_t gen = ld64(&s.rows[r].gen), token = gen << 16 | (r + 1), addr, word
-        cdef uint32_t cls, i, index = 0
-        if gen == 0 or dead(s, token):
-            return 0
-        for i in range(BATCH_CLASSES * BATCH_SLOTS + PARKED_SLOTS):
-            cls = i // BATCH_SLOTS
-            slot = &s.rows[r].batch[cls][i % BATCH_SLOTS] if cls < BATCH_CLASSES else &s.rows[r].parked[i - BATCH_CLASSES * BATCH_SLOTS]
-            addr = ld64(slot)
-            if addr == 0:
-                continue
-            word = ld64(&item_at(s, addr).word) if in_slab(s, addr) else 0
-            if word != (<uint64_t>RESERVED << 56 | token) and ld64(slot) == addr and ld64(&s.rows[r].gen) == gen and \
-                    (not in_slab(s, addr) or ld64(&item_at(s, addr).word) == word):
-                self.say(f"I19 row {r}: it has chunk {addr} in hand, whose word is {word:#x}")
-        return 0
+        cdef uint64_t w
+        cdef uint32_t r, i
+        for _ in range(5):
+            w = ld64(&item_at(s, addr).word)
+            r = row_of(token_of(w))
+            if kind_of(w) != KEPT or r >= s.n_rows or dead(s, token_of(w)):
+                return True             # or for any hand to settle
+            for i in range(BATCH_CLASSES * BATCH_SLOTS):
+                if ld64(&s.rows[r].batch[i // BATCH_SLOTS][i % BATCH_SLOTS]) == addr:
+                    return True
+            for i in range(PARKED_SLOTS):
+                if ld64(&s.rows[r].parked[i]) == addr:
+                    return True
+            with nogil:
+                usleep(5000)
+        return False
 
     cdef int header(self) except -1:
         cdef seg_t* s = self.s
@@ -382,8 +388,6 @@ cdef class Verifier:
             self.chunks(p)
             self.big_page(p)
         self.pools()
-        for i in range(s.n_rows):
-            self.row(i)
         return self.found
 
 
@@ -405,7 +409,7 @@ def settle(Table table not None):
     cdef Mapping held = table.mapping
     cdef uint64_t p, i
     cdef uint32_t cls, k
-    cdef uint64_t counts[4]
+    cdef uint64_t counts[8]
     with nogil:
         for i in range(s.n_stripes):
             if stripe_take(s, &s.stripes[i], s.limit_ns) == OK:
@@ -415,6 +419,10 @@ def settle(Table table not None):
                 class_release(s, cls)
         if pool_take(s, s.limit_ns) == OK:
             lock_release(&s.header.pages.lock)
+        if overflow_take(s, s.limit_ns) == OK:
+            lock_release(&s.header.overflow.lock)
+        if lock_take(s, &s.header.big.lock, s.limit_ns) >= OK:
+            lock_release(&s.header.big.lock)
         for p in range(s.n_pages):
             settle_page(s, p, s.limit_ns)
             cls = <uint32_t>page_cls(s, p)
@@ -432,13 +440,13 @@ def settle(Table table not None):
                         avail_push_locked(s, &s.classes[cls], p)
                 class_release(s, cls)
         settle_overflow(s, s.n_overflow, s.limit_ns)
-        counts[0] = counts[1] = counts[2] = counts[3] = 0
+        memset(counts, 0, sizeof(counts))
         for p in range(s.n_pages):
             cls = <uint32_t>page_cls(s, p)
             if cls < s.n_classes and page_in_class(s, p, cls):
                 for k in range(s.page_chunks[cls]):
-                    counts[kind_of(ld64(&item_at(s, chunk_addr(s, p, cls, k)).word)) & 3] += 1
-    return {KINDS[k]: counts[k] for k in range(4)}
+                    counts[kind_of(ld64(&item_at(s, chunk_addr(s, p, cls, k)).word)) & 7] += 1
+    return {KINDS[k]: counts[k] for k in range(5)}
 
 
 # ---- the supervisor's part ------------------------------------------------------------------------------------------------
@@ -481,8 +489,10 @@ cdef class Supervision:
         self.table = table
         self.mapping = table.mapping
         self.s = s
+        #! supervisor: byte locked
         s.supervising = True
         st64(&s.header.supervisor, s.me[0])
+        #! supervisor: named
         self.beat()
 
     def __dealloc__(self):
@@ -493,7 +503,9 @@ cdef class Supervision:
         if self.lock_page != NULL:
             self.s.supervising = False
             st32(&self.s.header.asleep, 0)
+            #! supervisor: leaving
             st64(&self.s.header.supervisor, 0)
+            #! supervisor: left
             munmap(self.lock_page, 4096)
             self.lock_page = NULL
 
@@ -506,6 +518,7 @@ cdef class Supervision:
         cdef uint32_t bell = ld32(&self.s.header.doorbell)      # before any writer is told to ring it
         cdef uint64_t ns = <uint64_t>(seconds * 1e9)
         st32(&self.s.header.asleep, 1)
+        #! supervisor: asleep
         with nogil:
             rc = shm_sleep(&self.s.header.doorbell, bell, ns)
         st32(&self.s.header.asleep, 0)
@@ -531,6 +544,7 @@ cdef class Supervision:
                         more = False
                         break
                     k += 1
+                    #! make room: evicted
                 if k and class_take(s, cls, PATIENCE_NS) == OK:
                     for i in range(k):
                         chunk_push_locked(s, cls, hand[i])
@@ -539,6 +553,7 @@ cdef class Supervision:
                     for i in range(k):
                         chunk_free_list(s, cls, hand[i], 0)
                 got += k
+                #! make room: freed
                 evicted += k
                 if turned:
                     settle_pages(s, 4, 0)
@@ -566,6 +581,7 @@ cdef class Supervision:
                     w = ld64(&it.word)
                     if kind_of(w) == LIVE:
                         if stale(s, it) and evict_chunk(s, addr, cls, True, PATIENCE_NS) == OK:
+                            #! sweep: evicted
                             chunk_free_list(s, cls, addr, PATIENCE_NS)
                             freed += 1
                     elif kind_of(w) != FREE and token_of(w) != s.me[0]:
@@ -629,6 +645,7 @@ def repair(Table table not None):
                             continue
                         if not sound(s, b, c.slot[j]):
                             st64(&c.slot[j], 0)
+                            #! repair: slot cleared
                             bump(s, b)
                             cleared += 1
                             continue
@@ -662,6 +679,7 @@ def repair(Table table not None):
                         class_take(s, cls, s.limit_ns) == OK:
                     if page_in_class(s, p, cls):
                         st64(&it.word, word_of(RETIRED, s.me[0]))
+                        #! repair: RETIRED
                         bump(s, b)
                         chunk_push_locked(s, cls, addr)
                         freed += 1

@@ -87,6 +87,7 @@ cdef inline void big_fill(seg_t* s, uint64_t addr, uint64_t klen, const uint8_t*
         p = ld32r(&(<uint32_t*>at)[i])
         if big_owns(s, addr, p):
             memcpy(page_bytes_of(s, p), value, n)
+            #! big: page filled
         value += n
         left -= n
     memcpy(at + 4 * <uint64_t>g.n_pages, value, g.tail)
@@ -99,6 +100,7 @@ cdef inline void big_seal_locked(seg_t* s, uint64_t addr, uint64_t klen, uint32_
         p = ld32r(&pages[i])
         if big_owns(s, addr, p):
             st64(&s.pages[p].word, word_of(PAGE_BIG, 0))
+            #! big: page sealed
 
 cdef inline void big_free_pages(seg_t* s, uint64_t addr, uint64_t klen, uint32_t n_pages, uint64_t limit_ns) noexcept nogil:
     """Pages of a head chunk that is this process's and that no slot names. What stays behind settle_pages finds."""
@@ -108,6 +110,7 @@ cdef inline void big_free_pages(seg_t* s, uint64_t addr, uint64_t klen, uint32_t
     for i in range(n_pages):
         p = ld32r(&pages[i])
         if big_owns(s, addr, p):
+            #! big: page to be freed
             w = ld64(&s.pages[p].word)
             if page_to_pool(s, p, w, addr, limit_ns) != OK:
                 cas64(&s.pages[p].word, w, word_of(PAGE_BIG, 0))    # nobody's: settle_pages need not wait for this process's end

@@ -19,7 +19,7 @@
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from shmcache.core.atomics cimport add64, ld32, ld64, mulhi64, st32, st64
-from shmcache.core.layout cimport OV_SLOTS, SLOTS, bucket_t, item_t, overflow_t, pool_t, seg_t, stripe_t
+from shmcache.core.layout cimport OV_SLOTS, REPAIRED_FINISHED, REPAIRED_POOL, REPAIRED_REMOVED, REPAIRED_UNDONE, SLOTS, bucket_t, item_t, overflow_t, pool_t, seg_t, stripe_t
 from shmcache.core.lock cimport lock_release, lock_take
 from shmcache.core.slab cimport in_slab, item_at
 from shmcache.core.token cimport LIVE, OK, OV_FREE, OV_LINKED, OV_RESERVED, RETIRED, TAKEN_OVER, kind_of, word_of
@@ -116,23 +116,32 @@ cdef inline void stripe_repair(seg_t* s, stripe_t* st) noexcept nogil:
     if n and reachable(s, n) != NULL:                       # finish: the slot was stored
         it = item_at(s, n)
         bump(s, bucket_of(s, ld64(&it.hash)))
+        #! stripe repair: version
         st64(&it.word, word_of(LIVE, 0))
+        #! stripe repair: LIVE
         if it.cas > st.seq:
             st64(&st.seq, it.cas)
         st64(&st.count, st.count_next)
+        add64(&s.row.repairs[REPAIRED_FINISHED], 1)
     elif o and reachable(s, o) != NULL:                     # undo: it was not
         it = item_at(s, o)
+        add64(&s.row.repairs[REPAIRED_UNDONE], 1)
         if kind_of(ld64(&it.word)) == RETIRED:
             st64(&it.word, word_of(LIVE, 0))
+        #! stripe repair: undone
         if op == OP_TOUCH:
             st64(&it.cas, st.seq + 1)
             st64(&st.seq, st.seq + 1)
     elif o and n == 0:                                      # finish a delete or an eviction
         bump(s, bucket_of(s, ld64(&item_at(s, o).hash)))
+        #! stripe repair: removal finished
         if op == OP_DELETE:
             st64(&st.seq, st.seq + 1)
         st64(&st.count, st.count_next)
+        add64(&s.row.repairs[REPAIRED_REMOVED], 1)
+    #! stripe repair: settled
     st64(&st.old, 0)
+    #! stripe repair: old cleared
     st64(&st.new, 0)
 
 cdef inline int stripe_take(seg_t* s, stripe_t* st, uint64_t limit_ns) noexcept nogil:
@@ -151,8 +160,11 @@ cdef inline void stripe_release(stripe_t* st) noexcept nogil:
 
 cdef inline void note_intent(stripe_t* st, int op, uint64_t old, uint64_t new, uint64_t count_next) noexcept nogil:
     st64(&st.count_next, count_next)
+    #! intent: count
     st64(&st.old, <uint64_t>op << 56 | old)
+    #! intent: old
     st64(&st.new, new)
+    #! intent: new
 
 # ---- overflow buckets (the stripe held) --------------------------------------------------------------------------------------
 
@@ -160,8 +172,11 @@ cdef inline void overflow_push_locked(seg_t* s, uint64_t i) noexcept nogil:
     """Under the overflow pool's lock. The bucket is in no chain, its slots are empty."""
     cdef pool_t* pool = &s.header.overflow
     st32(&s.overflow[i].next, <uint32_t>pool.list)
+    #! overflow push: linked
     st64(&s.overflow[i].word, word_of(OV_FREE, 0))
+    #! overflow push: FREE
     st64(&pool.list, i + 1)
+    #! overflow push: on the list
     st64(&pool.n_free, pool.n_free + 1)
 
 cdef inline int overflow_take(seg_t* s, uint64_t limit_ns) noexcept nogil:
@@ -169,8 +184,10 @@ cdef inline int overflow_take(seg_t* s, uint64_t limit_ns) noexcept nogil:
     cdef int rc = lock_take(s, &s.header.overflow.lock, limit_ns)
     if rc != TAKEN_OVER:
         return rc
+    add64(&s.row.repairs[REPAIRED_POOL], 1)
     st64(&s.header.overflow.list, 0)
     st64(&s.header.overflow.n_free, 0)
+    #! overflow repair: list dropped
     i = s.n_overflow
     while i > 0:
         i -= 1
@@ -188,8 +205,8 @@ cdef inline uint64_t* chain_grow_locked(seg_t* s, uint64_t b, uint32_t* link, ui
     cdef uint64_t i
     cdef int k
     cdef overflow_t* ov
-    if ld64(&pool.list) == 0 or overflow_take(s, limit_ns) != OK:
-        return NULL
+    if (ld64(&pool.list) == 0 and ld64(&pool.lock.word) == 0) or overflow_take(s, limit_ns) != OK:
+        return NULL             # an empty list under a lock may be one that its dead holder was making anew
     i = ld64(&pool.list) - 1
     if i >= s.n_overflow or kind_of(ld64(&s.overflow[i].word)) != OV_FREE:
         lock_release(&pool.lock)
@@ -197,14 +214,20 @@ cdef inline uint64_t* chain_grow_locked(seg_t* s, uint64_t b, uint32_t* link, ui
     ov = &s.overflow[i]
     st32(&ov.head, <uint32_t>b)
     st64(&ov.word, word_of(OV_RESERVED, s.me[0]))
+    #! grow: RESERVED
     st64(&pool.list, ov.next)
+    #! grow: off the list
     st64(&pool.n_free, pool.n_free - 1 if pool.n_free else 0)
     lock_release(&pool.lock)
+    #! grow: released
     st32(&ov.next, 0)
     for k in range(OV_SLOTS):
         st64(&ov.slot[k], 0)
+    #! grow: emptied
     st32(link, <uint32_t>i + 1)
+    #! grow: linked
     st64(&ov.word, word_of(OV_LINKED, 0))
+    #! grow: LINKED
     return ov.slot
 
 cdef inline void chain_shrink_locked(seg_t* s, uint64_t b) noexcept nogil:
@@ -232,8 +255,11 @@ cdef inline void chain_shrink_locked(seg_t* s, uint64_t b) noexcept nogil:
     if nxt or ov.head != b or kind_of(ld64(&ov.word)) != OV_LINKED or overflow_take(s, 0) != OK:
         return
     st64(&ov.word, word_of(OV_RESERVED, s.me[0]))
+    #! shrink: RESERVED
     st32(link, 0)
+    #! shrink: unlinked
     bump(s, b)
+    #! shrink: version
     overflow_push_locked(s, i - 1)
     lock_release(&s.header.overflow.lock)
 
@@ -247,11 +273,17 @@ cdef inline void remove_locked(seg_t* s, stripe_t* st, uint64_t b, uint64_t* slo
     cdef bint in_overflow = not (s.buckets[b].slot <= slot < s.buckets[b].slot + SLOTS)
     note_intent(st, op, addr, 0, count_without(s, count_now(s, st), addr))
     st64(&item_at(s, addr).word, word_of(RETIRED, s.me[0]))
+    #! remove: RETIRED
     st64(slot, 0)
+    #! remove: slot cleared
     bump(s, b)
+    #! remove: version
     if op == OP_DELETE:
         st64(&st.seq, st.seq + 1)
+    #! remove: seq
     st64(&st.count, st.count_next)
+    #! remove: count
     st64(&st.old, 0)
+    #! remove: old cleared
     if in_overflow:
         chain_shrink_locked(s, b)

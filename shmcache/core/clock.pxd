@@ -14,7 +14,7 @@
 #   hand vs page recut           the hand reads headers without a lock, maybe of no item any more; all it does with them is
 #                                to ask under a stripe whether a slot names that address (rule P) and it is of his class still
 #   drain vs set                 chunks are freed into a DRAINING page, never popped from it
-#   drain vs batch               recalled by compare-and-swap on the slot, then on the word
+#   drain vs a chunk in hand     KEPT: one compare-and-swap on the word decides; the loser finds another word there
 # Crash: evicted, not yet inherited: RETIRED(dead) -> R4. Draining: P1, its chunks R4. Cutting: P2.
 # Refs are advisory: a late store by a reader hits some count, never data.
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
@@ -28,8 +28,8 @@ from shmcache.core.lock cimport shm_ring
 from shmcache.core.settle cimport settle_chunk, settle_overflow, settle_pages
 from shmcache.core.slab cimport avail_push_locked, avail_remove_locked, chunk_addr, chunk_class, chunk_free_list, chunk_get, \
     chunk_push_locked, class_release, class_take, cut_page, item_at, page_from_pool, page_in_class, page_of, publish_page, \
-    page_room, recall, refs_of, relist_page, ring_remove_locked, value_offset
-from shmcache.core.token cimport BUSY, FREE, INTR, LIVE, NO_ROOM, OK, PAGE_ACTIVE, PAGE_CUTTING, PAGE_DRAINING, RESERVED, \
+    page_room, refs_of, relist_page, ring_remove_locked, value_offset
+from shmcache.core.token cimport BUSY, FREE, INTR, KEPT, LIVE, NO_ROOM, OK, PAGE_ACTIVE, PAGE_CUTTING, PAGE_DRAINING, RESERVED, \
     RETIRED, dead, kind_of, mono_ns, token_of, word_of
 
 cdef enum:
@@ -80,6 +80,7 @@ cdef inline int evict_chunk(seg_t* s, uint64_t addr, uint32_t cls, bint only_sta
         return NO_ROOM
     remove_locked(s, st, b, slot, addr, OP_EVICT)
     stripe_release(st)
+    #! evict: out of the table
     if was_stale:
         add64(&s.row.expired, 1)
     else:
@@ -107,7 +108,9 @@ cdef inline uint64_t hand_step(seg_t* s, uint32_t cls, bint* turned) noexcept no
             if nxt == 0 or nxt > s.n_pages:
                 nxt = <uint32_t>p + 1
             if cas64(&c.hand, hand, <uint64_t>(nxt - 1) << 32):
+                #! hand: left a page
                 st64(&s.pages[p].stamp, add64(&s.header.tick, 1))
+                #! hand: page stamped
                 turned[0] = True
         elif cas64(&c.hand, hand, hand + 1):
             return chunk_addr(s, p, cls, <uint32_t>hand)
@@ -162,9 +165,11 @@ cdef inline bint empty_chunk(seg_t* s, uint64_t addr, uint32_t cls, uint64_t lim
             if evict_chunk(s, addr, cls, False, limit_ns) == OK:
                 retired[0] = True
                 return True
-        elif recall(s, addr, cls, w):
-            retired[0] = True
-            return True
+        elif kind_of(w) == KEPT:        # in somebody's hand, who may have died: whoever changes the word has the chunk
+            if cas64(&item_at(s, addr).word, w, word_of(RESERVED, s.me[0])):
+                #! drain: recalled
+                retired[0] = True
+                return True
         elif token_of(w) == s.me[0] or not settle_chunk(s, addr, limit_ns):
             return False
     return False
@@ -185,14 +190,17 @@ cdef inline int drain_page(seg_t* s, uint64_t p, uint32_t cls, uint64_t limit_ns
         return BUSY
     st32(&c.page_in_hand, <uint32_t>p + 1)
     st64(&pg.word, word_of(PAGE_DRAINING, s.me[0]))
+    #! drain: DRAINING
     avail_remove_locked(s, c, p)
     class_release(s, cls)
+    #! drain: off the lists
     for i in range(n):
         addr = chunk_addr(s, p, cls, i)
         retired = False
         if not empty_chunk(s, addr, cls, limit_ns, &retired):
             all_empty = False
             break
+        #! drain: chunk emptied
         if retired:
             mine[i >> 3] |= 1 << (i & 7)
     if class_take(s, cls, s.limit_ns if limit_ns else 0) != OK:
@@ -206,6 +214,7 @@ cdef inline int drain_page(seg_t* s, uint64_t p, uint32_t cls, uint64_t limit_ns
     for i in range(n):
         if mine[i >> 3] & 1 << (i & 7):
             chunk_push_locked(s, cls, chunk_addr(s, p, cls, i))
+            #! drain: chunk FREE
     if all_empty:
         for i in range(n):
             if kind_of(ld64(&item_at(s, chunk_addr(s, p, cls, i)).word)) != FREE:
@@ -213,8 +222,10 @@ cdef inline int drain_page(seg_t* s, uint64_t p, uint32_t cls, uint64_t limit_ns
                 break
     if all_empty:
         ring_remove_locked(s, c, p)
+        #! drain: out of the ring
         st64(&pg.head, 0)
         st64(&pg.word, word_of(PAGE_CUTTING, s.me[0]))
+        #! drain: CUTTING
     else:
         st64(&pg.word, word_of(PAGE_ACTIVE, 0))
         if pg.n_free:
@@ -293,6 +304,7 @@ cdef inline int take_page(seg_t* s, int for_cls, bint force, uint64_t limit_ns, 
             was_big = item_at(s, victim).flags & FLAG_BIG
             p = page_of(s, victim)
             chunk_free_list(s, x, victim, limit_ns)
+            #! take page: victim freed
             if was_big and ld64(&s.header.pages.list):
                 return NO_ROOM
         if p < s.n_pages and drain_page(s, p, x, limit_ns) == OK:
@@ -303,6 +315,7 @@ cdef inline int take_page(seg_t* s, int for_cls, bint force, uint64_t limit_ns, 
 
 cdef inline int give_page(seg_t* s, uint64_t p, uint32_t cls, uint64_t limit_ns) noexcept nogil:
     cut_page(s, p, cls)
+    #! give: cut
     return publish_page(s, p, cls, limit_ns)
 
 cdef inline void ring_supervisor(seg_t* s) noexcept nogil:
@@ -315,10 +328,12 @@ cdef inline int take_room(seg_t* s, uint32_t cls, uint64_t limit_ns, uint64_t* a
 
     limit_ns 0: nothing that could sleep; BUSY says to come again with the GIL released.
     """
-    cdef uint64_t p = 0
+    cdef uint64_t p = 0, t0 = mono_ns() if limit_ns else 0
     cdef int rc, round_
     cdef bint turned
     for round_ in range(ROUNDS):
+        if limit_ns and round_ and mono_ns() - t0 > limit_ns:
+            return BUSY
         rc = chunk_get(s, cls, limit_ns, addr)
         if rc == OK or rc == INTR or (rc == BUSY and limit_ns == 0):
             return rc
@@ -335,6 +350,7 @@ cdef inline int take_room(seg_t* s, uint32_t cls, uint64_t limit_ns, uint64_t* a
         rc = evict_one(s, cls, limit_ns if round_ else 0, addr, &turned)
         if rc == OK:
             st64(&item_at(s, addr[0]).word, word_of(RESERVED, s.me[0]))     # inherited: no list, no lock
+            #! evict: inherited
             ring_supervisor(s)
             if turned:
                 settle_pages(s, 4, 0)

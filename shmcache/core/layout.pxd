@@ -27,6 +27,15 @@ cdef enum:
     CONFIG_BYTES = 1024
     MAX_REFS = 3
     ITEM_HEADER = 48
+    # kinds of repair
+    REPAIRED_FINISHED = 0   # a set whose slot was stored
+    REPAIRED_UNDONE = 1     # a write whose slot was not
+    REPAIRED_REMOVED = 2    # a delete or an eviction whose slot was cleared
+    REPAIRED_CLASS = 3      # lists of a slab class
+    REPAIRED_POOL = 4       # list of the page pool, or of the overflow buckets
+    REPAIRED_CHUNK = 5      # a chunk freed
+    REPAIRED_PAGE = 6       # a page given back, to its class or to the pool
+    REPAIRED_OVERFLOW = 7   # an overflow bucket
     CLS_POOL = 0xffff       # page_t.cls of a page in the pool
     CLS_BIG = 0xfffe        # page_t.cls of a page of a big value
 
@@ -144,7 +153,7 @@ ctypedef struct row_t:      # 1,024 bytes. Writer: the process that holds the ro
     uint64_t stalls         # locks given up on after the limit
     uint64_t max_wait_ns    # the longest wait for a lock
     uint64_t unlisted       # chunks freed while no list was to be had: FREE, listed again when a hand passes
-    uint64_t counters[8]
+    uint64_t repairs[8]     # what this process put in order after a death, by kind: REPAIRED_*
     uint64_t hazard[8]      # HAZARDS: addresses that this process reads in place (pinned values)
     uint64_t parked[16]     # PARKED_SLOTS: chunks of any class whose class lock was busy when they were freed
     uint64_t batch[16][4]   # BATCH_CLASSES, BATCH_SLOTS: addresses of RESERVED(this process) chunks; 0 = empty.

@@ -59,10 +59,12 @@ cdef inline int lock_try(seg_t* s, lock_t* l) noexcept nogil:
     """Take the lock without sleeping: OK or BUSY."""
     cdef int i
     if cas64(&l.word, 0, s.me[0]):
+        #! lock: taken
         return OK
     for i in range(SPINS):
         cpu_pause()
         if ld64(&l.word) == 0 and cas64(&l.word, 0, s.me[0]):
+            #! lock: taken
             return OK
     return BUSY
 
@@ -89,6 +91,7 @@ cdef inline int lock_take(seg_t* s, lock_t* l, uint64_t limit_ns) noexcept nogil
         w = ld64(&l.word)
         if token_of(w) == 0:
             if cas64(&l.word, w, s.me[0] | (WAIT if slept else 0)):
+                #! lock: taken after a wait
                 note_wait(s, t0)
                 return OK
             continue
@@ -96,6 +99,7 @@ cdef inline int lock_take(seg_t* s, lock_t* l, uint64_t limit_ns) noexcept nogil
             ask = False
             if dead(s, token_of(w)):
                 if cas64(&l.word, w, s.me[0] | WAIT):
+                    #! lock: taken over
                     note_wait(s, t0)
                     add64(&s.row.takeovers, 1)
                     return TAKEN_OVER
@@ -110,6 +114,7 @@ cdef inline int lock_take(seg_t* s, lock_t* l, uint64_t limit_ns) noexcept nogil
         if not w & WAIT:
             if not cas64(&l.word, w, w | WAIT):
                 continue
+        #! lock: WAIT noted
         rc = shm_sleep(&l.bell, bell, slice_ns)
         if rc == 2:
             if slept:
@@ -117,13 +122,16 @@ cdef inline int lock_take(seg_t* s, lock_t* l, uint64_t limit_ns) noexcept nogil
             return INTR
         if rc == 0:
             slept = True
+            #! lock: woken
         else:
             ask = True
             slice_ns = min(2 * slice_ns, <uint64_t>SLICE_MAX_NS)
 
 cdef inline void lock_release(lock_t* l) noexcept nogil:
     """Give the lock back. The holder has cleared its intent before."""
+    #! lock: to be released
     if xchg64(&l.word, 0) & WAIT:
+        #! lock: released, not rung
         shm_ring(&l.bell)
 
 cdef inline bint lock_mine(seg_t* s, lock_t* l) noexcept nogil:

@@ -5,12 +5,13 @@
 #   FREE      not reachable           none. On no list: the next rebuild of its page finds it
 #   FREE      reachable               damage: verify names it
 #   RESERVED / RETIRED, owner alive   leave
-#   RESERVED  not reachable, dead     free           [R1]
+#   KEPT, owner alive                 leave, but for a drainer of its page
+#   RESERVED / KEPT, not reachable, dead  free       [R1]
 #   RESERVED  reachable, dead         finish         [R2]
 #   RETIRED   reachable, dead         undo: LIVE     [R3]
 #   RETIRED   not reachable, dead     free           [R4]
 #   LIVE      not reachable           damage: verify names it
-#   batch slot of a dead row          forgotten when the row is taken anew; its chunk is R1
+#   slot of a dead row                forgotten when the row is taken anew; its chunk is R1
 #   page DRAINING(dead)               ACTIVE again, list rebuilt   [P1]
 #   page CUTTING(dead)                to the pool                  [P2]
 #   page BIG, head reachable, listed  BIG(0)                       [P3]
@@ -27,11 +28,11 @@ from shmcache.core.atomics cimport add64, cas64, ld32, ld64, st64
 from shmcache.core.big cimport big_lists
 from shmcache.core.bucket cimport bucket_of, bump, overflow_push_locked, overflow_take, reachable, slot_naming, \
     stripe_of, stripe_release, stripe_take
-from shmcache.core.layout cimport class_t, item_t, overflow_t, page_t, seg_t, stripe_t
+from shmcache.core.layout cimport REPAIRED_CHUNK, REPAIRED_OVERFLOW, REPAIRED_PAGE, class_t, item_t, overflow_t, page_t, seg_t, stripe_t
 from shmcache.core.lock cimport lock_release
 from shmcache.core.slab cimport avail_push_locked, chunk_class, chunk_push_locked, class_release, class_take, in_slab, \
     item_at, page_cls, page_to_pool, rebuild_page_locked
-from shmcache.core.token cimport LIVE, OK, OV_LINKED, OV_RESERVED, PAGE_ACTIVE, PAGE_BIG, PAGE_CUTTING, PAGE_DRAINING, \
+from shmcache.core.token cimport KEPT, LIVE, OK, OV_LINKED, OV_RESERVED, PAGE_ACTIVE, PAGE_BIG, PAGE_CUTTING, PAGE_DRAINING, \
     RESERVED, RETIRED, dead, kind_of, token_of, word_of
 
 cdef inline bint settle_chunk(seg_t* s, uint64_t addr, uint64_t limit_ns) noexcept nogil:
@@ -41,7 +42,7 @@ cdef inline bint settle_chunk(seg_t* s, uint64_t addr, uint64_t limit_ns) noexce
     cdef int kind = kind_of(w), cls
     cdef uint32_t index = 0
     cdef stripe_t* st
-    if (kind != RESERVED and kind != RETIRED) or token_of(w) == s.me[0]:
+    if (kind != RESERVED and kind != RETIRED and kind != KEPT) or token_of(w) == s.me[0]:
         return True
     if not dead(s, token_of(w)):
         return False
@@ -51,20 +52,24 @@ cdef inline bint settle_chunk(seg_t* s, uint64_t addr, uint64_t limit_ns) noexce
     if stripe_take(s, st, limit_ns) != OK:
         return False
     if ld64(&it.word) == w and ld64(&it.hash) == h and slot_naming(s, b, addr) != NULL:
-        if kind == RESERVED:                                # R2
+        if kind != RETIRED:                                 # R2
             bump(s, b)
             if it.cas > st.seq:
                 st64(&st.seq, it.cas)
         st64(&it.word, word_of(LIVE, 0))                    # R2, R3: a slot names it and this process holds that stripe
+        #! settle: LIVE
         add64(&s.row.settled, 1)
     else:                                                   # R1, R4
         cls = chunk_class(s, addr, &index)
         if cls >= 0 and class_take(s, cls, limit_ns) == OK:
             if chunk_class(s, addr, &index) == cls and ld64(&it.hash) == h and \
                     cas64(&it.word, w, word_of(RETIRED, s.me[0])):
+                #! settle: claimed
                 bump(s, b)                                  # rule F
+                #! settle: version
                 chunk_push_locked(s, cls, addr)
                 add64(&s.row.settled, 1)
+                add64(&s.row.repairs[REPAIRED_CHUNK], 1)
             class_release(s, cls)
     stripe_release(st)
     return True
@@ -88,9 +93,11 @@ cdef inline void settle_big_page(seg_t* s, uint64_t p, uint64_t limit_ns) noexce
         listed = slot_naming(s, b, head) != NULL and big_lists(s, head, p)
         if listed and token_of(w):                          # P3
             cas64(&pg.word, w, word_of(PAGE_BIG, 0))
+            #! settle: big page sealed
         elif not listed:                                    # P4
             if page_to_pool(s, p, w, head, limit_ns) == OK:
                 add64(&s.row.settled, 1)
+                add64(&s.row.repairs[REPAIRED_PAGE], 1)
     stripe_release(st)
 
 cdef inline void settle_page(seg_t* s, uint64_t p, uint64_t limit_ns) noexcept nogil:
@@ -103,13 +110,17 @@ cdef inline void settle_page(seg_t* s, uint64_t p, uint64_t limit_ns) noexcept n
     elif kind == PAGE_CUTTING and dead(s, token_of(w)):     # P2
         if page_to_pool(s, p, w, ld64(&pg.head), limit_ns) == OK:
             add64(&s.row.settled, 1)
+            add64(&s.row.repairs[REPAIRED_PAGE], 1)
     elif kind == PAGE_DRAINING and cls >= 0 and dead(s, token_of(w)):               # P1
         if class_take(s, cls, limit_ns) == OK:
             if page_cls(s, p) == cls and cas64(&pg.word, w, word_of(PAGE_ACTIVE, 0)):
+                #! settle: page ACTIVE
                 rebuild_page_locked(s, p, cls)
+                #! settle: page rebuilt
                 if pg.n_free:
                     avail_push_locked(s, &s.classes[cls], p)
                 add64(&s.row.settled, 1)
+                add64(&s.row.repairs[REPAIRED_PAGE], 1)
             class_release(s, cls)
 
 cdef inline void settle_pages(seg_t* s, uint64_t n, uint64_t limit_ns) noexcept nogil:
@@ -136,13 +147,16 @@ cdef inline void settle_overflow(seg_t* s, uint64_t n, uint64_t limit_ns) noexce
         if ld64(&ov.word) == w and ov.head == b:
             if in_chain(s, b, j):                           # O1
                 st64(&ov.word, word_of(OV_LINKED, 0))
+                #! settle: LINKED
             elif overflow_take(s, limit_ns) == OK:          # O2
                 bump(s, b)
                 for k in range(6):
                     st64(&ov.slot[k], 0)
+                #! settle: overflow emptied
                 overflow_push_locked(s, j)
                 lock_release(&s.header.overflow.lock)
             add64(&s.row.settled, 1)
+            add64(&s.row.repairs[REPAIRED_OVERFLOW], 1)
         stripe_release(st)
 
 cdef inline bint in_chain(seg_t* s, uint64_t b, uint64_t overflow_idx) noexcept nogil:

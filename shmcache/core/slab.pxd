@@ -17,9 +17,10 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from shmcache.core.atomics cimport add64, cas64, ld8r, ld32, ld64, st8, st8r, st32, st64, xchg64
 from shmcache.core.layout cimport BATCH_CLASSES, BATCH_SLOTS, CLS_BIG, CLS_POOL, GRANULE_SHIFT, MIN_CHUNK, PARKED_SLOTS, REFS_SHIFT, \
+    REPAIRED_CLASS, REPAIRED_POOL, \
     class_t, header_t, item_t, page_t, pool_t, seg_t
 from shmcache.core.lock cimport lock_release, lock_take
-from shmcache.core.token cimport BUSY, FREE, INTR, LIVE, NO_ROOM, OK, PAGE_ACTIVE, PAGE_CUTTING, PAGE_DRAINING, PAGE_FREE, \
+from shmcache.core.token cimport BUSY, FREE, INTR, KEPT, LIVE, NO_ROOM, OK, PAGE_ACTIVE, PAGE_CUTTING, PAGE_DRAINING, PAGE_FREE, \
     RESERVED, RETIRED, TAKEN_OVER, kind_of, token_of, word_of
 
 # ---- places ---------------------------------------------------------------------------------------------------------
@@ -102,7 +103,9 @@ cdef inline void avail_push_locked(seg_t* s, class_t* c, uint64_t p) noexcept no
     if 0 < first <= s.n_pages:
         st32(&s.pages[first - 1].prev_avail, <uint32_t>p + 1)
     st8(&pg.listed, 1)
+    #! avail push: listed
     st32(&c.avail, <uint32_t>p + 1)
+    #! avail push: first
 
 cdef inline void avail_remove_locked(seg_t* s, class_t* c, uint64_t p) noexcept nogil:
     cdef page_t* pg = &s.pages[p]
@@ -115,7 +118,9 @@ cdef inline void avail_remove_locked(seg_t* s, class_t* c, uint64_t p) noexcept 
         st32(&c.avail, nxt)
     if 0 < nxt <= s.n_pages:
         st32(&s.pages[nxt - 1].prev_avail, prv)
+    #! avail remove: unlinked
     st8(&pg.listed, 0)
+    #! avail remove: not listed
 
 cdef inline void ring_link_locked(seg_t* s, class_t* c, uint64_t p, uint64_t at) noexcept nogil:
     """Put page p into the ring before page `at`, which is in it; an `at` that is no page: into an empty ring."""
@@ -131,9 +136,12 @@ cdef inline void ring_link_locked(seg_t* s, class_t* c, uint64_t p, uint64_t at)
             before = <uint32_t>at + 1
         st32(&pg.next, <uint32_t>at + 1)
         st32(&pg.prev, before)
+        #! ring link: page points in
         st32(&s.pages[before - 1].next, <uint32_t>p + 1)
         st32(&s.pages[at].prev, <uint32_t>p + 1)
+    #! ring link: linked
     st32(&c.n_pages, c.n_pages + 1)
+    #! ring link: counted
     st32(&c.n_free, c.n_free + pg.n_free)
 
 cdef inline void ring_insert_locked(seg_t* s, class_t* c, uint64_t p) noexcept nogil:
@@ -151,11 +159,13 @@ cdef inline void ring_remove_locked(seg_t* s, class_t* c, uint64_t p) noexcept n
         st32(&c.ring, 0)
     else:
         st32(&s.pages[prv - 1].next, nxt)
+        #! ring remove: half out
         st32(&s.pages[nxt - 1].prev, prv)
         if c.ring == p + 1:
             st32(&c.ring, nxt)
         if hand >> 32 == p:
             cas64(&c.hand, hand, <uint64_t>(nxt - 1) << 32)
+    #! ring remove: out
     if c.n_pages:
         st32(&c.n_pages, c.n_pages - 1)
     st32(&c.n_free, c.n_free - min(c.n_free, pg.n_free))
@@ -172,7 +182,9 @@ cdef inline void rebuild_page_locked(seg_t* s, uint64_t p, uint32_t cls) noexcep
             st32(&it.link, first)
             first = i + 1
             n += 1
+    #! rebuild: linked
     st32(&pg.free, first)
+    #! rebuild: list stored
     st32(&s.classes[cls].n_free, s.classes[cls].n_free - min(s.classes[cls].n_free, pg.n_free) + n)
     st32(&pg.n_free, n)
 
@@ -183,6 +195,7 @@ cdef inline void class_repair(seg_t* s, uint32_t cls) noexcept nogil:
     if page_in_class(s, p, cls):
         rebuild_page_locked(s, p, cls)
     st32(&c.ring, 0)
+    #! class repair: lists dropped
     st32(&c.avail, 0)
     st32(&c.n_pages, 0)
     st32(&c.n_free, 0)
@@ -190,14 +203,17 @@ cdef inline void class_repair(seg_t* s, uint32_t cls) noexcept nogil:
         if page_in_class(s, p, cls):
             ring_link_locked(s, c, p, <uint32_t>(ld32(&c.ring) - 1))    # not by the hand: its page may not be in the new ring yet
             st8(&s.pages[p].listed, 0)
+            #! class repair: page in the ring
             if s.pages[p].n_free and kind_of(ld64(&s.pages[p].word)) == PAGE_ACTIVE:
                 avail_push_locked(s, c, p)
+    #! class repair: done
     st32(&c.page_in_hand, 0)
 
 cdef inline int class_take(seg_t* s, uint32_t cls, uint64_t limit_ns) noexcept nogil:
     cdef int rc = lock_take(s, &s.classes[cls].lock, limit_ns)
     if rc == TAKEN_OVER:
         class_repair(s, cls)
+        add64(&s.row.repairs[REPAIRED_CLASS], 1)
         return OK
     return rc
 
@@ -213,11 +229,16 @@ cdef inline void chunk_push_locked(seg_t* s, uint32_t cls, uint64_t addr) noexce
     cdef uint32_t i = <uint32_t>((s.page_bytes - page_room(s, addr)) // s.chunk_bytes[cls])
     if c.page_in_hand != p + 1:
         st32(&c.page_in_hand, <uint32_t>p + 1)
+    #! push: page noted
     st32(&it.link, pg.free)
+    #! push: linked
     st64(&it.word, word_of(FREE, 0))
+    #! push: FREE
     st32(&pg.free, i + 1)
+    #! push: on the list
     st32(&pg.n_free, pg.n_free + 1)
     st32(&c.n_free, c.n_free + 1)
+    #! push: counted
     if kind_of(ld64(&pg.word)) == PAGE_ACTIVE:
         avail_push_locked(s, c, p)
 
@@ -247,12 +268,16 @@ cdef inline uint64_t chunk_pop_locked(seg_t* s, uint32_t cls) noexcept nogil:
                 avail_remove_locked(s, c, p)
             continue
         it = item_at(s, addr)
+        #! pop: page noted
         st64(&it.word, word_of(RESERVED, s.me[0]))
+        #! pop: RESERVED
         st32(&pg.free, it.link)
+        #! pop: off the list
         st32(&pg.n_free, pg.n_free - 1 if pg.n_free else 0)
         st32(&c.n_free, c.n_free - 1 if c.n_free else 0)
         if pg.free == 0:
             avail_remove_locked(s, c, p)
+        #! pop: counted
         return addr
     return 0
 
@@ -263,8 +288,11 @@ cdef inline void pool_push_locked(seg_t* s, uint64_t p) noexcept nogil:
     st32(&s.pages[p].next, <uint32_t>pool.list)
     st64(&s.pages[p].head, 0)
     st32(&s.pages[p].cls, cls_mark(CLS_POOL))
+    #! pool push: linked
     st64(&s.pages[p].word, word_of(PAGE_FREE, 0))
+    #! pool push: FREE
     st64(&pool.list, p + 1)
+    #! pool push: on the list
     st64(&pool.n_free, pool.n_free + 1)
 
 cdef inline bint page_is_free(seg_t* s, uint64_t p) noexcept nogil:
@@ -274,6 +302,7 @@ cdef inline void pool_repair(seg_t* s) noexcept nogil:
     cdef uint64_t p = s.n_pages
     st64(&s.header.pages.list, 0)
     st64(&s.header.pages.n_free, 0)
+    #! pool repair: list dropped
     while p > 0:
         p -= 1
         if page_is_free(s, p):
@@ -283,6 +312,7 @@ cdef inline int pool_take(seg_t* s, uint64_t limit_ns) noexcept nogil:
     cdef int rc = lock_take(s, &s.header.pages.lock, limit_ns)
     if rc == TAKEN_OVER:
         pool_repair(s)
+        add64(&s.row.repairs[REPAIRED_POOL], 1)
         return OK
     return rc
 
@@ -304,11 +334,15 @@ cdef inline int page_from_pool(seg_t* s, int kind, uint64_t head, uint64_t limit
         lock_release(&pool.lock)
         return NO_ROOM
     st64(&s.pages[p].head, head)
+    #! pool pop: head noted
     st64(&s.pages[p].word, word_of(kind, s.me[0]))
+    #! pool pop: taken
     st32(&s.pages[p].cls, cls_mark(CLS_BIG))        # what is being cut gets its class then
     st64(&pool.list, s.pages[p].next)
+    #! pool pop: off the list
     st64(&pool.n_free, pool.n_free - 1 if pool.n_free else 0)
     lock_release(&pool.lock)
+    #! pool pop: released
     page[0] = p
     return OK
 
@@ -333,13 +367,16 @@ cdef inline void cut_page(seg_t* s, uint64_t p, uint32_t cls) noexcept nogil:
         it = item_at(s, addr)
         st64(&it.cas, 0)
         st64(&it.word, word_of(FREE, 0))
+        #! cut: chunk FREE
         st64(&it.hash, 0)
         st32(&it.link, i + 2 if i + 1 < n else 0)
         st8r(refs_of(s, addr), 0)
     st32(&pg.cls, cls_mark(cls))
+    #! cut: class stored
     st8(&pg.listed, 0)
     st32(&pg.free, 1)
     st32(&pg.n_free, n)
+    #! cut: list stored
     st64(&pg.stamp, add64(&s.header.tick, 1))
 
 cdef inline int publish_page(seg_t* s, uint64_t p, uint32_t cls, uint64_t limit_ns) noexcept nogil:
@@ -349,8 +386,11 @@ cdef inline int publish_page(seg_t* s, uint64_t p, uint32_t cls, uint64_t limit_
         page_to_pool(s, p, word_of(PAGE_CUTTING, s.me[0]), 0, s.limit_ns)
         return rc
     st32(&s.classes[cls].page_in_hand, <uint32_t>p + 1)
+    #! publish: page noted
     st64(&s.pages[p].word, word_of(PAGE_ACTIVE, 0))
+    #! publish: ACTIVE
     ring_insert_locked(s, &s.classes[cls], p)
+    #! publish: in the ring
     avail_push_locked(s, &s.classes[cls], p)
     class_release(s, cls)
     return OK
@@ -360,12 +400,34 @@ cdef inline int publish_page(seg_t* s, uint64_t p, uint32_t cls, uint64_t limit_
 cdef inline bint batched(seg_t* s, uint32_t cls) noexcept nogil:
     return cls < BATCH_CLASSES and s.chunk_bytes[cls] <= 1024
 
+cdef inline bint keep(seg_t* s, uint64_t* slot, uint64_t addr) noexcept nogil:
+    """Put a RESERVED(this process) chunk into an empty slot of the row, as KEPT. False: another thread was faster.
+
+    The word decides, the slot is a note: a KEPT chunk is its owner's who makes it RESERVED by compare-and-swap, or a drainer's
+    who does the same with his own token (empty_chunk). Whoever dies before has changed nothing, whoever dies after leaves
+    RESERVED(dead), R1; a slot that names a chunk which is not KEPT by its process means nothing.
+    """
+    cdef uint64_t* word = &item_at(s, addr).word
+    st64(word, word_of(KEPT, s.me[0]))
+    #! keep: KEPT
+    if cas64(slot, 0, addr):
+        #! keep: noted
+        return True
+    return not cas64(word, word_of(KEPT, s.me[0]), word_of(RESERVED, s.me[0]))     # a drainer had it: done with, too
+
+cdef inline bint take_kept(seg_t* s, uint64_t addr, uint32_t cls) noexcept nogil:
+    """What a slot of the row named: is it still this process's? Then it is RESERVED now."""
+    cdef uint32_t index = 0
+    #! kept: slot emptied
+    return chunk_class(s, addr, &index) == <int>cls and \
+        cas64(&item_at(s, addr).word, word_of(KEPT, s.me[0]), word_of(RESERVED, s.me[0]))
+
 cdef inline bint batch_put(seg_t* s, uint32_t cls, uint64_t addr) noexcept nogil:
     """Keep a RESERVED(this process) chunk for later; False: the batch is full."""
     cdef int i
     if batched(s, cls):
         for i in range(BATCH_SLOTS):
-            if ld64(&s.row.batch[cls][i]) == 0 and cas64(&s.row.batch[cls][i], 0, addr):
+            if ld64(&s.row.batch[cls][i]) == 0 and keep(s, &s.row.batch[cls][i], addr):
                 return True
     return False
 
@@ -376,21 +438,17 @@ cdef inline uint64_t batch_get(seg_t* s, uint32_t cls) noexcept nogil:
         for i in range(BATCH_SLOTS):
             if ld64(&s.row.batch[cls][i]):
                 addr = xchg64(&s.row.batch[cls][i], 0)
-                if addr and in_hand(s, addr, cls):
+                if addr and take_kept(s, addr, cls):
                     return addr
     return 0
-
-cdef inline bint in_hand(seg_t* s, uint64_t addr, uint32_t cls) noexcept nogil:
-    """Is what a slot of the row names what it should be? If not the row is damaged, and the chunk somebody's."""
-    cdef uint32_t index = 0
-    return chunk_class(s, addr, &index) == <int>cls and ld64(&item_at(s, addr).word) == word_of(RESERVED, s.me[0])
 
 cdef inline uint64_t parked_get(seg_t* s, uint32_t cls) noexcept nogil:
     cdef int i
     cdef uint64_t addr
+    cdef uint32_t index = 0
     for i in range(PARKED_SLOTS):
         addr = ld64(&s.row.parked[i])
-        if addr and in_hand(s, addr, cls) and cas64(&s.row.parked[i], addr, 0):
+        if addr and chunk_class(s, addr, &index) == <int>cls and cas64(&s.row.parked[i], addr, 0) and take_kept(s, addr, cls):
             return addr
     return 0
 
@@ -431,7 +489,7 @@ cdef inline int chunk_get(seg_t* s, uint32_t cls, uint64_t limit_ns, uint64_t* a
 cdef inline bint park(seg_t* s, uint64_t addr) noexcept nogil:
     cdef int i
     for i in range(PARKED_SLOTS):
-        if cas64(&s.row.parked[i], 0, addr):
+        if ld64(&s.row.parked[i]) == 0 and keep(s, &s.row.parked[i], addr):
             return True
     return False
 
@@ -443,6 +501,7 @@ cdef inline void chunk_unlist(seg_t* s, uint64_t addr) noexcept nogil:
     it away.
     """
     st64(&item_at(s, addr).word, word_of(FREE, 0))
+    #! unlisted: FREE
     add64(&s.row.unlisted, 1)
 
 cdef inline void relist_page(seg_t* s, uint64_t p, uint32_t cls) noexcept nogil:
@@ -452,6 +511,7 @@ cdef inline void relist_page(seg_t* s, uint64_t p, uint32_t cls) noexcept nogil:
     if page_in_class(s, p, cls) and kind_of(ld64(&s.pages[p].word)) == PAGE_ACTIVE:
         st32(&s.classes[cls].page_in_hand, <uint32_t>p + 1)
         rebuild_page_locked(s, p, cls)
+        #! relist: rebuilt
         if s.pages[p].n_free:
             avail_push_locked(s, &s.classes[cls], p)
     class_release(s, cls)
@@ -464,7 +524,7 @@ cdef inline void parked_flush(seg_t* s, uint64_t limit_ns) noexcept nogil:
     for i in range(PARKED_SLOTS):
         addr = xchg64(&s.row.parked[i], 0)
         cls = chunk_class(s, addr, &index) if addr else -1
-        if cls < 0 or not in_hand(s, addr, cls):
+        if cls < 0 or not take_kept(s, addr, cls):
             continue
         if class_take(s, cls, limit_ns) == OK:
             chunk_push_locked(s, cls, addr)
@@ -475,6 +535,7 @@ cdef inline void parked_flush(seg_t* s, uint64_t limit_ns) noexcept nogil:
 cdef inline void chunk_park(seg_t* s, uint64_t addr) noexcept nogil:
     """The class lock is busy: keep the chunk until it is not."""
     st64(&item_at(s, addr).word, word_of(RESERVED, s.me[0]))
+    #! parked: to be put
     if park(s, addr):
         return
     parked_flush(s, 0)
@@ -498,28 +559,6 @@ cdef inline void chunk_free(seg_t* s, uint32_t cls, uint64_t addr, uint64_t limi
             return
     chunk_free_list(s, cls, addr, limit_ns)
 
-cdef inline bint recall(seg_t* s, uint64_t addr, uint32_t cls, uint64_t word) noexcept nogil:
-    """Take a chunk out of the hand of the row that `word` names. Whoever gets the slot has the chunk; True: this process."""
-    cdef uint64_t r = (token_of(word) & 0xffff) - 1
-    cdef int i
-    if kind_of(word) != RESERVED or r >= s.n_rows:
-        return False
-    if cls < BATCH_CLASSES:
-        for i in range(BATCH_SLOTS):
-            if ld64(&s.rows[r].batch[cls][i]) == addr and cas64(&s.rows[r].batch[cls][i], addr, 0):
-                return recalled(s, addr, r)
-    for i in range(PARKED_SLOTS):
-        if ld64(&s.rows[r].parked[i]) == addr and cas64(&s.rows[r].parked[i], addr, 0):
-            return recalled(s, addr, r)
-    return False
-
-cdef inline bint recalled(seg_t* s, uint64_t addr, uint64_t r) noexcept nogil:
-    """The slot is had: the word is read anew, for the row may have been taken anew since the drainer looked at it. If it names
-    another row the slot was a dead process's, and the chunk was settled meanwhile."""
-    cdef uint64_t word = ld64(&item_at(s, addr).word)
-    return kind_of(word) == RESERVED and (token_of(word) & 0xffff) == r + 1 and \
-        cas64(&item_at(s, addr).word, word, word_of(RESERVED, s.me[0]))
-
 cdef inline void give_back_all(seg_t* s) noexcept nogil:
     """Before this process leaves its row: the chunks in its hand go to their lists."""
     cdef uint32_t cls
@@ -528,6 +567,7 @@ cdef inline void give_back_all(seg_t* s) noexcept nogil:
     for cls in range(BATCH_CLASSES):
         for i in range(BATCH_SLOTS):
             addr = xchg64(&s.row.batch[cls][i], 0)
-            if addr and in_hand(s, addr, cls):
+            if addr and take_kept(s, addr, cls):
                 chunk_free_list(s, cls, addr, s.limit_ns)
     parked_flush(s, s.limit_ns)
+    #! leave: hand empty

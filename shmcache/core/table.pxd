@@ -28,6 +28,7 @@ from shmcache.core.token cimport ABSENT, AGAIN, BUSY, EXISTS, INTR, LIVE, MISMAT
 
 cdef enum:
     RESTARTS = 64           # of a read, before it takes the stripe
+    LARGER = 2              # slab classes tried beyond the fitting one
     CODEC_INT = 2           # codec.py: eight bytes, changed in place
     # put: when
     ALWAYS = 0
@@ -276,16 +277,20 @@ cdef inline int collect_pages(seg_t* s, put_t* op, uint64_t limit_ns) noexcept n
     if rc != OK and rc != TAKEN_OVER:       # a dead holder's pages are BIG(dead): settle_pages finds them
         return rc
     rc = OK
+    #! big: lock taken
     while got < op.big.n_pages:
         rc = page_from_pool(s, PAGE_BIG, op.chunk, limit_ns, &p)
         if rc == NO_ROOM:
             rc = take_page(s, -1, True, limit_ns, &p)
             if rc == OK:
                 st64(&s.pages[p].head, op.chunk)
+                #! big: head noted
                 st64(&s.pages[p].word, word_of(PAGE_BIG, s.me[0]))
+                #! big: page BIG
                 st32(&s.pages[p].cls, cls_mark(CLS_BIG))
         if rc == OK:
             pages[got] = <uint32_t>p
+            #! big: page listed
             got += 1
             failures = 0
             continue
@@ -304,7 +309,7 @@ cdef inline int reserve(seg_t* s, put_t* op, uint64_t limit_ns) noexcept nogil:
     cdef uint64_t need = value_offset(op.key_bytes) + op.value_bytes
     cdef uint64_t addr = 0
     cdef item_t* it
-    cdef int rc
+    cdef int rc, i
     op.is_big = need > s.chunk_bytes[s.n_classes - 1]
     if op.is_big:
         big_shape(s, op.key_bytes, op.value_bytes, &op.big)
@@ -313,13 +318,21 @@ cdef inline int reserve(seg_t* s, put_t* op, uint64_t limit_ns) noexcept nogil:
     if op.cls < 0:
         return NO_ROOM
     rc = take_room(s, op.cls, limit_ns, &addr)
+    for i in range(LARGER):
+        if rc == OK or rc == INTR or limit_ns == 0 or op.cls + 1 == <int>s.n_classes:
+            break
+        op.cls += 1             # a stopped process holds the class's lock, and nothing in it can be evicted: a larger chunk will do
+        rc = take_room(s, op.cls, limit_ns, &addr)
     if rc != OK:
         return rc
     op.chunk = addr
+    #! put: reserved
     it = item_at(s, addr)
     st64(&it.cas, 0)
     fence_release()             # nobody sees a byte of the new content and the old cas
+    #! put: cas 0
     st64(&it.hash, op.hash)
+    #! put: hash
     if op.is_big:
         rc = collect_pages(s, op, limit_ns)
         if rc != OK:
@@ -331,12 +344,14 @@ cdef inline int reserve(seg_t* s, put_t* op, uint64_t limit_ns) noexcept nogil:
     it.codec = op.codec
     it.flags = op.flags | (FLAG_BIG if op.is_big else 0)
     it.expiry_ms = op.expiry_ms
+    #! put: header
     memcpy(<uint8_t*>it + 48, op.key, op.key_bytes)
     if op.is_big:
         big_fill(s, addr, op.key_bytes, op.value, op.value_bytes)
     else:
         memcpy(<uint8_t*>it + value_offset(op.key_bytes), op.value, op.value_bytes)
     st8r(refs_of(s, addr), 0)
+    #! put: filled
     return OK
 
 cdef inline void give_up(seg_t* s, put_t* op) noexcept nogil:
@@ -344,6 +359,7 @@ cdef inline void give_up(seg_t* s, put_t* op) noexcept nogil:
     if op.chunk:
         if op.is_big:
             big_free_pages(s, op.chunk, op.key_bytes, op.big.n_pages, 0)
+            #! give up: pages freed
         chunk_free(s, op.cls, op.chunk, 0)
         op.chunk = 0
 
@@ -352,6 +368,7 @@ cdef inline void free_old(seg_t* s, uint64_t addr, uint64_t limit_ns) noexcept n
     cdef uint32_t index = 0
     cdef int cls = chunk_class(s, addr, &index)
     big_free_item_pages(s, addr, limit_ns)
+    #! free old: pages freed
     if cls >= 0:
         chunk_free(s, cls, addr, limit_ns)
 
@@ -419,23 +436,32 @@ cdef inline int put(seg_t* s, put_t* op, uint64_t limit_ns) noexcept nogil:
     if rc != OK:
         stripe_release(st)
         return rc
+    #! put: placed
     old = f.addr
     count = count_now(s, st)
     it.epoch = <uint32_t>(count >> 32)
     st64(&it.cas, st.seq + 1)
+    #! put: cas
     op.cas = st.seq + 1
     note_intent(st, OP_SET, old, op.chunk, (count_without(s, count, old) if old else count) + 1)     # 4
     if old:
         st64(&item_at(s, old).word, word_of(RETIRED, s.me[0]))      # 5
+        #! put: old RETIRED
     st64(f.slot, slot_word(op.hash, op.chunk))                      # 6
+    #! put: slot stored
     bump(s, b)                                                      # 7
+    #! put: version
     if op.is_big:
         big_seal_locked(s, op.chunk, op.key_bytes, op.big.n_pages)
     st64(&it.word, word_of(LIVE, 0))                                # 9
+    #! put: LIVE
     st64(&st.seq, st.seq + 1)                                       # 10
+    #! put: seq
     st64(&st.count, st.count_next)
+    #! put: count
     op.chunk = 0
     stripe_release(st)                                              # 11
+    #! put: released
     if old:
         free_old(s, old, limit_ns)                                  # 12
     return OK
@@ -539,8 +565,11 @@ cdef inline int add_to(seg_t* s, const uint8_t* key, size_t n, uint64_t h, int64
                 out[0] = was + by
                 note_intent(st, OP_TOUCH, f.addr, 0, st.count)
                 st64(<uint64_t*>at, <uint64_t>(was + by))
+                #! incr: value
                 st64(&it.cas, st.seq + 1)
+                #! incr: cas
                 st64(&st.seq, st.seq + 1)
+                #! incr: seq
     stripe_release(st)
     return rc
 
@@ -561,8 +590,11 @@ cdef inline int set_expiry(seg_t* s, const uint8_t* key, size_t n, uint64_t h, u
         it = item_at(s, f.addr)
         note_intent(st, OP_TOUCH, f.addr, 0, st.count)
         st64(&it.expiry_ms, expiry_ms)
+        #! touch: expiry
         st64(&it.cas, st.seq + 1)
+        #! touch: cas
         st64(&st.seq, st.seq + 1)
+        #! touch: seq
     stripe_release(st)
     return rc
 
@@ -583,6 +615,7 @@ cdef inline void clear_all(seg_t* s) noexcept nogil:
     cdef uint32_t e = ld32(&s.header.epoch)
     if count_items(s):
         cas32(&s.header.epoch, e, e + 1)
+        #! clear: epoch
 
 cdef inline int next_keys(seg_t* s, uint64_t b, uint8_t* to, uint32_t room, uint32_t* used, uint64_t limit_ns) noexcept nogil:
     """The keys of one chain at one instant, each as u16 length + bytes: OK, NO_ROOM (a larger buffer), BUSY or INTR."""

@@ -39,11 +39,12 @@ cdef enum rc_t:
     AGAIN = -12         # a reader has to begin again
 
 cdef enum:
-    # kinds of chunk words: FREE -> RESERVED(token) -> LIVE -> RETIRED(token) -> FREE
+    # kinds of chunk words: FREE -> RESERVED(token) -> LIVE -> RETIRED(token) -> FREE; KEPT(token): in that process's hand, for later
     FREE = 0
     RESERVED = 1
     LIVE = 2
     RETIRED = 3
+    KEPT = 4
     # kinds of page words
     PAGE_FREE = 0       # in the pool
     PAGE_CUTTING = 1    # token: taken from the pool, being cut for a class
@@ -115,10 +116,22 @@ cdef extern from *:
         clock_gettime(c, &t);
         return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
     }
+    #ifdef SHMCACHE_NO_TAKEOVER         /* to see the storm find what liveness is for; never in a release */
+    #define SHM_ALL_ALIVE 1
+    #else
+    #define SHM_ALL_ALIVE 0
+    #endif
+    #ifdef SHMCACHE_NO_GENERATIONS      /* the same, for generations */
+    #define SHM_GEN_STEP 0
+    #else
+    #define SHM_GEN_STEP 1
+    #endif
     static inline uint64_t mono_ns(void) { return shm_clock_ns(CLOCK_MONOTONIC); }
     static inline uint64_t wall_ms(void) { return shm_clock_ns(CLOCK_REALTIME) / 1000000u; }
     """
     const uint32_t SUPERVISOR_BYTE "SHM_SUPERVISOR_BYTE"
+    const bint ALL_ALIVE "SHM_ALL_ALIVE"
+    const uint64_t GEN_STEP "SHM_GEN_STEP"
     int shm_ofd_lock(int fd, bint ask, uint32_t row) noexcept nogil
     bint shm_same_file(int fd, uint64_t dev, uint64_t ino) noexcept nogil
     int shm_reopen(int fd, const char* path, uint64_t dev, uint64_t ino) noexcept nogil
@@ -153,7 +166,7 @@ cdef inline bint prober_ready(seg_t* s) noexcept nogil:
 cdef inline bint dead(seg_t* s, uint64_t token) noexcept nogil:
     """Has this token's process died? In doubt, no: what is dead may be robbed. About 1 us; ask only after a time-out."""
     cdef uint32_t r = row_of(token)
-    if token == s.me[0]:
+    if token == s.me[0] or ALL_ALIVE:
         return False
     if r >= s.n_rows:
         return True                                     # no process ever had it: damage, which nobody will release
@@ -167,9 +180,10 @@ cdef inline bint dead(seg_t* s, uint64_t token) noexcept nogil:
 cdef inline void row_begin(seg_t* s, uint32_t r) noexcept nogil:
     """Start a life in row r, whose byte this process has just locked. What the dead had in hand is told by his token."""
     cdef row_t* row = &s.rows[r]
-    cdef uint64_t gen = (ld64(&row.gen) + 1) & ((<uint64_t>1 << 40) - 1)
+    cdef uint64_t gen = (ld64(&row.gen) + GEN_STEP) & ((<uint64_t>1 << 40) - 1)
     cdef int i, j
     st64(&row.gen, gen if gen else 1)
+    #! row: gen counted
     for i in range(BATCH_CLASSES):
         for j in range(BATCH_SLOTS):
             st64(&row.batch[i][j], 0)
@@ -177,11 +191,13 @@ cdef inline void row_begin(seg_t* s, uint32_t r) noexcept nogil:
         st64(&row.parked[i], 0)
     for i in range(HAZARDS):
         st64(&row.hazard[i], 0)
+    #! row: hand emptied
     st64(&row.started_ms, wall_ms())
     st64(&row.pid, <uint64_t>getpid())
     s.row = row
     s.row_idx = r
     s.me[0] = ld64(&row.gen) << 16 | (r + 1)
+    #! row: begun
 
 cdef inline int take_row(seg_t* s) noexcept nogil:
     """Take a free row: OK, NO_ROW, NO_OFD or OS_ERROR. Also what a fork child does at its first operation."""
@@ -200,6 +216,7 @@ cdef inline int take_row(seg_t* s) noexcept nogil:
         r = (start + i) % s.n_rows
         rc = shm_ofd_lock(fd, False, r)
         if rc == 0:
+            #! row: byte locked
             close(fd)                                   # the mapping keeps the description, and so the lock
             if shm_ofd_lock(s.prober, True, r) != 1:    # held, but the prober does not see it: all would look dead
                 munmap(s.lock_page, 4096)

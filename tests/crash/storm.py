@@ -1,15 +1,19 @@
-"""Does killing anybody hurt anybody? Warm workers are SIGKILLed at random and replaced, in phases; no supervisor.
+"""Does killing anybody hurt anybody? Warm workers, and the supervisor, are SIGKILLed at random and replaced, in phases.
 
-    python -m tests.crash.storm --seed 3 --seconds 300
+    python -m tests.crash.storm --kills 10000 --seed 3          till so many kills counted
+    python -m tests.crash.storm --seconds 300 --supervisor 0    for so long, without a supervisor
+    python -m tests.crash.storm --kills 500 --pid-namespaces    every worker process 1 of a pid namespace of its own
 
-Phases of killing (1 s, one worker every --every ms) and of rest (3 s): constant churn would hide what a reused row can break. Workers
-check every value they read and note the longest time that one call took. Ends with every survivor's figures, verify() and the count of
-chunks: each FREE, LIVE, or in the hand of the living.
+Phases of killing (1 s, one worker every --every ms) and of rest (3 s): constant churn would hide what a reused row can break. A kill
+counts if its victim had done at least 100 operations. Workers are forked from this process, which is warm; they check every value they
+read and note the longest time that one call took. Ends with every survivor's figures, verify(), and the count of chunks: each FREE, LIVE,
+or in the hand of the living. Exit code 0: nothing wrong; 77: this machine does not allow it.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import multiprocessing as mp
 import os
@@ -19,120 +23,199 @@ import sys
 import time
 from typing import Any
 
+import numpy as np
+
 import shmcache
 from shmcache import errors
 from shmcache.core import _sweep
+from shmcache.supervisor.loop import Supervisor
 from tests.stress.mixed import Worker
 
+FIELDS = ("wrong", "errors", "longest", "ops", "life", "row", "pid")  # of a slot in memory that the test shares
+CLONE_NEWPID = 0x20000000
+PR_SET_PDEATHSIG = 1
+LEAST_OPS = 100
+libc = ctypes.CDLL(None, use_errno=True)
 
-def worker(name: str, seed: int, keys: int, shared: Any, slot: int) -> None:
-    """Run until killed; figures go to shared memory of the test's own, since a killed process reports nothing."""
+
+def worker(name: str, seed: int, keys: int, figures: Any) -> None:
+    """Run until killed; a killed process reports nothing, so figures go to the test's own shared memory as they come."""
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     cache = shmcache.attach(name)
     w = Worker(cache, seed, keys, 1 << 60)
+    cache.get(b"takes a row")
+    figures["row"] = cache.row
     while True:
-        for _ in range(100):
-            began = time.monotonic()
-            try:
-                w.step()
-            except errors.ShmcacheError as e:
-                w.count["errors"] += 1
-                print(f"ERROR pid {os.getpid()}: {type(e).__name__}: {e}", flush=True)
-            w.longest_s = max(w.longest_s, time.monotonic() - began)
-        shared[slot * 4 + 0] = w.count["wrong"]
-        shared[slot * 4 + 1] = w.count["errors"]
-        shared[slot * 4 + 2] = max(shared[slot * 4 + 2], w.longest_s)
-        shared[slot * 4 + 3] += w.count["ops"]
-        w.count["ops"] = 0
-        if os.getppid() == 1:
-            return
+        began = time.monotonic()
+        try:
+            w.step()
+        except errors.ShmcacheError as e:
+            figures["errors"] += 1
+            print(f"ERROR in row {cache.row}: {type(e).__name__}: {e}", flush=True)
+        figures["longest"] = max(figures["longest"], time.monotonic() - began)
+        figures["wrong"] = w.count["wrong"]
+        figures["life"] = w.count["ops"]
+
+
+def in_namespace(name: str, seed: int, keys: int, figures: Any) -> None:
+    """Fork the worker into a new pid namespace, and end with it."""
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if libc.unshare(CLONE_NEWPID):
+        os._exit(77)
+    pid = os.fork()
+    if pid == 0:
+        worker(name, seed, keys, figures)
+    figures["pid"] = pid
+    os.waitpid(pid, 0)
+
+
+def supervise(name: str) -> None:
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    Supervisor(shmcache.attach(name)).run()
+
+
+class Storm:
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.rng = random.Random(args.seed)
+        self.name = f"storm-{os.getpid()}"
+        self.cache = shmcache.create(self.name, args.size, stripes=args.stripes, max_processes=args.rows, lock_limit=args.limit)
+        dtype = np.dtype([(f, "f8") for f in FIELDS])
+        self.figures = np.frombuffer(mp.RawArray("b", dtype.itemsize * args.procs), dtype)
+        self.total = dict.fromkeys(("wrong", "errors", "ops", "kills", "counted", "held", "supervisors"), 0)
+        self.context = mp.get_context("fork")
+        self.procs = [self.start(i) for i in range(args.procs)]
+        self.supervisor = self.start_supervisor() if args.supervisor else None
+
+    def start(self, slot: int) -> Any:
+        for field in ("wrong", "errors", "life", "pid"):
+            self.figures[field][slot] = 0
+        self.figures["row"][slot] = -1
+        run = in_namespace if self.args.pid_namespaces else worker
+        p = self.context.Process(target=run, args=(self.name, self.rng.getrandbits(40), self.args.keys, self.figures[slot : slot + 1]), daemon=True)
+        p.start()
+        return p
+
+    def start_supervisor(self) -> Any:
+        p = self.context.Process(target=supervise, args=(self.name,), daemon=True)
+        p.start()
+        return p
+
+    def kill(self, slot: int, replace: bool = True) -> None:
+        figures, p = self.figures[slot], self.procs[slot]
+        if self.args.pid_namespaces:
+            while not figures["pid"]:
+                if p.exitcode is not None:
+                    print(f"pid namespaces are not to be had: exit code {p.exitcode}")
+                    raise SystemExit(77)
+            os.kill(int(figures["pid"]), signal.SIGKILL)
+        else:
+            os.kill(p.pid, signal.SIGKILL)
+        p.join()
+        row = int(figures["row"])
+        if figures["life"] >= LEAST_OPS:
+            self.total["counted"] += 1
+            self.total["held"] += row >= 0 and self.holds(row)
+        self.total["kills"] += 1
+        for field, of in (("wrong", "wrong"), ("errors", "errors"), ("ops", "life")):
+            self.total[field] += int(figures[of])
+        if replace:
+            self.procs[slot] = self.start(slot)
+
+    def holds(self, row: int) -> bool:
+        """Does some lock name the dead process of this row?"""
+        seg = self.cache.segment
+        token = int(seg.rows["gen"][row]) << 16 | row + 1
+        words = np.concatenate([seg.stripes["word"], seg.classes["word"], [seg.header[p + "_word"] for p in ("pages", "overflow", "big")]])
+        return bool(np.any(words.astype(np.uint64) & np.uint64((1 << 56) - 1) == np.uint64(token)))
+
+    def over(self, began: float) -> bool:
+        if self.args.kills:
+            return self.total["counted"] >= self.args.kills or self.total["errors"] > 0
+        return time.monotonic() - began >= self.args.seconds
+
+    def run(self) -> None:
+        began = time.monotonic()
+        next_kill = next_supervisor = began + 0.5
+        while not self.over(began):
+            calm_from = next_kill + 1.0
+            while time.monotonic() < calm_from and not self.over(began):
+                signal.sigtimedwait([], max(0.0, next_kill - time.monotonic()))  # a wait on the clock: the test's own pace
+                self.kill(self.rng.randrange(self.args.procs))
+                next_kill += self.rng.random() * 2 * self.args.every / 1000
+                if self.supervisor and time.monotonic() > next_supervisor:
+                    os.kill(self.supervisor.pid, signal.SIGKILL)
+                    self.supervisor.join()
+                    self.supervisor = self.start_supervisor()
+                    self.total["supervisors"] += 1
+                    next_supervisor = time.monotonic() + self.args.supervisor
+            next_kill = calm_from + 3.0
+            if not self.over(began):
+                signal.sigtimedwait([], max(0.0, next_kill - time.monotonic()))
+
+    def report(self) -> tuple[dict[str, Any], bool]:
+        for slot in range(self.args.procs):
+            self.kill(slot, replace=False)
+        if self.supervisor:
+            os.kill(self.supervisor.pid, signal.SIGKILL)
+            self.supervisor.join()
+        before = self.cache.verify()
+        chunks = _sweep.settle(self.cache)
+        after = self.cache.verify()
+        stats = self.cache.stats()
+        in_hand = sum(c["reserved"] for c in stats["slab_classes"])
+        longest = 1000 * float(self.figures["longest"].max())
+        lost = chunks["RETIRED"] + chunks["RESERVED"] + chunks["KEPT"] - in_hand
+        report = {
+            **self.total,
+            "held_percent": round(100 * self.total["held"] / max(1, self.total["counted"]), 2),
+            "longest_call_ms": round(longest, 1),
+            "verify_before_settling": before,
+            "verify": after,
+            "chunks": chunks,
+            "chunks_lost": lost,
+            "items": len(self.cache),
+            **{k: stats[k] for k in ("takeovers", "repairs", "settled", "evictions", "lock_waits", "stalls", "unlisted", "pages_moved")},
+            "max_lock_wait_ms": stats["max_wait_ns"] / 1e6,
+            "attaches": int(self.cache.segment.rows["gen"].sum()),
+        }
+        bad = self.total["wrong"] or self.total["errors"] or before or after or lost or longest > 1000 * self.args.longest
+        return report, not bad
+
+    def close(self) -> None:
+        for p in (*self.procs, self.supervisor):
+            if p is not None and p.is_alive():
+                p.kill()
+                p.join()
+        shmcache.unlink(self.name)
+        self.cache.close()
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--longest", type=float, default=1.0, help="seconds that a call of a survivor may take (1)")
+    parser.add_argument("--kills", type=int, default=0, help="end after so many counted kills")
+    parser.add_argument("--seconds", type=float, default=60, help="end after this time, if --kills is not given (60)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--procs", type=int, default=4)
-    parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--every", type=float, default=20, help="ms between kills in a killing phase")
+    parser.add_argument("--supervisor", type=float, default=2.0, help="seconds between kills of the supervisor (2); 0: there is none")
+    parser.add_argument("--every", type=float, default=20, help="ms between kills in a killing phase (20)")
+    parser.add_argument("--longest", type=float, default=1.0, help="seconds that a call of a survivor may take (1)")
+    parser.add_argument("--limit", type=float, default=5.0, help="seconds that a write waits for a lock (5): longer than --longest")
     parser.add_argument("--size", default="16M")
     parser.add_argument("--stripes", type=int, default=64)
     parser.add_argument("--keys", type=int, default=50_000)
-    parser.add_argument("--rows", type=int, default=8, help="process rows: few, so that they are reused at once")
+    parser.add_argument("--rows", type=int, default=8, help="process rows: few, so that they are reused at once (8)")
+    parser.add_argument("--pid-namespaces", action="store_true", help="every worker in a pid namespace of its own")
     args = parser.parse_args(argv)
     print(f"seed {args.seed}", flush=True)
-    rng = random.Random(args.seed)
-    name = f"storm-{os.getpid()}"
-    cache = shmcache.create(name, args.size, stripes=args.stripes, max_processes=args.rows)
-    shared = mp.RawArray("d", 4 * args.procs)
-    wrong = [0.0] * args.procs
-    failed = [0.0] * args.procs
-    procs: list[Any] = []
-    context = mp.get_context("fork")
-    kills = 0
-
-    def start(slot: int) -> Any:
-        for i in range(2):
-            shared[slot * 4 + i] = 0
-        p = context.Process(target=worker, args=(name, rng.getrandbits(40), args.keys, shared, slot), daemon=True)
-        p.start()
-        return p
-
-    def harvest(slot: int) -> None:
-        wrong[slot] += shared[slot * 4]
-        failed[slot] += shared[slot * 4 + 1]
-
+    storm = Storm(args)
     try:
-        procs = [start(i) for i in range(args.procs)]
-        end = time.monotonic() + args.seconds
-        next_kill = time.monotonic() + 1.0
-        while time.monotonic() < end:
-            calm_from = next_kill + 1.0
-            while time.monotonic() < min(calm_from, end):
-                signal.sigtimedwait([], max(0.0, next_kill - time.monotonic()))  # a wait on the clock: the test's own pace
-                slot = rng.randrange(args.procs)
-                os.kill(procs[slot].pid, signal.SIGKILL)
-                kills += 1
-                procs[slot].join()
-                harvest(slot)
-                procs[slot] = start(slot)
-                next_kill += rng.random() * 2 * args.every / 1000
-            next_kill = calm_from + 3.0
-            signal.sigtimedwait([], max(0.0, min(next_kill, end) - time.monotonic()))
-        for slot, p in enumerate(procs):
-            os.kill(p.pid, signal.SIGKILL)
-            p.join()
-            harvest(slot)
-        while_dead = cache.verify()
-        chunks = _sweep.settle(cache)
-        violations = cache.verify()
-        stats = cache.stats()
-        in_hand = sum(c["reserved"] for c in stats["slab_classes"])
-        report = {
-            "kills": kills,
-            "ops": int(sum(shared[i * 4 + 3] for i in range(args.procs))),
-            "wrong": int(sum(wrong)),
-            "errors": int(sum(failed)),
-            "longest_call_ms": round(1000 * max(shared[i * 4 + 2] for i in range(args.procs)), 1),
-            "verify_before_settling": while_dead,
-            "verify": violations,
-            "chunks": chunks,
-            "in_hand_of_the_living": in_hand,
-            "items": len(cache),
-            **{k: stats[k] for k in ("takeovers", "settled", "evictions", "lock_waits", "stalls", "unlisted", "pages_moved")},
-            "max_lock_wait_ms": stats["max_wait_ns"] / 1e6,
-            "attaches": int(cache.segment.rows["gen"].sum()),
-        }
-        print(json.dumps(report, indent=1))
-        accounted = chunks["RETIRED"] == 0 and chunks["RESERVED"] == in_hand
-        good = not (report["wrong"] or report["errors"] or violations or while_dead) and accounted
-        return 0 if good and report["longest_call_ms"] < 1000 * args.longest else 1
+        storm.run()
+        report, good = storm.report()
     finally:
-        for p in procs:
-            if p.is_alive():
-                p.kill()
-                p.join()
-        cache.close()
-        shmcache.unlink(name)
+        storm.close()
+    print(json.dumps(report, indent=1))
+    return 0 if good else 1
 
 
 if __name__ == "__main__":

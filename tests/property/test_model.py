@@ -186,7 +186,7 @@ class CacheMachine(RuleBasedStateMachine):
         if hasattr(self, "cache"):
             counts = _sweep.settle(self.cache)
             reserved = sum(c["reserved"] for c in self.cache.stats()["slab_classes"])
-            assert counts["RESERVED"] == reserved
+            assert counts["KEPT"] == reserved
             assert counts["RETIRED"] == 0
             del self.header
             self.cache.close()

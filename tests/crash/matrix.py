@@ -1,0 +1,876 @@
+"""Every fault point x every operation: the operation's process is killed (or stopped) there, and nobody else may notice.
+
+    python -m tests.crash.matrix [--only NAME] [--stop]         builds the core with fault points, then runs on that build
+
+For each scenario: prepare a segment, note which points the operation passes; then, for each point (its first, second and last passing),
+put the segment's bytes back, let a forked child do the operation and die there, and from a fresh process see that
+- every other key reads right (where the operation evicts: right, or not there), the operation's key reads old or new, never torn
+- a write to the same stripe and one to the same slab class succeed, and how long they took
+- once what was left is settled verify() is empty, every chunk is FREE, LIVE or in the hand of the living, every page is in the pool, a
+  class or a big value, every lock free, every row free to take
+With --stop the child is stopped instead: readers go on, writers to what it holds fail fast or wait for their limit, and when it is
+continued it finishes as if nothing had been.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import ctypes
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+import shmcache
+from shmcache import errors
+from shmcache.core import _core, _sweep
+from tests import special
+
+ADDRESS = (1 << 48) - 1
+MASK64 = (1 << 64) - 1
+VICTIM = b"victim"
+OLD, NEW = b"old" * 20, b"new" * 21
+BIG_OLD, BIG_NEW = bytes(range(256)) * 800, bytes(reversed(range(256))) * 900  # 3 pages each and a rest
+SMALL = 48 + 16 + 60  # bytes of a chunk for the filling items
+
+
+class Bench:
+    """A segment with writable views, and what its keys ought to hold."""
+
+    def __init__(self, size: str = "4M", **options: Any) -> None:
+        self.name = f"matrix-{os.getpid()}"
+        self.cache = shmcache.create(self.name, size, stripes=16, max_processes=6, lock_limit=2.0, **options)
+        self.seg = self.cache.views(writable=True)
+        self.expected: dict[bytes, Any] = {}
+        self.fleeting: set[bytes] = set()  # may be evicted
+        self.victim: list[Any] = []  # values that VICTIM may have; None: no value
+        row = int(np.flatnonzero(self.seg.rows["pid"] == os.getpid())[0])
+        self.me = int(self.seg.rows["gen"][row]) << 16 | row + 1
+        self.k0, self.k1 = map(int, self.seg.header["hash_key"])
+        self.n_buckets = len(self.seg.buckets)
+
+    def close(self) -> None:
+        del self.seg
+        shmcache.unlink(self.name)
+        self.cache.close()
+
+    def put(self, key: bytes, value: Any) -> None:
+        self.cache.set(key, value)
+        self.expected[key] = value
+
+    def fill(self, n: int, value: bytes = b"x" * 60, prefix: bytes = b"fill") -> None:
+        for i in range(n):
+            key = b"%s:%d" % (prefix, i)
+            self.cache.set(key, value)
+            self.expected[key] = value
+            self.fleeting.add(key)
+
+    def full(self, value: bytes = b"x" * 60, prefix: bytes = b"fill") -> None:
+        """Fill till the first eviction, then some."""
+        n = 0
+        while not self.cache.stats()["evictions"]:
+            self.fill(200, value, b"%s%d" % (prefix, n))
+            n += 1
+
+    def hash(self, key: bytes) -> int:
+        return _core.siphash_rounds(key, self.k0, self.k1, 1, 3)
+
+    def bucket(self, key: bytes) -> int:
+        return (self.hash(key) << 16 & MASK64) * self.n_buckets >> 64
+
+    def neighbours(self, key: bytes, n: int) -> list[bytes]:
+        """Keys of the same bucket."""
+        rng = random.Random(1)
+        bucket, found = self.bucket(key), []
+        while len(found) < n:
+            other = b"n:%d" % rng.getrandbits(48)
+            if self.bucket(other) == bucket:
+                found.append(other)
+        return found
+
+    def address(self, key: bytes) -> int:
+        h = self.hash(key)
+        chains = self.seg.buckets[self.bucket(key)]["slot"]
+        for word in chains:
+            at = int(word) & ADDRESS
+            if word and int(word) >> 48 == h >> 48 and int(self.item(at)["hash"]) == h:
+                return at
+        raise KeyError(key)
+
+    def item(self, address: int) -> Any:
+        return np.ndarray((), self.seg.items(0).dtype, buffer=self.seg.bytes, offset=address * 16)
+
+    def keys_under_hand(self) -> list[bytes]:
+        """The filling keys in the page under the CLOCK hand of their class: the one that goes next."""
+        cls = self.slab_class(SMALL)
+        hand = int(self.seg.classes["hand"][cls]) >> 32
+        page = hand if hand < len(self.seg.pages) else int(self.seg.classes["ring"][cls]) - 1
+        page_bytes, chunk = 1 << int(self.seg.header["page_shift"]), int(self.seg.classes["chunk_bytes"][cls])
+        keys = []
+        for i in range(page_bytes // chunk):
+            at = int(self.seg.header["slab_off"]) + page * page_bytes + i * chunk
+            item = self.item(at // 16)
+            key = bytes(self.seg.bytes[at + 48 : at + 48 + int(item["key_bytes"])])
+            if int(item["word"]) >> 56 == 2 and key in self.expected:
+                keys.append(key)
+        return keys
+
+    def slab_class(self, n_bytes: int) -> int:
+        return int(np.searchsorted(self.seg.classes["chunk_bytes"], n_bytes))
+
+    def plant(self, locks: np.ndarray, at: int) -> None:
+        """A lock that the first process, which lives, holds and does not release: unplant() does."""
+        locks["word"][at] = self.me
+
+    def unplant(self) -> None:
+        for locks in (self.seg.stripes, self.seg.classes):
+            locks["word"][locks["word"] & ((1 << 63) - 1) == self.me] = 0
+
+
+def nothing(b: Bench) -> None:
+    pass
+
+
+@dataclass
+class Scenario:
+    prepare: Callable[[Bench], None]
+    act: Callable[[Bench], Any]
+    evicts: bool = False  # other keys may go
+    options: dict[str, Any] = field(default_factory=dict)
+    meanwhile: Callable[[Bench, int], None] | None = None  # what another process does while the child acts
+    mend: Callable[[Any], Any] = _sweep.settle
+
+
+SCENARIOS: dict[str, Scenario] = {}
+
+
+def scenario(evicts: bool = False, meanwhile: Any = None, prepare: Any = None, **options: Any) -> Any:
+    def add(function: Any) -> Any:
+        SCENARIOS[function.__name__] = Scenario(prepare or basic, function, evicts, options, meanwhile)
+        return function
+
+    return add
+
+
+def basic(b: Bench) -> None:
+    for i in range(300):
+        b.put(b"key:%d" % i, b"value %d " % i * (i % 20 + 1))
+    b.put(b"number", 7)
+    b.cache.set(VICTIM, OLD)
+    b.victim = [OLD, NEW]
+
+
+# -- one key
+
+
+@scenario()
+def set_replace(b: Bench) -> None:
+    b.cache.set(VICTIM, NEW)
+
+
+def absent(b: Bench) -> None:
+    basic(b)
+    b.cache.delete(VICTIM)
+    b.victim = [None, NEW]
+
+
+@scenario(prepare=absent)
+def set_new(b: Bench) -> None:
+    b.cache.set(VICTIM, NEW)
+
+
+@scenario(prepare=absent)
+def add_new(b: Bench) -> None:
+    b.cache.add(VICTIM, NEW)
+
+
+@scenario(prepare=lambda b: (absent(b), setattr(b, "victim", [None, b"N" * 9000]))[0])
+def set_first_of_class(b: Bench) -> None:
+    b.cache.set(VICTIM, b"N" * 9000)  # a page from the pool, cut, published
+
+
+@scenario()
+def refused(b: Bench) -> None:
+    b.cache.add(VICTIM, NEW)  # reserves, finds the key, gives the chunk up
+    b.cache.cas(VICTIM, NEW, 12345)
+
+
+def to_delete(b: Bench) -> None:
+    basic(b)
+    b.victim = [OLD, None]
+
+
+@scenario(prepare=to_delete)
+def delete(b: Bench) -> None:
+    b.cache.delete(VICTIM)
+
+
+@scenario(prepare=to_delete)
+def pop(b: Bench) -> None:
+    b.cache.pop(VICTIM)
+
+
+def counter(b: Bench) -> None:
+    basic(b)
+    b.cache.set(VICTIM, 41)
+    b.victim = [41, 42]
+
+
+@scenario(prepare=counter)
+def incr(b: Bench) -> None:
+    b.cache.incr(VICTIM)
+
+
+@scenario(prepare=lambda b: (basic(b), setattr(b, "victim", [OLD]))[0])
+def touch(b: Bench) -> None:
+    b.cache.touch(VICTIM, 1000)
+    b.cache.persist(VICTIM)
+
+
+def expired(b: Bench) -> None:
+    basic(b)
+    b.cache.set(VICTIM, OLD, ttl=10)
+    b.seg.header["clock_shift_ms"] = 20_000
+    b.victim = [None]
+
+
+@scenario(prepare=expired)
+def get_expired(b: Bench) -> None:
+    b.cache.get(VICTIM)
+
+
+@scenario(prepare=lambda b: (absent(b), setattr(b, "victim", [None, NEW]))[0])
+def claim_and_fill(b: Bench) -> None:
+    version = b.cache.claim(VICTIM, 60.0)
+    b.cache.fill(VICTIM, NEW, version)
+
+
+@scenario(prepare=lambda b: (absent(b), setattr(b, "victim", [None]))[0])
+def claim_and_unclaim(b: Bench) -> None:
+    b.cache.unclaim(VICTIM, b.cache.claim(VICTIM, 60.0, lock=True))
+
+
+def cleared(b: Bench) -> None:
+    basic(b)
+    b.fleeting = set(b.expected)
+    b.victim = [OLD, None]
+
+
+@scenario(prepare=cleared, evicts=True)
+def clear(b: Bench) -> None:
+    b.cache.clear()
+
+
+# -- chains
+
+
+def chained(n: int) -> Callable[[Bench], None]:
+    def prepare(b: Bench) -> None:
+        absent(b)
+        for key in b.neighbours(VICTIM, n):
+            b.put(key, b"neighbour")
+
+    return prepare
+
+
+@scenario(prepare=chained(7))
+def set_grows_chain(b: Bench) -> None:
+    b.cache.set(VICTIM, NEW)
+
+
+def chain_to_shrink(b: Bench) -> None:
+    chained(7)(b)
+    b.cache.set(VICTIM, OLD)
+    b.victim = [OLD, None]
+
+
+@scenario(prepare=chain_to_shrink)
+def delete_shrinks_chain(b: Bench) -> None:
+    b.cache.delete(VICTIM)
+
+
+def no_overflow_left(b: Bench) -> None:
+    chained(7)(b)
+    b.seg.header["overflow_list"] = 0
+    b.seg.header["overflow_n_free"] = 0
+    words = b.seg.overflow["word"]
+    words[words == 0] = 2 << 56  # linked, to nobody: put back by `restore_overflow`
+    b.fleeting = set(b.expected)
+
+
+@scenario(prepare=no_overflow_left, evicts=True)
+def set_evicts_from_chain(b: Bench) -> None:
+    b.cache.set(VICTIM, NEW)
+
+
+# -- room
+
+
+def full(b: Bench) -> None:
+    absent(b)
+    b.full()
+    b.victim = [None, NEW, b"N" * 9000]
+    b.fleeting = set(b.expected)
+
+
+@scenario(prepare=full, evicts=True)
+def set_evicts(b: Bench) -> None:
+    for i in range(12):  # past what is in hand
+        b.cache.set(b"more:%d" % i, b"x" * 60)
+    b.cache.set(VICTIM, NEW)
+
+
+@scenario(prepare=full, evicts=True)
+def set_turns_hand(b: Bench) -> None:
+    for i in range(1200):
+        b.cache.set(b"more:%d" % i, b"x" * 60)
+
+
+@scenario(prepare=full, evicts=True)
+def set_takes_page(b: Bench) -> None:
+    b.cache.set(VICTIM, b"N" * 9000)
+
+
+def hand_of_a_living(b: Bench) -> None:
+    """The page that goes next has chunks in this process's hand."""
+    full(b)
+    b.seg.refs[:] = 0
+    for key in b.keys_under_hand()[:8]:
+        b.cache.delete(key)
+        del b.expected[key]
+
+
+@scenario(prepare=hand_of_a_living, evicts=True)
+def set_recalls(b: Bench) -> None:
+    b.cache.set(VICTIM, b"N" * 9000)
+
+
+def busy_class(b: Bench) -> None:
+    absent(b)
+    b.cache.set(VICTIM, OLD)
+    b.victim = [OLD]
+    b.fill(40, b"y" * 60, b"park")
+
+
+@scenario(prepare=busy_class, evicts=True)
+def frees_while_class_busy(b: Bench) -> None:
+    b.cache.lock_limit = 0.001
+    b.plant(b.seg.classes, b.slab_class(SMALL))
+    for i in range(24):  # 4 in hand, 16 parked, 4 on no list
+        b.cache.delete(b"park:%d" % i)
+    b.unplant()
+    for i in range(6):
+        b.cache.set(b"unparks:%d" % i, b"y" * 60)
+
+
+def unlisted(b: Bench) -> None:
+    full(b)
+    b.cache.lock_limit = 0.001
+    here = b.keys_under_hand()
+    b.plant(b.seg.classes, b.slab_class(SMALL))
+    for key in here[-30:]:  # where the hand has not been
+        b.cache.delete(key)
+        del b.expected[key]
+    b.unplant()
+    for i in range(40):
+        b.put(b"again:%d" % i, b"x" * 60)
+    b.cache.lock_limit = 2.0
+    b.fleeting = set(b.expected)
+    b.victim = [None]
+
+
+@scenario(prepare=unlisted, evicts=True)
+def hand_meets_unlisted(b: Bench) -> None:
+    for i in range(1500):
+        b.cache.set(b"more:%d" % i, b"x" * 60)
+
+
+# -- big values
+
+
+@scenario(prepare=lambda b: (absent(b), setattr(b, "victim", [None, BIG_NEW]))[0])
+def big_new(b: Bench) -> None:
+    b.cache.set(VICTIM, BIG_NEW)
+
+
+def big(b: Bench) -> None:
+    basic(b)
+    b.cache.set(VICTIM, BIG_OLD)
+    b.victim = [BIG_OLD, BIG_NEW]
+
+
+@scenario(prepare=big)
+def big_replace(b: Bench) -> None:
+    b.cache.set(VICTIM, BIG_NEW)
+
+
+@scenario(prepare=big)
+def big_refused(b: Bench) -> None:
+    b.cache.add(VICTIM, BIG_NEW)
+
+
+def big_gone(b: Bench) -> None:
+    big(b)
+    b.victim = [BIG_OLD, None]
+
+
+@scenario(prepare=big_gone)
+def big_delete(b: Bench) -> None:
+    b.cache.delete(VICTIM)
+
+
+def big_full(b: Bench) -> None:
+    full(b)
+    b.victim = [None, BIG_NEW]
+
+
+@scenario(prepare=big_full, evicts=True)
+def big_takes_pages(b: Bench) -> None:
+    b.cache.set(VICTIM, BIG_NEW)
+
+
+def full_of_big(b: Bench) -> None:
+    absent(b)
+    n = 0
+    while not b.cache.stats()["evictions"]:
+        b.put(b"big:%d" % n, BIG_OLD + b"%d" % n)
+        n += 1
+    b.fleeting = set(b.expected)
+    b.victim = [None, BIG_NEW]
+
+
+@scenario(prepare=full_of_big, evicts=True)
+def big_evicts_big(b: Bench) -> None:
+    b.cache.set(VICTIM, BIG_NEW)
+
+
+# -- rows, segments, supervisor
+
+
+@scenario()
+def attach_and_close(b: Bench) -> None:
+    with shmcache.attach(b.name) as other:
+        other.set(b"by another handle", b"1")
+
+
+@scenario()
+def first_use_by_child_and_close(b: Bench) -> None:
+    for i in range(3):
+        b.cache.set(b"child's %d" % i, b"z" * 60)  # takes a row; some chunks stay in hand
+    for i in range(3):
+        b.cache.delete(b"child's %d" % i)
+    del b.seg
+    b.cache.close()
+
+
+@scenario()
+def create_another(b: Bench) -> None:
+    shmcache.create(b.name + "-new", "4M").close()
+
+
+def supervised(b: Bench) -> None:
+    full(b)
+    for i in range(100):
+        b.cache.set(b"short:%d" % i, b"s", ttl=10)
+    b.seg.header["clock_shift_ms"] = 20_000
+    b.victim = [None]
+
+
+@scenario(prepare=supervised, evicts=True)
+def supervise(b: Bench) -> None:
+    hold = _sweep.Supervision(b.cache)
+    hold.beat()
+    hold.make_room(b.slab_class(SMALL), 40)
+    hold.sweep(0, len(b.seg.pages))
+    hold.sleep(0.001)
+    hold.end()
+
+
+def damaged(b: Bench) -> None:
+    basic(b)
+    keys = [k for k in b.expected if k.startswith(b"key:")]
+    for key in keys[:3]:
+        b.item(b.address(key))["hash"] = 12345  # its slot names no item of the bucket, and no slot names the item
+        del b.expected[key]
+    b.victim = [OLD]
+
+
+@scenario(prepare=damaged)
+def repair(b: Bench) -> None:
+    _sweep.repair(b.cache)
+
+
+SCENARIOS["repair"].mend = _sweep.repair
+
+
+def left_by_the_dead(b: Bench) -> None:
+    """What repair of the stripe does before a hand comes, but for the oddest of deaths: rows R2 and R3 of settle.pxd."""
+    basic(b)
+    b.item(b.address(VICTIM))["word"] = 3 << 56 | 77 << 16 | 5
+    b.item(b.address(b"key:7"))["word"] = 1 << 56 | 77 << 16 | 5
+    b.victim = [OLD]
+
+
+@scenario(prepare=left_by_the_dead)
+def settle(b: Bench) -> None:
+    _sweep.settle(b.cache)
+
+
+# -- taking over from the dead: the first has died in prepare, the second dies in the taking over
+
+FIRST_DEATHS = [
+    ("set_replace", "put: cas"), ("set_replace", "put: old RETIRED"), ("set_replace", "put: slot stored"), ("set_replace", "put: LIVE"), ("delete", "remove: RETIRED"),
+    ("delete", "remove: slot cleared"), ("incr", "incr: value"), ("set_first_of_class", "pop: RESERVED"), ("set_first_of_class", "pool pop: taken"), ("set_first_of_class", "publish: ACTIVE"),
+    ("set_first_of_class", "give: cut"), ("set_grows_chain", "grow: RESERVED"), ("set_grows_chain", "grow: linked"), ("set_grows_chain", "grow: released"), ("delete_shrinks_chain", "shrink: RESERVED"),
+    ("delete_shrinks_chain", "shrink: unlinked"), ("set_takes_page", "drain: DRAINING"), ("set_takes_page", "drain: chunk FREE"), ("set_takes_page", "drain: out of the ring"), ("big_new", "big: page listed"),
+    ("big_new", "put: slot stored"), ("big_replace", "put: version"), ("big_delete", "remove: old cleared"), ("set_evicts", "evict: out of the table"),
+    ("claim_and_fill", "put: released"), ("frees_while_class_busy", "push: FREE"),
+]  # fmt: skip
+
+
+SETTLED_AT_ONCE = [("big_new", "put: slot stored"), ("set_replace", "put: reserved"), ("delete", "remove: slot cleared"), ("set_grows_chain", "grow: linked"),
+                   ("set_takes_page", "give: cut"), ("set_recalls", "drain: recalled"), ("set_replace", "keep: KEPT")]  # fmt: skip
+
+
+def after_death(name: str, point: str, settle_first: bool = False) -> Scenario:
+    first = SCENARIOS[name]
+
+    def prepare(b: Bench) -> None:
+        first.prepare(b)
+        assert die(b, first, f"k0001{point}") == "killed", f"{name} does not pass {point}"
+        b.unplant()
+
+    def act(b: Bench) -> None:
+        b.cache.lock_limit = 2.0
+        if settle_first:
+            _sweep.settle(b.cache)
+            return
+        for value in b.victim:
+            if value is not None:
+                b.cache.set(VICTIM, value)
+        for i in range(6):
+            b.cache.set(b"same class:%d" % i, b"N" * (9000 if b"N" * 9000 in b.victim else 60))
+        if name == "set_grows_chain":
+            for key in b.neighbours(VICTIM, 15)[7:]:
+                b.cache.set(key, b"neighbour")
+        _sweep.settle(b.cache)
+
+    return Scenario(prepare, act, first.evicts, first.options)
+
+
+# -- contention: another living process holds the stripe
+
+
+def stripe_taken(b: Bench) -> None:
+    basic(b)
+    b.plant(b.seg.stripes, b.bucket(VICTIM) & 15)
+
+
+def release_and_ring(b: Bench, pid: int) -> None:
+    """What the holder of the planted lock would do: wait till somebody waits, exchange, ring. Ends with the child, too."""
+    stripe = b.seg.stripes[b.bucket(VICTIM) & 15 : (b.bucket(VICTIM) & 15) + 1]
+    libc = ctypes.CDLL(None, use_errno=True)
+    at = ctypes.c_void_p(stripe["bell"].__array_interface__["data"][0])
+    while not int(stripe["word"][0]) >> 63:
+        if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            return
+    stripe["word"] = 0
+    stripe["bell"] += 1
+    libc.syscall(202, at, 1, 1, None, None, 0)
+
+
+@scenario(prepare=stripe_taken, meanwhile=release_and_ring)
+def waits(b: Bench) -> None:
+    b.cache.set(VICTIM, NEW)
+
+
+# -- running one case ------------------------------------------------------------------------------------------------
+
+
+def start(b: Bench, s: Scenario, armed: str) -> int:
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.environ["SHMCACHE_FAULT"] = armed
+            s.act(b)
+            os._exit(0)
+        except BaseException as e:
+            print(f"the operation raised {type(e).__name__}: {e}", file=sys.stderr, flush=True)
+            os._exit(1)
+    if s.meanwhile:
+        s.meanwhile(b, pid)
+    return pid
+
+
+def die(b: Bench, s: Scenario, armed: str) -> str:
+    status = os.waitpid(start(b, s, armed), 0)[1]
+    if os.WIFSIGNALED(status):
+        return "killed" if os.WTERMSIG(status) == signal.SIGKILL else f"signal {os.WTERMSIG(status)}"
+    return "done" if os.WEXITSTATUS(status) == 0 else "raised"
+
+
+def trace(b: Bench, s: Scenario) -> list[str]:
+    r, w = os.pipe()
+    os.set_inheritable(w, True)
+    with open(r) as lines:
+        # a reader of its own: the pipe is smaller than what a page's cutting says
+        reader = os.fork()
+        if reader == 0:
+            os.close(w)
+            with open(f"/dev/shm/{b.name}.trace", "w") as out:
+                counts = collections.Counter(line.rstrip("\n") for line in lines)
+                json.dump(counts, out)
+            os._exit(0)
+        ended = die(b, s, f"t{w:04d}")
+        os.close(w)
+        os.waitpid(reader, 0)
+    assert ended == "done", ended
+    with open(f"/dev/shm/{b.name}.trace") as f:
+        counts = json.load(f)
+    os.unlink(f"/dev/shm/{b.name}.trace")
+    return counts
+
+
+def in_fresh_process(b: Bench, look: Callable[[Bench], list[str]]) -> tuple[list[str], dict[str, float]]:
+    """look() in a forked child, which takes a row of its own: (what is wrong, how long the writes took in ms)."""
+    r, w = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            said = look(b)
+        except BaseException as e:
+            said = ([f"{type(e).__name__}: {e}"], {})
+        with open(w, "w") as out:
+            json.dump(said, out)
+        os._exit(0)
+    os.close(w)
+    with open(r) as f:
+        text = f.read()
+    status = os.waitpid(pid, 0)[1]
+    if status or not text:
+        return [f"the checking process ended with status {status}"], {}
+    said, took = json.loads(text)
+    return said, took
+
+
+def read_all(b: Bench, evicts: bool) -> list[str]:
+    wrong = []
+    for key, value in b.expected.items():
+        got = b.cache.get(key)
+        if got != value and not (got is None and evicts and key in b.fleeting):
+            wrong.append(f"{key!r} reads {got!r:.40}, not {value!r:.40}")
+    got = b.cache.get(VICTIM)
+    if not any(type(got) is type(v) and got == v for v in b.victim):
+        wrong.append(f"the operation's key reads {got!r:.60}")
+    return wrong[:5]
+
+
+def survivors(s: Scenario) -> Any:
+    """What a fresh process sees and does after the death."""
+
+    def look(b: Bench) -> Any:
+        wrong = read_all(b, s.evicts)
+        took = {}
+        began = time.monotonic()
+        b.cache.set(VICTIM, b"after")
+        took["same stripe"] = 1000 * (time.monotonic() - began)
+        for n in (60, 9000):
+            began = time.monotonic()
+            for i in range(6):
+                b.cache.set(b"after:%d:%d" % (n, i), b"a" * n)
+            took[f"same class {n}"] = 1000 * (time.monotonic() - began)
+        if b.cache.get(VICTIM) not in (b"after", None):
+            wrong.append("a later write is not read")
+        s.mend(b.cache)
+        wrong += b.cache.verify()
+        wrong += read_others(b, s.evicts)
+        b.cache.clear()
+        return wrong[:6], took
+
+    return look
+
+
+def read_others(b: Bench, evicts: bool) -> list[str]:
+    return [
+        f"after settling {key!r} reads wrong" for key, value in b.expected.items()
+        if (got := b.cache.get(key)) != value and not (got is None and (evicts and key in b.fleeting))
+    ][:3]  # fmt: skip
+
+
+def accounts(b: Bench) -> list[str]:
+    """Chunks, pages, locks, rows: nothing is lost, nobody holds anything. All others have gone."""
+    wrong = []
+    chunks = _sweep.settle(b.cache)
+    stats = b.cache.stats()
+    in_hand = sum(c["reserved"] for c in stats["slab_classes"])
+    if chunks["RETIRED"] or chunks["RESERVED"] or chunks["KEPT"] != in_hand:
+        wrong.append(f"chunks {chunks}, in hand {in_hand}")
+    kinds = np.bincount(b.seg.pages["word"] >> 56, minlength=5)
+    if kinds[1] or kinds[3] or len(kinds) > 5:
+        wrong.append(f"pages by kind {kinds}")
+    if int(b.seg.header["pages_n_free"]) != kinds[0]:
+        wrong.append(f"{b.seg.header['pages_n_free']} pages in the pool, {kinds[0]} are free")
+    if int(b.seg.header["overflow_n_free"]) + int((b.seg.overflow["word"] >> 56 == 2).sum()) != len(b.seg.overflow):
+        wrong.append("overflow buckets are lost")
+    for words in (b.seg.stripes["word"], b.seg.classes["word"], *(b.seg.header[p + "_word"] for p in ("pages", "overflow", "big"))):
+        if np.any(words):
+            wrong.append("a lock is held by nobody")
+    living = [p["pid"] for p in b.cache.processes()]
+    if living != [os.getpid()]:
+        wrong.append(f"rows are held by {living}")
+    if b.cache.stats()["supervisor"]["alive"]:
+        wrong.append("the dead supervisor lives")
+    return wrong + b.cache.verify()
+
+
+def stopped(b: Bench, s: Scenario, armed: str) -> tuple[list[str], dict[str, float]]:
+    """Stop the child there: readers go on, writers fail fast or succeed; continued, it finishes."""
+    pid = start(b, s, armed)
+    status = os.waitid(os.P_PID, pid, os.WSTOPPED | os.WEXITED)
+    if status.si_code not in (os.CLD_STOPPED, os.CLD_TRAPPED):
+        os.waitpid(pid, 0)
+        return [f"the operation did not stop: {status}"], {}
+
+    def look(b: Bench) -> Any:
+        b.cache.lock_limit = 0.02
+        took, wrong = {}, []
+        began = time.monotonic()
+        wrong += read_all(b, s.evicts)
+        took["reads"] = 1000 * (time.monotonic() - began)
+        refused = set()
+        for i in range(40):
+            began = time.monotonic()
+            key = b"elsewhere:%d" % i
+            try:
+                b.cache.set(key, b"e" * (60 if i % 2 else 9000))
+            except errors.CapacityError:
+                if i % 2 or not s.evicts:  # in a full segment the larger ones need pages of the class whose lock may be held
+                    refused.add(b.bucket(key) & 15)
+            took["a write"] = max(took.get("a write", 0), 1000 * (time.monotonic() - began))
+        if len(refused) > 1:
+            wrong.append(f"writes were refused in {len(refused)} stripes of 16; one process holds one stripe")
+        b.fleeting = set(b.expected)  # who cannot have the lock of a class evicts
+        return wrong + read_others(b, True), took
+
+    wrong, took = in_fresh_process(b, look)
+    os.kill(pid, signal.SIGCONT)
+    status = os.waitpid(pid, 0)[1]
+    if status:
+        wrong.append(f"continued, it ended with status {status}")
+    return wrong, took
+
+
+def run(name: str, s: Scenario, stop: bool, report: dict[str, Any]) -> None:
+    b = Bench(**s.options)
+    with contextlib.closing(b):
+        s.prepare(b)
+        saved = bytes(b.seg.bytes)
+        counts = trace(b, s)
+        clean_up_created(b)
+        for point, n in counts.items():
+            for nth in sorted({1, 2, n} & set(range(1, n + 1))) if not stop else [1]:
+                b.seg.bytes[:] = np.frombuffer(saved, np.uint8)
+                where = f"{name} / {point} / {nth} of {n}"
+                if stop:
+                    wrong, took = stopped(b, s, f"s{nth:04d}{point}")
+                    b.unplant()
+                else:
+                    ended = die(b, s, f"k{nth:04d}{point}")
+                    b.unplant()
+                    if ended != "killed":
+                        report["failed"].append(f"{where}: not killed there: {ended}")
+                        continue
+                    report["kills"] += 1
+                    wrong, took = in_fresh_process(b, survivors(s))
+                    for what, ms in took.items():
+                        report["took_ms"].setdefault(what, []).append(ms)
+                clean_up_created(b)
+                wrong = wrong + accounts_unless(b, s)
+                report["hit"].add(point)
+                report["failed"] += [f"{where}: {text}" for text in wrong]
+                for text in wrong:
+                    print(f"{where}: {text}", flush=True)
+                for what, ms in took.items() if stop else ():
+                    report["took_ms"].setdefault(what, []).append(ms)
+
+
+def accounts_unless(b: Bench, s: Scenario) -> list[str]:
+    if s.prepare is no_overflow_left:  # its overflow buckets were hidden by hand: free again, and the pool made anew
+        words, linked = b.seg.overflow["word"], set()
+        for at in b.seg.buckets["overflow"][b.seg.buckets["overflow"] != 0]:
+            while at:
+                linked.add(int(at) - 1)
+                at = b.seg.overflow["next"][int(at) - 1]
+        for i in range(len(words)):
+            if i not in linked and int(words[i]) >> 56 == 2:
+                words[i] = 0
+        free = [i for i in range(len(words)) if int(words[i]) == 0]
+        for i, after in zip(free, [*free[1:], None], strict=True):
+            b.seg.overflow["next"][i] = 0 if after is None else after + 1
+        b.seg.header["overflow_list"] = free[0] + 1 if free else 0
+        b.seg.header["overflow_n_free"] = len(free)
+    return accounts(b)
+
+
+def clean_up_created(b: Bench) -> None:
+    try:
+        shmcache.unlink(b.name + "-new")
+    except shmcache.SegmentNotFound:
+        pass
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", help="scenarios whose name contains this")
+    parser.add_argument("--stop", action="store_true", help="SIGSTOP and SIGCONT instead of SIGKILL")
+    args = parser.parse_args(argv)
+    if not hasattr(_core, "__file__") or b"SHMCACHE_FAULT" not in open(_core.__file__, "rb").read():
+        folder = special.build("-DSHMCACHE_FAULT_POINTS")
+        argv_, env = special.command(folder, "tests.crash.matrix", *sys.argv[1:])
+        return subprocess.run(argv_, env=env, cwd=folder).returncode
+    os.environ.pop("SHMCACHE_FAULT", None)
+    scenarios = dict(SCENARIOS)
+    if not args.stop:
+        for first, point in FIRST_DEATHS:
+            scenarios[f"take over after {first} / {point}"] = after_death(first, point)
+        for first, point in SETTLED_AT_ONCE:
+            scenarios[f"settle after {first} / {point}"] = after_death(first, point, settle_first=True)
+    report: dict[str, Any] = {"kills": 0, "failed": [], "hit": set(), "took_ms": {}}
+    began = time.monotonic()
+    for name, s in scenarios.items():
+        if args.only is None or args.only in name:
+            t0, before = time.monotonic(), len(report["failed"])
+            run(name, s, args.stop, report)
+            bad = len(report["failed"]) - before
+            print(f"{name:60} {time.monotonic() - t0:6.1f} s{f'  {bad} FAILED' if bad else ''}", flush=True)
+    missed = sorted(points_of_build() - report["hit"])
+    print(f"{report['kills']} kills at {len(report['hit'])} points in {len(scenarios)} scenarios, {time.monotonic() - began:.0f} s; failed: {len(report['failed'])}")
+    for what, ms in report["took_ms"].items():
+        print(f"  {what}: median {np.median(ms):.2f} ms, 99 % {np.percentile(ms, 99):.1f}, worst {max(ms):.1f}; over 100 ms: {sum(m > 100 for m in ms)} of {len(ms)}")
+    if missed and not args.only and not args.stop:
+        print("points never passed:", missed)
+        return 1
+    return 1 if report["failed"] else 0
+
+
+def points_of_build() -> set[str]:
+    from pathlib import Path
+
+    names = set()
+    for path in Path(_core.__file__).parent.glob("*.p*x*"):
+        names |= {line.strip()[7:-2] for line in path.read_text().splitlines() if line.strip().startswith('fault("')}
+    return names
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""Builds of the core that no user ever gets, each in a folder of its own under build/, together with a copy of the tests.
+
+    python -m tests.special -DSHMCACHE_FAULT_POINTS        builds it, prints the folder
+
+A process started in that folder with it on PYTHONPATH runs the special build; the source tree and the environment are left alone.
+
+    -DSHMCACHE_FAULT_POINTS      named places at which a test lets a process die or stop (crash/fault.pxd)
+    -DSHMCACHE_NO_VERSION_CHECK  readers trust what they copied
+    -DSHMCACHE_NO_TAKEOVER       nobody is ever taken for dead
+    -DSHMCACHE_NO_GENERATIONS    a token is a row, whoever has it
+    -fsanitize=address,undefined and the like
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+FAULT = ROOT / "tests" / "crash" / "fault.pxd"
+SOURCES = ("shmcache", "pyproject.toml", "setup.cfg", "README.md", "LICENSE")
+
+
+def points() -> set[str]:
+    """The names of all fault points."""
+    return {name for path in (ROOT / "shmcache/core").glob("*.p*x*") for name in re.findall(r"^ *#! (.+)$", path.read_text(), re.MULTILINE)}
+
+
+def call_faults(core: Path) -> None:
+    """Turn the comments that name fault points into calls."""
+    shutil.copy(FAULT, core / FAULT.name)
+    for path in core.glob("*.p*x*"):
+        text, n = re.subn(r"^( *)#! (.+)$", r'\1fault("\2")', path.read_text(), flags=re.MULTILINE)
+        if n:
+            path.write_text(text.replace("\nfrom shmcache.core.", "\nfrom shmcache.core.fault cimport fault\nfrom shmcache.core.", 1))
+
+
+def build(*flags: str) -> Path:
+    """The folder of the build with these compiler flags; made anew when the core's sources changed. About half a minute."""
+    digest = hashlib.sha256(repr((sys.version, flags)).encode())
+    for path in sorted([*(ROOT / "shmcache/core").glob("*.p*x*"), ROOT / "pyproject.toml", FAULT]):
+        digest.update(path.read_bytes())
+    folder = ROOT / "build" / "special" / digest.hexdigest()[:16]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "built").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            source = folder / "source"
+            source.mkdir(parents=True)
+            for name in SOURCES:
+                if (ROOT / name).is_dir():
+                    shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("*.so", "*.c", "__pycache__"))
+                else:
+                    shutil.copy(ROOT / name, source / name)
+            if "-DSHMCACHE_FAULT_POINTS" in flags:
+                call_faults(source / "shmcache" / "core")
+            pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target", str(folder), str(source)]
+            done = subprocess.run(pip, env={**os.environ, "CFLAGS": " ".join(flags)}, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"the build with {flags} failed:\n{done.stdout}\n{done.stderr}")
+            shutil.rmtree(source)
+            (folder / "built").touch()
+        for path in (ROOT / "shmcache").rglob("*.py"):  # the Python part as it is now: it is no part of the digest
+            shutil.copy(path, folder / path.relative_to(ROOT))
+        shutil.copytree(ROOT / "tests", folder / "tests", dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
+
+
+def command(folder: Path, *module_and_args: str) -> tuple[list[str], dict[str, str]]:
+    """(argv, environment) that run `python -m ...` on the build in this folder; start it with cwd=folder."""
+    return [sys.executable, "-m", *module_and_args], {**os.environ, "PYTHONPATH": str(folder)}
+
+
+if __name__ == "__main__":
+    print(build(*sys.argv[1:]))
