@@ -2,8 +2,8 @@
 #
 # Invariant: a page BIG(0) is listed by the reachable head that its row names; BIG(token) is being built by that process.
 # Whether a page belongs to somebody is asked of its head under the stripe of the head's hash, then acted on under the pool
-# lock with the row re-read: `head` differs as soon as the page serves another value, because a head chunk is not freed
-# before its pages.
+# lock with the row and the head's hash re-read: `head` differs when the page serves another head, the hash when that head
+# chunk serves another value with the same page.
 #
 # Crash while building: pages BIG(dead), head RESERVED(dead) -> pool, by settle_pages. Published, not yet marked: BIG(dead),
 # listed -> BIG(0). While freeing: BIG(0), head not reachable -> pool.

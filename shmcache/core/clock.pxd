@@ -132,6 +132,7 @@ cdef inline int evict_one(seg_t* s, uint32_t cls, uint64_t limit_ns, uint64_t* o
             n_live += 1
             r = ld8r(refs_of(s, addr))
             if r == 0 or stale(s, it):
+                #! evict: chosen
                 if evict_chunk(s, addr, cls, False, limit_ns) == OK:
                     out[0] = addr
                     return OK

@@ -19,7 +19,7 @@
 # Source: model/lock.pml checks this with deaths at every step; 40 pauses and 1..16 ms slices are measured there.
 from libc.stdint cimport uint32_t, uint64_t
 
-from shmcache.core.atomics cimport add64, cas64, cpu_pause, ld32, ld64, st64, xchg64
+from shmcache.core.atomics cimport add64, cas64, cpu_pause, ld32, ld64, st64, unlikely, xchg64
 from shmcache.core.layout cimport lock_t, seg_t
 from shmcache.core.token cimport BUSY, INTR, OK, TAKEN_OVER, dead, mono_ns, token_of
 
@@ -105,7 +105,8 @@ cdef inline int lock_take(seg_t* s, lock_t* l, uint64_t limit_ns) noexcept nogil
                     return TAKEN_OVER
                 continue
             if mono_ns() - t0 > (<uint64_t>SLICE_MIN_NS if ld64(&l.stalled) == token_of(w) else limit_ns):
-                st64(&l.stalled, token_of(w))
+                if limit_ns >= s.limit_ns:      # the impatient do not speak for all
+                    st64(&l.stalled, token_of(w))
                 note_wait(s, t0)
                 add64(&s.row.stalls, 1)
                 if slept:
@@ -129,6 +130,8 @@ cdef inline int lock_take(seg_t* s, lock_t* l, uint64_t limit_ns) noexcept nogil
 
 cdef inline void lock_release(lock_t* l) noexcept nogil:
     """Give the lock back. The holder has cleared its intent before."""
+    if unlikely(ld64(&l.stalled)):
+        st64(&l.stalled, 0)                 # it runs again
     #! lock: to be released
     if xchg64(&l.word, 0) & WAIT:
         #! lock: released, not rung

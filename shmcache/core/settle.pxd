@@ -31,7 +31,7 @@ from shmcache.core.bucket cimport bucket_of, bump, overflow_push_locked, overflo
 from shmcache.core.layout cimport REPAIRED_CHUNK, REPAIRED_OVERFLOW, REPAIRED_PAGE, class_t, item_t, overflow_t, page_t, seg_t, stripe_t
 from shmcache.core.lock cimport lock_release
 from shmcache.core.slab cimport avail_push_locked, chunk_class, chunk_push_locked, class_release, class_take, in_slab, \
-    item_at, page_cls, page_to_pool, rebuild_page_locked
+    item_at, page_cls, page_to_pool, pool_push_locked, pool_take, rebuild_page_locked
 from shmcache.core.token cimport KEPT, LIVE, OK, OV_LINKED, OV_RESERVED, PAGE_ACTIVE, PAGE_BIG, PAGE_CUTTING, PAGE_DRAINING, \
     RESERVED, RETIRED, dead, kind_of, token_of, word_of
 
@@ -95,9 +95,15 @@ cdef inline void settle_big_page(seg_t* s, uint64_t p, uint64_t limit_ns) noexce
             cas64(&pg.word, w, word_of(PAGE_BIG, 0))
             #! settle: big page sealed
         elif not listed:                                    # P4
-            if page_to_pool(s, p, w, head, limit_ns) == OK:
-                add64(&s.row.settled, 1)
-                add64(&s.row.repairs[REPAIRED_PAGE], 1)
+            #! settle: big page nobody's
+            if pool_take(s, limit_ns) == OK:
+                # the hash again: the head may have been freed and taken for another big value, and the page with it, so that the
+                # row says the same as before. Of this hash it can only be published under this stripe
+                if ld64(&pg.word) == w and ld64(&pg.head) == head and ld64(&item_at(s, head).hash) == h:
+                    pool_push_locked(s, p)
+                    add64(&s.row.settled, 1)
+                    add64(&s.row.repairs[REPAIRED_PAGE], 1)
+                lock_release(&s.header.pages.lock)
     stripe_release(st)
 
 cdef inline void settle_page(seg_t* s, uint64_t p, uint64_t limit_ns) noexcept nogil:

@@ -378,6 +378,8 @@ cdef inline int place_locked(seg_t* s, put_t* op, uint64_t b, found_t* f, uint64
     f.slot = f.empty
     if f.slot == NULL and f.hops < 60:
         f.slot = chain_grow_locked(s, b, f.last_link, min(limit_ns, <uint64_t>4000000))
+    if f.slot == NULL and limit_ns == 0 and ld64(&s.header.overflow.lock.word):
+        return BUSY             # the pool may have one: come again with time to wait
     if f.slot == NULL:
         find_dull_locked(s, b, f)
         if f.dull == NULL:
@@ -612,8 +614,11 @@ cdef inline uint64_t count_items(seg_t* s) noexcept nogil:
 
 cdef inline void clear_all(seg_t* s) noexcept nogil:
     """Everything stored before is gone: O(1), by a new epoch. Of two at once one suffices."""
-    cdef uint32_t e = ld32(&s.header.epoch)
-    if count_items(s):
+    cdef uint32_t e = ld32(&s.header.epoch), i
+    cdef bint any_ = count_items(s) != 0
+    for i in range(s.n_stripes):            # an item that is in its slot and not yet counted
+        any_ = any_ or ld64(&s.stripes[i].new) != 0
+    if any_:
         cas32(&s.header.epoch, e, e + 1)
         #! clear: epoch
 

@@ -804,6 +804,52 @@ def run(name: str, s: Scenario, stop: bool, report: dict[str, Any]) -> None:
                     report["took_ms"].setdefault(what, []).append(ms)
 
 
+# -- interleavings of two, one of whom is stopped at a point till the other has gone by -------------------------------
+
+
+class Stopped:
+    """A child that does act() and is stopped at a point; go() lets it finish."""
+
+    def __init__(self, b: Bench, act: Callable[[Bench], Any], point: str, nth: int = 1) -> None:
+        self.pid = start(b, Scenario(nothing, act), f"s{nth:04d}{point}")
+        status = os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WEXITED)
+        assert status.si_code in (os.CLD_STOPPED, os.CLD_TRAPPED), f"it does not pass {point}"
+
+    def go(self) -> None:
+        os.kill(self.pid, signal.SIGCONT)
+        assert os.waitpid(self.pid, 0)[1] == 0
+
+
+def settler_and_reused_pages(b: Bench) -> list[str]:
+    """A settler has found a page of a deleted big value to be nobody's; it is freed and taken again by another key of the same head."""
+    b.cache.set(b"K1", BIG_OLD)
+    f = Stopped(b, lambda b: b.cache.delete(b"K1"), "big: page to be freed")
+    s = Stopped(b, lambda b: _sweep.settle(b.cache), "settle: big page nobody's")
+    f.go()
+    for i in range(8):  # chunks of the head's class: one of them the same
+        b.put(b"K2:%d" % i, BIG_OLD)
+    s.go()
+    return read_others(b, False) + accounts(b)
+
+
+def evictor_and_recut_page(b: Bench) -> list[str]:
+    """A hand has chosen an item; its page is drained and cut anew for smaller items, one of them in the very place."""
+    b.full(b"x" * 1900, b"large")
+    b.seg.refs[:] = 0
+    e = Stopped(b, lambda b: b.cache.set(b"one more", b"x" * 1900), "evict: chosen")
+    for i in range(60_000):
+        b.put(b"small:%d" % i, b"%d" % i)
+    b.fleeting = set(b.expected)
+    e.go()
+    for i in range(2000):
+        b.put(b"later:%d" % i, b"x" * 1900)
+        b.fleeting.add(b"later:%d" % i)
+    return read_others(b, True) + accounts(b)
+
+
+RACES = [settler_and_reused_pages, evictor_and_recut_page]
+
+
 def accounts_unless(b: Bench, s: Scenario) -> list[str]:
     if s.prepare is no_overflow_left:  # its overflow buckets were hidden by hand: free again, and the pool made anew
         words, linked = b.seg.overflow["word"], set()
@@ -853,6 +899,12 @@ def main(argv: list[str] | None = None) -> int:
             run(name, s, args.stop, report)
             bad = len(report["failed"]) - before
             print(f"{name:60} {time.monotonic() - t0:6.1f} s{f'  {bad} FAILED' if bad else ''}", flush=True)
+    for race in RACES:
+        if args.only is None or args.only in race.__name__:
+            with contextlib.closing(Bench()) as b:
+                wrong = race(b)
+            report["failed"] += wrong
+            print(f"{race.__name__:60}{f'  FAILED {wrong}' if wrong else ''}", flush=True)
     missed = sorted(points_of_build() - report["hit"])
     print(f"{report['kills']} kills at {len(report['hit'])} points in {len(scenarios)} scenarios, {time.monotonic() - began:.0f} s; failed: {len(report['failed'])}")
     for what, ms in report["took_ms"].items():

@@ -183,6 +183,7 @@ def test_a_stopped_owner_is_not_robbed_and_readers_go_on(make):
     cache.set("k", 3)
     assert cache["k"] == 3
     assert cache.stats()["takeovers"] == 1
+    assert int(seg.stripes["stalled"][0]) == 0, "whoever releases the lock runs: nobody is to fail fast because of him"
     del seg
 
 

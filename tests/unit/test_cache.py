@@ -297,3 +297,19 @@ def test_pickle_codec_is_opted_into(name, make):
             cache.get("k")
         cache["m"] = {"a": (1,)}
         assert other["m"] == {"a": (1,)}
+
+
+def test_clear_hides_what_is_stored_and_not_yet_counted(cache):
+    """A writer between the store of its slot and that of the stripe's count: others have read the item already."""
+    cache["k"] = "v"
+    segment = cache.views(writable=True)
+    stripe = int(segment.stripes["count"].argmax())
+    segment.stripes["count"][stripe] = 0
+    segment.stripes["new"][stripe] = 1
+    cache.clear()
+    assert cache.get("k") is None
+    segment.stripes["new"][stripe] = 0
+    cache["another"] = 1
+    cache.clear()
+    segment.stripes["count"][stripe] = int(segment.header["epoch"]) << 32
+    del segment
