@@ -78,6 +78,9 @@ class Load:
         self.stopped = True
         for t in self.threads:
             t.join(TIMEOUT)
+        return self.so_far()
+
+    def so_far(self) -> list[tuple[str, int, str, float, int]]:
         return [n for notes in self.notes for n in notes]
 
 
@@ -154,7 +157,8 @@ def run(args: argparse.Namespace) -> int:
                 if load.phase == "without" and fraction > BASELINE:
                     load.phase = "with"
                 if not killed and fraction > KILL_AT:
-                    killed = psutil.Process(gunicorn.pid).children()[0].pid
+                    served = {n[1] for n in load.so_far()}
+                    killed = max((p.pid for p in psutil.Process(gunicorn.pid).children()), key=lambda pid: pid in served)
                     os.kill(killed, signal.SIGKILL)
                 if load.phase == "with" and fraction > RELOAD_AT:
                     gunicorn.send_signal(signal.SIGHUP)

@@ -37,5 +37,6 @@ cdef class Table:
     cdef int remove_view(self, seg_t* s, const uint8_t* key, size_t n, uint64_t h, uint64_t version,
                          bint only_expired) except -100
     cdef int change_expiry(self, object key, uint64_t expiry_ms) except -100
+    cdef bint interrupted(self, seg_t* s, Mapping held) except -1
     cdef bint row_alive(self, seg_t* s, uint32_t i)
     cdef int kept(self, seg_t* s, uint32_t r, uint64_t addr)

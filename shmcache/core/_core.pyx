@@ -31,7 +31,7 @@ from shmcache.core.siphash cimport siphash, siphash13
 from shmcache.core.slab cimport chunk_class, cls_mark, give_back_all, item_at, page_cls
 from shmcache.core.table cimport (
     ALWAYS, IF_ABSENT, IF_CLAIM, IF_PRESENT, IF_UNCLAIMED, IF_VERSION, RESTARTS, add_to, clear_all, count_items, give_up, next_keys, put, put_t,
-    read_begin, read_claim, read_copy, read_end, read_t, remove, remove_claim, set_expiry)
+    read_begin, read_claim, read_copy, read_end, read_t, remove, remove_claim, same_item, set_expiry, unchanged)
 from shmcache.core.token cimport (
     ABSENT, AGAIN, BUSY, EXISTS, INTR, KEPT, MISMATCH, NO_OFD, NO_ROOM, NO_ROW, NOT_INT, OK, OS_ERROR, OVERFLOW, SUPERVISOR_BYTE,
     close, dead, getpid, mono_ns, munmap, prober_ready, row_of, shm_ofd_lock, shm_reopen, shm_wiped_page, take_row, wall_ms, word_of)
@@ -504,6 +504,22 @@ cdef class Table:
             self.idle.set()
         return 0
 
+    cdef bint interrupted(self, seg_t* s, Mapping held) except -1:
+        """A signal came in the middle of a call: run its handlers. They may close this handle (so the call is not counted
+        meanwhile, or close() would wait for itself) or fork: True in the child, which has a row of its own then and must
+        forget what the call had in hand, for it is the parent's. An exception in the child leaves it without a row.
+        """
+        cdef uint64_t me = s.me[0]
+        self.leave()
+        try:
+            PyErr_CheckSignals()
+        finally:
+            self.enter(s)
+        if s.me[0] == me:
+            return False
+        held.revive()
+        return True
+
     def _encode(self, value):
         raise errors.UnsupportedValue(f"this table stores bytes, str and int, not {type(value).__name__}")
 
@@ -606,7 +622,7 @@ cdef class Table:
                         stripe_release(stripe_of(s, bucket_of(s, h)))
                 if rc != INTR:
                     break
-                PyErr_CheckSignals()
+                self.interrupted(s, held)
         finally:
             self.leave()
         if rc == ABSENT:
@@ -675,7 +691,7 @@ cdef class Table:
         s = self.ready()
         for _ in range(RESTARTS):
             rc = read_begin(s, k, n, siphash13(k, n, s.k0, s.k1), &r)
-            if rc != AGAIN:
+            if rc == ABSENT or (rc == OK and (unchanged(&r) or same_item(s, &r))):
                 return rc == OK
         return self.read(key, MISS, &version) is not MISS
 
@@ -692,7 +708,7 @@ cdef class Table:
             rc = read_begin(s, k, n, siphash13(k, n, s.k0, s.k1), &r)
             if rc == ABSENT:
                 return None
-            if rc == OK:
+            if rc == OK and (unchanged(&r) or same_item(s, &r)):
                 return INFINITY if r.expiry_ms == 0 else max(0, <int64_t>(r.expiry_ms - now_ms(s))) / 1000.0
             PyErr_CheckSignals()
 
@@ -727,8 +743,10 @@ cdef class Table:
     cdef int put_view(self, seg_t* s, put_t* op) except -100:
         """Put what op points at: OK, EXISTS, ABSENT or MISMATCH."""
         cdef Mapping held = self.mapping
+        cdef uint64_t me
         cdef int rc = put(s, op, 0)
         if rc == BUSY or rc == NO_ROOM:
+            me = s.me[0]
             self.enter(s)
             try:
                 while True:
@@ -736,9 +754,11 @@ cdef class Table:
                         rc = put(s, op, s.limit_ns)
                     if rc != INTR:
                         break
-                    PyErr_CheckSignals()
+                    if self.interrupted(s, held):
+                        op.chunk = 0
+                        me = s.me[0]
             finally:
-                if op.chunk:
+                if op.chunk and s.me[0] == me:
                     give_up(s, op)
                 self.leave()
         elif op.chunk:
@@ -872,7 +892,7 @@ cdef class Table:
                         rc = remove(s, key, n, h, version, only_expired, s.limit_ns)
                     if rc != INTR:
                         break
-                    PyErr_CheckSignals()
+                    self.interrupted(s, held)
             finally:
                 self.leave()
         if rc != OK and rc != ABSENT and rc != MISMATCH:
@@ -998,11 +1018,12 @@ cdef class Table:
             try:
                 with nogil:
                     rc = remove_claim(s, k, n, h, version, s.limit_ns)
+                if rc == INTR:
+                    self.interrupted(s, held)
             finally:
                 self.leave()
             if rc == BUSY:
                 break
-            PyErr_CheckSignals()
         if rc != OK and rc != MISMATCH:
             fail(rc)
         return rc == OK
@@ -1087,11 +1108,12 @@ cdef class Table:
             try:
                 with nogil:
                     rc = set_expiry(s, k, n, h, expiry_ms, s.limit_ns)
+                if rc == INTR:
+                    self.interrupted(s, held)
             finally:
                 self.leave()
             if rc == BUSY:
                 break
-            PyErr_CheckSignals()
         if rc != OK and rc != ABSENT:
             fail(rc)
         return rc
@@ -1173,7 +1195,7 @@ cdef class Table:
                     room *= 2
                     continue
                 if rc == INTR:
-                    PyErr_CheckSignals()
+                    self.interrupted(s, held)
                     continue
                 if rc != OK:
                     fail(rc)

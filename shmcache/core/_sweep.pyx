@@ -23,6 +23,7 @@ Invariants, by the numbers that verify() reports. They hold for whoever holds th
     I18  a CLOCK count is 0 to 3                                                                         (none)
     I19  a chunk KEPT by a living process is named by a slot of its row                                  (none; looked at five times)
     I20  the header still says what it said when this process attached                                   (none)
+    I21  a page's row says free, being cut, of a class, or of a big value, and its class fits            (page pool)
 """
 from cpython.exc cimport PyErr_CheckSignals
 from libc.errno cimport errno
@@ -35,18 +36,18 @@ from shmcache.core._core cimport Mapping, Table
 from shmcache.core.atomics cimport ld32, ld64, st8r, st32, st64
 from shmcache.core.big cimport big_lists, big_shape, big_t
 from shmcache.core.bucket cimport (
-    ADDR_MASK, bucket_of, bump, chain_first, chain_next, chain_t, overflow_take, slot_naming, stripe_of, stripe_release, stripe_take)
+    ADDR_MASK, MAX_HOPS, bucket_of, bump, chain_first, chain_next, chain_t, overflow_push_locked, overflow_repair, overflow_take, slot_naming, stripe_of, stripe_release, stripe_take)
 from shmcache.core.layout cimport (
-    BATCH_CLASSES, BATCH_SLOTS, FLAG_BIG, MAX_KEY, MAX_REFS, OV_SLOTS, REFS_SHIFT, PARKED_SLOTS, class_t, item_t, overflow_t, page_t, seg_t, stripe_t)
+    BATCH_CLASSES, BATCH_SLOTS, CLS_BIG, CLS_POOL, FLAG_BIG, MAX_KEY, MAX_REFS, OV_SLOTS, REFS_SHIFT, PARKED_SLOTS, class_t, item_t, overflow_t, page_t, seg_t, stripe_t)
 from shmcache.core.clock cimport evict_chunk, evict_one, give_page, stale, take_page
 from shmcache.core.lock cimport lock_release, lock_take, shm_sleep
-from shmcache.core.settle cimport settle_chunk, settle_overflow, settle_page, settle_pages
+from shmcache.core.settle cimport in_chain, settle_chunk, settle_overflow, settle_page, settle_pages
 from shmcache.core.siphash cimport siphash13
 from shmcache.core.slab cimport (
-    chunk_addr, chunk_class, chunk_free_list, chunk_push_locked, class_release, class_repair, class_take, in_slab, item_at, page_cls, page_in_class, page_room, pool_repair, pool_take, rebuild_page_locked,
+    chunk_addr, chunk_class, chunk_free_list, cls_mark, chunk_push_locked, class_release, class_repair, class_take, in_slab, item_at, page_cls, page_in_class, page_room, pool_push_locked, pool_repair, pool_take, rebuild_page_locked,
     refs_of, value_offset, avail_push_locked)
 from shmcache.core.token cimport (
-    FREE, KEPT, LIVE, OK, OV_FREE, OV_LINKED, PAGE_ACTIVE, PAGE_BIG, PAGE_DRAINING, PAGE_FREE, RESERVED, RETIRED,
+    FREE, KEPT, LIVE, OK, OV_FREE, OV_LINKED, PAGE_ACTIVE, PAGE_BIG, PAGE_CUTTING, PAGE_DRAINING, PAGE_FREE, RESERVED, RETIRED,
     SUPERVISOR_BYTE, close, dead, kind_of, mono_ns, munmap, prober_ready, row_of, shm_keep_description, shm_ofd_lock, shm_reopen, token_of, word_of)
 
 import gc
@@ -363,6 +364,19 @@ cdef class Verifier:
                 usleep(5000)
         return False
 
+    cdef int page(self, uint64_t p) except -1:
+        cdef seg_t* s = self.s
+        cdef int rc
+        if page_sound(s, p):
+            return 0
+        with nogil:
+            rc = pool_take(s, 10 * s.limit_ns)
+        self.wait(rc)
+        if not page_sound(s, p):
+            self.say(f"I21 page {p}: its row says {ld64(&s.pages[p].word):#x} of class {ld32(&s.pages[p].cls):#x}")
+        lock_release(&s.header.pages.lock)
+        return 0
+
     cdef int header(self) except -1:
         cdef seg_t* s = self.s
         h = s.header
@@ -387,6 +401,8 @@ cdef class Verifier:
         for p in range(s.n_pages):
             self.chunks(p)
             self.big_page(p)
+        for p in range(s.n_pages):
+            self.page(p)
         self.pools()
         return self.found
 
@@ -598,17 +614,15 @@ cdef class Supervision:
 # ---- repair of damage -----------------------------------------------------------------------------------------------------
 
 cdef inline bint sound(seg_t* s, uint64_t b, uint64_t w) noexcept nogil:
-    """Does this slot of b's chain name a LIVE item that belongs there and fits its chunk? (I1 to I4, I6)"""
+    """Does this slot of b's chain name a LIVE item that belongs there and fits its chunk? (I1 to I6)"""
     cdef uint64_t addr = w & ADDR_MASK, room
     cdef uint32_t index = 0
-    cdef item_t* it
+    cdef int cls = chunk_class(s, addr, &index)
+    cdef item_t* it = item_at(s, addr)
     cdef big_t big
-    if not in_slab(s, addr) or chunk_class(s, addr, &index) < 0:
+    if cls < 0 or kind_of(ld64(&it.word)) != LIVE or it.cas == 0 or (it.hash ^ w) >> 48 or bucket_of(s, it.hash) != b:
         return False
-    it = item_at(s, addr)
-    if kind_of(ld64(&it.word)) != LIVE or (it.hash ^ w) >> 48 or bucket_of(s, it.hash) != b:
-        return False
-    room = page_room(s, addr)
+    room = s.chunk_bytes[cls]
     if it.key_bytes == 0 or it.key_bytes > MAX_KEY or value_offset(it.key_bytes) > room:
         return False
     if it.hash != siphash13(<uint8_t*>it + 48, it.key_bytes, s.k0, s.k1):
@@ -619,6 +633,22 @@ cdef inline bint sound(seg_t* s, uint64_t b, uint64_t w) noexcept nogil:
     return value_offset(it.key_bytes) + it.value_bytes <= room
 
 
+cdef inline bint page_sound(seg_t* s, uint64_t p) noexcept nogil:
+    """Does the row say one of the things that a row can say? (I21)"""
+    cdef uint64_t w = ld64(&s.pages[p].word)
+    cdef uint32_t mark = ld32(&s.pages[p].cls)
+    cdef int kind = kind_of(w)
+    if kind == PAGE_FREE:
+        return w == 0 and mark == cls_mark(CLS_POOL)
+    if kind == PAGE_ACTIVE:
+        return page_cls(s, p) >= 0          # its token means nothing
+    if kind == PAGE_DRAINING:
+        return page_cls(s, p) >= 0 and token_of(w) != 0
+    if kind == PAGE_BIG:
+        return mark == cls_mark(CLS_BIG) or token_of(w) != 0
+    return kind == PAGE_CUTTING and token_of(w) != 0
+
+
 def repair(Table table not None):
     """Remove what is damaged, so that the rest is sound: clear slots that name no item of their bucket, free items that no slot names,
     count stripes anew, then settle() and rebuild every list. Returns: (slots cleared, items freed)."""
@@ -627,9 +657,14 @@ def repair(Table table not None):
     cdef stripe_t* st
     cdef chain_t c
     cdef item_t* it
+    cdef overflow_t* ov
     cdef uint64_t b, h, p, addr, n, cleared = 0, freed = 0
-    cdef uint32_t i, k, cls
+    cdef uint32_t i, k, cls, nxt
+    cdef uint32_t* link
     cdef int j
+    cdef uint8_t* chained = <uint8_t*>calloc(s.n_overflow, 1)      # overflow buckets that a chain was seen to lead to
+    if chained == NULL:
+        raise MemoryError
     with nogil:
         for i in range(s.n_stripes):
             st = &s.stripes[i]
@@ -638,6 +673,22 @@ def repair(Table table not None):
             n = 0
             b = i
             while b < s.n_buckets:
+                link = &s.buckets[b].overflow
+                j = 0
+                while True:
+                    nxt = ld32(link)
+                    if nxt == 0:
+                        break
+                    if nxt > s.n_overflow or chained[nxt - 1] or j >= MAX_HOPS:
+                        st32(link, 0)           # it leads nowhere, or into another chain
+                        bump(s, b)
+                        break
+                    chained[nxt - 1] = 1
+                    ov = &s.overflow[nxt - 1]
+                    st32(&ov.head, <uint32_t>b)
+                    st64(&ov.word, word_of(OV_LINKED, 0))
+                    link = &ov.next
+                    j += 1
                 chain_first(s, b, &c)
                 while True:
                     for j in range(c.n_slots):
@@ -655,9 +706,6 @@ def repair(Table table not None):
                         n += it.epoch == ld32(&s.header.epoch)
                     if not chain_next(s, &c):
                         break
-                if ld32(c.link):                # the chain does not end: cut it behind its last bucket
-                    st32(c.link, 0)
-                    bump(s, b)
                 b += s.n_stripes
             st64(&st.count, <uint64_t>ld32(&s.header.epoch) << 32 | n)
             stripe_release(st)
@@ -692,11 +740,40 @@ def repair(Table table not None):
                         rebuild_page_locked(s, p, cls)
                 class_repair(s, cls)
                 class_release(s, cls)
+        for p in range(s.n_pages):              # rows that say nothing sensible: no slot names a chunk there any more
+            if not page_sound(s, p) and pool_take(s, s.limit_ns) == OK:
+                if not page_sound(s, p):
+                    pool_push_locked(s, p)
+                lock_release(&s.header.pages.lock)
         if pool_take(s, s.limit_ns) == OK:
             pool_repair(s)
             lock_release(&s.header.pages.lock)
+        for p in range(s.n_overflow):
+            ov = &s.overflow[p]
+            b = ld32(&ov.head)
+            if chained[p] or ld64(&ov.word) == word_of(OV_FREE, 0):
+                continue
+            st = stripe_of(s, b if b < s.n_buckets else 0)
+            if stripe_take(s, st, s.limit_ns) != OK:
+                continue
+            if not (b < s.n_buckets and in_chain(s, b, p)) and ld32(&ov.head) == b and overflow_take(s, s.limit_ns) == OK:
+                for j in range(OV_SLOTS):
+                    st64(&ov.slot[j], 0)
+                if b < s.n_buckets:
+                    bump(s, b)
+                overflow_push_locked(s, p)
+                lock_release(&s.header.overflow.lock)
+            stripe_release(st)
+        if overflow_take(s, s.limit_ns) == OK:
+            for p in range(s.n_overflow):
+                if ld64(&s.overflow[p].word) == word_of(OV_FREE, 0):
+                    for j in range(OV_SLOTS):
+                        st64(&s.overflow[p].slot[j], 0)
+            overflow_repair(s)
+            lock_release(&s.header.overflow.lock)
         for addr in range((s.n_pages << s.page_shift) >> REFS_SHIFT):
             if s.refs[addr] > MAX_REFS:
                 st8r(&s.refs[addr], 0)
+    free(chained)
     settle(table)
     return cleared, freed

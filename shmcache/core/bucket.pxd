@@ -180,10 +180,15 @@ cdef inline void overflow_push_locked(seg_t* s, uint64_t i) noexcept nogil:
     st64(&pool.n_free, pool.n_free + 1)
 
 cdef inline int overflow_take(seg_t* s, uint64_t limit_ns) noexcept nogil:
-    cdef uint64_t i
     cdef int rc = lock_take(s, &s.header.overflow.lock, limit_ns)
-    if rc != TAKEN_OVER:
-        return rc
+    if rc == TAKEN_OVER:
+        overflow_repair(s)
+        return OK
+    return rc
+
+cdef inline void overflow_repair(seg_t* s) noexcept nogil:
+    """The list anew, from the words; the pool's lock is held."""
+    cdef uint64_t i
     add64(&s.row.repairs[REPAIRED_POOL], 1)
     st64(&s.header.overflow.list, 0)
     st64(&s.header.overflow.n_free, 0)
@@ -193,7 +198,6 @@ cdef inline int overflow_take(seg_t* s, uint64_t limit_ns) noexcept nogil:
         i -= 1
         if ld64(&s.overflow[i].word) == word_of(OV_FREE, 0):
             overflow_push_locked(s, i)
-    return OK
 
 cdef inline uint64_t* chain_grow_locked(seg_t* s, uint64_t b, uint32_t* link, uint64_t limit_ns) noexcept nogil:
     """Link an empty overflow bucket behind the last of b's chain; its first slot, or NULL: there is none to be had.
@@ -208,7 +212,10 @@ cdef inline uint64_t* chain_grow_locked(seg_t* s, uint64_t b, uint32_t* link, ui
     if (ld64(&pool.list) == 0 and ld64(&pool.lock.word) == 0) or overflow_take(s, limit_ns) != OK:
         return NULL             # an empty list under a lock may be one that its dead holder was making anew
     i = ld64(&pool.list) - 1
-    if i >= s.n_overflow or kind_of(ld64(&s.overflow[i].word)) != OV_FREE:
+    if i < s.n_overflow and kind_of(ld64(&s.overflow[i].word)) != OV_FREE or i >= s.n_overflow and i + 1:
+        overflow_repair(s)      # a damaged list
+        i = ld64(&pool.list) - 1
+    if i >= s.n_overflow:
         lock_release(&pool.lock)
         return NULL
     ov = &s.overflow[i]

@@ -301,7 +301,9 @@ cdef inline int take_page(seg_t* s, int for_cls, bint force, uint64_t limit_ns, 
             cas64(&s.classes[x].hand, ld64(&s.classes[x].hand), <uint64_t>(ld32(&s.pages[p].next) - 1) << 32)
             continue
         turned = False
-        if evict_one(s, x, limit_ns, &victim, &turned) == OK:
+        if p < s.n_pages and ld32(&s.pages[p].n_free) == s.page_chunks[x]:
+            pass                        # nothing to evict here, and a hand could walk far before it finds an item
+        elif evict_one(s, x, limit_ns, &victim, &turned) == OK:
             was_big = item_at(s, victim).flags & FLAG_BIG
             p = page_of(s, victim)
             chunk_free_list(s, x, victim, limit_ns)

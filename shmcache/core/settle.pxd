@@ -140,6 +140,8 @@ cdef inline void settle_overflow(seg_t* s, uint64_t n, uint64_t limit_ns) noexce
     cdef uint64_t i, j, k, w, b, at = add64(&s.header.overflow.cursor, n) % s.n_overflow
     cdef overflow_t* ov
     cdef stripe_t* st
+    if ld64(&s.header.overflow.lock.word) and overflow_take(s, limit_ns) == OK:     # its holder may be dead, and nobody in need
+        lock_release(&s.header.overflow.lock)
     for i in range(min(n, s.n_overflow)):
         j = (at + i) % s.n_overflow
         ov = &s.overflow[j]

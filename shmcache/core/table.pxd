@@ -206,8 +206,8 @@ cdef inline void find_locked(seg_t* s, uint64_t b, const uint8_t* key, size_t n,
                 f.slot = &c.slot[i]
                 f.addr = r.addr
                 f.live = not stale(s, item_at(s, r.addr))
-                f.claimed = f.live and r.flags & FLAG_CLAIM
-                if f.claimed:
+                f.claimed = f.live and r.flags & FLAG_CLAIM and r.value_bytes == 16
+                if r.flags & FLAG_CLAIM:        # of another size: damage, neither a value nor a claim
                     f.live = False
                 return
         if not chain_next(s, &c):
@@ -615,12 +615,16 @@ cdef inline uint64_t count_items(seg_t* s) noexcept nogil:
 cdef inline void clear_all(seg_t* s) noexcept nogil:
     """Everything stored before is gone: O(1), by a new epoch. Of two at once one suffices."""
     cdef uint32_t e = ld32(&s.header.epoch), i
-    cdef bint any_ = count_items(s) != 0
-    for i in range(s.n_stripes):            # an item that is in its slot and not yet counted
-        any_ = any_ or ld64(&s.stripes[i].new) != 0
-    if any_:
-        cas32(&s.header.epoch, e, e + 1)
-        #! clear: epoch
+    cdef uint64_t busy, count
+    for i in range(s.n_stripes):
+        busy = ld64(&s.stripes[i].new)      # first: an item may be in its slot and not yet counted, and is counted before new is cleared
+        count = ld64(&s.stripes[i].count)
+        if busy or (count >> 32 == e and <uint32_t>count):
+            break
+    else:
+        return
+    cas32(&s.header.epoch, e, e + 1)
+    #! clear: epoch
 
 cdef inline int next_keys(seg_t* s, uint64_t b, uint8_t* to, uint32_t room, uint32_t* used, uint64_t limit_ns) noexcept nogil:
     """The keys of one chain at one instant, each as u16 length + bytes: OK, NO_ROOM (a larger buffer), BUSY or INTR."""

@@ -11,12 +11,12 @@
 # mean nothing in another container.
 #
 # Race table
-#   two take one row         F_OFD_SETLK is the taking; the loser tries the next row
+#   two take one row         F_OFD_SETLK of the row's second byte, TAKING_BYTE on, is the taking; the loser tries the next row
 #   ask vs die               "alive" may be old by the time it is used: the asker waits one slice more. "dead" is final
-#   ask vs row taken anew    gen is counted up after the byte is locked: the asker sees another gen, or a locked byte; the
-#                            latter says "alive" of a dead token until gen moves, an instant later
+#   ask vs row taken anew    gen is counted up before the life byte is locked: the asker sees another gen, or a free byte, and
+#                            never takes the dead for alive, however long the successor is stopped on the way
 #   ask about oneself        the prober would answer right, but is never asked: own token = alive
-# Crash: after the lock, before gen: the byte is free again, gen is the dead predecessor's; nothing carries a new token.
+# Crash: between the two locks: both are free again; nothing carries the token of the generation that began there.
 from libc.stdint cimport uint32_t, uint64_t
 
 from shmcache.core.atomics cimport ld64, st64
@@ -70,6 +70,7 @@ cdef extern from *:
 
     #define SHM_LIFE_BYTE ((off_t)1 << 62)
     #define SHM_SUPERVISOR_BYTE 65536       /* behind it: one more byte, for the one supervisor of a segment */
+    #define SHM_TAKING_BYTE 131072          /* and one per row, for him who takes it */
 
     /* 0 done or free, 1 held by another, -1 error */
     static int shm_ofd_lock(int fd, int ask, uint32_t row) {
@@ -130,6 +131,7 @@ cdef extern from *:
     static inline uint64_t wall_ms(void) { return shm_clock_ns(CLOCK_REALTIME) / 1000000u; }
     """
     const uint32_t SUPERVISOR_BYTE "SHM_SUPERVISOR_BYTE"
+    const uint32_t TAKING_BYTE "SHM_TAKING_BYTE"
     const bint ALL_ALIVE "SHM_ALL_ALIVE"
     const uint64_t GEN_STEP "SHM_GEN_STEP"
     int shm_ofd_lock(int fd, bint ask, uint32_t row) noexcept nogil
@@ -177,13 +179,14 @@ cdef inline bint dead(seg_t* s, uint64_t token) noexcept nogil:
     return shm_ofd_lock(s.prober, True, r) == 0 and ld64(&s.rows[r].gen) == token >> 16 or \
         ld64(&s.rows[r].gen) != token >> 16
 
+cdef inline void count_generation(seg_t* s, uint32_t r) noexcept nogil:
+    cdef uint64_t gen = (ld64(&s.rows[r].gen) + GEN_STEP) & ((<uint64_t>1 << 40) - 1)
+    st64(&s.rows[r].gen, gen if gen else 1)
+
 cdef inline void row_begin(seg_t* s, uint32_t r) noexcept nogil:
     """Start a life in row r, whose byte this process has just locked. What the dead had in hand is told by his token."""
     cdef row_t* row = &s.rows[r]
-    cdef uint64_t gen = (ld64(&row.gen) + GEN_STEP) & ((<uint64_t>1 << 40) - 1)
     cdef int i, j
-    st64(&row.gen, gen if gen else 1)
-    #! row: gen counted
     for i in range(BATCH_CLASSES):
         for j in range(BATCH_SLOTS):
             st64(&row.batch[i][j], 0)
@@ -214,10 +217,16 @@ cdef inline int take_row(seg_t* s) noexcept nogil:
         return OS_ERROR
     for i in range(s.n_rows):
         r = (start + i) % s.n_rows
-        rc = shm_ofd_lock(fd, False, r)
+        rc = shm_ofd_lock(fd, False, r + TAKING_BYTE)
         if rc == 0:
+            #! row: being taken
+            count_generation(s, r)
+            #! row: gen counted
+            rc = shm_ofd_lock(fd, False, r)
             #! row: byte locked
-            close(fd)                                   # the mapping keeps the description, and so the lock
+            if rc != 0:
+                break
+            close(fd)                                   # the mapping keeps the description, and so the locks
             if shm_ofd_lock(s.prober, True, r) != 1:    # held, but the prober does not see it: all would look dead
                 munmap(s.lock_page, 4096)
                 s.lock_page = NULL

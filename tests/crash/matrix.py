@@ -847,7 +847,20 @@ def evictor_and_recut_page(b: Bench) -> list[str]:
     return read_others(b, True) + accounts(b)
 
 
-RACES = [settler_and_reused_pages, evictor_and_recut_page]
+def dead_holder_and_stopped_successors(b: Bench) -> list[str]:
+    """Somebody dies with a stripe; every free row, his too, is then being taken by processes that are stopped on the way."""
+    basic(b)
+    assert die(b, SCENARIOS["set_replace"], "k0001put: slot stored") == "killed"
+    stopped_ = [Stopped(b, lambda b: b.cache.get(VICTIM), "row: being taken") for _ in range(5)]
+    began = time.monotonic()
+    b.cache.set(VICTIM, b"after")
+    took = time.monotonic() - began
+    for s in stopped_:
+        s.go()
+    return ([f"the stripe was had after {took:.2f} s"] if took > 1 else []) + read_others(b, False) + accounts(b)
+
+
+RACES = [dead_holder_and_stopped_successors, settler_and_reused_pages, evictor_and_recut_page]
 
 
 def accounts_unless(b: Bench, s: Scenario) -> list[str]:

@@ -264,3 +264,13 @@ def test_chunks_freed_while_no_list_is_to_be_had_come_back(make):
         os.kill(holder, signal.SIGKILL)
         os.waitpid(holder, 0)
         del seg
+
+
+def test_a_value_that_was_made_a_claim_by_damage_is_claimed_over(place):
+    place.item["flags"] = 2
+    assert place.cache.get(b"k") is None
+    version = place.cache.claim(b"k", 10.0)
+    assert version > 0
+    assert place.cache.fill(b"k", b"new", version)
+    settled(place)
+    assert place.cache[b"k"] == b"new"

@@ -187,6 +187,66 @@ def test_a_stopped_owner_is_not_robbed_and_readers_go_on(make):
     del seg
 
 
+def held_stripe(cache):
+    """A stopped process that holds the only stripe: (its pid, writable views)."""
+    seg = cache.views(writable=True)
+    holder = child(lambda: cache.get("k") and os.kill(os.getpid(), signal.SIGSTOP) is None)
+    os.waitpid(holder, os.WUNTRACED)
+    row = int(np.flatnonzero(seg.rows["pid"] == holder)[0])
+    seg.stripes["word"][0] = int(seg.rows["gen"][row]) << 16 | row + 1
+    return holder, seg
+
+
+def test_a_handler_may_close_the_handle_that_waits(make):
+    cache = make(lock_limit=0.5, stripes=1)
+    cache["k"] = 1
+    holder, seg = held_stripe(cache)
+    del seg
+    for call in (lambda c: c.set("k", 2), lambda c: c.delete("k"), lambda c: c.touch("k", 5), lambda c: c.incr("k")):
+        with shmcache.attach(cache.name) as other:
+            signal.signal(signal.SIGALRM, lambda *a, other=other: other.close())
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+            began = time.monotonic()
+            with pytest.raises((errors.StripeBusy, errors.CacheClosed)):
+                call(other)
+            assert time.monotonic() - began < 5, "close() waited for the call that it interrupted"
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    os.kill(holder, signal.SIGKILL)
+    ended(holder)
+
+
+def test_a_handler_may_fork_in_the_middle_of_a_write(make):
+    cache = make(lock_limit=20, stripes=1)
+    cache["k"] = 1
+    holder, seg = held_stripe(cache)
+    children = []
+
+    def handler(*args):
+        pid = os.fork()
+        if pid == 0:
+            return  # the child goes on with the same write
+        children.append(pid)
+        os.kill(holder, signal.SIGKILL)
+        os.waitpid(holder, 0)
+
+    me = os.getpid()
+    signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.1)
+    try:
+        cache.set("k", b"x" * 50)
+    finally:
+        if os.getpid() != me:
+            os._exit(0 if cache.get("k") == b"x" * 50 else 1)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    ended(children[0])
+    assert cache["k"] == b"x" * 50
+    for i in range(20):
+        cache.set(f"other {i}", b"y" * 50)
+    assert cache["k"] == b"x" * 50
+    assert cache.verify() == []
+    del seg
+
+
 def test_ctrl_c_while_waiting_leaves_nothing_in_hand(make):
     cache = make(lock_limit=60, stripes=1)
     cache["k"] = 1

@@ -138,10 +138,14 @@ def header(x):
     x.c["chunk_bytes"][5] += 16
 
 
+def page_class(x):
+    x.p["cls"][x.page(2)] ^= 1
+
+
 PLANTED = [
     (1, bad_address), (2, wrong_kind), (3, wrong_tag), (4, wrong_bucket), (5, wrong_key), (6, too_long), (7, twice), (8, version_ahead), (9, lost),
     (10, free_list), (11, ring), (11, avail), (11, class_free), (12, pool), (13, big_page), (14, big_page_unlisted), (15, count), (16, chain), (17, overflow_pool),
-    (18, refs), (19, in_hand), (20, header),
+    (18, refs), (19, in_hand), (20, header), (21, page_class),
 ]  # fmt: skip
 
 
@@ -161,4 +165,4 @@ def test_planted_violation_is_named(name, number, plant):
 def test_every_invariant_has_a_plant():
     numbers = {int(n) for n in re.findall(r"^    I(\d+) ", sweep.__doc__, re.MULTILINE)}
     assert numbers == {n for n, _ in PLANTED}
-    assert len(numbers) == 20
+    assert len(numbers) == 21

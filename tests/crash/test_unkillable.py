@@ -1,0 +1,71 @@
+"""The long crash programs, as often as there is time for at every landing; each can be run by hand for longer."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests import special
+from tests.special import ROOT
+
+
+def run(*module_and_args, timeout=600, build=None):
+    if build is None:
+        return subprocess.run([sys.executable, "-m", *module_and_args], cwd=ROOT, capture_output=True, text=True, check=False, timeout=timeout)
+    argv, env = special.command(build, *module_and_args)
+    return subprocess.run(argv, env=env, cwd=build, capture_output=True, text=True, check=False, timeout=timeout)
+
+
+def report_of(out):
+    return json.loads(out.stdout[out.stdout.index("{") :])
+
+
+@pytest.mark.slow
+def test_every_fault_point_of_every_operation():
+    """Who dies there leaves nothing that others notice; every point is passed by some operation."""
+    out = run("tests.crash.matrix")
+    assert out.returncode == 0, out.stdout + out.stderr
+    assert "failed: 0" in out.stdout
+
+
+@pytest.mark.slow
+def test_stopped_at_fault_points():
+    """Who is stopped there is not robbed; readers go on, and writers but for what he holds."""
+    for name in ("set_replace", "set_first_of_class", "delete", "incr", "chain", "big_replace"):
+        out = run("tests.crash.matrix", "--stop", "--only", name)
+        assert out.returncode == 0, out.stdout + out.stderr
+
+
+@pytest.mark.slow
+def test_storm():
+    out = run("tests.crash.storm", "--kills", "500", "--seed", "1")
+    assert out.returncode == 0, out.stdout + out.stderr
+    assert report_of(out)["counted"] >= 500
+
+
+@pytest.mark.slow
+def test_storm_in_pid_namespaces():
+    out = run("tests.crash.storm", "--kills", "100", "--seed", "2", "--pid-namespaces")
+    if out.returncode == 77:
+        pytest.skip("this machine allows no pid namespaces")
+    assert out.returncode == 0, out.stdout + out.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flag", ["-DSHMCACHE_NO_TAKEOVER", "-DSHMCACHE_NO_GENERATIONS"])
+def test_the_storm_sees_what_liveness_is_for(flag):
+    """With takeover compiled out, or with tokens that a reused row keeps, somebody waits for the dead, or a chunk is lost."""
+    out = run("tests.crash.storm", "--kills", "4000", "--seconds", "200", "--seed", "3", "--limit", "1.5", build=special.build(flag))
+    assert out.returncode == 1, out.stdout + out.stderr
+
+
+@pytest.mark.slow
+def test_fuzz():
+    out = run("tests.crash.fuzz", "--ops", "60000", "--seed", "100")
+    assert out.returncode == 0, out.stdout + out.stderr
+    report = report_of(out)
+    assert report["ops"] >= 60_000
+    assert all(of["hits"] > 400 for of in report["sections"].values())
