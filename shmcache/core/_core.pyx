@@ -62,10 +62,15 @@ cdef extern from *:
         *dev = (uint64_t)st.st_dev; *ino = (uint64_t)st.st_ino; *size = (uint64_t)st.st_size;
         return 0;
     }
+    static int shm_unlinked(int fd) {
+        struct stat st;
+        return fstat(fd, &st) == 0 && st.st_nlink == 0;
+    }
     #define SHM_MAGIC 0x65686361636d6873ull     /* "shmcache" */
     """
     void* shm_map(int fd, uint64_t size) noexcept nogil
     int shm_stat(int fd, uint64_t* dev, uint64_t* ino, uint64_t* size) noexcept nogil
+    bint shm_unlinked(int fd) noexcept nogil
     const uint64_t MAGIC "SHM_MAGIC"
 
 cdef enum:
@@ -1214,6 +1219,13 @@ cdef class Table:
     @property
     def name(self):
         return self.mapping.name
+
+    @property
+    def unlinked(self):
+        """Has the segment lost its name? This handle goes on as before, but nobody can attach any more, and what has the name now is
+        another segment: close this handle and attach again. One fstat, no lock."""
+        cdef seg_t* s = self.ready()
+        return not prober_ready(s) or shm_unlinked(s.prober) != 0
 
     @property
     def closed(self):

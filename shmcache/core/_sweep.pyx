@@ -34,7 +34,7 @@ from posix.unistd cimport usleep
 
 from shmcache.core._core cimport Mapping, Table
 from shmcache.core.atomics cimport ld32, ld64, st8r, st32, st64
-from shmcache.core.big cimport big_lists, big_shape, big_t
+from shmcache.core.big cimport big_lists, big_owns, big_shape, big_t
 from shmcache.core.bucket cimport (
     ADDR_MASK, MAX_HOPS, bucket_of, bump, chain_first, chain_next, chain_t, overflow_push_locked, overflow_repair, overflow_take, slot_naming, stripe_of, stripe_release, stripe_take)
 from shmcache.core.layout cimport (
@@ -614,12 +614,13 @@ cdef class Supervision:
 # ---- repair of damage -----------------------------------------------------------------------------------------------------
 
 cdef inline bint sound(seg_t* s, uint64_t b, uint64_t w) noexcept nogil:
-    """Does this slot of b's chain name a LIVE item that belongs there and fits its chunk? (I1 to I6)"""
+    """Does this slot of b's chain name a LIVE item that belongs there and fits its chunk? (I1 to I6, I13)"""
     cdef uint64_t addr = w & ADDR_MASK, room
     cdef uint32_t index = 0
     cdef int cls = chunk_class(s, addr, &index)
     cdef item_t* it = item_at(s, addr)
     cdef big_t big
+    cdef uint32_t i
     if cls < 0 or kind_of(ld64(&it.word)) != LIVE or it.cas == 0 or (it.hash ^ w) >> 48 or bucket_of(s, it.hash) != b:
         return False
     room = s.chunk_bytes[cls]
@@ -629,7 +630,12 @@ cdef inline bint sound(seg_t* s, uint64_t b, uint64_t w) noexcept nogil:
         return False
     if it.flags & FLAG_BIG:
         big_shape(s, it.key_bytes, it.value_bytes, &big)
-        return big.head_bytes <= room and it.value_bytes <= s.max_value_bytes
+        if big.head_bytes > room or it.value_bytes > s.max_value_bytes:
+            return False
+        for i in range(big.n_pages):
+            if not big_owns(s, addr, (<uint32_t*>(<uint8_t*>it + value_offset(it.key_bytes)))[i]):
+                return False
+        return True
     return value_offset(it.key_bytes) + it.value_bytes <= room
 
 

@@ -107,8 +107,8 @@ cdef inline int lock_take(seg_t* s, lock_t* l, uint64_t limit_ns) noexcept nogil
             if mono_ns() - t0 > (<uint64_t>SLICE_MIN_NS if ld64(&l.stalled) == token_of(w) else limit_ns):
                 if limit_ns >= s.limit_ns:      # the impatient do not speak for all
                     st64(&l.stalled, token_of(w))
+                    add64(&s.row.stalls, 1)
                 note_wait(s, t0)
-                add64(&s.row.stalls, 1)
                 if slept:
                     shm_ring(&l.bell)        # the bell that woke us was for somebody: pass it on
                 return BUSY

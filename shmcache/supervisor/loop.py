@@ -120,10 +120,12 @@ class Supervisor:
         return freed or self.swept  # in the middle of a sweep: come again soon
 
     def look_for_the_dead(self, now: float) -> None:
-        """If a process died since the last look, sweep at once: what it had in hand is settled."""
+        """If a process died since the last look, sweep at once: what it had in hand is settled. Of an unlinked segment nobody new
+        will ask for anything: leave it to those who still have it."""
         if now < self.next_rows:
             return
         self.next_rows = now + ROWS_EVERY
+        self.stopping = self.stopping or self.cache.unlinked
         living = {p["row"] for p in self.cache.processes()}
         rows = self.rows[["gen", "pid"]]
         dead = {(i, int(rows["gen"][i])) for i in np.flatnonzero(rows["pid"]).tolist() if i not in living}

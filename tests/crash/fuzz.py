@@ -252,7 +252,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ops", type=int, default=1_000_000)
     parser.add_argument("--round", type=int, default=5_000, help="operations on one segment")
-    parser.add_argument("--hits", type=int, default=600, help="damages to one segment")
+    parser.add_argument("--hits", type=int, default=660, help="damages to one segment")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     report: dict[str, Any] = {"ops": 0, "crashes": [], "hangs": [], "wrong": [], "unrepaired": [], "sections": {}}

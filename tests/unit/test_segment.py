@@ -108,6 +108,52 @@ def test_of_several_creators_one_wins(name):
         shmcache.unlink(name)
 
 
+@pytest.mark.slow
+def test_two_creators_at_one_instant(name):
+    """1,000 times: one creates, the other attaches to what it made."""
+    r, w = os.pipe()
+    for _ in range(1000):
+        pids = []
+        for _ in range(2):
+            pids.append(os.fork())
+            if pids[-1] == 0:
+                try:
+                    try:
+                        cache, said = shmcache.create(name, "4M"), b"c"
+                    except shmcache.SegmentExists:
+                        cache, said = shmcache.attach(name), b"a"
+                    cache.incr("n", 1, default=0)
+                except BaseException:
+                    said = b"!"
+                os.write(w, said)
+                os._exit(0)
+        for pid in pids:
+            os.waitpid(pid, 0)
+        assert sorted(os.read(r, 2)) == sorted(b"ca")
+        with shmcache.attach(name) as cache:
+            assert cache["n"] == 2
+        shmcache.unlink(name)
+    os.close(r)
+    os.close(w)
+
+
+def test_a_segment_that_loses_its_name_is_told_from_its_successor(name, make):
+    old = make()
+    old["k"] = "old"
+    assert not old.unlinked
+    shmcache.unlink(name)
+    assert old.unlinked
+    assert old.stats()["unlinked"]
+    with shmcache.create(name, "4M") as new:
+        assert old.unlinked
+        assert not new.unlinked
+        assert old["k"] == "old", "never SIGBUS: the memory is the handle's as long as it is open"
+        old["k"] = "still"
+        assert new.get("k") is None
+        with shmcache.attach(name) as again:
+            assert again.mapping.identity == new.mapping.identity != old.mapping.identity
+
+
 def test_a_killed_creator_leaves_nothing(name):
     """The object has no name until it is whole: fork a child that dies between reserving and linking."""
     free = os.statvfs("/dev/shm").f_bavail

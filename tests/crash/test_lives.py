@@ -1,0 +1,222 @@
+"""Rows, forks, threads, descriptors: whoever comes and goes, the living are not robbed and the dead are seen."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+import shmcache
+from shmcache import errors
+from shmcache.core import _sweep
+
+
+def fork(run):
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            code = 0 if run() is not False else 2
+        finally:
+            os._exit(code)
+    return pid
+
+
+def exit_code(pid):
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def hold_a_stripe(cache, stripe=0):
+    """What a process leaves that dies with a stripe in its hand."""
+    seg = cache.views(writable=True)
+    seg.stripes["word"][stripe] = int(seg.rows["gen"][cache.row]) << 16 | cache.row + 1
+
+
+@pytest.mark.slow
+def test_five_thousand_attach_and_kill_rounds_over_eight_rows(make):
+    """A reused row neither hides its predecessor's lock nor inherits its chunks. Every fifth dies with a stripe; six rows are taken
+    all the while, so that the next one has a good chance of being in the very row."""
+    cache = make("4M", max_processes=8, stripes=1, lock_limit=5.0)
+    cache["k"] = 0
+    sitting = [fork(lambda: cache.get("k") == 0 and os.kill(os.getpid(), signal.SIGSTOP)) for _ in range(5)]
+    for pid in sitting:
+        os.waitpid(pid, os.WUNTRACED)
+    gens = cache.views()
+
+    for i in range(5000):
+        def live(i=i):
+            began = time.monotonic()
+            cache.set(b"k", i)
+            took = time.monotonic() - began
+            for n in range(3):
+                cache.set(b"%d:%d" % (i % 500, n), b"x" * 100)
+            if i % 5 == 0:
+                hold_a_stripe(cache)
+            if took < 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        assert exit_code(fork(live)) == -9, "the lock of the dead was had too late, or not at all"
+    rows = {i for i, gen in enumerate(gens.rows["gen"].tolist()) if gen > 500}
+    assert len(rows) == 2, "two rows did all the work"
+    for pid in sitting:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    chunks = _sweep.settle(cache)
+    in_hand = sum(c["reserved"] for c in cache.stats()["slab_classes"])
+    assert chunks["RESERVED"] == chunks["RETIRED"] == 0
+    assert chunks["KEPT"] == in_hand
+    assert [p["pid"] for p in cache.processes()] == [os.getpid()]
+    del gens
+
+
+@pytest.mark.slow
+def test_threads_of_one_process_never_rob_each_other(make):
+    """Ten seconds on one stripe, with another process, so that locks are waited for."""
+    cache = make("4M", stripes=1)
+    cache["n"] = 0
+    end = time.monotonic() + 10
+    counted = []
+
+    def count():
+        n = 0
+        while time.monotonic() < end:
+            for _ in range(100):
+                cache.incr("n")
+            n += 100
+        counted.append(n)
+
+    def both():
+        threads = [threading.Thread(target=count) for _ in range(2)]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
+        cache.set("of %d" % os.getpid(), sum(counted))
+
+    pid = fork(both)
+    both()
+    assert exit_code(pid) == 0
+    assert cache["n"] == cache["of %d" % pid] + sum(counted)
+    assert cache.stats()["takeovers"] == 0
+    assert cache.stats()["lock_waits"] > 0, "they met"
+
+
+def test_closed_descriptors_kill_nobody(make):
+    """A daemon closes all descriptors: it lives on, is not robbed, and can still ask who is alive."""
+    cache = make("4M", stripes=1, lock_limit=0.1)
+    cache["k"] = 1
+
+    def daemon():
+        cache.get("k")
+        os.closerange(3, 4096)
+        hold_a_stripe(cache)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        cache.views(writable=True).stripes["word"][0] = 0
+        cache.set("k", 2)
+
+    pid = fork(daemon)
+    os.waitpid(pid, os.WUNTRACED)
+    with pytest.raises(errors.StripeBusy):
+        cache.set("k", 3)
+    os.kill(pid, signal.SIGCONT)
+    assert exit_code(pid) == 0
+    assert cache["k"] == 2
+
+
+def test_a_fork_in_c_that_runs_no_hook(make):
+    """The child outlives its killed parent: the parent is seen to be dead all the same, and the child takes a row of its own."""
+    cache = make("4M", stripes=1)
+    cache["k"] = 1
+    r, w = os.pipe()
+    go_r, go_w = os.pipe()
+
+    def parent():
+        cache.get("k")
+        mine = cache.row
+        if ctypes.PyDLL(None).fork() == 0:
+            os.read(go_r, 1)
+            cache.set("k", 2)
+            os.write(w, b"y" if cache.row != mine or cache.views().rows["gen"][mine] > 1 else b"n")
+            os._exit(0)
+        hold_a_stripe(cache)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    pid = fork(parent)
+    assert exit_code(pid) == -9
+    assert [p["pid"] for p in cache.processes()] == [os.getpid()], "the dead parent's row is free though its child lives"
+    began = time.monotonic()
+    cache.set("k", 3)
+    assert time.monotonic() - began < 1
+    os.write(go_w, b".")
+    assert os.read(r, 1) == b"y"
+    assert cache["k"] == 2
+    for fd in (r, w, go_r, go_w):
+        os.close(fd)
+
+
+def test_fork_while_other_threads_write(make):
+    cache = make("8M")
+    stop = threading.Event()
+
+    def write(n):
+        i = 0
+        while not stop.is_set():
+            cache.set(b"%d:%d" % (n, i % 500), b"x" * (i % 3000))
+            i += 1
+
+    threads = [threading.Thread(target=write, args=(n,)) for n in range(3)]
+    for t in threads:
+        t.start()
+
+    def use():
+        for i in range(50):
+            cache.set(b"child:%d" % i, b"y" * 100)
+            if cache.get(b"child:%d" % i) != b"y" * 100:
+                return False
+        return True
+
+    codes = [exit_code(fork(use)) for _ in range(100)]
+    stop.set()
+    for t in threads:
+        t.join()
+    assert codes == [0] * 100
+    chunks = _sweep.settle(cache)
+    assert chunks["RESERVED"] == chunks["RETIRED"] == 0
+    assert cache.verify() == []
+
+
+def test_the_interpreter_may_end_while_threads_use_the_cache(make):
+    cache = make("4M")
+    code = f"""
+import shmcache, threading, time
+cache = shmcache.attach({cache.name!r})
+def use(n):
+    while True:
+        cache.set(b"k%d" % n, b"x" * 100)
+        cache.get_or_set("g", lambda: 1)
+for n in range(4):
+    threading.Thread(target=use, args=(n,), daemon=True).start()
+while cache.get(b"k3") is None:
+    pass
+"""
+    for _ in range(5):
+        out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+        assert out.returncode == 0, out.stderr
+    _sweep.settle(cache)
+    assert cache.verify() == []
+
+
+def test_an_exception_in_the_factory_and_ctrl_c_leave_no_claim(make):
+    cache = make("4M")
+    for error in (ValueError, KeyboardInterrupt, SystemExit):
+        with pytest.raises(error):
+            cache.get_or_set("k", lambda error=error: (_ for _ in ()).throw(error))
+        assert cache.get_or_set("k2", lambda: 1) == 1
+        assert cache.claim_version("k") == 0
+    assert shmcache.attach(cache.name).get_or_set("k", lambda: 5) == 5
