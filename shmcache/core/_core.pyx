@@ -387,7 +387,7 @@ cdef class Mapping:
         s.k1 = h.hash_key[1]
         s.max_value_bytes = h.max_value_bytes
         s.default_ttl_ms = h.default_ttl_ms
-        s.limit_ns = <uint64_t>h.lock_limit_ms * 1000000
+        s.limit_ns = s.patience_ns = <uint64_t>h.lock_limit_ms * 1000000
         classes = s.classes
         for i in range(s.n_classes):
             s.chunk_bytes[i] = classes[i].chunk_bytes
@@ -464,7 +464,7 @@ cdef class Mapping:
     @property
     def config(self):
         """The msgpack map of the configuration."""
-        return PyBytes_FromStringAndSize(<char*>self.s.header.config, self.s.header.config_bytes)
+        return PyBytes_FromStringAndSize(<char*>self.s.header.config, min(<uint32_t>CONFIG_BYTES, ld32(&self.s.header.config_bytes)))
 
     def __getbuffer__(self, Py_buffer* view, int flags):
         PyBuffer_FillInfo(view, self, self.s.base, <Py_ssize_t>self.s.size_bytes, True, flags)
@@ -520,10 +520,9 @@ cdef class Table:
             PyErr_CheckSignals()
         finally:
             self.enter(s)
-        if s.me[0] == me:
-            return False
-        held.revive()
-        return True
+        if s.me[0] == 0:
+            held.revive()
+        return s.me[0] != me
 
     def _encode(self, value):
         raise errors.UnsupportedValue(f"this table stores bytes, str and int, not {type(value).__name__}")
@@ -762,6 +761,9 @@ cdef class Table:
                     if self.interrupted(s, held):
                         op.chunk = 0
                         me = s.me[0]
+                        if op.flags & FLAG_CLAIM:       # it would be the parent's: claim() begins again
+                            rc = MISMATCH
+                            break
             finally:
                 if op.chunk and s.me[0] == me:
                     give_up(s, op)
@@ -781,7 +783,7 @@ cdef class Table:
         cdef uint64_t ttl_ms = 0
         cdef seg_t* s = self.ready()
         cdef object holder
-        cdef Mapping held
+        cdef Mapping held = self.mapping
         cdef int rc
         op.chunk = 0
         op.flags = 0
@@ -841,6 +843,7 @@ cdef class Table:
         cdef int64_t number
         cdef uint64_t stored
         cdef seg_t* s = self.ready()
+        cdef Mapping held = self.mapping
         if ttl is not None:
             ttl_to_ms(ttl)
         for key, value in (mapping.items() if hasattr(mapping, "items") else mapping):
@@ -1125,8 +1128,10 @@ cdef class Table:
 
     def touch(self, key, ttl=None):
         """Let a key expire ttl seconds from now (None: the segment's default; 0: remove it): True if it was there."""
+        cdef uint64_t ms = 0 if ttl is None else ttl_to_ms(ttl)
         cdef seg_t* s = self.ready()
-        cdef uint64_t ms = s.default_ttl_ms if ttl is None else ttl_to_ms(ttl)
+        if ttl is None:
+            ms = s.default_ttl_ms
         if ttl is not None and ms == 0:
             return self.remove_key(key, 0) == OK
         return self.change_expiry(key, now_ms(s) + ms if ms else 0) == OK

@@ -482,6 +482,7 @@ cdef class Supervision:
     cdef Mapping mapping
     cdef seg_t* s
     cdef void* lock_page
+    cdef uint64_t token
 
     def __init__(self, Table table not None):
         cdef seg_t* s = table.ready()
@@ -507,6 +508,7 @@ cdef class Supervision:
         self.s = s
         #! supervisor: byte locked
         s.supervising = True
+        self.token = s.me[0]
         st64(&s.header.supervisor, s.me[0])
         #! supervisor: named
         self.beat()
@@ -516,6 +518,9 @@ cdef class Supervision:
 
     cpdef end(self):
         """Give it up; what is in hand is nothing between two calls."""
+        if self.lock_page != NULL and self.s.me[0] != self.token:
+            self.lock_page = NULL           # a fork child: the page is not mapped here, and the segment is its parent's to supervise
+            self.s.supervising = False
         if self.lock_page != NULL:
             self.s.supervising = False
             st32(&self.s.header.asleep, 0)
@@ -556,7 +561,7 @@ cdef class Supervision:
                 k = 0
                 turned = False
                 while k < min(<uint32_t>HANDFUL, n - got):
-                    if evict_one(s, cls, PATIENCE_NS, &hand[k], &turned) != OK:
+                    if evict_one(s, cls, 0, PATIENCE_NS, &hand[k], &turned) != OK:
                         more = False
                         break
                     k += 1
@@ -644,16 +649,15 @@ cdef inline bint page_sound(seg_t* s, uint64_t p) noexcept nogil:
     cdef uint64_t w = ld64(&s.pages[p].word)
     cdef uint32_t mark = ld32(&s.pages[p].cls)
     cdef int kind = kind_of(w)
+    if ld64(&s.pages[p].word) != w:
+        return True                         # just changing
     if kind == PAGE_FREE:
         return w == 0 and mark == cls_mark(CLS_POOL)
-    if kind == PAGE_ACTIVE:
-        return page_cls(s, p) >= 0          # its token means nothing
-    if kind == PAGE_DRAINING:
-        return page_cls(s, p) >= 0 and token_of(w) != 0
+    if kind == PAGE_ACTIVE or kind == PAGE_DRAINING:
+        return page_cls(s, p) >= 0          # the token of an ACTIVE one means nothing
     if kind == PAGE_BIG:
-        return mark == cls_mark(CLS_BIG) or token_of(w) != 0
-    return kind == PAGE_CUTTING and token_of(w) != 0
-
+        return mark == cls_mark(CLS_BIG) or mark == cls_mark(CLS_POOL) or token_of(w) != 0
+    return kind == PAGE_CUTTING
 
 def repair(Table table not None):
     """Remove what is damaged, so that the rest is sound: clear slots that name no item of their bucket, free items that no slot names,
@@ -689,8 +693,12 @@ def repair(Table table not None):
                         st32(link, 0)           # it leads nowhere, or into another chain
                         bump(s, b)
                         break
-                    chained[nxt - 1] = 1
                     ov = &s.overflow[nxt - 1]
+                    if ov.head != b and ov.head < s.n_buckets and in_chain(s, ov.head, nxt - 1):
+                        st32(link, 0)           # the other chain's
+                        bump(s, b)
+                        break
+                    chained[nxt - 1] = 1
                     st32(&ov.head, <uint32_t>b)
                     st64(&ov.word, word_of(OV_LINKED, 0))
                     link = &ov.next
@@ -763,11 +771,12 @@ def repair(Table table not None):
             if stripe_take(s, st, s.limit_ns) != OK:
                 continue
             if not (b < s.n_buckets and in_chain(s, b, p)) and ld32(&ov.head) == b and overflow_take(s, s.limit_ns) == OK:
-                for j in range(OV_SLOTS):
-                    st64(&ov.slot[j], 0)
-                if b < s.n_buckets:
-                    bump(s, b)
-                overflow_push_locked(s, p)
+                if ld64(&ov.word) != word_of(OV_FREE, 0):
+                    for j in range(OV_SLOTS):
+                        st64(&ov.slot[j], 0)
+                    if b < s.n_buckets:
+                        bump(s, b)
+                    overflow_push_locked(s, p)
                 lock_release(&s.header.overflow.lock)
             stripe_release(st)
         if overflow_take(s, s.limit_ns) == OK:

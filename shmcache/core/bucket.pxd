@@ -199,8 +199,8 @@ cdef inline void overflow_repair(seg_t* s) noexcept nogil:
         if ld64(&s.overflow[i].word) == word_of(OV_FREE, 0):
             overflow_push_locked(s, i)
 
-cdef inline uint64_t* chain_grow_locked(seg_t* s, uint64_t b, uint32_t* link, uint64_t limit_ns) noexcept nogil:
-    """Link an empty overflow bucket behind the last of b's chain; its first slot, or NULL: there is none to be had.
+cdef inline uint64_t* chain_grow_locked(seg_t* s, uint64_t b, uint32_t* link, uint64_t limit_ns, int* rc) noexcept nogil:
+    """Link an empty overflow bucket behind the last of b's chain; its first slot, or NULL: none is left (rc OK), or rc.
 
     Crash: popped, not linked: RESERVED(dead), in no chain -> settle_overflow frees it. Linked: RESERVED(dead), in its chain ->
     LINKED. An empty bucket in a chain harms nobody.
@@ -209,8 +209,12 @@ cdef inline uint64_t* chain_grow_locked(seg_t* s, uint64_t b, uint32_t* link, ui
     cdef uint64_t i
     cdef int k
     cdef overflow_t* ov
-    if (ld64(&pool.list) == 0 and ld64(&pool.lock.word) == 0) or overflow_take(s, limit_ns) != OK:
-        return NULL             # an empty list under a lock may be one that its dead holder was making anew
+    rc[0] = OK
+    if ld64(&pool.list) == 0 and ld64(&pool.lock.word) == 0:
+        return NULL             # under a lock an empty list may be one that its dead holder was making anew
+    rc[0] = overflow_take(s, limit_ns)
+    if rc[0] != OK:
+        return NULL
     i = ld64(&pool.list) - 1
     if i < s.n_overflow and kind_of(ld64(&s.overflow[i].word)) != OV_FREE or i >= s.n_overflow and i + 1:
         overflow_repair(s)      # a damaged list
@@ -237,8 +241,8 @@ cdef inline uint64_t* chain_grow_locked(seg_t* s, uint64_t b, uint32_t* link, ui
     #! grow: LINKED
     return ov.slot
 
-cdef inline void chain_shrink_locked(seg_t* s, uint64_t b) noexcept nogil:
-    """Unlink the last bucket of b's chain if it is empty. If the pool is busy it stays: a later delete tries again.
+cdef inline bint chain_shrink_locked(seg_t* s, uint64_t b) noexcept nogil:
+    """Unlink the last bucket of b's chain if it is empty: True. If the pool is busy it stays: a later delete tries again.
 
     Crash: RESERVED(dead) and still in the chain -> LINKED again; out of it -> version up, and to the pool (settle_overflow).
     """
@@ -247,7 +251,7 @@ cdef inline void chain_shrink_locked(seg_t* s, uint64_t b) noexcept nogil:
     cdef overflow_t* ov
     cdef int k, hops = 0
     if i == 0 or i > s.n_overflow:
-        return
+        return False
     while True:
         ov = &s.overflow[i - 1]
         nxt = ld32(&ov.next)
@@ -258,9 +262,9 @@ cdef inline void chain_shrink_locked(seg_t* s, uint64_t b) noexcept nogil:
         hops += 1
     for k in range(OV_SLOTS):
         if ov.slot[k]:
-            return
+            return False
     if nxt or ov.head != b or kind_of(ld64(&ov.word)) != OV_LINKED or overflow_take(s, 0) != OK:
-        return
+        return False
     st64(&ov.word, word_of(OV_RESERVED, s.me[0]))
     #! shrink: RESERVED
     st32(link, 0)
@@ -269,6 +273,7 @@ cdef inline void chain_shrink_locked(seg_t* s, uint64_t b) noexcept nogil:
     #! shrink: version
     overflow_push_locked(s, i - 1)
     lock_release(&s.header.overflow.lock)
+    return True
 
 # ---- taking an item out (the stripe held) ---------------------------------------------------------------------------------------
 
@@ -277,7 +282,6 @@ cdef inline void remove_locked(seg_t* s, stripe_t* st, uint64_t b, uint64_t* slo
 
     Crash: before the slot's store repair makes it LIVE again; after it repair counts version and count, and the hand frees it.
     """
-    cdef bint in_overflow = not (s.buckets[b].slot <= slot < s.buckets[b].slot + SLOTS)
     note_intent(st, op, addr, 0, count_without(s, count_now(s, st), addr))
     st64(&item_at(s, addr).word, word_of(RETIRED, s.me[0]))
     #! remove: RETIRED
@@ -292,5 +296,5 @@ cdef inline void remove_locked(seg_t* s, stripe_t* st, uint64_t b, uint64_t* slo
     #! remove: count
     st64(&st.old, 0)
     #! remove: old cleared
-    if in_overflow:
-        chain_shrink_locked(s, b)
+    while s.buckets[b].overflow and chain_shrink_locked(s, b):      # those before it may have become empty earlier
+        pass

@@ -115,13 +115,15 @@ cdef inline uint64_t hand_step(seg_t* s, uint32_t cls, bint* turned) noexcept no
         elif cas64(&c.hand, hand, hand + 1):
             return chunk_addr(s, p, cls, <uint32_t>hand)
 
-cdef inline int evict_one(seg_t* s, uint32_t cls, uint64_t limit_ns, uint64_t* out, bint* turned) noexcept nogil:
-    """Evict by the class's hand: OK with a RETIRED(this process) chunk, or NO_ROOM. Settles the dead's on the way."""
+cdef inline int evict_one(seg_t* s, uint32_t cls, uint64_t most, uint64_t limit_ns, uint64_t* out, bint* turned) noexcept nogil:
+    """Evict by the class's hand, which moves on by at most so many chunks, 0: a whole round: OK with a RETIRED(this process) chunk, or NO_ROOM. Settles the dead's on the way."""
     cdef uint64_t addr, w, lowest = 0
     cdef uint32_t n_live = 0
-    cdef uint64_t n, most = min(<uint64_t>ld32(&s.classes[cls].n_pages), s.n_pages) * s.page_chunks[cls] + HAND_STEPS
+    cdef uint64_t n
     cdef uint8_t r, lowest_refs = 255
     cdef item_t* it
+    if most == 0:
+        most = min(<uint64_t>ld32(&s.classes[cls].n_pages), s.n_pages) * s.page_chunks[cls] + HAND_STEPS
     for n in range(most):
         addr = hand_step(s, cls, turned)
         if addr == 0:
@@ -205,8 +207,8 @@ cdef inline int drain_page(seg_t* s, uint64_t p, uint32_t cls, uint64_t limit_ns
         if retired:
             mine[i >> 3] |= 1 << (i & 7)
     if class_take(s, cls, s.limit_ns if limit_ns else 0) != OK:
-        # its holder is stopped: the page is ACTIVE again, its chunks go back one by one
-        st64(&pg.word, word_of(PAGE_ACTIVE, 0))
+        # its holder is stopped: the page is left to settle_page, its chunks go back one by one
+        st64(&pg.word, word_of(PAGE_DRAINING, 0))
         for i in range(n):
             if mine[i >> 3] & 1 << (i & 7):
                 chunk_free_list(s, cls, chunk_addr(s, p, cls, i), limit_ns)
@@ -293,7 +295,8 @@ cdef inline int take_page(seg_t* s, int for_cls, bint force, uint64_t limit_ns, 
         x = oldest_class(s, barred, &stamp)
         if x < 0:
             return NO_ROOM
-        if not force and tick - stamp <= (tick - own) + ((tick - own) >> 2) + AGE_MARGIN:
+        own = min(own, tick)
+        if not force and (stamp >= tick or tick - stamp <= (tick - own) + ((tick - own) >> 2) + AGE_MARGIN):
             return NO_ROOM
         p = hand_page(s, x)
         if p < s.n_pages and attempt < 8 and hot_page(s, p, x):
@@ -301,9 +304,7 @@ cdef inline int take_page(seg_t* s, int for_cls, bint force, uint64_t limit_ns, 
             cas64(&s.classes[x].hand, ld64(&s.classes[x].hand), <uint64_t>(ld32(&s.pages[p].next) - 1) << 32)
             continue
         turned = False
-        if p < s.n_pages and ld32(&s.pages[p].n_free) == s.page_chunks[x]:
-            pass                        # nothing to evict here, and a hand could walk far before it finds an item
-        elif evict_one(s, x, limit_ns, &victim, &turned) == OK:
+        if evict_one(s, x, 2 * s.page_chunks[x], limit_ns, &victim, &turned) == OK:    # not far: an idle class may have no item at all
             was_big = item_at(s, victim).flags & FLAG_BIG
             p = page_of(s, victim)
             chunk_free_list(s, x, victim, limit_ns)
@@ -350,7 +351,7 @@ cdef inline int take_room(seg_t* s, uint32_t cls, uint64_t limit_ns, uint64_t* a
         elif rc == INTR or (rc == BUSY and limit_ns == 0):
             return rc
         turned = False
-        rc = evict_one(s, cls, limit_ns if round_ else 0, addr, &turned)
+        rc = evict_one(s, cls, 0, limit_ns if round_ else 0, addr, &turned)
         if rc == OK:
             st64(&item_at(s, addr[0]).word, word_of(RESERVED, s.me[0]))     # inherited: no list, no lock
             #! evict: inherited

@@ -244,6 +244,7 @@ ctypedef struct seg_t:
     uint64_t default_ttl_ms
     bint supervising        # this process is the supervisor: what it evicts, it evicts ahead of demand
     uint64_t limit_ns       # how long to wait for a lock that a living process holds
+    uint64_t patience_ns    # the same, as the segment has it: who waited so long speaks for all
     void* lock_page         # mapped from the description that holds the row's byte
     int prober              # a descriptor that holds no lock, to ask who is alive
     uint64_t dev

@@ -105,7 +105,7 @@ cdef inline int lock_take(seg_t* s, lock_t* l, uint64_t limit_ns) noexcept nogil
                     return TAKEN_OVER
                 continue
             if mono_ns() - t0 > (<uint64_t>SLICE_MIN_NS if ld64(&l.stalled) == token_of(w) else limit_ns):
-                if limit_ns >= s.limit_ns:      # the impatient do not speak for all
+                if limit_ns >= s.patience_ns:   # the impatient do not speak for all
                     st64(&l.stalled, token_of(w))
                     add64(&s.row.stalls, 1)
                 note_wait(s, t0)
@@ -124,7 +124,7 @@ cdef inline int lock_take(seg_t* s, lock_t* l, uint64_t limit_ns) noexcept nogil
         if rc == 0:
             slept = True
             #! lock: woken
-        else:
+        if rc == 1 or mono_ns() - t0 > limit_ns:        # others may be served again and again
             ask = True
             slice_ns = min(2 * slice_ns, <uint64_t>SLICE_MAX_NS)
 

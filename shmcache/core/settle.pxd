@@ -24,7 +24,7 @@
 # Crash: R4 claims as RETIRED(me) and R1 likewise, so a settler's death leaves a chunk that the next one settles.
 from libc.stdint cimport uint32_t, uint64_t
 
-from shmcache.core.atomics cimport add64, cas64, ld32, ld64, st64
+from shmcache.core.atomics cimport add64, cas64, ld32, ld64, st32, st64
 from shmcache.core.big cimport big_lists
 from shmcache.core.bucket cimport bucket_of, bump, overflow_push_locked, overflow_take, reachable, slot_naming, \
     stripe_of, stripe_release, stripe_take
@@ -34,6 +34,9 @@ from shmcache.core.slab cimport avail_push_locked, chunk_class, chunk_push_locke
     item_at, page_cls, page_to_pool, pool_push_locked, pool_take, rebuild_page_locked
 from shmcache.core.token cimport KEPT, LIVE, OK, OV_LINKED, OV_RESERVED, PAGE_ACTIVE, PAGE_BIG, PAGE_CUTTING, PAGE_DRAINING, \
     RESERVED, RETIRED, dead, kind_of, token_of, word_of
+
+cdef enum:
+    INNER_NS = 4000000      # to wait for a lock within a stripe: enough to take over from the dead, too short to hold others up
 
 cdef inline bint settle_chunk(seg_t* s, uint64_t addr, uint64_t limit_ns) noexcept nogil:
     """Put a dead process's chunk in order. True: the chunk is settled (or was not a dead one's)."""
@@ -61,7 +64,7 @@ cdef inline bint settle_chunk(seg_t* s, uint64_t addr, uint64_t limit_ns) noexce
         add64(&s.row.settled, 1)
     else:                                                   # R1, R4
         cls = chunk_class(s, addr, &index)
-        if cls >= 0 and class_take(s, cls, limit_ns) == OK:
+        if cls >= 0 and class_take(s, cls, min(limit_ns, <uint64_t>INNER_NS)) == OK:
             if chunk_class(s, addr, &index) == cls and ld64(&it.hash) == h and \
                     cas64(&it.word, w, word_of(RETIRED, s.me[0])):
                 #! settle: claimed
@@ -96,7 +99,7 @@ cdef inline void settle_big_page(seg_t* s, uint64_t p, uint64_t limit_ns) noexce
             #! settle: big page sealed
         elif not listed:                                    # P4
             #! settle: big page nobody's
-            if pool_take(s, limit_ns) == OK:
+            if pool_take(s, min(limit_ns, <uint64_t>INNER_NS)) == OK:
                 # the hash again: the head may have been freed and taken for another big value, and the page with it, so that the
                 # row says the same as before. Of this hash it can only be published under this stripe
                 if ld64(&pg.word) == w and ld64(&pg.head) == head and ld64(&item_at(s, head).hash) == h:
@@ -119,6 +122,7 @@ cdef inline void settle_page(seg_t* s, uint64_t p, uint64_t limit_ns) noexcept n
             add64(&s.row.repairs[REPAIRED_PAGE], 1)
     elif kind == PAGE_DRAINING and cls >= 0 and dead(s, token_of(w)):               # P1
         if class_take(s, cls, limit_ns) == OK:
+            st32(&s.classes[cls].page_in_hand, <uint32_t>p + 1)
             if page_cls(s, p) == cls and cas64(&pg.word, w, word_of(PAGE_ACTIVE, 0)):
                 #! settle: page ACTIVE
                 rebuild_page_locked(s, p, cls)
@@ -156,7 +160,7 @@ cdef inline void settle_overflow(seg_t* s, uint64_t n, uint64_t limit_ns) noexce
             if in_chain(s, b, j):                           # O1
                 st64(&ov.word, word_of(OV_LINKED, 0))
                 #! settle: LINKED
-            elif overflow_take(s, limit_ns) == OK:          # O2
+            elif overflow_take(s, min(limit_ns, <uint64_t>INNER_NS)) == OK:         # O2
                 bump(s, b)
                 for k in range(6):
                     st64(&ov.slot[k], 0)

@@ -383,7 +383,8 @@ cdef inline int publish_page(seg_t* s, uint64_t p, uint32_t cls, uint64_t limit_
     """Give a page that was cut to its class. After BUSY or INTR it is in the pool again."""
     cdef int rc = class_take(s, cls, limit_ns)
     if rc != OK:
-        page_to_pool(s, p, word_of(PAGE_CUTTING, s.me[0]), 0, s.limit_ns)
+        if page_to_pool(s, p, word_of(PAGE_CUTTING, s.me[0]), 0, limit_ns) != OK:
+            st64(&s.pages[p].word, word_of(PAGE_CUTTING, 0))        # nobody's: for settle_pages
         return rc
     st32(&s.classes[cls].page_in_hand, <uint32_t>p + 1)
     #! publish: page noted
@@ -419,8 +420,13 @@ cdef inline bint take_kept(seg_t* s, uint64_t addr, uint32_t cls) noexcept nogil
     """What a slot of the row named: is it still this process's? Then it is RESERVED now."""
     cdef uint32_t index = 0
     #! kept: slot emptied
-    return chunk_class(s, addr, &index) == <int>cls and \
-        cas64(&item_at(s, addr).word, word_of(KEPT, s.me[0]), word_of(RESERVED, s.me[0]))
+    if chunk_class(s, addr, &index) != <int>cls or \
+            not cas64(&item_at(s, addr).word, word_of(KEPT, s.me[0]), word_of(RESERVED, s.me[0])):
+        return False
+    if chunk_class(s, addr, &index) == <int>cls:            # RESERVED by us: now the page stays as it is
+        return True
+    chunk_unlist(s, addr)
+    return False
 
 cdef inline bint batch_put(seg_t* s, uint32_t cls, uint64_t addr) noexcept nogil:
     """Keep a RESERVED(this process) chunk for later; False: the batch is full."""

@@ -20,7 +20,7 @@ from shmcache.core.bucket cimport ADDR_MASK, OP_DELETE, OP_EVICT, OP_SET, OP_TOU
 from shmcache.core.clock cimport claim_stands, now_ms, stale, take_page, take_room
 from shmcache.core.layout cimport CLS_BIG, FLAG_BIG, FLAG_CLAIM, FLAG_LOCK, MAX_REFS, bucket_t, item_t, seg_t, stripe_t
 from shmcache.core.lock cimport lock_release, lock_take
-from shmcache.core.settle cimport settle_pages
+from shmcache.core.settle cimport INNER_NS, settle_pages
 from shmcache.core.slab cimport chunk_class, chunk_free, class_for, cls_mark, in_slab, item_at, page_from_pool, page_room, page_to_pool, \
     refs_of, value_offset
 from shmcache.core.token cimport ABSENT, AGAIN, BUSY, EXISTS, INTR, LIVE, MISMATCH, NO_ROOM, NOT_INT, OK, OVERFLOW, PAGE_BIG, \
@@ -374,12 +374,13 @@ cdef inline void free_old(seg_t* s, uint64_t addr, uint64_t limit_ns) noexcept n
 
 cdef inline int place_locked(seg_t* s, put_t* op, uint64_t b, found_t* f, uint64_t limit_ns) noexcept nogil:
     """The slot into which a new key goes: an empty one, a new overflow bucket's, or the chain's dullest entry's."""
+    cdef int rc = OK
     f.addr = 0
     f.slot = f.empty
     if f.slot == NULL and f.hops < 60:
-        f.slot = chain_grow_locked(s, b, f.last_link, min(limit_ns, <uint64_t>4000000))
-    if f.slot == NULL and limit_ns == 0 and ld64(&s.header.overflow.lock.word):
-        return BUSY             # the pool may have one: come again with time to wait
+        f.slot = chain_grow_locked(s, b, f.last_link, min(limit_ns, <uint64_t>INNER_NS), &rc)
+        if rc == INTR or (rc == BUSY and limit_ns == 0):
+            return rc           # the pool may have one: come again with time to wait
     if f.slot == NULL:
         find_dull_locked(s, b, f)
         if f.dull == NULL:

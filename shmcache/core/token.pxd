@@ -168,6 +168,7 @@ cdef inline bint prober_ready(seg_t* s) noexcept nogil:
 cdef inline bint dead(seg_t* s, uint64_t token) noexcept nogil:
     """Has this token's process died? In doubt, no: what is dead may be robbed. About 1 us; ask only after a time-out."""
     cdef uint32_t r = row_of(token)
+    cdef int fd
     if token == s.me[0] or ALL_ALIVE:
         return False
     if r >= s.n_rows:
@@ -176,8 +177,10 @@ cdef inline bint dead(seg_t* s, uint64_t token) noexcept nogil:
         return True
     if not prober_ready(s):
         return False
-    return shm_ofd_lock(s.prober, True, r) == 0 and ld64(&s.rows[r].gen) == token >> 16 or \
-        ld64(&s.rows[r].gen) != token >> 16
+    fd = s.prober
+    if shm_ofd_lock(fd, True, r) == 0 and shm_same_file(fd, s.dev, s.ino):     # it may have become another file's meanwhile
+        return True
+    return ld64(&s.rows[r].gen) != token >> 16
 
 cdef inline void count_generation(seg_t* s, uint32_t r) noexcept nogil:
     cdef uint64_t gen = (ld64(&s.rows[r].gen) + GEN_STEP) & ((<uint64_t>1 << 40) - 1)
