@@ -91,7 +91,8 @@ class Cache(_core.Table):
 
         Keys: name, size_bytes, used_bytes (chunks and pages in use), slab_bytes, items, hits, misses, hit_ratio (None before
         the first get), sets, deletes, evictions, expirations, inline_evictions, other counters, processes (living; pid, row,
-        started_ms ...), unlinked (the name is gone, or another segment's), slab_classes (chunk_bytes, pages, live, free, reserved chunks), supervisor.
+        started_ms ...), unlinked (the name is gone, or another segment's), slab_classes (chunk_bytes, pages, live, free, reserved
+        chunks), supervisor.
         """
         counters = self.counters()
         classes, pages = self.slab_classes()

@@ -29,11 +29,11 @@ from cpython.exc cimport PyErr_CheckSignals
 from libc.errno cimport errno
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
-from libc.string cimport memset
+from libc.string cimport memcmp, memset
 from posix.unistd cimport usleep
 
 from shmcache.core._core cimport Mapping, Table
-from shmcache.core.atomics cimport ld32, ld64, st8r, st32, st64
+from shmcache.core.atomics cimport ld16r, ld32, ld32r, ld64, st8r, st32, st64
 from shmcache.core.big cimport big_lists, big_owns, big_shape, big_t
 from shmcache.core.bucket cimport (
     ADDR_MASK, MAX_HOPS, bucket_of, bump, chain_first, chain_next, chain_t, overflow_push_locked, overflow_repair, overflow_take, slot_naming, stripe_of, stripe_release, stripe_take)
@@ -47,7 +47,7 @@ from shmcache.core.slab cimport (
     chunk_addr, chunk_class, chunk_free_list, cls_mark, chunk_push_locked, class_release, class_repair, class_take, in_slab, item_at, page_cls, page_in_class, page_room, pool_push_locked, pool_repair, pool_take, rebuild_page_locked,
     refs_of, value_offset, avail_push_locked)
 from shmcache.core.token cimport (
-    FREE, KEPT, LIVE, OK, OV_FREE, OV_LINKED, PAGE_ACTIVE, PAGE_BIG, PAGE_CUTTING, PAGE_DRAINING, PAGE_FREE, RESERVED, RETIRED,
+    FREE, KEPT, LIVE, OK, OV_FREE, OV_LINKED, OV_RESERVED, PAGE_ACTIVE, PAGE_BIG, PAGE_CUTTING, PAGE_DRAINING, PAGE_FREE, RESERVED, RETIRED,
     SUPERVISOR_BYTE, close, dead, kind_of, mono_ns, munmap, prober_ready, row_of, shm_keep_description, shm_ofd_lock, shm_reopen, token_of, word_of)
 
 import gc
@@ -56,6 +56,9 @@ from shmcache import errors
 
 KINDS = ("FREE", "RESERVED", "LIVE", "RETIRED", "KEPT", "of no kind", "of no kind", "of no kind")
 MOST = 1000         # violations listed; more would not help anybody
+
+cdef enum:
+    MOST_IN_CHAIN = 512     # 7 slots, and 64 hops of 6
 
 
 cdef class Verifier:
@@ -88,8 +91,8 @@ cdef class Verifier:
         with nogil:
             rc = stripe_take(s, st, 10 * s.limit_ns)
         self.wait(rc)
-        # verify is the one place that runs Python under a lock: it makes plain objects only, with the collector off (verify()), and
-        # a process that holds a stripe for long is only waited for, never robbed.
+        # verify is the one place that runs Python under a lock, and only to say what is wrong: it makes plain objects, with the
+        # collector off (verify()), and a process that holds a stripe for long is only waited for, never robbed.
         try:
             b = i
             while b < s.n_buckets:
@@ -103,22 +106,20 @@ cdef class Verifier:
         return 0
 
     cdef uint64_t chain(self, uint64_t b, stripe_t* st):
-        """Check one chain, the stripe held; how many items of this epoch it holds."""
+        """Check one chain, the stripe held; how many items of this epoch it holds. Python objects are made of violations only."""
         cdef seg_t* s = self.s
         cdef chain_t c
-        cdef uint64_t addr, w, n = 0
-        cdef int i
-        cdef uint32_t nxt
+        cdef uint64_t seen[MOST_IN_CHAIN]       # addresses of the sound items so far
+        cdef uint64_t w, n = 0
+        cdef int i, hops = 0, n_seen = 0
+        cdef uint32_t nxt = s.buckets[b].overflow
         cdef overflow_t* ov
-        cdef set seen = set()
-        cdef int hops = 0
-        nxt = s.buckets[b].overflow
         while nxt:
-            if nxt > s.n_overflow or hops >= 64:
+            if nxt > s.n_overflow or hops >= MAX_HOPS:
                 self.say(f"I16 bucket {b}: its chain does not end (overflow index {nxt}, hop {hops})")
                 break
             ov = &s.overflow[nxt - 1]
-            if ov.head != b or not (kind_of(ov.word) == OV_LINKED or (kind_of(ov.word) == 1 and dead(s, token_of(ov.word)))):
+            if ov.head != b or not (kind_of(ov.word) == OV_LINKED or (kind_of(ov.word) == OV_RESERVED and dead(s, token_of(ov.word)))):
                 self.say(f"I16 bucket {b}: overflow bucket {nxt - 1} in its chain is of bucket {ov.head}, kind {kind_of(ov.word)}")
             nxt = ov.next
             hops += 1
@@ -127,53 +128,56 @@ cdef class Verifier:
             for i in range(c.n_slots):
                 w = c.slot[i]
                 if w:
-                    n += self.item(b, st, i, w, seen)
+                    n += self.item(b, st, i, w, seen, &n_seen)
             if not chain_next(s, &c):
                 return n
 
-    cdef int item(self, uint64_t b, stripe_t* st, int i, uint64_t w, set seen):
+    cdef int item(self, uint64_t b, stripe_t* st, int i, uint64_t w, uint64_t* seen, int* n_seen):
         """Check the item that a slot names: 1 if it is of this epoch."""
         cdef seg_t* s = self.s
-        cdef uint64_t addr = w & ADDR_MASK
-        cdef uint32_t index = 0, j
+        cdef uint64_t addr = w & ADDR_MASK, need
+        cdef uint32_t index = 0, j, p, klen, vlen
         cdef item_t* it
+        cdef item_t* other
         cdef int cls = chunk_class(s, addr, &index)
         cdef big_t g
-        cdef uint64_t need
         cdef uint8_t* key
-        cdef uint32_t* pages
-        where = f"bucket {b} slot {i}"
         if cls < 0:
-            self.say(f"I1 {where}: address {addr} is no chunk")
+            self.say(f"I1 bucket {b} slot {i}: address {addr} is no chunk")
             return 0
         it = item_at(s, addr)
+        key = <uint8_t*>it + 48
+        klen = ld16r(&it.key_bytes)
+        vlen = ld32r(&it.value_bytes)
         if kind_of(it.word) != LIVE:
-            self.say(f"I2 {where}: chunk {addr} is {KINDS[kind_of(it.word) & 7]}")
+            self.say(f"I2 bucket {b} slot {i}: chunk {addr} is {KINDS[kind_of(it.word) & 7]}")
         if w >> 48 != it.hash >> 48:
-            self.say(f"I3 {where}: tag {w >> 48:#06x}, item {it.hash >> 48:#06x}")
+            self.say(f"I3 bucket {b} slot {i}: tag {w >> 48:#06x}, item {it.hash >> 48:#06x}")
         if bucket_of(s, it.hash) != b:
-            self.say(f"I4 {where}: the item belongs to bucket {bucket_of(s, it.hash)}")
+            self.say(f"I4 bucket {b} slot {i}: the item belongs to bucket {bucket_of(s, it.hash)}")
         if it.cas == 0 or it.cas > st.seq:
-            self.say(f"I8 {where}: version {it.cas}, the stripe is at {st.seq}")
-        need = value_offset(it.key_bytes) + it.value_bytes
+            self.say(f"I8 bucket {b} slot {i}: version {it.cas}, the stripe is at {st.seq}")
+        need = value_offset(klen) + vlen
         if it.flags & FLAG_BIG:
-            big_shape(s, it.key_bytes, it.value_bytes, &g)
+            big_shape(s, klen, vlen, &g)
             need = g.head_bytes
-        if not 0 < it.key_bytes <= 4096 or need > s.chunk_bytes[cls]:
-            self.say(f"I6 {where}: key {it.key_bytes} and value {it.value_bytes} bytes in a chunk of {s.chunk_bytes[cls]}")
-        else:
-            key = <uint8_t*>it + 48
-            if siphash13(key, it.key_bytes, s.k0, s.k1) != it.hash:
-                self.say(f"I5 {where}: the hash is not that of the key")
-            text = key[:it.key_bytes]
-            if text in seen:
-                self.say(f"I7 {where}: the key {text!r} stands twice in this chain")
-            seen.add(text)
-            if it.flags & FLAG_BIG:
-                pages = <uint32_t*>(<uint8_t*>it + value_offset(it.key_bytes))
-                for j in range(g.n_pages):
-                    if pages[j] >= s.n_pages or kind_of(s.pages[pages[j]].word) != PAGE_BIG or s.pages[pages[j]].head != addr:
-                        self.say(f"I13 {where}: page {pages[j]} of its list is not its own")
+        if not 0 < klen <= MAX_KEY or need > s.chunk_bytes[cls]:
+            self.say(f"I6 bucket {b} slot {i}: key {klen} and value {vlen} bytes in a chunk of {s.chunk_bytes[cls]}")
+            return it.epoch == ld32(&s.header.epoch)
+        if siphash13(key, klen, s.k0, s.k1) != it.hash:
+            self.say(f"I5 bucket {b} slot {i}: the hash is not that of the key")
+        for j in range(<uint32_t>n_seen[0]):
+            other = item_at(s, seen[j])
+            if other.hash == it.hash and other.key_bytes == klen and memcmp(<uint8_t*>other + 48, key, klen) == 0:
+                self.say(f"I7 bucket {b} slot {i}: the key {key[:klen]!r} stands twice in this chain")
+        if n_seen[0] < MOST_IN_CHAIN:
+            seen[n_seen[0]] = addr
+            n_seen[0] += 1
+        if it.flags & FLAG_BIG:
+            for j in range(g.n_pages):
+                p = ld32r(&(<uint32_t*>(<uint8_t*>it + value_offset(klen)))[j])
+                if not big_owns(s, addr, p):
+                    self.say(f"I13 bucket {b} slot {i}: page {p} of its list is not its own")
         return it.epoch == ld32(&s.header.epoch)
 
     # -- chunks, page by page

@@ -27,6 +27,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -723,9 +724,8 @@ def accounts(b: Bench) -> list[str]:
         wrong.append(f"{b.seg.header['pages_n_free']} pages in the pool, {kinds[0]} are free")
     if int(b.seg.header["overflow_n_free"]) + int((b.seg.overflow["word"] >> 56 == 2).sum()) != len(b.seg.overflow):
         wrong.append("overflow buckets are lost")
-    for words in (b.seg.stripes["word"], b.seg.classes["word"], *(b.seg.header[p + "_word"] for p in ("pages", "overflow", "big"))):
-        if np.any(words):
-            wrong.append("a lock is held by nobody")
+    if any(np.any(words) for words in (b.seg.stripes["word"], b.seg.classes["word"], *(b.seg.header[p + "_word"] for p in ("pages", "overflow", "big")))):
+        wrong.append("a lock is held by nobody")
     living = [p["pid"] for p in b.cache.processes()]
     if living != [os.getpid()]:
         wrong.append(f"rows are held by {living}")
@@ -894,7 +894,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", help="scenarios whose name contains this")
     parser.add_argument("--stop", action="store_true", help="SIGSTOP and SIGCONT instead of SIGKILL")
     args = parser.parse_args(argv)
-    if not hasattr(_core, "__file__") or b"SHMCACHE_FAULT" not in open(_core.__file__, "rb").read():
+    if b"SHMCACHE_FAULT" not in Path(_core.__file__).read_bytes():
         folder = special.build("-DSHMCACHE_FAULT_POINTS")
         argv_, env = special.command(folder, "tests.crash.matrix", *sys.argv[1:])
         return subprocess.run(argv_, env=env, cwd=folder).returncode
@@ -930,8 +930,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def points_of_build() -> set[str]:
-    from pathlib import Path
-
     names = set()
     for path in Path(_core.__file__).parent.glob("*.p*x*"):
         names |= {line.strip()[7:-2] for line in path.read_text().splitlines() if line.strip().startswith('fault("')}

@@ -97,12 +97,12 @@ def test_threads_of_one_process_never_rob_each_other(make):
             t.start()
         for t in threads:
             t.join()
-        cache.set("of %d" % os.getpid(), sum(counted))
+        cache.set(f"of {os.getpid()}", sum(counted))
 
     pid = fork(both)
     both()
     assert exit_code(pid) == 0
-    assert cache["n"] == cache["of %d" % pid] + sum(counted)
+    assert cache["n"] == cache[f"of {pid}"] + sum(counted)
     assert cache.stats()["takeovers"] == 0
     assert cache.stats()["lock_waits"] > 0, "they met"
 

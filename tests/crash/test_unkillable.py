@@ -41,14 +41,14 @@ def test_stopped_at_fault_points():
 
 @pytest.mark.slow
 def test_storm():
-    out = run("tests.crash.storm", "--kills", "500", "--seed", "1")
+    out = run("tests.crash.storm", "--kills", "500", "--seed", "1", "--longest", "5")
     assert out.returncode == 0, out.stdout + out.stderr
     assert report_of(out)["counted"] >= 500
 
 
 @pytest.mark.slow
 def test_storm_in_pid_namespaces():
-    out = run("tests.crash.storm", "--kills", "100", "--seed", "2", "--pid-namespaces")
+    out = run("tests.crash.storm", "--kills", "100", "--seed", "2", "--pid-namespaces", "--longest", "5")
     if out.returncode == 77:
         pytest.skip("this machine allows no pid namespaces")
     assert out.returncode == 0, out.stdout + out.stderr
