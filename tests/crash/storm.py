@@ -2,6 +2,7 @@
 
     python -m tests.crash.storm --kills 10000 --seed 3          till so many kills counted
     python -m tests.crash.storm --seconds 300 --supervisor 0    for so long, without a supervisor
+    python -m tests.crash.storm --kills 2000 --crowd 5          in few buckets: long chains, every kind of repair
     python -m tests.crash.storm --kills 500 --pid-namespaces    every worker process 1 of a pid namespace of its own
 
 Phases of killing (1 s, one worker every --every ms) and of rest (3 s): constant churn would hide what a reused row can break. A kill
@@ -27,7 +28,7 @@ import numpy as np
 
 import shmcache
 from shmcache import errors
-from shmcache.core import _sweep
+from shmcache.core import _core, _sweep
 from shmcache.supervisor.loop import Supervisor
 from tests.stress.mixed import Worker
 
@@ -38,7 +39,7 @@ LEAST_OPS = 100
 libc = ctypes.CDLL(None, use_errno=True)
 
 
-def worker(name: str, seed: int, keys: int, figures: Any) -> None:
+def worker(name: str, seed: int, keys: int | list[int], figures: Any) -> None:
     """Run until killed; a killed process reports nothing, so figures go to the test's own shared memory as they come."""
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     cache = shmcache.attach(name)
@@ -57,7 +58,7 @@ def worker(name: str, seed: int, keys: int, figures: Any) -> None:
         figures["life"] = w.count["ops"]
 
 
-def in_namespace(name: str, seed: int, keys: int, figures: Any) -> None:
+def in_namespace(name: str, seed: int, keys: int | list[int], figures: Any) -> None:
     """Fork the worker into a new pid namespace, and end with it."""
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if libc.unshare(CLONE_NEWPID):
@@ -74,6 +75,19 @@ def supervise(name: str) -> None:
     Supervisor(shmcache.attach(name)).run()
 
 
+def crowded(cache: shmcache.Cache, n: int, percent: float) -> list[int]:
+    """Numbers of keys that all fall into so many percent of the buckets: chains grow and shrink, and stripes are held longer."""
+    k0, k1 = map(int, cache.segment.header["hash_key"])
+    least = int(percent / 100 * (1 << 48))
+    found: list[int] = []
+    number = 0
+    while len(found) < n:
+        number += 1
+        if _core.siphash_rounds(b"key:%d" % number, k0, k1, 1, 3) & (1 << 48) - 1 < least:
+            found.append(number)
+    return found
+
+
 class Storm:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
@@ -81,6 +95,7 @@ class Storm:
         self.name = f"storm-{os.getpid()}"
         self.cache = shmcache.create(self.name, args.size, stripes=args.stripes, max_processes=args.rows, lock_limit=args.limit)
         dtype = np.dtype([(f, "f8") for f in FIELDS])
+        self.keys = crowded(self.cache, args.keys, args.crowd) if args.crowd else args.keys
         self.figures = np.frombuffer(mp.RawArray("b", dtype.itemsize * args.procs), dtype)
         self.total = dict.fromkeys(("wrong", "errors", "ops", "kills", "counted", "held", "supervisors"), 0)
         self.context = mp.get_context("fork")
@@ -92,7 +107,7 @@ class Storm:
             self.figures[field][slot] = 0
         self.figures["row"][slot] = -1
         run = in_namespace if self.args.pid_namespaces else worker
-        p = self.context.Process(target=run, args=(self.name, self.rng.getrandbits(40), self.args.keys, self.figures[slot : slot + 1]), daemon=True)
+        p = self.context.Process(target=run, args=(self.name, self.rng.getrandbits(40), self.keys, self.figures[slot : slot + 1]), daemon=True)
         p.start()
         return p
 
@@ -206,6 +221,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--size", default="16M")
     parser.add_argument("--stripes", type=int, default=64)
     parser.add_argument("--keys", type=int, default=50_000)
+    parser.add_argument("--crowd", type=float, default=0, help="percent of the buckets that all keys fall into; 0: as they fall")
     parser.add_argument("--rows", type=int, default=8, help="process rows: few, so that they are reused at once (8)")
     parser.add_argument("--pid-namespaces", action="store_true", help="every worker in a pid namespace of its own")
     args = parser.parse_args(argv)

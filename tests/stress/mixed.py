@@ -17,6 +17,7 @@ import struct
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import shmcache
@@ -46,10 +47,12 @@ def wrong(number: int, value: bytes) -> bool:
 class Worker:
     """One thread's operations and what it counted."""
 
-    def __init__(self, cache: shmcache.Cache, seed: int, keys: int, clear_every: int) -> None:
+    def __init__(self, cache: shmcache.Cache, seed: int, keys: int | Sequence[int], clear_every: int) -> None:
+        """keys: how many, or their numbers."""
         self.cache = cache
         self.rng = random.Random(seed)
-        self.keys = keys
+        self.numbers = range(keys + 1) if isinstance(keys, int) else keys
+        self.keys = len(self.numbers) - 1
         self.clear_every = clear_every
         self.count = dict.fromkeys(("ops", "hits", "wrong", "errors", "clears", "big"), 0)
         self.longest_s = 0.0
@@ -65,7 +68,7 @@ class Worker:
 
     def step(self) -> None:
         rng, cache = self.rng, self.cache
-        number = min(int(rng.paretovariate(0.6)), self.keys) if rng.random() < 0.7 else rng.randrange(self.keys)
+        number = self.numbers[min(int(rng.paretovariate(0.6)), self.keys) if rng.random() < 0.7 else rng.randrange(self.keys)]
         key = b"key:%d" % number
         op = rng.random()
         if op < 0.50:
@@ -88,7 +91,7 @@ class Worker:
             if version:
                 cache.cas(key, make(number, rng.choice((20, 100, 500)), rng.getrandbits(60)), version)
         elif op < 0.95:
-            numbers = [rng.randrange(self.keys) for _ in range(20)]
+            numbers = [self.numbers[rng.randrange(self.keys)] for _ in range(20)]
             found = cache.get_many([b"key:%d" % n for n in numbers])
             for k, v in found.items():
                 self.check(int(k[4:]), v)
