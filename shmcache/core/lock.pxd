@@ -52,6 +52,7 @@ cdef extern from *:
 
 cdef enum:
     SPINS = 40
+    PATIENCE = 4            # limits, in all, for a lock that goes from hand to hand
     SLICE_MIN_NS = 1000000
     SLICE_MAX_NS = 16000000
 
@@ -79,13 +80,13 @@ cdef inline int lock_take(seg_t* s, lock_t* l, uint64_t limit_ns) noexcept nogil
 
     May sleep: never called with the GIL held, unless limit_ns is 0.
     """
-    cdef uint64_t w, t0, slice_ns = SLICE_MIN_NS
+    cdef uint64_t w, t0, since, slice_ns = SLICE_MIN_NS
     cdef uint32_t bell
     cdef bint slept = False, ask = False
     cdef int rc = lock_try(s, l)
     if rc == OK or limit_ns == 0:
         return rc
-    t0 = mono_ns()
+    t0 = since = mono_ns()
     while True:
         bell = ld32(&l.bell)
         w = ld64(&l.word)
@@ -104,7 +105,8 @@ cdef inline int lock_take(seg_t* s, lock_t* l, uint64_t limit_ns) noexcept nogil
                     add64(&s.row.takeovers, 1)
                     return TAKEN_OVER
                 continue
-            if mono_ns() - t0 > (<uint64_t>SLICE_MIN_NS if ld64(&l.stalled) == token_of(w) else limit_ns):
+            if mono_ns() - since > (<uint64_t>SLICE_MIN_NS if ld64(&l.stalled) == token_of(w) else limit_ns) or \
+                    mono_ns() - t0 > PATIENCE * limit_ns:
                 if limit_ns >= s.patience_ns:   # the impatient do not speak for all
                     st64(&l.stalled, token_of(w))
                     add64(&s.row.stalls, 1)
@@ -123,8 +125,9 @@ cdef inline int lock_take(seg_t* s, lock_t* l, uint64_t limit_ns) noexcept nogil
             return INTR
         if rc == 0:
             slept = True
+            since = mono_ns()               # it was let go: the limit is for one holding
             #! lock: woken
-        if rc == 1 or mono_ns() - t0 > limit_ns:        # others may be served again and again
+        if rc == 1 or mono_ns() - t0 > PATIENCE * limit_ns:     # others may be served again and again
             ask = True
             slice_ns = min(2 * slice_ns, <uint64_t>SLICE_MAX_NS)
 
