@@ -28,7 +28,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -811,13 +811,17 @@ def run(name: str, s: Scenario, stop: bool, report: dict[str, Any]) -> None:
 class Stopped:
     """A child that does act() and is stopped at a point; go() lets it finish."""
 
+    alive: ClassVar[set[int]] = set()
+
     def __init__(self, b: Bench, act: Callable[[Bench], Any], point: str, nth: int = 1) -> None:
         self.pid = start(b, Scenario(nothing, act), f"s{nth:04d}{point}")
+        self.alive.add(self.pid)
         status = os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WEXITED)
         assert status.si_code in (os.CLD_STOPPED, os.CLD_TRAPPED), f"it does not pass {point}"
 
     def go(self) -> None:
         os.kill(self.pid, signal.SIGCONT)
+        self.alive.discard(self.pid)
         assert os.waitpid(self.pid, 0)[1] == 0
 
 
@@ -827,8 +831,9 @@ def settler_and_reused_pages(b: Bench) -> list[str]:
     f = Stopped(b, lambda b: b.cache.delete(b"K1"), "big: page to be freed")
     s = Stopped(b, lambda b: _sweep.settle(b.cache), "settle: big page nobody's")
     f.go()
-    for i in range(8):  # chunks of the head's class: one of them the same
-        b.put(b"K2:%d" % i, BIG_OLD)
+    free = [k for k in (b"K2:%d" % i for i in range(100)) if (b.bucket(k) ^ b.bucket(b"K1")) & 15]  # the settler holds K1's stripe
+    for key in free[:8]:  # chunks of the head's class: one of them the same
+        b.put(key, BIG_OLD)
     s.go()
     return read_others(b, False) + accounts(b)
 
@@ -916,7 +921,13 @@ def main(argv: list[str] | None = None) -> int:
     for race in RACES:
         if args.only is None or args.only in race.__name__:
             with contextlib.closing(Bench()) as b:
-                wrong = race(b)
+                try:
+                    wrong = race(b)
+                finally:
+                    for pid in Stopped.alive:
+                        os.kill(pid, signal.SIGKILL)
+                        os.waitpid(pid, 0)
+                    Stopped.alive.clear()
             report["failed"] += wrong
             print(f"{race.__name__:60}{f'  FAILED {wrong}' if wrong else ''}", flush=True)
     missed = sorted(points_of_build() - report["hit"])
