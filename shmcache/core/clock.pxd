@@ -336,11 +336,11 @@ cdef inline int take_room(seg_t* s, uint32_t cls, uint64_t limit_ns, uint64_t* a
     cdef int rc, round_
     cdef bint turned
     for round_ in range(ROUNDS):
-        if limit_ns and round_ and mono_ns() - t0 > limit_ns:
-            return BUSY
         rc = chunk_get(s, cls, limit_ns, addr)
         if rc == OK or rc == INTR or (rc == BUSY and limit_ns == 0):
             return rc
+        if limit_ns and round_ and mono_ns() - t0 > limit_ns:       # after a look at what the last round has made free
+            return BUSY
         rc = page_from_pool(s, PAGE_CUTTING, 0, limit_ns, &p)
         if rc == OK:
             rc = give_page(s, p, cls, limit_ns)
