@@ -5,10 +5,12 @@
     python -m tests.crash.storm --kills 2000 --crowd 5          in few buckets: long chains, every kind of repair
     python -m tests.crash.storm --kills 500 --pid-namespaces    every worker process 1 of a pid namespace of its own
 
-Phases of killing (1 s, one worker every --every ms) and of rest (3 s): constant churn would hide what a reused row can break. A kill
-counts if its victim had done at least 100 operations. Workers are forked from this process, which is warm; they check every value they
-read and note the longest time that one call took. Nobody is stopped, so nobody may reach the limit for a lock (a stall). Ends with every survivor's figures, verify(), and the count of chunks: each FREE, LIVE,
-or in the hand of the living. Exit code 0: nothing wrong; 77: this machine does not allow it.
+Phases of killing (1 s, one worker every --every ms) and of rest (3 s): constant churn would hide what a reused row can break. In a
+share --together of the kills all workers die at once: survivors take a lock over within microseconds, so only then are rows reused
+while the locks of the dead still stand. A kill counts if its victim had done at least 100 operations. Workers are forked from this
+process, which is warm; they check every value they read and note the longest time that one call took. Nobody is stopped, so nobody
+may reach the limit for a lock (a stall). Ends with every survivor's figures, verify(), and the count of chunks: each FREE, LIVE, or
+in the hand of the living. Exit code 0: nothing wrong; 77: this machine does not allow it.
 """
 
 from __future__ import annotations
@@ -116,26 +118,30 @@ class Storm:
         p.start()
         return p
 
-    def kill(self, slot: int, replace: bool = True) -> None:
-        figures, p = self.figures[slot], self.procs[slot]
-        if self.args.pid_namespaces:
-            while not figures["pid"]:
-                if p.exitcode is not None:
-                    print(f"pid namespaces are not to be had: exit code {p.exitcode}")
-                    raise SystemExit(77)
-            os.kill(int(figures["pid"]), signal.SIGKILL)
-        else:
-            os.kill(p.pid, signal.SIGKILL)
-        p.join()
-        row = int(figures["row"])
-        if figures["life"] >= LEAST_OPS:
-            self.total["counted"] += 1
-            self.total["held"] += row >= 0 and self.holds(row)
-        self.total["kills"] += 1
-        for field, of in (("wrong", "wrong"), ("errors", "errors"), ("ops", "life")):
-            self.total[field] += int(figures[of])
+    def kill(self, *slots: int, replace: bool = True) -> None:
+        """Kill the workers of these slots together: none of them sees another one dead."""
+        for slot in slots:
+            pid = self.procs[slot].pid
+            if self.args.pid_namespaces:
+                while not (pid := int(self.figures["pid"][slot])):
+                    if self.procs[slot].exitcode is not None:
+                        print(f"pid namespaces are not to be had: exit code {self.procs[slot].exitcode}")
+                        raise SystemExit(77)
+            os.kill(pid, signal.SIGKILL)
+        for slot in slots:
+            self.procs[slot].join()
+        for slot in slots:
+            figures = self.figures[slot]
+            row = int(figures["row"])
+            if figures["life"] >= LEAST_OPS:
+                self.total["counted"] += 1
+                self.total["held"] += row >= 0 and self.holds(row)
+            self.total["kills"] += 1
+            for field, of in (("wrong", "wrong"), ("errors", "errors"), ("ops", "life")):
+                self.total[field] += int(figures[of])
         if replace:
-            self.procs[slot] = self.start(slot)
+            for slot in slots:
+                self.procs[slot] = self.start(slot)
 
     def holds(self, row: int) -> bool:
         """Does some lock name the dead process of this row?"""
@@ -158,7 +164,8 @@ class Storm:
             calm_from = next_kill + 1.0
             while time.monotonic() < calm_from and not self.over(began):
                 signal.sigtimedwait([], max(0.0, next_kill - time.monotonic()))  # a wait on the clock: the test's own pace
-                self.kill(self.rng.randrange(self.args.procs))
+                together = self.rng.random() < self.args.together
+                self.kill(*(range(self.args.procs) if together else [self.rng.randrange(self.args.procs)]))
                 next_kill += self.rng.random() * 2 * self.args.every / 1000
                 if self.supervisor and time.monotonic() > next_supervisor:
                     os.kill(self.supervisor.pid, signal.SIGKILL)
@@ -171,8 +178,7 @@ class Storm:
                 signal.sigtimedwait([], max(0.0, next_kill - time.monotonic()))
 
     def report(self) -> tuple[dict[str, Any], bool]:
-        for slot in range(self.args.procs):
-            self.kill(slot, replace=False)
+        self.kill(*range(self.args.procs), replace=False)
         if self.supervisor:
             os.kill(self.supervisor.pid, signal.SIGKILL)
             self.supervisor.join()
@@ -216,6 +222,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--procs", type=int, default=4)
     parser.add_argument("--supervisor", type=float, default=2.0, help="seconds between kills of the supervisor (2); 0: there is none")
     parser.add_argument("--every", type=float, default=20, help="ms between kills in a killing phase (20)")
+    parser.add_argument("--together", type=float, default=0.1, help="share of the kills that hit all workers at once (0.1)")
     parser.add_argument("--longest", type=float, default=1.0, help="seconds that a call of a survivor may take (1)")
     parser.add_argument("--limit", type=float, default=5.0, help="seconds that a write waits for a lock (5): longer than --longest")
     parser.add_argument("--size", default="16M")

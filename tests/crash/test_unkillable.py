@@ -58,7 +58,7 @@ def test_storm_in_pid_namespaces():
 @pytest.mark.parametrize("flag", ["-DSHMCACHE_NO_TAKEOVER", "-DSHMCACHE_NO_GENERATIONS"])
 def test_the_storm_sees_what_liveness_is_for(flag):
     """With takeover compiled out, or with tokens that a reused row keeps, somebody waits for the dead, or a chunk is lost."""
-    out = run("tests.crash.storm", "--kills", "4000", "--seed", "3", "--limit", "0.5", build=special.build(flag))
+    out = run("tests.crash.storm", "--kills", "4000", "--seed", "3", "--limit", "0.5", "--together", "1", build=special.build(flag))
     assert out.returncode == 1, out.stdout + out.stderr
 
 
