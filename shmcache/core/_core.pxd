@@ -20,7 +20,8 @@ cdef class WritableView:
 
 cdef class Table:
     cdef seg_t* s                   # NULL: closed
-    cdef readonly Mapping mapping
+    cdef readonly Mapping mapping   # None: closed
+    cdef readonly str name
     cdef int in_flight              # calls of this handle that run without the GIL
     cdef uint64_t life              # the token for which in_flight counts: a fork child starts at 0
     cdef object idle                # set by the last of them when close() waits

@@ -482,6 +482,7 @@ cdef class Table:
 
     def __cinit__(self, Mapping mapping not None, *args, **kwargs):
         self.mapping = mapping
+        self.name = mapping.name
         self.s = &mapping.s
         mapping.handles += 1
 
@@ -1220,10 +1221,6 @@ cdef class Table:
         return keys
 
     # -- about the segment
-
-    @property
-    def name(self):
-        return self.mapping.name
 
     @property
     def unlinked(self):

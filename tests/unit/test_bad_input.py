@@ -246,3 +246,31 @@ def test_every_error_says_what_to_do():
         if isinstance(error, type) and issubclass(error, (shmcache.ShmcacheError, Warning)):
             assert error.__doc__
             assert issubclass(error, (errors.UsageError, errors.CapacityError, errors.DamageError, Warning)) or error is errors.ShmcacheError
+
+
+def test_a_closed_handle_answers_or_says_that_it_is_closed(cache):
+    """Every public name: what it is called, and that it is closed, it still knows; everything else says so."""
+    name = cache.name
+    calls = {
+        "set": (b"k", b"v"), "add": (b"k", b"v"), "replace": (b"k", b"v"), "cas": (b"k", b"v", 1), "get_or_set": (b"k", int), "claim": (b"k", 1.0),
+        "fill": (b"k", b"v", 1), "unclaim": (b"k", 1), "set_many": ({b"k": b"v"},), "get_many": ([b"k"],), "delete_many": ([b"k"],), "expire": (b"k", 1),
+        **dict.fromkeys(("get", "gets", "delete", "pop", "ttl", "touch", "persist", "incr", "decr", "claim_version"), (b"k",)),
+        **dict.fromkeys(("clear", "counters", "processes", "supervisor", "slab_classes", "stats", "verify", "views"), ()),
+    }  # fmt: skip
+    cache.close()
+    for attribute, arguments in calls.items():
+        with pytest.raises(errors.CacheClosed):
+            getattr(cache, attribute)(*arguments)
+    for attribute in ("segment", "unlinked", "row", "lock_limit"):
+        with pytest.raises(errors.CacheClosed):
+            getattr(cache, attribute)
+    with pytest.raises(errors.CacheClosed):
+        list(cache.scan())
+    with pytest.raises(errors.CacheClosed):
+        len(cache)
+    assert cache.name == name
+    assert cache.closed
+    assert "closed" in repr(cache)
+    cache.close()
+    untested = {a for a in dir(cache) if not a.startswith("_")} - set(calls)
+    assert untested == {"close", "closed", "keys_between", "lock", "lock_limit", "mapping", "memoize", "name", "namespace", "row", "scan", "scan_from", "segment", "store_encoded", "unlinked"}
