@@ -135,6 +135,21 @@ cdef inline int read_begin(seg_t* s, const uint8_t* key, size_t n, uint64_t h, r
             break
     return ABSENT if unchanged(r) else AGAIN
 
+cdef inline void prefetch_item(seg_t* s, uint64_t h) noexcept nogil:
+    """Ask for the item that a read of this hash will look at first. A hint: nothing is believed, nothing is written."""
+    cdef chain_t c
+    cdef uint64_t w
+    cdef int i
+    chain_first(s, bucket_of(s, h), &c)
+    for i in range(c.n_slots):
+        w = ld64r(&c.slot[i])
+        if (w ^ h) >> 48 == 0 and in_slab(s, w & ADDR_MASK):
+            prefetch(item_at(s, w & ADDR_MASK))
+            prefetch(<uint8_t*>item_at(s, w & ADDR_MASK) + 64)
+            prefetch(<uint8_t*>item_at(s, w & ADDR_MASK) + 128)
+            prefetch(refs_of(s, w & ADDR_MASK))
+            return
+
 cdef inline void read_copy(seg_t* s, read_t* r, uint8_t* to) noexcept nogil:
     cdef uint64_t counter
     if unlikely(r.is_big):
