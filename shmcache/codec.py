@@ -19,10 +19,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, Protocol
 
+    Unpack = Callable[[bytes], Any]
+
     class Codec(Protocol):
         """What Cache calls for a value that is not bytes, str or a 64-bit int."""
 
         name: str
+        unpack: Unpack | None  # what decode() does with MSGPACK's payload, if it is one compiled call; raises anything
 
         def encode(self, value: Any) -> tuple[int, bytes]:
             """(codec number, payload). Raises: UnsupportedValue."""
@@ -30,7 +33,6 @@ if TYPE_CHECKING:
         def decode(self, number: int, payload: bytes) -> Any:
             """The value. Raises: CodecMismatch if this codec does not read that number; DamageError."""
 
-    Unpack = Callable[[bytes], Any]
 
 # Stored in each item. Numbers are a format: never reused.
 BYTES, STR, INT, MSGPACK, PICKLE = 0, 1, 2, 3, 4
@@ -67,10 +69,14 @@ class MsgpackCodec:
     name = "msgpack"
 
     def __init__(self) -> None:
+        import functools
+
         import msgpack
 
         self._ext_type = msgpack.ExtType
-        self._unpackb = msgpack.unpackb
+        self.unpack: Unpack = functools.partial(
+            msgpack.unpackb, ext_hook=self._ext_hook, strict_map_key=False, unicode_errors="surrogatepass"
+        )
         self._packb = msgpack.packb
         self._depth = 0
         self._packers: dict[type, Callable[[Any], tuple[int, Any]]] = _packers()
@@ -118,28 +124,24 @@ class MsgpackCodec:
         if number != MSGPACK:
             raise errors.CodecMismatch(f"this value was written by codec {number}, which this version does not know")
         try:
-            return self._unpack(payload)
+            return self.unpack(payload)
         except errors.ShmcacheError:
             raise
         except Exception as e:  # msgpack has a dozen, and a damaged extension can meet any constructor's
             raise errors.DamageError(f"a msgpack value is damaged ({type(e).__name__}: {e}): run verify(), or delete the key") from None
 
-    def _unpack(self, payload: bytes) -> Any:
-        return self._unpackb(
-            payload, ext_hook=self._ext_hook, strict_map_key=False, raw=False, unicode_errors="surrogatepass", use_list=True
-        )
-
     def _ext_hook(self, number: int, data: bytes) -> Any:
         unpacker = _UNPACKERS.get(number)
         if unpacker is None:
             raise errors.DamageError(f"a value has the unknown extension type {number}: it is damaged, or of a newer version")
-        return unpacker(self._unpack, data)
+        return unpacker(self.unpack, data)
 
 
 class PickleCodec:
     """Any object, by pickle protocol 5; reads what the msgpack codec wrote, too."""
 
     name = "pickle"
+    unpack = None
 
     def __init__(self) -> None:
         self._msgpack: MsgpackCodec | None = None

@@ -24,6 +24,7 @@ cdef class Table:
     cdef readonly str name
     cdef int in_flight              # calls of this handle that run without the GIL
     cdef uint64_t life              # the token for which in_flight counts: a fork child starts at 0
+    cdef public object _unpack      # of msgpack's bytes: a codec's own, so that a hit runs no Python frame; None: by _decode()
     cdef object idle                # set by the last of them when close() waits
     cdef seg_t* ready(self) except NULL
     cdef void enter(self, seg_t* s)

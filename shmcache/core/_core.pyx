@@ -77,6 +77,7 @@ cdef enum:
     CODEC_BYTES = 0
     CODEC_STR = 1
     CODEC_INT = 2
+    CODEC_MSGPACK = 3
     GROUP = 16                  # keys that get_many fetches ahead
     STACK_BYTES = 1024          # values up to this are copied to the stack before they are decoded
 
@@ -577,6 +578,11 @@ cdef class Table:
         finally:
             if to != stack:
                 free(to)
+        if r.codec == CODEC_MSGPACK and self._unpack is not None:
+            try:
+                return self._unpack(data)
+            except Exception:
+                pass                        # again, by the codec, which gives the error its name
         return self._decode(r.codec, data)
 
     cdef object read(self, object key, object default, uint64_t* version):
