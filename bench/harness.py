@@ -112,6 +112,11 @@ def report(cases: dict[str, dict[str, Any]], notes: list[str], path: str | None)
             print(f"  {name:24} {s['median_ns']:10.1f} ns   {span:24} ours is {s['ours_over_it']:.2f} of it")
     for note in notes:
         print("note:", note)
+    keep(cases, notes, path)
+
+
+def keep(cases: dict[str, Any], notes: list[str], path: str | None) -> None:
+    """Write the figures, with where they were measured, to path if there is one."""
     if path:
         Path(path).write_text(json.dumps({"environment": environment(), "cases": cases, "notes": notes}, indent=1) + "\n")
         print("figures in", path, file=sys.stderr)
