@@ -25,7 +25,10 @@ if TYPE_CHECKING:
         """What Cache calls for a value that is not bytes, str or a 64-bit int."""
 
         name: str
-        unpack: Unpack | None  # what decode() does with MSGPACK's payload, if it is one compiled call; raises anything
+
+        @property
+        def unpack(self) -> Unpack | None:
+            """What decode() does with MSGPACK's payload, if that is one compiled call; it raises anything."""
 
         def encode(self, value: Any) -> tuple[int, bytes]:
             """(codec number, payload). Raises: UnsupportedValue."""
