@@ -27,7 +27,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -899,7 +898,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", help="scenarios whose name contains this")
     parser.add_argument("--stop", action="store_true", help="SIGSTOP and SIGCONT instead of SIGKILL")
     args = parser.parse_args(argv)
-    if b"SHMCACHE_FAULT" not in Path(_core.__file__).read_bytes():
+    if not special.points_of_build():
         folder = special.build("-DSHMCACHE_FAULT_POINTS")
         argv_, env = special.command(folder, "tests.crash.matrix", *sys.argv[1:])
         return subprocess.run(argv_, env=env, cwd=folder).returncode
@@ -930,7 +929,7 @@ def main(argv: list[str] | None = None) -> int:
                     Stopped.alive.clear()
             report["failed"] += wrong
             print(f"{race.__name__:60}{f'  FAILED {wrong}' if wrong else ''}", flush=True)
-    missed = sorted(points_of_build() - report["hit"])
+    missed = sorted(special.points_of_build() - report["hit"])
     print(f"{report['kills']} kills at {len(report['hit'])} points in {len(scenarios)} scenarios, {time.monotonic() - began:.0f} s; failed: {len(report['failed'])}")
     for what, ms in report["took_ms"].items():
         print(f"  {what}: median {np.median(ms):.2f} ms, 99 % {np.percentile(ms, 99):.1f}, worst {max(ms):.1f}; over 100 ms: {sum(m > 100 for m in ms)} of {len(ms)}")
@@ -938,13 +937,6 @@ def main(argv: list[str] | None = None) -> int:
         print("points never passed:", missed)
         return 1
     return 1 if report["failed"] else 0
-
-
-def points_of_build() -> set[str]:
-    names = set()
-    for path in Path(_core.__file__).parent.glob("*.p*x*"):
-        names |= {line.strip()[7:-2] for line in path.read_text().splitlines() if line.strip().startswith('fault("')}
-    return names
 
 
 if __name__ == "__main__":

@@ -3,11 +3,14 @@
     python -m tests.crash.storm --kills 10000 --seed 3          till so many kills counted
     python -m tests.crash.storm --seconds 300 --supervisor 0    for so long, without a supervisor
     python -m tests.crash.storm --kills 2000 --crowd 5          in few buckets: long chains, every kind of repair
+    python -m tests.crash.storm --kills 2000 --points 0.5       half of the workers die at a fault point (a build of its own): every kind of repair
     python -m tests.crash.storm --kills 500 --pid-namespaces    every worker process 1 of a pid namespace of its own
 
 Phases of killing (1 s, one worker every --every ms) and of rest (3 s): constant churn would hide what a reused row can break. In a
 share --together of the kills all workers die at once: survivors take a lock over within microseconds, so only then are rows reused
-while the locks of the dead still stand. A kill counts if its victim had done at least 100 operations. Workers are forked from this
+while the locks of the dead still stand. A signal is taken between two instructions, most often behind a slow one, so it hardly ever finds the
+few stores between intent and release; with --points workers arm themselves, after their first operations, to die at a random passing of a
+random fault point. A kill counts if its victim had done at least 100 operations. Workers are forked from this
 process, which is warm; they check every value they read and note the longest time that one call took. Nobody is stopped, so nobody
 may reach the limit for a lock (a stall). Ends with every survivor's figures, verify(), and the count of chunks: each FREE, LIVE, or
 in the hand of the living. Exit code 0: nothing wrong; 77: this machine does not allow it.
@@ -22,6 +25,7 @@ import multiprocessing as mp
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 from typing import Any
@@ -32,6 +36,7 @@ import shmcache
 from shmcache import errors
 from shmcache.core import _core, _sweep
 from shmcache.supervisor.loop import Supervisor
+from tests import special
 from tests.stress.mixed import Worker
 
 FIELDS = ("wrong", "errors", "longest", "ops", "life", "row", "pid")  # of a slot in memory that the test shares
@@ -41,8 +46,11 @@ LEAST_OPS = 100
 libc = ctypes.CDLL(None, use_errno=True)
 
 
-def worker(name: str, seed: int, keys: int | list[int], figures: Any) -> None:
-    """Run until killed; a killed process reports nothing, so figures go to the test's own shared memory as they come."""
+def worker(name: str, seed: int, keys: int | list[int], figures: Any, fault: str | None) -> None:
+    """Run until killed; a killed process reports nothing, so figures go to the test's own shared memory as they come.
+
+    fault: armed as soon as a death counts (fault.pxd).
+    """
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     cache = shmcache.attach(name)
     w = Worker(cache, seed, keys, 1 << 60)
@@ -58,16 +66,18 @@ def worker(name: str, seed: int, keys: int | list[int], figures: Any) -> None:
         figures["longest"] = max(figures["longest"], time.monotonic() - began)
         figures["wrong"] = w.count["wrong"]
         figures["life"] = w.count["ops"]
+        if fault and figures["life"] >= LEAST_OPS:
+            os.environ["SHMCACHE_FAULT"], fault = fault, None
 
 
-def in_namespace(name: str, seed: int, keys: int | list[int], figures: Any) -> None:
+def in_namespace(name: str, seed: int, keys: int | list[int], figures: Any, fault: str | None) -> None:
     """Fork the worker into a new pid namespace, and end with it."""
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if libc.unshare(CLONE_NEWPID):
         os._exit(77)
     pid = os.fork()
     if pid == 0:
-        worker(name, seed, keys, figures)
+        worker(name, seed, keys, figures, fault)
     figures["pid"] = pid
     os.waitpid(pid, 0)
 
@@ -100,6 +110,7 @@ class Storm:
         self.keys = crowded(self.cache, args.keys, args.crowd) if args.crowd else args.keys
         self.figures = np.frombuffer(mp.RawArray("b", dtype.itemsize * args.procs), dtype)
         self.total = dict.fromkeys(("wrong", "errors", "ops", "kills", "counted", "held", "supervisors"), 0)
+        self.points = sorted(special.points_of_build())
         self.context = mp.get_context("fork")
         self.procs = [self.start(i) for i in range(args.procs)]
         self.supervisor = self.start_supervisor() if args.supervisor else None
@@ -109,7 +120,9 @@ class Storm:
             self.figures[field][slot] = 0
         self.figures["row"][slot] = -1
         run = in_namespace if self.args.pid_namespaces else worker
-        p = self.context.Process(target=run, args=(self.name, self.rng.getrandbits(40), self.keys, self.figures[slot : slot + 1]), daemon=True)
+        fault = f"k{self.rng.choice((1, 1, 2, 20)):04d}{self.rng.choice(self.points)}" if self.rng.random() < self.args.points else None
+        args = (self.name, self.rng.getrandbits(40), self.keys, self.figures[slot : slot + 1], fault)
+        p = self.context.Process(target=run, args=args, daemon=True)
         p.start()
         return p
 
@@ -127,9 +140,13 @@ class Storm:
                     if self.procs[slot].exitcode is not None:
                         print(f"pid namespaces are not to be had: exit code {self.procs[slot].exitcode}")
                         raise SystemExit(77)
-            os.kill(pid, signal.SIGKILL)
+            if self.procs[slot].exitcode is None:
+                os.kill(pid, signal.SIGKILL)
         for slot in slots:
             self.procs[slot].join()
+            if self.procs[slot].exitcode not in (-signal.SIGKILL, 0):  # 0: the outer process of a namespace
+                print(f"ERROR: a worker ended with {self.procs[slot].exitcode}", flush=True)
+                self.total["errors"] += 1
         for slot in slots:
             figures = self.figures[slot]
             row = int(figures["row"])
@@ -142,6 +159,11 @@ class Storm:
         if replace:
             for slot in slots:
                 self.procs[slot] = self.start(slot)
+
+    def next_victim(self) -> int:
+        """One that has died at its fault point, if there is one."""
+        of_itself = [i for i, p in enumerate(self.procs) if p.exitcode is not None]
+        return of_itself[0] if of_itself else self.rng.randrange(self.args.procs)
 
     def holds(self, row: int) -> bool:
         """Does some lock name the dead process of this row?"""
@@ -165,7 +187,7 @@ class Storm:
             while time.monotonic() < calm_from and not self.over(began):
                 signal.sigtimedwait([], max(0.0, next_kill - time.monotonic()))  # a wait on the clock: the test's own pace
                 together = self.rng.random() < self.args.together
-                self.kill(*(range(self.args.procs) if together else [self.rng.randrange(self.args.procs)]))
+                self.kill(*(range(self.args.procs) if together else [self.next_victim()]))
                 next_kill += self.rng.random() * 2 * self.args.every / 1000
                 if self.supervisor and time.monotonic() > next_supervisor:
                     os.kill(self.supervisor.pid, signal.SIGKILL)
@@ -229,9 +251,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--stripes", type=int, default=64)
     parser.add_argument("--keys", type=int, default=50_000)
     parser.add_argument("--crowd", type=float, default=0, help="percent of the buckets that all keys fall into; 0: as they fall")
+    parser.add_argument("--points", type=float, default=0, help="share of the workers that die at a fault point (0)")
     parser.add_argument("--rows", type=int, default=8, help="process rows: few, so that they are reused at once (8)")
     parser.add_argument("--pid-namespaces", action="store_true", help="every worker in a pid namespace of its own")
     args = parser.parse_args(argv)
+    if args.points and args.pid_namespaces:
+        parser.error("--points and --pid-namespaces do not go together: a pid that has ended could be another's")
+    if args.points and not special.points_of_build():
+        folder = special.build("-DSHMCACHE_FAULT_POINTS")
+        argv_, env = special.command(folder, "tests.crash.storm", *(sys.argv[1:] if argv is None else argv))
+        return subprocess.run(argv_, env=env, cwd=folder).returncode
     print(f"seed {args.seed}", flush=True)
     storm = Storm(args)
     try:

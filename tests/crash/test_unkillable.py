@@ -47,6 +47,17 @@ def test_storm():
 
 
 @pytest.mark.slow
+def test_storm_at_fault_points():
+    """Deaths between any two stores, under load, in long chains: whatever can be left behind is, and is put in order."""
+    out = run("tests.crash.storm", "--kills", "500", "--seed", "4", "--points", "0.7", "--crowd", "5", "--longest", "5")
+    assert out.returncode == 0, out.stdout + out.stderr
+    report = report_of(out)
+    assert report["counted"] >= 500
+    assert report["takeovers"] > 0
+    assert all(report["repairs"].values()), report["repairs"]
+
+
+@pytest.mark.slow
 def test_storm_in_pid_namespaces():
     out = run("tests.crash.storm", "--kills", "100", "--seed", "2", "--pid-namespaces", "--longest", "5")
     if out.returncode == 77:
