@@ -70,10 +70,21 @@ def build(*flags: str) -> Path:
                 raise RuntimeError(f"the build with {flags} failed:\n{done.stdout}\n{done.stderr}")
             shutil.rmtree(source)
             (folder / "built").touch()
-        for path in (ROOT / "shmcache").rglob("*.py"):  # the Python part as it is now: it is no part of the digest
-            shutil.copy(path, folder / path.relative_to(ROOT))
-        shutil.copytree(ROOT / "tests", folder / "tests", dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+        for top in ("shmcache", "tests"):  # the Python part as it is now: it is no part of the digest
+            for path in (ROOT / top).rglob("*"):
+                if path.suffix in (".py", ".pml"):
+                    refresh(path, folder / path.relative_to(ROOT))
     return folder
+
+
+def refresh(path: Path, copy: Path) -> None:
+    """Make copy what path is, in one step: another process may be importing it."""
+    if copy.exists() and copy.read_bytes() == path.read_bytes():
+        return
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    new = copy.with_name(copy.name + ".new")
+    shutil.copy(path, new)
+    os.replace(new, copy)
 
 
 def command(folder: Path, *module_and_args: str) -> tuple[list[str], dict[str, str]]:

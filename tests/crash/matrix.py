@@ -147,7 +147,7 @@ class Scenario:
     act: Callable[[Bench], Any]
     evicts: bool = False  # other keys may go
     options: dict[str, Any] = field(default_factory=dict)
-    meanwhile: Callable[[Bench, int], None] | None = None  # what another process does while the child acts
+    meanwhile: Callable[[Bench, int], None] | None = None  # what another process does while the child acts: what is passed is up to both
     mend: Callable[[Any], Any] = _sweep.settle
 
 
@@ -778,7 +778,7 @@ def run(name: str, s: Scenario, stop: bool, report: dict[str, Any]) -> None:
         counts = trace(b, s)
         clean_up_created(b)
         for point, n in counts.items():
-            for nth in sorted({1, 2, n} & set(range(1, n + 1))) if not stop else [1]:
+            for nth in sorted({1, 2, n} & set(range(1, n + 1))) if not (stop or s.meanwhile) else [1]:
                 b.seg.bytes[:] = np.frombuffer(saved, np.uint8)
                 where = f"{name} / {point} / {nth} of {n}"
                 if stop:
@@ -786,6 +786,11 @@ def run(name: str, s: Scenario, stop: bool, report: dict[str, Any]) -> None:
                     b.unplant()
                 else:
                     ended = die(b, s, f"k{nth:04d}{point}")
+                    for _ in range(100 if s.meanwhile else 0):
+                        if ended != "done":
+                            break
+                        b.seg.bytes[:] = np.frombuffer(saved, np.uint8)  # the two met otherwise than when they were traced: again
+                        ended = die(b, s, f"k{nth:04d}{point}")
                     b.unplant()
                     if ended == "killed":
                         report["kills"] += 1
