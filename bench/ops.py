@@ -8,6 +8,7 @@ installed, since uWSGI's cache exists nowhere else. Cases are named get/klen=22/
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -92,6 +93,13 @@ class Cases:
 
         self.case(f"set_many/many=100/{of}", lambda p: p.set_many, hundred_items, 100)
 
+        new = itertools.count(2 * 10**9)
+
+        def to_insert(p: Peer, seed: int) -> list[Any]:
+            return [p.key(key(next(new))) for _ in range(max(20, int(self.args.ops * p.calls / 4)))]
+
+        self.case(f"insert/{of}", lambda p: p.set and with_value(p.set, self.value), to_insert)
+
         def to_delete(p: Peer, seed: int) -> list[Any]:
             ks = [p.key(k) for k in random.Random(seed).sample(self.keys, max(20, int(len(self.keys) * p.calls * 0.5)))]
             for k in ks:  # what the last round deleted
@@ -110,7 +118,7 @@ class Cases:
 
 def peers_for(vlen: int, notes: list[str]) -> list[Callable[[int], Peer]]:
     """Those that take values of this size in reasonable time."""
-    left_out = {of.uwsgi: 4000, of.ultradict: 1000}
+    left_out = {of.uwsgi: 1000, of.ultradict: 1000, of.numpy_table: 100}
     for make, most in left_out.items():
         if vlen > most:
             notes.append(f"{make.__name__} is left out over {most} bytes: its block or buffer would be set for the largest value")
@@ -121,7 +129,7 @@ def of_our_own(args: Any, keys: list[bytes], notes: list[str]) -> dict[str, Any]
     """Kinds of keys and values, each beside our own get of 100 bytes (in place of a peer)."""
     import msgpack
 
-    with opened(4 * BUDGET, notes, (of.ours,)) as (p,):
+    with opened(10 * BUDGET, notes, (of.ours,)) as (p,):
         packed = msgpack.packb(RECORD)
         for k in keys:
             p.set(k, b"v" * 100)
@@ -155,12 +163,29 @@ def of_our_own(args: Any, keys: list[bytes], notes: list[str]) -> dict[str, Any]
         return {"get/kinds of keys and values": summary(times)}
 
 
+def evicting(args: Any, notes: list[str]) -> dict[str, Any]:
+    """New keys into a full segment: each set evicts. In place of a peer: overwrites in the same segment."""
+    with opened(16 << 20, notes, (of.ours,)) as (p,):
+        new = itertools.count()
+        put = with_value(p.set, b"v" * 100)
+        for _ in range(200_000):
+            put(key(next(new)))
+        times: dict[str, list[float]] = {"shmcache": [], "overwrite": []}
+        for r in range(args.rounds + 1):
+            fresh_ones = [key(next(new)) for _ in range(args.ops)]
+            ns = {"shmcache": loop_ns(put, fresh_ones), "overwrite": loop_ns(put, fresh(fresh_ones[-20_000:], args.ops, r))}
+            for which in times:
+                if r:
+                    times[which].append(ns[which])
+        return {"insert, full: evicts/klen=22/vlen=100": summary(times)}
+
+
 def main() -> int:
     parser = options(__doc__ or "")
     parser.add_argument("--only", help="cases whose name contains this")
     parser.add_argument("--vlens", default="100,1,1000,10000,1000000", help="sizes of values in bytes")
     args = parser.parse_args()
-    inside_uwsgi(300_000, 1 << 12)
+    inside_uwsgi(700_000, 1 << 10)
     if args.quick:
         args.keys, args.ops, args.rounds = args.keys // 10, args.ops // 10, 3
     notes: list[str] = []
@@ -172,7 +197,9 @@ def main() -> int:
             of = Cases(peers, args, keys[:n], vlen)
             cases |= of.all_of_100_bytes() if vlen == 100 else of.every()
     if not args.only or "kinds" in args.only:
-        cases |= of_our_own(args, keys[: BUDGET // 1000], notes)
+        cases |= of_our_own(args, keys, notes)
+    if not args.only or "insert" in args.only:
+        cases |= evicting(args, notes)
     report(cases, list(dict.fromkeys(notes)), args.json)
     return 0
 

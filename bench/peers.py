@@ -180,6 +180,16 @@ def diskcache(size: int) -> Peer:
     return p
 
 
+def numpy_table(size: int) -> Peer:
+    from numpy_table import NumpyTable
+
+    plain = NumpyTable(size // 400)
+    p = Peer("numpy + posix_ipc", plain.close)
+    p.calls = 0.05
+    p.get, p.set = plain.get, plain.set
+    return p
+
+
 def serve(argv: list[str], path: str, ready: Callable[[], Any]) -> Callable[[], None]:
     """Start a server that listens on the socket `path`, wait until `ready()` succeeds; returns what stops it."""
     process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -244,7 +254,7 @@ def redis(size: int) -> Peer:
 
 
 ALL: tuple[Callable[[int], Peer], ...] = (
-    plain_dict, ours, cachebox, LmdbHeld, lmdb_per_call, uwsgi, ultradict, diskcache, memcached, redis)  # fmt: skip
+    plain_dict, ours, cachebox, LmdbHeld, lmdb_per_call, uwsgi, ultradict, numpy_table, diskcache, memcached, redis)  # fmt: skip
 
 
 @contextlib.contextmanager

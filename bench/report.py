@@ -20,6 +20,7 @@ COLUMNS = {
     "get/one hot key/vlen=100": "get, one hot key",
     "miss/klen=22": "miss",
     "set/klen=22/vlen=100": "set",
+    "insert/klen=22/vlen=100": "insert",
     "delete/klen=22/vlen=100": "delete",
     "incr/klen=23": "incr",
     "get_many/many=100/klen=22/vlen=100": "get_many, a key",
