@@ -45,6 +45,10 @@ class Cache(_core.Table):
     def _decode(self, codec: int, payload: bytes) -> Any:
         return self._load_codec().decode(codec, payload)
 
+    def _undecoded(self, error: Exception) -> Exception:
+        named: Exception = self._load_codec().named(error)
+        return named
+
     def get_or_set(
         self, key: bytes | str, factory: Callable[[], Any], ttl: float | timedelta | None = None, *, lease: float = flight.LEASE
     ) -> Any:

@@ -81,6 +81,9 @@ class MsgpackCodec:
             msgpack.unpackb, ext_hook=self._ext_hook, strict_map_key=False, unicode_errors="surrogatepass"
         )
         self._packb = msgpack.packb
+        # msgpack has a dozen errors, and a damaged extension can meet any constructor's
+        self._causes = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, ImportError, RecursionError, SyntaxError,
+                        OSError, msgpack.UnpackException)  # fmt: skip
         self._depth = 0
         self._packers: dict[type, Callable[[Any], tuple[int, Any]]] = _packers()
 
@@ -128,10 +131,17 @@ class MsgpackCodec:
             raise errors.CodecMismatch(f"this value was written by codec {number}, which this version does not know")
         try:
             return self.unpack(payload)
-        except errors.ShmcacheError:
-            raise
-        except Exception as e:  # msgpack has a dozen, and a damaged extension can meet any constructor's
-            raise errors.DamageError(f"a msgpack value is damaged ({type(e).__name__}: {e}): run verify(), or delete the key") from None
+        except Exception as e:
+            raise self.named(e) from None
+
+    def named(self, error: Exception) -> Exception:
+        """What is to be raised for an error of unpack(): DamageError for what damaged bytes can cause, anybody else's (a signal
+        handler's, say) as it is."""
+        if isinstance(error, (errors.ShmcacheError, TimeoutError)) or not isinstance(error, self._causes):
+            return error
+        return errors.DamageError(
+            f"a msgpack value is damaged ({type(error).__name__}: {error}): run verify(), or delete the key"
+        )
 
     def _ext_hook(self, number: int, data: bytes) -> Any:
         unpacker = _UNPACKERS.get(number)

@@ -24,7 +24,8 @@ cdef class Table:
     cdef readonly str name
     cdef int in_flight              # calls of this handle that run without the GIL
     cdef uint64_t life              # the token for which in_flight counts: a fork child starts at 0
-    cdef public object _unpack      # of msgpack's bytes: a codec's own, so that a hit runs no Python frame; None: by _decode()
+    cdef public object _unpack      # of msgpack's bytes: a codec's own, so that a hit runs no Python frame (its errors go through
+                                    # _undecoded()); None: by _decode()
     cdef object idle                # set by the last of them when close() waits
     cdef seg_t* ready(self) except NULL
     cdef void enter(self, seg_t* s)
@@ -37,7 +38,7 @@ cdef class Table:
     cdef int store(self, object key, object value, object ttl, int when, uint64_t version, uint64_t* stored) except -100
     cdef int put_view(self, seg_t* s, put_t* op) except -100
     cdef int remove_key(self, object key, uint64_t version) except -100
-    cdef int remove_view(self, seg_t* s, const uint8_t* key, size_t n, uint64_t h, uint64_t version,
+    cdef int remove_view(self, seg_t* s, Mapping held, const uint8_t* key, size_t n, uint64_t h, uint64_t version,
                          bint only_expired) except -100
     cdef int change_expiry(self, object key, uint64_t expiry_ms) except -100
     cdef bint interrupted(self, seg_t* s, Mapping held) except -1

@@ -581,8 +581,8 @@ cdef class Table:
         if r.codec == CODEC_MSGPACK and self._unpack is not None:
             try:
                 return self._unpack(data)
-            except Exception:
-                pass                        # again, by the codec, which gives the error its name
+            except Exception as e:
+                raise self._undecoded(e) from None
         return self._decode(r.codec, data)
 
     cdef object read(self, object key, object default, uint64_t* version):
@@ -838,7 +838,7 @@ cdef class Table:
         if rc == OK:
             stored[0] = op.cas
             if ttl is not None and ttl_ms == 0:
-                self.remove_view(s, op.key, op.key_bytes, op.hash, 0, True)
+                self.remove_view(s, held, op.key, op.key_bytes, op.hash, 0, True)
         return rc
 
     def set(self, key, value, ttl=None):
@@ -911,7 +911,7 @@ cdef class Table:
         op.value_bytes = <uint64_t>PyBytes_GET_SIZE(value.payload)
         op.hash = siphash13(op.key, op.key_bytes, s.k0, s.k1)
         if self.put_view(s, &op) == OK and ttl is not None and ttl_ms == 0:
-            self.remove_view(s, op.key, op.key_bytes, op.hash, 0, True)
+            self.remove_view(s, held, op.key, op.key_bytes, op.hash, 0, True)
 
     def __setitem__(self, key, value):
         cdef uint64_t stored
@@ -919,9 +919,8 @@ cdef class Table:
 
     # -- delete
 
-    cdef int remove_view(self, seg_t* s, const uint8_t* key, size_t n, uint64_t h, uint64_t version,
+    cdef int remove_view(self, seg_t* s, Mapping held, const uint8_t* key, size_t n, uint64_t h, uint64_t version,
                          bint only_expired) except -100:
-        cdef Mapping held = self.mapping
         cdef int rc = remove(s, key, n, h, version, only_expired, 0)
         if rc == BUSY:
             self.enter(s)
@@ -944,7 +943,7 @@ cdef class Table:
         cdef seg_t* s
         key_view(key, &k, &n)
         s = self.ready()
-        return self.remove_view(s, k, n, siphash13(k, n, s.k0, s.k1), version, False)
+        return self.remove_view(s, self.mapping, k, n, siphash13(k, n, s.k0, s.k1), version, False)
 
     def delete(self, key):
         """Remove a key: True if it was there."""

@@ -79,7 +79,8 @@ def in_namespace(name: str, seed: int, keys: int | list[int], figures: Any, faul
     if pid == 0:
         worker(name, seed, keys, figures, fault)
     figures["pid"] = pid
-    os.waitpid(pid, 0)
+    if os.waitpid(pid, 0)[1] != signal.SIGKILL:
+        os._exit(1)
 
 
 def supervise(name: str) -> None:
@@ -160,6 +161,14 @@ class Storm:
             for slot in slots:
                 self.procs[slot] = self.start(slot)
 
+    def kill_supervisor(self) -> None:
+        if self.supervisor.exitcode is None:
+            os.kill(self.supervisor.pid, signal.SIGKILL)
+        self.supervisor.join()
+        if self.supervisor.exitcode != -signal.SIGKILL:
+            print(f"ERROR: the supervisor ended with {self.supervisor.exitcode}", flush=True)
+            self.total["errors"] += 1
+
     def next_victim(self) -> int:
         """One that has died at its fault point, if there is one."""
         of_itself = [i for i, p in enumerate(self.procs) if p.exitcode is not None]
@@ -190,8 +199,7 @@ class Storm:
                 self.kill(*(range(self.args.procs) if together else [self.next_victim()]))
                 next_kill += self.rng.random() * 2 * self.args.every / 1000
                 if self.supervisor and time.monotonic() > next_supervisor:
-                    os.kill(self.supervisor.pid, signal.SIGKILL)
-                    self.supervisor.join()
+                    self.kill_supervisor()
                     self.supervisor = self.start_supervisor()
                     self.total["supervisors"] += 1
                     next_supervisor = time.monotonic() + self.args.supervisor
@@ -202,8 +210,7 @@ class Storm:
     def report(self) -> tuple[dict[str, Any], bool]:
         self.kill(*range(self.args.procs), replace=False)
         if self.supervisor:
-            os.kill(self.supervisor.pid, signal.SIGKILL)
-            self.supervisor.join()
+            self.kill_supervisor()
         before = self.cache.verify()
         chunks = _sweep.settle(self.cache)
         after = self.cache.verify()

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from shmcache import errors
-from shmcache.codec import MSGPACK, PICKLE, get_codec
+from shmcache.codec import _UNPACKERS, MSGPACK, PICKLE, TUPLE, get_codec
 
 
 def same(a, b):
@@ -172,3 +172,18 @@ def test_import_is_light():
 def test_protocol_is_five():
     assert pickle.loads(get_codec("pickle").encode({1: 2.5})[1]) == {1: 2.5}
     assert get_codec("pickle").encode(None)[1][1] == 5
+
+
+@pytest.mark.parametrize("error", [TimeoutError("time is over"), RuntimeError("a handler's"), KeyboardInterrupt()])
+def test_what_a_signal_handler_raises_while_a_value_is_decoded_reaches_the_caller(cache, monkeypatch, error):
+    """Handlers run in any Python frame, and an extension type's constructor is one."""
+
+    def interrupted(unpack, data):
+        raise error
+
+    cache.set(b"k", (1, 2))
+    with monkeypatch.context() as patch:
+        patch.setitem(_UNPACKERS, TUPLE, interrupted)
+        with pytest.raises(type(error)):
+            cache.get(b"k")
+    assert cache.get(b"k") == (1, 2)
