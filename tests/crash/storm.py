@@ -40,11 +40,11 @@ from shmcache.supervisor.loop import Supervisor
 from tests import special
 from tests.stress.mixed import Worker
 
-FIELDS = ("wrong", "errors", "longest", "ops", "life", "row")  # of a slot in memory that the test shares
+FIELDS = ("wrong", "errors", "longest", "ops", "life", "row", "pid", "dead")  # of a slot in memory that the test shares
 CLONE_NEWPID = 0x20000000
 PR_SET_PDEATHSIG = 1
 LEAST_OPS = 100
-END = signal.SIGUSR1  # to the outer process of a pid namespace: kill the worker
+END = signal.SIGUSR1  # to the outer process of a pid namespace: the worker, which is dead, may be reaped
 libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -73,16 +73,17 @@ def worker(name: str, seed: int, keys: int | list[int], figures: Any, fault: str
 
 
 def in_namespace(name: str, seed: int, keys: int | list[int], figures: Any, fault: str | None) -> None:
-    """Fork the worker into a new pid namespace, kill it on END, and end with it."""
+    """Fork the worker into a new pid namespace, and end with it. It is reaped only on END, so that till then its pid is nobody else's."""
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
     if libc.unshare(CLONE_NEWPID):
         os._exit(77)
     pid = os.fork()
     if pid == 0:
         worker(name, seed, keys, figures, fault)
-    signal.sigwait({END, signal.SIGCHLD})
-    os.kill(pid, signal.SIGKILL)  # not reaped yet, so nobody else's
+    figures["pid"] = pid
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    figures["dead"] = 1
+    signal.sigwait({END})
     if os.waitpid(pid, 0)[1] != signal.SIGKILL:
         os._exit(1)
 
@@ -122,7 +123,7 @@ class Storm:
         self.supervisor = self.start_supervisor() if args.supervisor else None
 
     def start(self, slot: int) -> Any:
-        for field in ("wrong", "errors", "life"):
+        for field in ("wrong", "errors", "life", "pid", "dead"):
             self.figures[field][slot] = 0
         self.figures["row"][slot] = -1
         run = in_namespace if self.args.pid_namespaces else worker
@@ -139,29 +140,48 @@ class Storm:
 
     def kill(self, *slots: int, replace: bool = True) -> None:
         """Kill the workers of these slots together: none of them sees another one dead."""
+        if self.args.pid_namespaces:
+            self.kill_in_namespaces(*slots)
+        else:
+            for slot in slots:
+                if self.procs[slot].exitcode is None:
+                    os.kill(self.procs[slot].pid, signal.SIGKILL)
+            for slot in slots:
+                self.procs[slot].join()
         for slot in slots:
-            if self.procs[slot].exitcode is None:
-                os.kill(self.procs[slot].pid, END if self.args.pid_namespaces else signal.SIGKILL)
+            self.count(slot)
         for slot in slots:
-            self.procs[slot].join()
-            if self.procs[slot].exitcode == 77:
-                print("pid namespaces are not to be had here")
-                raise SystemExit(77)
+            if self.args.pid_namespaces:
+                os.kill(self.procs[slot].pid, END)
+                self.procs[slot].join()
             if self.procs[slot].exitcode not in (-signal.SIGKILL, 0):  # 0: the outer process of a namespace
                 print(f"ERROR: a worker ended with {self.procs[slot].exitcode}", flush=True)
                 self.total["errors"] += 1
-        for slot in slots:
-            figures = self.figures[slot]
-            row = int(figures["row"])
-            if figures["life"] >= LEAST_OPS:
-                self.total["counted"] += 1
-                self.total["held"] += row >= 0 and self.holds(row)
-            self.total["kills"] += 1
-            for field, of in (("wrong", "wrong"), ("errors", "errors"), ("ops", "life")):
-                self.total[field] += int(figures[of])
         if replace:
             for slot in slots:
                 self.procs[slot] = self.start(slot)
+
+    def kill_in_namespaces(self, *slots: int) -> None:
+        for slot in slots:
+            while not (pid := int(self.figures["pid"][slot])):
+                if self.procs[slot].exitcode is not None:
+                    print(f"pid namespaces are not to be had here: exit code {self.procs[slot].exitcode}")
+                    raise SystemExit(77)
+            os.kill(pid, signal.SIGKILL)
+        for slot in slots:
+            while not self.figures["dead"][slot]:
+                os.sched_yield()
+
+    def count(self, slot: int) -> None:
+        """The figures of one that has just died: before others have taken over what he held, if possible."""
+        figures = self.figures[slot]
+        row = int(figures["row"])
+        if figures["life"] >= LEAST_OPS:
+            self.total["counted"] += 1
+            self.total["held"] += row >= 0 and self.holds(row)
+        self.total["kills"] += 1
+        for field, of in (("wrong", "wrong"), ("errors", "errors"), ("ops", "life")):
+            self.total[field] += int(figures[of])
 
     def kill_supervisor(self) -> None:
         if self.supervisor.exitcode is None:
