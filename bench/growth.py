@@ -15,11 +15,10 @@ import subprocess
 import sys
 from typing import Any
 
-from harness import Peer, alternate, keep, options, summary
+from harness import VALUE, Peer, alternate, keep, key, options, summary
 
 import shmcache
 
-VALUE = b"v" * 100
 READER = """
 import sys, time
 import shmcache
@@ -35,10 +34,6 @@ for i in range(n):
     cache.get(b"key:%018d" % i)
 print((attached - began) / 1000, (got - attached) / 1000, page_table_kb() - before)
 """
-
-
-def key(i: int) -> bytes:
-    return b"key:%018d" % i
 
 
 def main() -> int:

@@ -20,6 +20,12 @@ from typing import Any
 
 Peer = tuple[str, Callable[[Any], Any]]  # name, operation
 ROUNDS = 7
+VALUE = b"v" * 100
+
+
+def key(i: int) -> bytes:
+    """The i-th key: 22 bytes."""
+    return b"key:%018d" % i
 
 
 def fresh(keys: Sequence[bytes], n: int, seed: int) -> list[bytes]:

@@ -65,6 +65,24 @@ def ours(size: int) -> Peer:
     return p
 
 
+def plain_copy(size: int) -> Peer:
+    """No store at all: bytes(memoryview) of one of the values (get) or of what is to be stored (set)."""
+    views: dict[bytes, memoryview] = {}
+    p = Peer("bytes(memoryview)")
+
+    def get(k: bytes) -> bytes:
+        return bytes(views[k])
+
+    def put(k: bytes, v: bytes) -> bytes:
+        return bytes(memoryview(v))
+
+    def filled() -> None:
+        p.set = put
+
+    p.get, p.set, p.filled = get, lambda k, v: views.__setitem__(k, memoryview(v)), filled  # type: ignore[method-assign]
+    return p
+
+
 def plain_dict(size: int) -> Peer:
     d: dict[bytes, Any] = {}
     p = Peer("dict")
@@ -204,6 +222,7 @@ def serve(argv: list[str], path: str, ready: Callable[[], Any]) -> Callable[[], 
                 raise
         if process.poll() is not None or time.monotonic() > deadline:
             process.kill()
+            process.wait()
             raise RuntimeError(f"{argv[0]} did not start")
         os.sched_yield()
 
@@ -254,7 +273,8 @@ def redis(size: int) -> Peer:
 
 
 ALL: tuple[Callable[[int], Peer], ...] = (
-    plain_dict, ours, cachebox, LmdbHeld, lmdb_per_call, uwsgi, ultradict, numpy_table, diskcache, memcached, redis)  # fmt: skip
+    plain_copy, plain_dict, ours,
+    cachebox, LmdbHeld, lmdb_per_call, uwsgi, ultradict, numpy_table, diskcache, memcached, redis)  # fmt: skip
 
 
 @contextlib.contextmanager

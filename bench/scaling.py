@@ -19,16 +19,11 @@ from collections.abc import Callable
 from itertools import accumulate
 from typing import Any
 
-from harness import keep, options
+from harness import VALUE, keep, key, options
 
 import shmcache
 
-VALUE = b"v" * 100
 MIXES = {"100/0": 0, "90/10": 10, "50/50": 50}  # percent of sets
-
-
-def key(i: int) -> bytes:
-    return b"key:%018d" % i
 
 
 def zipf(n_keys: int, n: int, seed: int, exponent: float = 0.99) -> list[int]:

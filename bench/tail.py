@@ -3,7 +3,7 @@
     python bench/tail.py [--json bench/results/tail.json]
 
 A reader times batches of 16 gets of 100 bytes: beside two processes that only spin (what the machine itself costs), beside one that
-stores new keys into a full segment all the time and a supervisor that sweeps and evicts, and beside another worker at 90/10. Rounds
+stores new keys into a full segment all the time and a supervisor that sweeps and evicts; and two workers at 90/10 do the same. Rounds
 alternate; median, p99 and p99.9 of a batch over all rounds, in us.
 """
 
@@ -19,16 +19,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-from harness import keep, options
+from harness import VALUE, keep, key, options
 
 import shmcache
 
-VALUE = b"v" * 100
 BATCH = 16
-
-
-def key(i: int) -> bytes:
-    return b"key:%018d" % i
 
 
 def spin() -> None:
@@ -43,15 +38,23 @@ def store_new_keys(name: str) -> None:
         cache.set(key(i), VALUE)
 
 
-def work_90_10(name: str, n_keys: int) -> None:
-    cache, rng = shmcache.attach(name), random.Random(os.getpid())
-    ops = [(key(rng.randrange(n_keys)), rng.random() < 0.1) for _ in range(100_000)]
-    while True:
-        for k, is_set in ops:
-            if is_set:
-                cache.set(k, VALUE)
-            else:
-                cache.get(k)
+def two_workers(name: str, n_keys: int, seconds: float, seed: int) -> tuple[np.ndarray, float]:
+    """(us of each batch of both, their gets per second together): two processes at 90/10 that begin at the same time."""
+    context = mp.get_context("fork")
+    barrier, out = context.Barrier(2), context.SimpleQueue()
+
+    def worker(i: int) -> None:
+        cache = shmcache.attach(name)
+        cache.get(b"takes a row")
+        out.put(read(cache, n_keys, seconds, 2 * seed + i, 9, barrier.wait))
+
+    children = [context.Process(target=worker, args=(i,), daemon=True) for i in range(2)]
+    for p in children:
+        p.start()
+    parts = [out.get() for _ in children]
+    for p in children:
+        p.join()
+    return np.concatenate([taken for taken, _ in parts]), sum(rate for _, rate in parts)
 
 
 def supervise(name: str) -> None:
@@ -75,12 +78,15 @@ def beside(*works: tuple[Callable[..., None], tuple[Any, ...]]) -> Iterator[None
             p.join()
 
 
-def read(cache: shmcache.Cache, n_keys: int, seconds: float, seed: int, set_every: int) -> tuple[np.ndarray, float]:
-    """(us of each batch, gets per second). set_every: one operation in so many is a set, between two batches; 0: none."""
+def read(
+    cache: shmcache.Cache, n_keys: int, seconds: float, seed: int, set_every: int = 0, ready: Callable[[], Any] = lambda: None
+) -> tuple[np.ndarray, float]:
+    """(us of each batch, gets per second). set_every: a batch of sets follows so many of gets; 0: none."""
     rng = random.Random(seed)
     batches = [[key(rng.randrange(n_keys)) for _ in range(BATCH)] for _ in range(4000)]
     get, clock = cache.get, time.perf_counter_ns
     taken: list[int] = []
+    ready()
     until = clock() + int(seconds * 1e9)
     began = at = clock()
     while at < until:
@@ -108,20 +114,23 @@ def main() -> int:
         for i in range(2 * args.keys):
             cache.set(key(i), VALUE)
         n = args.keys
-        surroundings: dict[str, tuple[list[Any], int]] = {
-            "alone": ([], 0),
-            "beside two that spin": ([(spin, ()), (spin, ())], 0),
-            "beside one that evicts, and a supervisor": ([(store_new_keys, (name,)), (supervise, (name,))], 0),
-            "two workers at 90/10": ([(work_90_10, (name, n))], 9),
+        surroundings: dict[str, list[Any]] = {
+            "alone": [],
+            "beside two that spin": [(spin, ()), (spin, ())],
+            "beside one that evicts, and a supervisor": [(store_new_keys, (name,)), (supervise, (name,))],
+            "two workers at 90/10": [],
         }
         batches: dict[str, list[np.ndarray]] = {where: [] for where in surroundings}
         rates: dict[str, list[float]] = {where: [] for where in surroundings}
         for r in range(args.rounds + 1):
-            for where, (works, set_every) in surroundings.items():
+            for where, works in surroundings.items():
                 for k in range(n):  # what the evicting one threw out
                     cache.set(key(k), VALUE)
                 with beside(*works):
-                    taken, rate = read(cache, n, args.seconds, r, set_every)
+                    if where.startswith("two workers"):
+                        taken, rate = two_workers(name, n, args.seconds, r)
+                    else:
+                        taken, rate = read(cache, n, args.seconds, r)
                 if r:
                     batches[where].append(taken)
                     rates[where].append(rate)

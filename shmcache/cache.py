@@ -174,7 +174,7 @@ def _options(
 def create(
     name: str, size: int | str = DEFAULT_SIZE, *, default_ttl: float | timedelta | None = None, codec: str = "msgpack",
     max_value: int | str | None = None, stripes: int | None = None, mode: int = 0o600, group: int | str | None = None,
-    max_processes: int | None = None, lock_limit: float | None = None,
+    max_processes: int | None = None, lock_limit: float | None = None, huge_pages: bool = False,
 ) -> Cache:
     """Create a segment and open it.
 
@@ -188,11 +188,13 @@ def create(
         mode, group: of the object; who else may open it.
         max_processes: that can be attached at once, 128 by default, at most 1,024. 1 KiB each.
         lock_limit: seconds that a write waits for a lock that a living process holds, 1 by default; then StripeBusy.
+        huge_pages: put the segment's memory into pages of 2 MiB (Linux 6.1): a large cache is faster, and every worker's page tables are
+            smaller. A HugePagesRefused warning says if the kernel has not done it.
     Raises: SegmentExists, SharedMemoryFull, InvalidName, InvalidConfig, SegmentForbidden.
     """
     check_codec(codec)
     options = _options(default_ttl, max_value, stripes, max_processes, lock_limit)
-    mapping = segment.create(name, segment.parse_size(size), mode=mode, group=group, **options)
+    mapping = segment.create(name, segment.parse_size(size), mode=mode, group=group, huge_pages=huge_pages, **options)
     return Cache(mapping, codec)
 
 
@@ -210,7 +212,7 @@ def attach(name: str, *, codec: str = "msgpack", owner: int | str | None = None,
 def open(
     name: str, size: int | str | None = None, *, default_ttl: float | timedelta | None = None, codec: str = "msgpack",
     max_value: int | str | None = None, stripes: int | None = None, mode: int = 0o600, group: int | str | None = None,
-    max_processes: int | None = None, lock_limit: float | None = None, owner: int | str | None = None,
+    max_processes: int | None = None, lock_limit: float | None = None, huge_pages: bool = False, owner: int | str | None = None,
 ) -> Cache:
     """Open a segment, and create it if there is none: what a worker calls. Arguments as of create (size: 256M by default).
 
@@ -223,9 +225,9 @@ def open(
             cache = attach(name, codec=codec, owner=owner, group=group)
         except errors.SegmentNotFound:
             try:
-                return Cache(
-                    segment.create(name, size_bytes or segment.parse_size(DEFAULT_SIZE), mode=mode, group=group, **options), codec
-                )
+                new_bytes = size_bytes or segment.parse_size(DEFAULT_SIZE)
+                mapping = segment.create(name, new_bytes, mode=mode, group=group, huge_pages=huge_pages, **options)
+                return Cache(mapping, codec)
             except errors.SegmentExists:
                 continue
         _warn_of_differences(cache, size_bytes, options)

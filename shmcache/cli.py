@@ -159,7 +159,8 @@ def show(s: dict[str, Any]) -> None:
 
 
 def do_create(args: argparse.Namespace) -> int:
-    options = {k: getattr(args, k) for k in ("default_ttl", "max_value", "stripes", "max_processes", "lock_limit", "mode", "group")}
+    names = ("default_ttl", "max_value", "stripes", "max_processes", "lock_limit", "huge_pages", "mode", "group")
+    options = {k: getattr(args, k) for k in names}
     options = {k: v for k, v in options.items() if v is not None}
     with shmcache.create(args.name, args.size, **options) as cache:
         s = cache.stats()
@@ -382,6 +383,7 @@ def admin_parser() -> argparse.ArgumentParser:
     p.add_argument("--max-value", metavar="SIZE", help="of one value (64M)")
     p.add_argument("--stripes", type=int, help="locks, a power of two (1024)")
     p.add_argument("--max-processes", type=int, help="attached at once (128)")
+    p.add_argument("--huge-pages", action="store_true", help="put it into pages of 2 MiB (Linux 6.1)")
     p.add_argument("--lock-limit", type=float, metavar="S", help="that a write waits for a stopped process (1)")
     p.add_argument("--mode", type=lambda t: int(t, 8), help="octal (600)")
     p.add_argument("--group", help="that owns it")

@@ -132,3 +132,7 @@ class SegmentTruncated(DamageError):
 
 class ConfigMismatch(UserWarning):
     """open() was given arguments that differ from those of the live segment; the segment's stay in force."""
+
+
+class HugePagesRefused(UserWarning):
+    """create() was asked for huge pages and the kernel gave none, or too few: they are small. Free memory, or allow them."""

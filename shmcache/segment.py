@@ -139,8 +139,10 @@ def _sections(fixed: dict[str, int], n_pages: int) -> dict[str, int]:
 # ---- create, attach, unlink -----------------------------------------------------------------------------------------------
 
 
-def create(name: str, size_bytes: int, *, mode: int = 0o600, group: int | str | None = None, **options: int) -> _core.Mapping:
-    """Make a segment and map it. options: of geometry().
+def create(
+    name: str, size_bytes: int, *, mode: int = 0o600, group: int | str | None = None, huge_pages: bool = False, **options: int
+) -> _core.Mapping:
+    """Make a segment and map it. options: of geometry(). Warns: HugePagesRefused.
 
     Raises: InvalidName, InvalidConfig, SegmentExists, SegmentForbidden, SharedMemoryFull.
     Crash: at any step before the link the object has no name and goes with its creator; after it the segment is whole.
@@ -162,11 +164,24 @@ def create(name: str, size_bytes: int, *, mode: int = 0o600, group: int | str | 
         if group is not None:
             os.fchown(fd, -1, _gid(group))
         _reserve(fd, size_bytes)
-        _core.format_segment(fd, g, chunks, _boot_id(), os.urandom(16), CONFIG)
+        refused = _core.format_segment(fd, g, chunks, _boot_id(), os.urandom(16), CONFIG, huge_pages)
         _link(fd, path, name)
+        if refused:
+            _warn_of_small_pages(name, refused)
         return _map(fd, path, name)
     finally:
         os.close(fd)
+
+
+def _warn_of_small_pages(name: str, refused: int) -> None:
+    import warnings
+
+    warnings.warn(
+        f"not all of the segment {name!r} is in huge pages ({os.strerror(refused)}): the kernel is older than Linux 6.1, forbids them "
+        "(/sys/kernel/mm/transparent_hugepage/shmem_enabled), or has too few free ones; the segment works, with small pages",
+        errors.HugePagesRefused,
+        stacklevel=4,
+    )
 
 
 def _link(fd: int, path: str, name: str) -> None:

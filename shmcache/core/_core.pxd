@@ -32,6 +32,8 @@ cdef class Table:
     cdef int leave(self) except -1
     cdef object read(self, object key, object default, uint64_t* version)
     cdef object read_hashed(self, seg_t* s, const uint8_t* k, size_t n, uint64_t h, object default, uint64_t* version)
+    cdef int copy_out(self, seg_t* s, read_t* r, uint8_t* to) except -1
+    cdef int copy_long(self, seg_t* s, read_t* r, uint8_t* to) except -1
     cdef object take_value(self, seg_t* s, read_t* r, uint64_t* version, int* rc)
     cdef object read_locked(self, seg_t* s, const uint8_t* key, size_t n, uint64_t h, object default, uint64_t* version)
     cdef object store_view(self, object value, put_t* op, int64_t* number)

@@ -3,7 +3,8 @@
 
 Below this file everything returns a status (token.pxd, rc_t); exceptions are born here, in fail(). The rules of this edge:
 
-- a call first does everything with the GIL held and without sleeping (limit 0); only when a lock is busy it leaves the GIL and waits
+- a call first does everything with the GIL held and without sleeping (limit 0); only when a lock is busy, or the copy is a long one,
+  it leaves the GIL
 - no Python object is touched under any lock
 - while a call runs without the GIL its handle counts it in flight, and close() waits for it
 - whatever may run other Python (a codec, a signal handler, a generator's caller) may close this handle: a method that uses `s` after
@@ -20,7 +21,7 @@ from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset, strncpy
 
-from shmcache.core.atomics cimport ld32, ld64, prefetch, st64, unlikely
+from shmcache.core.atomics cimport ld32, ld64, likely, prefetch, st64, unlikely
 from shmcache.core.big cimport big_read
 from shmcache.core.bucket cimport bucket_of, stripe_of, stripe_release, stripe_take
 from shmcache.core.clock cimport now_ms
@@ -47,15 +48,30 @@ cdef extern from "Python.h":
 
 cdef extern from *:
     """
+    #include <errno.h>
     #include <stddef.h>
     #include <sys/mman.h>
     #include <sys/stat.h>
+    #define SHM_HUGE ((uint64_t)2 << 20)
+    #ifndef MADV_COLLAPSE
+    #define MADV_COLLAPSE 25
+    #endif
+    /* At an address at which the kernel can map huge pages, if the segment has them. */
     static void *shm_map(int fd, uint64_t size) {
-        void *p = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-        if (p == MAP_FAILED) return NULL;
+        uint64_t whole = (size + 4095) & ~(uint64_t)4095;
+        char *room = mmap(NULL, whole + SHM_HUGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0), *p;
+        uint64_t before;
+        if (room == MAP_FAILED) return NULL;
+        before = -(uint64_t)room & (SHM_HUGE - 1);
+        p = mmap(room + before, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, 0);
+        if (p == MAP_FAILED) { int e = errno; munmap(room, whole + SHM_HUGE); errno = e; return NULL; }
+        if (before) munmap(room, before);
+        munmap(p + whole, SHM_HUGE - before);
         madvise(p, size, MADV_DONTDUMP);    /* a core dump of a worker is not to hold the cache */
         return p;
     }
+    /* Put the pages of a mapping together to huge ones, for everybody: 0, or the errno of what could not be. */
+    static int shm_collapse(void *p, uint64_t size) { return madvise(p, size, MADV_COLLAPSE) ? errno : 0; }
     static int shm_stat(int fd, uint64_t *dev, uint64_t *ino, uint64_t *size) {
         struct stat st;
         if (fstat(fd, &st)) return -1;
@@ -69,6 +85,7 @@ cdef extern from *:
     #define SHM_MAGIC 0x65686361636d6873ull     /* "shmcache" */
     """
     void* shm_map(int fd, uint64_t size) noexcept nogil
+    int shm_collapse(void* p, uint64_t size) noexcept nogil
     int shm_stat(int fd, uint64_t* dev, uint64_t* ino, uint64_t* size) noexcept nogil
     bint shm_unlinked(int fd) noexcept nogil
     const uint64_t MAGIC "SHM_MAGIC"
@@ -80,6 +97,7 @@ cdef enum:
     CODEC_MSGPACK = 3
     GROUP = 16                  # keys that get_many fetches ahead
     STACK_BYTES = 1024          # values up to this are copied to the stack before they are decoded
+    LONG_COPY = 32 << 20        # bytes: copying them takes about the interpreter's switch interval, for which getting the GIL back may have to wait
 
 cdef uint32_t ABI = <uint32_t>(1 << 8 | sizeof(void*) * 8)
 
@@ -182,11 +200,13 @@ def layout():
     }
 
 
-def format_segment(int fd, dict g, list chunk_bytes, bytes boot_id, bytes hash_key, bytes config):
+def format_segment(int fd, dict g, list chunk_bytes, bytes boot_id, bytes hash_key, bytes config, bint huge_pages):
     """Write a new segment's header and empty sections into fd, whose memory is all zero. The magic is stored last.
 
-    g: the geometry by field name (segment.geometry). chunk_bytes: of each slab class, ascending.
+    g: the geometry by field name (segment.geometry). chunk_bytes: of each slab class, ascending. Returns: 0, or the errno for which
+    (a part of) its memory was not put into huge pages.
     """
+    cdef int refused = 0
     cdef uint64_t size = g["size_bytes"], i
     cdef uint8_t* base = <uint8_t*>shm_map(fd, size)
     cdef header_t* h = <header_t*>base
@@ -196,6 +216,9 @@ def format_segment(int fd, dict g, list chunk_bytes, bytes boot_id, bytes hash_k
     if base == NULL:
         raise OSError(errno, "mmap of the new segment")
     try:
+        if huge_pages:
+            with nogil:
+                refused = shm_collapse(base, size)
         h.layout_version = LAYOUT_VERSION
         h.abi = ABI
         h.size_bytes = size
@@ -235,6 +258,7 @@ def format_segment(int fd, dict g, list chunk_bytes, bytes boot_id, bytes hash_k
         #! create: magic
     finally:
         munmap(base, size)
+    return refused
 
 
 # ---- errors ---------------------------------------------------------------------------------------------------------------
@@ -535,6 +559,23 @@ cdef class Table:
 
     # -- get
 
+    @cython.final
+    cdef inline int copy_out(self, seg_t* s, read_t* r, uint8_t* to) except -1:
+        if likely(r.value_bytes < LONG_COPY):
+            read_copy(s, r, to)
+            return 0
+        return self.copy_long(s, r, to)
+
+    cdef int copy_long(self, seg_t* s, read_t* r, uint8_t* to) except -1:
+        """Without the GIL. If another thread closes this handle meanwhile: CacheClosed, and s is gone."""
+        cdef Mapping held = self.mapping
+        self.enter(s)
+        with nogil:
+            read_copy(s, r, to)
+        self.leave()
+        self.ready()
+        return 0
+
     cdef object take_value(self, seg_t* s, read_t* r, uint64_t* version, int* rc):
         """Copy the value out and check that it was whole: rc OK and the object, or AGAIN and None."""
         cdef uint8_t stack[STACK_BYTES]
@@ -544,7 +585,7 @@ cdef class Table:
         cdef object value
         if r.codec == CODEC_BYTES:
             data = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>r.value_bytes)
-            read_copy(s, r, <uint8_t*>PyBytes_AS_STRING(data))
+            self.copy_out(s, r, <uint8_t*>PyBytes_AS_STRING(data))
             rc[0] = read_end(s, r)
             version[0] = r.cas
             if rc[0] != OK:
@@ -558,7 +599,7 @@ cdef class Table:
             if to == NULL:
                 raise MemoryError
         try:
-            read_copy(s, r, to)
+            self.copy_out(s, r, to)
             rc[0] = read_end(s, r)
             version[0] = r.cas
             if rc[0] != OK:
@@ -779,7 +820,7 @@ cdef class Table:
         """Put what op points at: OK, EXISTS, ABSENT or MISMATCH."""
         cdef Mapping held = self.mapping
         cdef uint64_t me
-        cdef int rc = put(s, op, 0)
+        cdef int rc = BUSY if unlikely(op.value_bytes >= LONG_COPY) else put(s, op, 0)
         if rc == BUSY or rc == NO_ROOM:
             me = s.me[0]
             self.enter(s)

@@ -448,3 +448,68 @@ def test_close_while_threads_work(name, make):
         for t in threads:
             t.join(30)
             assert not t.is_alive()
+
+
+def test_only_a_long_copy_leaves_the_gil(make):
+    """The interpreter is told not to switch threads by itself, so another one runs during a call only if that lets it."""
+    cache = make("512M", max_value="100M")
+    short, long = os.urandom(1 << 20), os.urandom(64 << 20)
+    turns, done = 0, False
+
+    def other():
+        nonlocal turns
+        while not done:
+            turns += 1
+            time.sleep(0)  # gives the GIL away
+
+    def let_run(call):
+        before = turns
+        call()
+        return turns - before
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1000)
+    thread = threading.Thread(target=other)
+    thread.start()
+    try:
+        cache.set("short", short)
+        cache.set("list", [long])
+        calls = {
+            "set": lambda: cache.set("long", long), "get": lambda: cache.get("long"), "get of a list": lambda: cache.get("list"),
+        }  # fmt: skip
+        for what, call in calls.items():
+            assert any(let_run(call) for _ in range(100)), f"{what} kept the GIL"
+        assert not any(let_run(lambda: (cache.set("short", short), cache.get("short"))) for _ in range(100))
+    finally:
+        done = True
+        sys.setswitchinterval(interval)
+        thread.join()
+    assert cache.get("long") == long
+    assert cache.get("short") == short
+
+
+def test_close_during_a_long_copy(name, make):
+    value = os.urandom(40 << 20)
+    make("512M", max_value="100M").set("long", value)
+    for turn in range(20):
+        cache = shmcache.attach(name)
+        started = threading.Barrier(3)
+        ended: list[int] = []
+
+        def work(cache=cache, started=started, ended=ended, turn=turn):
+            started.wait()
+            try:
+                while True:
+                    assert cache.get("long") == value
+            except errors.CacheClosed:
+                ended.append(turn)
+
+        threads = [threading.Thread(target=work) for _ in range(2)]
+        for t in threads:
+            t.start()
+        started.wait()
+        cache.close()
+        for t in threads:
+            t.join(60)
+            assert not t.is_alive()
+        assert ended == [turn, turn]

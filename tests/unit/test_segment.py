@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import multiprocessing as mp
 import os
 import random
+import subprocess
+import sys
+import warnings
 
 import numpy as np
 import pytest
 
 import shmcache
 from shmcache import errors
+from shmcache.core import _core
 from tests.reference_reader import Reader
 
 
@@ -189,3 +194,35 @@ def test_no_descriptor_is_needed(cache):
         os._exit(0 if ok and cache["k"] == 5 else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     assert cache["k"] == 5
+
+
+def huge_bytes_mapped(name):
+    """(address, bytes in huge pages) of this process's mapping of a segment."""
+    with open("/proc/self/smaps") as lines:
+        for line in lines:
+            if line.rstrip().endswith(f"/shmcache.{name}"):
+                at = int(line.partition("-")[0], 16)
+                return at, next(int(field.split()[1]) << 10 for field in lines if field.startswith("ShmemPmdMapped"))
+    raise AssertionError("not mapped")
+
+
+def test_huge_pages_are_mapped_by_everybody(name, make):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        cache = make("64M", huge_pages=True)
+    if said:
+        assert [w.category for w in said] == [errors.HugePagesRefused]
+        pytest.skip(f"the kernel gives no huge pages: {said[0].message}")
+    code = "import sys, shmcache; c = shmcache.attach(sys.argv[1]); [c.set(i.to_bytes(4, 'big'), b'v' * 100) for i in range(100_000)]; "
+    code += "from tests.unit.test_segment import huge_bytes_mapped; print(*huge_bytes_mapped(sys.argv[1]))"
+    out = subprocess.run([sys.executable, "-c", code, name], capture_output=True, text=True, check=True).stdout
+    at, mapped = map(int, out.split())
+    assert at % (2 << 20) == 0
+    assert mapped > 10 << 20
+    assert len(cache) == 100_000
+
+
+def test_refused_huge_pages_are_said(name, monkeypatch):
+    monkeypatch.setattr(_core, "format_segment", lambda *args, made=_core.format_segment: made(*args) or errno.EINVAL)
+    with pytest.warns(errors.HugePagesRefused, match="Invalid argument"), shmcache.create(name, "4M", huge_pages=True) as cache:
+        cache["k"] = 1
