@@ -4,7 +4,7 @@ Three families under `ShmcacheError`:
 
 - `UsageError`: the call cannot be right. Nothing was changed; the segment is sound. Change the call.
 - `CapacityError`: no room or no time. Nothing was changed; the segment is sound. Make room, or try again.
-- `DamageError`: the bytes are not what they must be. Do not use the segment; verify or unlink it.
+- `DamageError`: the bytes are not what they must be. Do not use the segment; verify or unlink it. Of a file: put it aside.
 
 A miss is a value, never an error; a time-out is an error, never a miss.
 """
@@ -114,6 +114,10 @@ class SupervisorRunning(UsageError):
     """The segment has a supervisor already; there is exactly one. End that one first."""
 
 
+class NewerFormat(UsageError):
+    """A newer version of shmcache wrote the snapshot or log file. Use that version, or move the file away."""
+
+
 class LivenessUnknown(CapacityError):
     """The kernel does not keep open-file-description locks on this file system, so the dead could not be told."""
 
@@ -128,6 +132,20 @@ class LayoutMismatch(DamageError):
 
 class SegmentTruncated(DamageError):
     """The segment is shorter than its header says. Unlink it and create it again."""
+
+
+class DamagedFile(DamageError):
+    """A snapshot or log file is damaged. Put a copy in its place, or move it away and start from what is left.
+
+    Attributes: path; offset: in bytes, of what is damaged; what: is wrong there.
+    """
+
+    def __init__(self, path: str, offset: int, what: str) -> None:
+        super().__init__(path, offset, what)
+        self.path, self.offset, self.what = path, offset, what
+
+    def __str__(self) -> str:
+        return f"{self.path}, byte {self.offset}: {self.what}; put a copy in its place, or move it away and start from what is left"
 
 
 class ConfigMismatch(UserWarning):
