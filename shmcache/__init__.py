@@ -8,14 +8,14 @@
 The files, in reading order (arrows point down only; tests/unit/test_layers.py holds it):
 
     cli.py        shmcache, shmcache-admin                           -> everything below
-    supervisor/   eviction ahead of demand, expiry, settling         -> cache, core
+    supervisor/   eviction ahead of demand, expiry, snapshots, dump  -> cache, core
     cache.py      Cache, create, attach, open                        -> codec, segment, core
     flight.py     get_or_set, memoize, lock: computed once per host     -> core by cache
     namespace.py  keys of their own, an O(1) clear of their own
     codec.py      values that are not bytes, str or int              -> errors
     segment.py    the shared memory object, geometry, numpy views    -> core
     core/         layout -> atomics, siphash -> token -> lock -> slab -> bucket -> big -> settle -> clock -> table
-                  _core.pyx the edge to Python, _sweep.pyx verify and settling
+                  _core.pyx the edge to Python, _sweep.pyx verify and settling, _stream.pyx items as records
     errors.py     every exception
 """
 

@@ -97,7 +97,8 @@ class Cache(_core.Table):
         Keys: name, size_bytes, used_bytes (chunks and pages in use), slab_bytes, items, hits, misses, hit_ratio (None before
         the first get), sets, deletes, evictions, expirations, inline_evictions, other counters, processes (living; pid, row,
         started_ms ...), unlinked (the name is gone, or another segment's), slab_classes (chunk_bytes, pages, live, free, reserved
-        chunks), supervisor.
+        chunks), supervisor, durability (restoring: a restore goes on, or was killed; snapshot_age_s: None: there was none; snapshot_failed:
+        the last one could not be written).
         """
         counters = self.counters()
         classes, pages = self.slab_classes()
@@ -117,6 +118,7 @@ class Cache(_core.Table):
             "processes": self.processes(),
             "slab_classes": classes,
             "supervisor": self.supervisor(),
+            "durability": self.durability(),
         }
 
     def verify(self) -> list[str]:
@@ -233,6 +235,20 @@ def open(
         _warn_of_differences(cache, size_bytes, options)
         return cache
     raise errors.SegmentNotFound(f"the segment {name!r} is created and unlinked again and again")
+
+
+def create_restored(
+    name: str, newest: int, was: dict[str, int], *, size: int | str | None = None, codec: str = "msgpack",
+    default_ttl: float | timedelta | None = None, max_value: int | str | None = None, stripes: int | None = None, mode: int = 0o600,
+    group: int | str | None = None, max_processes: int | None = None, lock_limit: float | None = None, huge_pages: bool = False,
+) -> Cache:
+    """Create a segment into which core._stream.Restore then puts items of versions up to `newest`. was: settings() of the segment that they
+    come from, for arguments that are not given; the others, and what is raised, as of create()."""
+    options = {k: was[k] for k in ("default_ttl_ms", "max_value_bytes", "stripes", "max_processes", "lock_limit_ms")}
+    options |= _options(default_ttl, max_value, stripes, max_processes, lock_limit)
+    size_bytes = was["size_bytes"] if size is None else segment.parse_size(size)
+    mapping = segment.create(name, size_bytes, mode=mode, group=group, huge_pages=huge_pages, restored_seq=newest, **options)
+    return Cache(mapping, codec)
 
 
 def _warn_of_differences(cache: Cache, size_bytes: int | None, options: dict[str, int]) -> None:

@@ -14,12 +14,14 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import shmcache
 from shmcache import errors, segment
+
+POLL = 0.02  # seconds between two looks whether a snapshot that was asked for is written
 
 
 def _mib(n: float) -> str:
@@ -337,13 +339,139 @@ def do_unlink(args: argparse.Namespace) -> int:
     return 0
 
 
+@contextlib.contextmanager
+def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A callback (done, of so many) that draws a bar by rich, if standard error is a terminal and it is installed."""
+    if sys.stderr.isatty():
+        with contextlib.suppress(ImportError):
+            from rich.console import Console
+            from rich.progress import Progress
+
+            with Progress(console=Console(stderr=True), transient=True) as bar:
+                task = bar.add_task(title, total=None)
+                yield lambda done, total: bar.update(task, completed=done, total=total)
+            return
+    yield lambda done, total: None
+
+
+def do_snapshot(args: argparse.Namespace) -> int:
+    from shmcache.supervisor import snapshot
+
+    with shmcache.attach(args.name) as cache:
+        if args.data_dir is None:
+            return _snapshot_by_supervisor(cache, args)
+        with snapshot.take(args.data_dir) as folder, _progress("writing") as progress:
+            report = snapshot.write(cache, folder, keep=args.keep, compress=args.compress, progress=progress)
+    if args.json:
+        print(json.dumps(report))
+    else:
+        print(f"{report['path']}: {report['items']:,} items, {_mib(report['bytes'])}, {report['seconds']:.1f} s")
+    return 0
+
+
+def _snapshot_by_supervisor(cache: shmcache.Cache, args: argparse.Namespace) -> int:
+    from shmcache.core import _sweep
+
+    if not cache.supervisor()["alive"]:
+        raise errors.UsageError("the segment has no supervisor that could write it: start one with --data-dir, or say --data-dir here")
+    began, number = time.monotonic(), _sweep.ask_for_snapshot(cache)
+    while int(cache.segment.header["snapshots_ended"]) < number:
+        time.sleep(POLL)
+        if not cache.supervisor()["alive"]:
+            raise errors.SnapshotStopped("the supervisor ended before the snapshot was written: look at its output")
+    state = cache.durability()
+    if args.json:
+        print(json.dumps({"name": args.name, "seconds": time.monotonic() - began, **state}))
+    if state["snapshot_failed"]:
+        print("the supervisor could not write it: it has no --data-dir, or its output says why", file=sys.stderr)
+        return 1
+    if not args.json:
+        print(f"written by the supervisor in {time.monotonic() - began:.1f} s")
+    return 0
+
+
+def do_restore(args: argparse.Namespace) -> int:
+    from shmcache.supervisor import snapshot
+
+    options = {} if args.size is None else {"size": args.size}
+    with snapshot.take(args.data_dir) as folder, _progress("restoring") as progress:
+        report = snapshot.restore(args.name, folder, progress=progress, **options)
+    _say_restored(report, args.json)
+    return 0
+
+
+def _say_restored(report: dict[str, Any], as_json: bool, to: Any = None) -> None:
+    for line in report["damaged"]:
+        print(f"shmcache: passed over: {line}", file=sys.stderr)
+    if report["clock_back_s"]:
+        print(f"shmcache: the wall clock is {report['clock_back_s']:.0f} s behind the snapshot: lives count from there", file=sys.stderr)
+    if as_json:
+        print(json.dumps(report), file=to)
+    else:
+        text = "restored {stored:,} of {items:,} items from {snapshot} in {seconds:.1f} s ({expired:,} expired, {dropped:,} found no room, "
+        print((text + "{present:,} overtaken)").format(**report), file=to)
+
+
+def do_dump(args: argparse.Namespace) -> int:
+    from shmcache.supervisor import dump
+
+    if sys.stdout.isatty():
+        raise errors.UsageError("a dump is binary (msgpack maps): send it to a file or a pipe")
+    with shmcache.attach(args.name) as cache, _progress("dumping") as progress:
+        n = dump.dump(cache, sys.stdout.buffer, args.prefix.encode("utf-8", "surrogateescape"), progress)
+        sys.stdout.buffer.flush()
+    print(json.dumps({"name": args.name, "items": n}) if args.json else f"{n:,} items", file=sys.stderr)
+    return 0
+
+
+def do_load(args: argparse.Namespace) -> int:
+    from shmcache.supervisor import dump
+
+    with shmcache.attach(args.name) as cache:
+        n = dump.load(cache, sys.stdin.buffer)
+    print(json.dumps({"name": args.name, "items": n}) if args.json else f"{n:,} items")
+    return 0
+
+
+@contextlib.contextmanager
+def _data_dir(args: argparse.Namespace) -> Iterator[Path | None]:
+    from shmcache.supervisor import snapshot
+
+    if args.data_dir is None:
+        yield None
+    else:
+        with snapshot.take(args.data_dir) as folder:
+            yield folder
+
+
+def _whole(name: str) -> bool:
+    """Is there such a segment, and not one whose restore was killed?"""
+    if not Path(segment.check_name(name)).exists():
+        return False
+    with shmcache.attach(name) as cache:
+        return not cache.durability()["restoring"]
+
+
+def _live_or_restored(args: argparse.Namespace, folder: Path | None) -> shmcache.Cache:
+    """The segment: the live one; else restored from the data directory, if it has a snapshot; else created, if there is a size."""
+    from shmcache.supervisor import format, snapshot
+
+    if folder is not None and format.listing(folder)[0] and not _whole(args.name):
+        options = {} if args.size is None else {"size": args.size}
+        report = snapshot.restore(args.name, folder, **options)
+        _say_restored(report, False, sys.stderr)
+    return shmcache.attach(args.name) if args.size is None else shmcache.open(args.name, args.size)
+
+
 def do_supervise(args: argparse.Namespace) -> int:
     from shmcache.supervisor.loop import Supervisor
 
     ends = (signal.SIGTERM, signal.SIGINT)
     signal.pthread_sigmask(signal.SIG_BLOCK, ends)  # till there is something to stop in good order
-    with shmcache.attach(args.name) if args.size is None else shmcache.open(args.name, args.size) as cache:
-        supervisor = Supervisor(cache, args.parent)
+    with _data_dir(args) as folder, _live_or_restored(args, folder) as cache:
+        supervisor = Supervisor(
+            cache, args.parent, folder=folder, every=args.snapshot_every, keep=args.keep, compress=args.compress
+        )  # fmt: skip
         for number in ends:
             signal.signal(number, supervisor.stop)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, ends)
@@ -362,6 +490,11 @@ def _positive(text: str) -> float:
     if not 0 < value < 1e6:
         raise argparse.ArgumentTypeError("a number of seconds above 0")
     return value
+
+
+def _snapshot_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--keep", type=int, default=2, metavar="K", help="so many of the newest snapshots are left (2)")
+    p.add_argument("--compress", action="store_true", help='with zstd (pip install "shmcache[zstd]")')
 
 
 def admin_parser() -> argparse.ArgumentParser:
@@ -409,6 +542,15 @@ def admin_parser() -> argparse.ArgumentParser:
     p = command("verify", do_verify, "Hold every structure against its invariants.")
     p.add_argument("--repair", action="store_true", help="remove what is damaged, settle what the dead left")
     p.add_argument("--yes", action="store_true", help="do not ask")
+    p = command("snapshot", do_snapshot, "Write a snapshot: by the supervisor, or with --data-dir by this command.")
+    p.add_argument("--data-dir", metavar="D", help="to write to, if no supervisor does")
+    _snapshot_options(p)
+    p = command("restore", do_restore, "Create the segment from the newest snapshot that is whole. Workers can use it meanwhile.")
+    p.add_argument("--data-dir", metavar="D", required=True, help="where the snapshots are")
+    p.add_argument("--size", help="of the segment, larger or smaller than it was (as it was)")
+    p = command("dump", do_dump, "Write all items to standard output, as msgpack maps of key, value and ttl.")
+    p.add_argument("--prefix", default="", help="of the keys")
+    command("load", do_load, "Set all items that dump wrote, from standard input.")
     command("layout", do_layout, "Print the binary layout, from the dtypes.", named=False)
     p = command("unlink", do_unlink, "Remove a segment. Who is attached keeps what he has mapped.")
     p.add_argument("--yes", action="store_true", help="do not ask")
@@ -424,6 +566,9 @@ def parser() -> argparse.ArgumentParser:
     p.set_defaults(run=do_supervise)
     p.add_argument("name", metavar="NAME", help="of the segment")
     p.add_argument("--size", help="create the segment with it if there is none")
+    p.add_argument("--data-dir", metavar="D", help="write snapshots to it, and restore the segment from it if there is none")
+    p.add_argument("--snapshot-every", type=_positive, default=300.0, metavar="S", help="seconds (300); one more is written at the end")
+    _snapshot_options(p)
     p.add_argument("--quiet", action="store_true", help="say nothing but errors")
     p.add_argument("--parent", type=int, help=argparse.SUPPRESS)
     return parser
@@ -432,8 +577,8 @@ def parser() -> argparse.ArgumentParser:
 def _run(args: argparse.Namespace, prog: str) -> int:
     try:
         return int(args.run(args))
-    except (errors.SegmentNotFound, errors.SupervisorRunning, errors.SegmentExists, errors.SegmentForbidden, errors.CapacityError,
-            errors.DamageError) as e:  # fmt: skip
+    except (errors.SegmentNotFound, errors.SupervisorRunning, errors.SegmentExists, errors.SegmentForbidden, errors.DataDirInUse,
+            errors.ForeignDataDir, errors.NoSnapshot, errors.NewerFormat, errors.CapacityError, errors.DamageError) as e:  # fmt: skip
         print(f"{prog}: {e}", file=sys.stderr)
         return 1
     except errors.ShmcacheError as e:
@@ -444,6 +589,9 @@ def _run(args: argparse.Namespace, prog: str) -> int:
     except BrokenPipeError:  # the reader of our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as e:  # no room, no right, a broken disk: of a data directory, or of what output goes to
+        print(f"{prog}: {e}", file=sys.stderr)
+        return 1
 
 
 def admin(argv: Sequence[str] | None = None) -> int:

@@ -118,6 +118,22 @@ class NewerFormat(UsageError):
     """A newer version of shmcache wrote the snapshot or log file. Use that version, or move the file away."""
 
 
+class DataDirInUse(UsageError):
+    """Another process writes to this data directory. Give each segment one of its own."""
+
+
+class ForeignDataDir(UsageError):
+    """The data directory holds another segment's snapshots. Use another directory, or the segment's own name."""
+
+
+class NoSnapshot(UsageError):
+    """The data directory holds no snapshot that is whole. Create the segment empty, or use another directory."""
+
+
+class SnapshotStopped(CapacityError):
+    """The snapshot was stopped before it was whole; nothing of it is left. Write another."""
+
+
 class LivenessUnknown(CapacityError):
     """The kernel does not keep open-file-description locks on this file system, so the dead could not be told."""
 

@@ -140,9 +140,13 @@ def _sections(fixed: dict[str, int], n_pages: int) -> dict[str, int]:
 
 
 def create(
-    name: str, size_bytes: int, *, mode: int = 0o600, group: int | str | None = None, huge_pages: bool = False, **options: int
+    name: str, size_bytes: int, *, mode: int = 0o600, group: int | str | None = None,
+    huge_pages: bool = False,
+    restored_seq: int | None = None, **options: int,
 ) -> _core.Mapping:
-    """Make a segment and map it. options: of geometry(). Warns: HugePagesRefused.
+    """Make a segment and map it. options: of geometry(). restored_seq: it is to be restored, and no version in what comes is higher.
+
+    Warns: HugePagesRefused.
 
     Raises: InvalidName, InvalidConfig, SegmentExists, SegmentForbidden, SharedMemoryFull.
     Crash: at any step before the link the object has no name and goes with its creator; after it the segment is whole.
@@ -154,6 +158,8 @@ def create(
     if os.path.exists(path):
         raise errors.SegmentExists(f"a segment {name!r} exists: attach() or open() it, or unlink() it first")
     g, chunks = geometry(size_bytes, **options)
+    if restored_seq is not None:
+        g["restored_seq"] = restored_seq
     try:
         # Not posix_ipc's O_CREAT under a temporary name: a creator that is killed would leave it, with all its memory.
         fd = os.open(SHM_DIR, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, mode)

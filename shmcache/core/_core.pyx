@@ -152,6 +152,9 @@ def layout():
             ("slab_off", <size_t>&h.slab_off, "<u8", 1), ("max_value_bytes", <size_t>&h.max_value_bytes, "<u8", 1),
             ("default_ttl_ms", <size_t>&h.default_ttl_ms, "<u8", 1), ("lock_limit_ms", <size_t>&h.lock_limit_ms, "<u4", 1),
             ("config_bytes", <size_t>&h.config_bytes, "<u4", 1), ("epoch", <size_t>&h.epoch, "<u4", 1),
+            ("restoring", <size_t>&h.restoring, "<u4", 1), ("restored_seq", <size_t>&h.restored_seq, "<u8", 1),
+            ("snapshots_asked", <size_t>&h.snapshots_asked, "<u8", 1), ("snapshots_ended", <size_t>&h.snapshots_ended, "<u8", 1),
+            ("snapshot_ms", <size_t>&h.snapshot_ms, "<u8", 1), ("snapshot_failed_ms", <size_t>&h.snapshot_failed_ms, "<u8", 1),
             ("clock_shift_ms", <size_t>&h.clock_shift_ms, "<i8", 1), ("tick", <size_t>&h.tick, "<u8", 1),
             ("supervisor", <size_t>&h.supervisor, "<u8", 1), ("heartbeat_ms", <size_t>&h.heartbeat_ms, "<u8", 1),
             ("asleep", <size_t>&h.asleep, "<u4", 1),
@@ -203,7 +206,7 @@ def layout():
 def format_segment(int fd, dict g, list chunk_bytes, bytes boot_id, bytes hash_key, bytes config, bint huge_pages):
     """Write a new segment's header and empty sections into fd, whose memory is all zero. The magic is stored last.
 
-    g: the geometry by field name (segment.geometry). chunk_bytes: of each slab class, ascending. Returns: 0, or the errno for which
+    g: the geometry by field name (segment.geometry); if it is to be restored, restored_seq. chunk_bytes: of each slab class, ascending. Returns: 0, or the errno for which
     (a part of) its memory was not put into huge pages.
     """
     cdef int refused = 0
@@ -238,6 +241,11 @@ def format_segment(int fd, dict g, list chunk_bytes, bytes boot_id, bytes hash_k
         #! create: header
         h.epoch = 1
         h.tick = 1
+        if "restored_seq" in g:
+            h.restoring = 1
+            h.restored_seq = g["restored_seq"]
+            for i in range(h.n_stripes):
+                (<stripe_t*>(base + h.stripes_off))[i].seq = h.restored_seq
         classes = <class_t*>(base + h.classes_off)
         for i in range(h.n_classes):
             classes[i].chunk_bytes = chunk_bytes[i]
@@ -396,6 +404,8 @@ cdef class Mapping:
         s.classes = <class_t*>(s.base + h.classes_off)
         s.pages = <page_t*>(s.base + h.pages_off)
         s.refs = s.base + h.refs_off
+        s.departed = <uint64_t*>(s.base + h.sketch_off)
+        s.departed_mask = 8 * h.sketch_bytes - 1
         s.buckets = <bucket_t*>(s.base + h.buckets_off)
         s.overflow = <overflow_t*>(s.base + h.overflow_off)
         s.n_rows = h.n_rows
@@ -427,6 +437,8 @@ cdef class Mapping:
         if not (0 < h.n_rows <= MAX_ROWS and 0 < h.n_classes <= MAX_CLASSES and 0 < h.n_stripes <= 65536):
             return False
         if h.n_stripes & (h.n_stripes - 1) or h.page_shift < 12 or h.page_shift > 20 or h.n_pages == 0:
+            return False
+        if h.sketch_bytes < 64 or h.sketch_bytes & (h.sketch_bytes - 1):
             return False
         if h.n_pages >> 32 or h.n_buckets == 0 or h.n_buckets >> 32 or h.n_overflow == 0 or h.n_overflow >> 31:
             return False
@@ -859,6 +871,7 @@ cdef class Table:
         cdef int rc
         op.chunk = 0
         op.flags = 0
+        op.refs = 0
         op.when = when
         op.version = version
         key_view(key, &op.key, &op.key_bytes)
@@ -932,13 +945,14 @@ cdef class Table:
                 self.store(key, value, ttl, ALWAYS, 0, &stored)
 
     def store_encoded(self, key, Encoded value not None, ttl):
-        """What set_many does with a value that the codec has turned into bytes already."""
+        """set() of a value that a codec has turned into bytes already."""
         cdef put_t op
         cdef uint64_t ttl_ms = 0
         cdef seg_t* s = self.ready()
         cdef Mapping held = self.mapping
         op.chunk = 0
         op.flags = 0
+        op.refs = 0
         op.when = ALWAYS
         op.version = 0
         key_view(key, &op.key, &op.key_bytes)
@@ -950,6 +964,8 @@ cdef class Table:
         op.codec = value.codec
         op.value = <const uint8_t*>PyBytes_AS_STRING(value.payload)
         op.value_bytes = <uint64_t>PyBytes_GET_SIZE(value.payload)
+        if op.value_bytes > s.max_value_bytes:
+            raise errors.ValueTooLarge(f"the encoded value has {op.value_bytes:,} bytes, this segment takes {s.max_value_bytes:,}")
         op.hash = siphash13(op.key, op.key_bytes, s.k0, s.k1)
         if self.put_view(s, &op) == OK and ttl is not None and ttl_ms == 0:
             self.remove_view(s, held, op.key, op.key_bytes, op.hash, 0, True)
@@ -1038,6 +1054,7 @@ cdef class Table:
             owner[0] = s.me[0]
             owner[1] = <uint64_t>PyThread_get_thread_ident()
             op.chunk = 0
+            op.refs = 0
             op.hash = siphash13(op.key, op.key_bytes, s.k0, s.k1)
             op.version = 0
             rc = read_claim(s, op.key, op.key_bytes, op.hash, &op.version, &token, &thread)
@@ -1356,6 +1373,13 @@ cdef class Table:
         alive = ld64(&s.rows[r].gen) == token >> 16 and prober_ready(s) and shm_ofd_lock(s.prober, True, SUPERVISOR_BYTE) == 1
         return {"pid": s.rows[r].pid, "alive": alive,
                 "heartbeat_age_s": max(0, <int64_t>(mono_ns() // 1000000 - ld64(&s.header.heartbeat_ms))) / 1000.0}
+
+    def durability(self):
+        """{"restoring", "snapshot_age_s", "snapshot_failed"}: see Cache.stats()."""
+        cdef header_t* h = self.ready().header
+        cdef uint64_t at = ld64(&h.snapshot_ms)
+        return {"restoring": ld32(&h.restoring) != 0, "snapshot_age_s": max(0, <int64_t>(wall_ms() - at)) / 1000.0 if at else None,
+                "snapshot_failed": ld64(&h.snapshot_failed_ms) != 0}
 
     cdef int kept(self, seg_t* s, uint32_t r, uint64_t addr):
         """The class of a chunk that a slot of row r names and that is in that process's hand; else -1."""

@@ -33,14 +33,14 @@ from libc.string cimport memcmp, memset
 from posix.unistd cimport usleep
 
 from shmcache.core._core cimport Mapping, Table
-from shmcache.core.atomics cimport ld16r, ld32, ld32r, ld64, st8r, st32, st64
+from shmcache.core.atomics cimport add64, cas32, ld16r, ld32, ld32r, ld64, st8r, st32, st64
 from shmcache.core.big cimport big_lists, big_owns, big_shape, big_t
 from shmcache.core.bucket cimport (
     ADDR_MASK, MAX_HOPS, bucket_of, bump, chain_first, chain_next, chain_t, overflow_push_locked, overflow_repair, overflow_take, slot_naming, stripe_of, stripe_release, stripe_take)
 from shmcache.core.layout cimport (
     BATCH_CLASSES, BATCH_SLOTS, CLS_BIG, CLS_POOL, FLAG_BIG, MAX_KEY, MAX_REFS, OV_SLOTS, REFS_SHIFT, PARKED_SLOTS, class_t, item_t, overflow_t, page_t, seg_t, stripe_t)
 from shmcache.core.clock cimport evict_chunk, evict_one, give_page, stale, take_page
-from shmcache.core.lock cimport lock_release, lock_take, shm_sleep
+from shmcache.core.lock cimport lock_release, lock_take, shm_ring, shm_sleep
 from shmcache.core.settle cimport in_chain, settle_chunk, settle_overflow, settle_page, settle_pages
 from shmcache.core.siphash cimport siphash13
 from shmcache.core.slab cimport (
@@ -474,6 +474,15 @@ def settle(Table table not None):
 cdef enum:
     HANDFUL = 32            # chunks evicted before the class's lock is taken to free them
     PATIENCE_NS = 20000000  # the supervisor comes again: it waits for no lock longer than this
+
+
+def ask_for_snapshot(Table table not None):
+    """Ask the supervisor for a snapshot: the number that header.snapshots_ended will have reached when it is written, or could not be."""
+    cdef seg_t* s = table.ready()
+    cdef uint64_t number = add64(&s.header.snapshots_asked, 1) + 1
+    if ld32(&s.header.asleep) and cas32(&s.header.asleep, 1, 0):
+        shm_ring(&s.header.doorbell)
+    return number
 
 
 cdef class Supervision:

@@ -18,7 +18,7 @@
 #   unlink vs get        an overflow bucket leaves its chain only when empty and last; version up before its reuse
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
-from shmcache.core.atomics cimport add64, ld32, ld64, mulhi64, st32, st64
+from shmcache.core.atomics cimport add64, ld32, ld64, mulhi64, or64, st32, st64, unlikely
 from shmcache.core.layout cimport OV_SLOTS, REPAIRED_FINISHED, REPAIRED_POOL, REPAIRED_REMOVED, REPAIRED_UNDONE, SLOTS, bucket_t, item_t, overflow_t, pool_t, seg_t, stripe_t
 from shmcache.core.lock cimport lock_release, lock_take
 from shmcache.core.slab cimport in_slab, item_at
@@ -275,6 +275,25 @@ cdef inline bint chain_shrink_locked(seg_t* s, uint64_t b) noexcept nogil:
     lock_release(&s.header.overflow.lock)
     return True
 
+# ---- what has departed while the segment is restored (the stripe held) ------------------------------------------------------
+# Workers may use a segment while a snapshot is put into it, and what they do wins. The restorer adds what is absent, so a key that
+# left again after it was written, or was deleted before it was restored, must not come back: its bit is set under the stripe before its
+# slot is cleared, and looked at under the stripe by put(RESTORED). Two keys may share a bit: then one is not restored, which a cache may do.
+# Evictions of what was restored set none: nothing newer is lost by them.
+
+cdef inline void depart(seg_t* s, uint64_t h) noexcept nogil:
+    cdef uint64_t bit = h & s.departed_mask
+    or64(&s.departed[bit >> 6], <uint64_t>1 << (bit & 63))
+
+cdef inline bint departed(seg_t* s, uint64_t h) noexcept nogil:
+    cdef uint64_t bit = h & s.departed_mask
+    return ld64(&s.departed[bit >> 6]) >> (bit & 63) & 1
+
+cdef inline void depart_with(seg_t* s, uint64_t addr, int op) noexcept nogil:
+    """This item is about to leave its slot."""
+    if op == OP_DELETE or ld64(&item_at(s, addr).cas) > ld64(&s.header.restored_seq):
+        depart(s, ld64(&item_at(s, addr).hash))
+
 # ---- taking an item out (the stripe held) ---------------------------------------------------------------------------------------
 
 cdef inline void remove_locked(seg_t* s, stripe_t* st, uint64_t b, uint64_t* slot, uint64_t addr, int op) noexcept nogil:
@@ -282,6 +301,8 @@ cdef inline void remove_locked(seg_t* s, stripe_t* st, uint64_t b, uint64_t* slo
 
     Crash: before the slot's store repair makes it LIVE again; after it repair counts version and count, and the hand frees it.
     """
+    if unlikely(ld32(&s.header.restoring)):
+        depart_with(s, addr, op)
     note_intent(st, op, addr, 0, count_without(s, count_now(s, st), addr))
     st64(&item_at(s, addr).word, word_of(RETIRED, s.me[0]))
     #! remove: RETIRED

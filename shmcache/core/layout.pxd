@@ -10,7 +10,7 @@
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 cdef enum:
-    LAYOUT_VERSION = 3      # bump = attach refuses older segments, every host starts cold
+    LAYOUT_VERSION = 4      # bump = attach refuses older segments, every host starts cold
     SLOTS = 7               # of a bucket
     OV_SLOTS = 6            # of an overflow bucket; its last word says whose it is
     GRANULE = 16            # bytes; unit of an address
@@ -114,15 +114,19 @@ ctypedef struct header_t:   # 4,096 bytes. Written at creation only, where nothi
     uint64_t pad0[2]
     # read by every operation, written seldom: a line of their own
     uint32_t epoch          # clear() counts it up, by compare-and-swap, no lock
-    uint32_t pad1
+    uint32_t restoring      # 1: items of a snapshot are being put in (bucket.pxd, departed). Writer: creation, and who restores
     int64_t clock_shift_ms  # added to CLOCK_MONOTONIC: the segment's clock. 0; tests move it
-    uint64_t pad2[6]
+    uint64_t restored_seq   # no restored item has a higher version, every later write has
+    uint64_t pad2[5]
     uint64_t tick           # pages that CLOCK hands have left: the time by which pages age. Any process, no lock
     uint64_t supervisor     # token of the process that holds the supervisor's byte (token.pxd). Writer: it
     uint64_t heartbeat_ms   # when it last looked round, on CLOCK_MONOTONIC. Writer: it
     uint32_t asleep         # 1: it sleeps on the doorbell. Writer: it; back to 0 by whoever rings, by compare-and-swap
     uint32_t doorbell       # of the supervisor: a futex like lock_t.bell
-    uint64_t pad3[4]
+    uint64_t snapshots_asked    # counted up by who wants one. Any process, no lock
+    uint64_t snapshots_ended    # snapshots_asked when the last one began that is over, written or not. Writer: the supervisor, last
+    uint64_t snapshot_ms        # wall clock, when the newest one began. Writer: who writes it
+    uint64_t snapshot_failed_ms # wall clock, when the last one failed; 0: it did not. Writer: who writes it
     pool_t pages
     pool_t overflow
     pool_t big              # guards the taking of more than one page
@@ -220,6 +224,8 @@ ctypedef struct seg_t:
     header_t* header
     row_t* row
     uint8_t* refs
+    uint64_t* departed      # the sketch section: a bit for each hash that left while the segment is restored
+    uint64_t departed_mask  # number of these bits, less one
     uint64_t slab_lo        # first and last + 1 address of slab memory, in granules
     uint64_t slab_hi
     uint64_t page_bytes

@@ -15,8 +15,8 @@ from shmcache.core.atomics cimport add64, cas32, fence_acquire, fence_release, l
     likely, prefetch, st8r, st32, st64, unlikely
 from shmcache.core.big cimport big_fill, big_free_item_pages, big_free_pages, big_read, big_seal_locked, big_shape, big_t
 from shmcache.core.bucket cimport ADDR_MASK, OP_DELETE, OP_EVICT, OP_SET, OP_TOUCH, bucket_of, bump, chain_first, \
-    chain_grow_locked, chain_next, chain_t, count_now, count_without, note_intent, remove_locked, slot_word, stripe_of, \
-    stripe_release, stripe_take
+    chain_grow_locked, chain_next, chain_t, count_now, count_without, depart, depart_with, departed, note_intent, remove_locked, \
+    slot_word, stripe_of, stripe_release, stripe_take
 from shmcache.core.clock cimport claim_stands, now_ms, stale, take_page, take_room
 from shmcache.core.layout cimport CLS_BIG, FLAG_BIG, FLAG_CLAIM, FLAG_LOCK, MAX_REFS, bucket_t, item_t, seg_t, stripe_t
 from shmcache.core.lock cimport lock_release, lock_take
@@ -37,6 +37,7 @@ cdef enum:
     IF_VERSION = 3
     IF_UNCLAIMED = 4        # neither a value nor a claim that stands
     IF_CLAIM = 5            # exactly this claim: its version
+    RESTORED = 6            # nothing is there, nothing left meanwhile, and nobody has cleared: with a version that is given
 
 # ---- read -----------------------------------------------------------------------------------------------------------------
 
@@ -279,7 +280,9 @@ ctypedef struct put_t:
     uint8_t codec
     uint8_t flags           # FLAG_CLAIM, FLAG_LOCK; 0: a value
     int when                # ALWAYS, IF_ABSENT, IF_PRESENT, IF_VERSION, IF_UNCLAIMED, IF_CLAIM
-    uint64_t version        # for IF_VERSION and IF_CLAIM
+    uint64_t version        # for IF_VERSION and IF_CLAIM; RESTORED: that it had
+    uint32_t epoch          # RESTORED: of the segment when the restore began
+    uint8_t refs            # its CLOCK count, but of a key that is there: that stays
     # what put has in hand between two calls
     uint64_t chunk          # reserved and filled; 0: not yet
     int cls
@@ -370,7 +373,7 @@ cdef inline int reserve(seg_t* s, put_t* op, uint64_t limit_ns) noexcept nogil:
         big_fill(s, addr, op.key_bytes, op.value, op.value_bytes)
     else:
         memcpy(<uint8_t*>it + value_offset(op.key_bytes), op.value, op.value_bytes)
-    st8r(refs_of(s, addr), 0)
+    st8r(refs_of(s, addr), op.refs)
     #! put: filled
     return OK
 
@@ -422,6 +425,8 @@ cdef inline int allowed(seg_t* s, put_t* op, found_t* f) noexcept nogil:
         return EXISTS if present else OK
     if op.when == ALWAYS:
         return OK
+    if op.when == RESTORED:
+        return EXISTS if f.slot != NULL or departed(s, op.hash) else OK     # a stale item, too, is newer than what is restored
     if op.when == IF_UNCLAIMED:
         return EXISTS if present or (f.slot != NULL and f.claimed) else OK
     if op.when == IF_CLAIM:
@@ -456,16 +461,20 @@ cdef inline int put(seg_t* s, put_t* op, uint64_t limit_ns) noexcept nogil:
         rc = place_locked(s, op, b, &f, limit_ns)
     elif rc == OK:
         st8r(refs_of(s, op.chunk), ld8r(refs_of(s, f.addr)))        # a key keeps its count
+    count = count_now(s, st)
+    if unlikely(op.when == RESTORED) and rc == OK and count >> 32 != op.epoch:
+        rc = MISMATCH
     if rc != OK:
         stripe_release(st)
         return rc
     #! put: placed
     old = f.addr
-    count = count_now(s, st)
+    if old and unlikely(ld32(&s.header.restoring)) and ld64(&item_at(s, old).hash) != op.hash:
+        depart_with(s, old, OP_EVICT)
     it.epoch = <uint32_t>(count >> 32)
-    st64(&it.cas, st.seq + 1)
+    op.cas = st.seq + 1 if likely(op.when != RESTORED) else op.version
+    st64(&it.cas, op.cas)
     #! put: cas
-    op.cas = st.seq + 1
     note_intent(st, OP_SET, old, op.chunk, (count_without(s, count, old) if old else count) + 1)     # 4
     if old:
         st64(&item_at(s, old).word, word_of(RETIRED, s.me[0]))      # 5
@@ -478,7 +487,8 @@ cdef inline int put(seg_t* s, put_t* op, uint64_t limit_ns) noexcept nogil:
         big_seal_locked(s, op.chunk, op.key_bytes, op.big.n_pages)
     st64(&it.word, word_of(LIVE, 0))                                # 9
     #! put: LIVE
-    st64(&st.seq, st.seq + 1)                                       # 10
+    if likely(op.cas > st.seq):
+        st64(&st.seq, op.cas)                                       # 10
     #! put: seq
     st64(&st.count, st.count_next)
     #! put: count
@@ -502,6 +512,8 @@ cdef inline int remove(seg_t* s, const uint8_t* key, size_t n, uint64_t h, uint6
     if rc != OK:
         return rc
     find_locked(s, b, key, n, h, &f)
+    if unlikely(ld32(&s.header.restoring)) and not only_expired and not version:
+        depart(s, h)
     if f.slot == NULL or (only_expired and f.live):
         rc = ABSENT
     elif not f.live:
@@ -637,13 +649,14 @@ cdef inline void clear_all(seg_t* s) noexcept nogil:
     """Everything stored before is gone: O(1), by a new epoch. Of two at once one suffices."""
     cdef uint32_t e = ld32(&s.header.epoch), i
     cdef uint64_t busy, count
-    for i in range(s.n_stripes):
-        busy = ld64(&s.stripes[i].new)      # first: an item may be in its slot and not yet counted, and is counted before new is cleared
-        count = ld64(&s.stripes[i].count)
-        if busy or (count >> 32 == e and <uint32_t>count):
-            break
-    else:
-        return
+    if not ld32(&s.header.restoring):       # else there is more to clear than is counted
+        for i in range(s.n_stripes):
+            busy = ld64(&s.stripes[i].new)      # first: an item may be in its slot and not yet counted, and is counted before new is cleared
+            count = ld64(&s.stripes[i].count)
+            if busy or (count >> 32 == e and <uint32_t>count):
+                break
+        else:
+            return
     cas32(&s.header.epoch, e, e + 1)
     #! clear: epoch
 

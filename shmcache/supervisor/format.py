@@ -85,7 +85,7 @@ FIELDS = {  # struct -> (field, struct code, meaning)
         ("epoch", "I", "of the item: clear() counts it up"),
         ("key_bytes", "H", f"length of the key, which follows: 1 to {MAX_KEY_BYTES}, of a CLEAR 0"),
         ("codec", "B", "of the value (codec.py)"),
-        ("op", "B", ", ".join(f"{n} {name}" for n, (name, _) in OPS.items())),
+        ("op", "B", "lower half: " + ", ".join(f"{n} {name}" for n, (name, _) in OPS.items()) + "; upper half: CLOCK count of a SET"),
     ),
 }
 
@@ -121,10 +121,11 @@ class Record(NamedTuple):
     stripe: int
     epoch: int
     codec: int
+    refs: int = 0  # CLOCK count
 
 
-def _record_fault(op: int, key_bytes: int, value_bytes: int) -> str:
-    """What is wrong with these three, or nothing."""
+def _record_fault(op: int, key_bytes: int, value_bytes: int, refs: int) -> str:
+    """What is wrong with these, or nothing."""
     if op not in OPS:
         return f"op {op}, which there is not"
     if op == CLEAR and key_bytes:
@@ -133,16 +134,19 @@ def _record_fault(op: int, key_bytes: int, value_bytes: int) -> str:
         return f"a key of {key_bytes} bytes"
     if op != SET and value_bytes:
         return f"{OPS[op][0]} with a value"
+    if op != SET and refs:
+        return f"{OPS[op][0]} with a CLOCK count"
     return ""
 
 
 def pack_record(
-    op: int, key: bytes = b"", value: bytes = b"", *, version: int, expires_ms: int = 0, stripe: int = 0, epoch: int = 0, codec: int = 0
+    op: int, key: bytes = b"", value: bytes = b"", *, version: int, expires_ms: int = 0, stripe: int = 0, epoch: int = 0, codec: int = 0,
+    refs: int = 0,
 ) -> bytes:
     """A record's bytes. Args: as Record's. Raises: UsageError; struct.error for a number that its field cannot hold."""
-    if fault := _record_fault(op, len(key), len(value)):
+    if fault := _record_fault(op, len(key), len(value), refs):
         raise errors.UsageError(f"no such record: {fault}")
-    return RECORD.pack(version, expires_ms, len(value), stripe, epoch, len(key), codec, op) + key + value
+    return RECORD.pack(version, expires_ms, len(value), stripe, epoch, len(key), codec, refs << 4 | op) + key + value
 
 
 def records(payload: Buffer, path: str = "a RECORDS payload", offset: int = 0) -> Iterator[Record]:
@@ -152,14 +156,15 @@ def records(payload: Buffer, path: str = "a RECORDS payload", offset: int = 0) -
     while at < n_bytes:
         fault = "its header overruns the payload"
         if at + RECORD.size <= n_bytes:
-            version, expires_ms, value_bytes, stripe, epoch, key_bytes, codec, op = RECORD.unpack_from(payload, at)
+            version, expires_ms, value_bytes, stripe, epoch, key_bytes, codec, packed = RECORD.unpack_from(payload, at)
+            refs, op = divmod(packed, 16)
             value_at = at + RECORD.size + key_bytes
             behind = value_at + value_bytes
-            fault = "it overruns the payload" if behind > n_bytes else _record_fault(op, key_bytes, value_bytes)
+            fault = "it overruns the payload" if behind > n_bytes else _record_fault(op, key_bytes, value_bytes, refs)
         if fault:
             raise errors.DamagedFile(path, offset, f"the record at byte {at} of this block's payload: {fault}")
         key = bytes(payload[at + RECORD.size : value_at])
-        yield Record(op, key, bytes(payload[value_at:behind]), version, expires_ms, stripe, epoch, codec)
+        yield Record(op, key, bytes(payload[value_at:behind]), version, expires_ms, stripe, epoch, codec, refs)
         at = behind
 
 

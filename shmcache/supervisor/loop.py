@@ -7,18 +7,26 @@ are younger, are the writers' own (core/clock.pxd): there is one eviction policy
 Between ticks it sweeps a slice of the pages for what has expired and what the dead left. A whole sweep begins as often as keeps it below
 half a percent of a core, at once when a process has died, and at least every MOST_BETWEEN_SWEEPS.
 
+With a data directory it writes snapshots, in a thread of its own: every so many seconds, when asked (shmcache-admin snapshot), and one
+more at its end.
+
 Ticks come every BUSY_TICK seconds while chunks are used up, else it sleeps on its doorbell, which a writer rings that had to evict.
 """
 
 from __future__ import annotations
 
 import os
+import sys
+import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from shmcache import errors
 from shmcache.core import _sweep
+from shmcache.supervisor import snapshot
 
 if TYPE_CHECKING:
     from shmcache.cache import Cache
@@ -35,16 +43,21 @@ SWEEP_SHARE = 0.005  # of a core
 LEAST_BETWEEN_SWEEPS = 1.0
 MOST_BETWEEN_SWEEPS = 60.0
 ROWS_EVERY = 0.5  # seconds between two looks for the dead
+SNAPSHOT_EVERY = 300.0  # seconds
 
 
 class Supervisor:
     """Exactly one per segment. run() till stop() is called, from a signal handler or another thread.
 
-    Args: cache: a handle of its own. parent: pid of the process that started it, with which it ends; None: it stays.
+    Args: cache: a handle of its own. parent: pid of the process that started it, with which it ends; None: it stays. folder: a data
+    directory that was taken (snapshot.take), for snapshots every so many seconds, of which the newest `keep` are left.
     Raises: SupervisorRunning.
     """
 
-    def __init__(self, cache: Cache, parent: int | None = None) -> None:
+    def __init__(
+        self, cache: Cache, parent: int | None = None, *, folder: Path | None = None, every: float = SNAPSHOT_EVERY,
+        keep: int = snapshot.KEEP, compress: bool = False,
+    ) -> None:
         self.cache = cache
         self.hold = _sweep.Supervision(cache)
         self.parent = parent
@@ -62,6 +75,10 @@ class Supervisor:
         self.next_sweep = 0.0
         self.next_rows = 0.0
         self.settled_rows: set[tuple[int, int]] = set()
+        self.folder, self.every, self.keep, self.compress = folder, every, keep, compress
+        self.next_snapshot = time.monotonic() + every
+        self.writer: threading.Thread | None = None
+        self.stop_writing = threading.Event()
 
     def stop(self, *_: object) -> None:
         """Let run() return after the tick in hand."""
@@ -78,13 +95,18 @@ class Supervisor:
                 if self.fill() or self.sweep(now):
                     busy_till = now + BUSY_FOR
                 self.look_for_the_dead(now)
+                self.snapshots(now)
                 if self.hold.sleep(BUSY_TICK if now < busy_till else IDLE_TICK):
                     busy_till = time.monotonic() + BUSY_FOR
+            if self.folder is not None and not self.cache.unlinked:
+                self.end_writer()
+                self.write(throttled=False)
         finally:
             self.close()
 
     def close(self) -> None:
         """Let go of the segment, and of the views that keep it mapped."""
+        self.end_writer()
         self.hold.end()
         del self.classes, self.rows, self.header
 
@@ -132,3 +154,46 @@ class Supervisor:
         if dead - self.settled_rows:
             self.next_sweep = 0.0
         self.settled_rows = dead
+
+    def snapshots(self, now: float) -> None:
+        """Begin a snapshot if one is due, or was asked for, and none is being written."""
+        asked = int(self.header["snapshots_asked"]) > int(self.header["snapshots_ended"])
+        if self.folder is None:
+            if asked:  # nobody is to wait for what will not be
+                self.end_asked(int(self.header["snapshots_asked"]), int(time.time() * 1000))
+            return
+        if (asked or now >= self.next_snapshot) and (self.writer is None or not self.writer.is_alive()):
+            self.next_snapshot = now + self.every
+            self.writer = threading.Thread(target=self.write, name="snapshot", daemon=True)
+            self.writer.start()
+
+    def write(self, throttled: bool = True) -> None:
+        """Write a snapshot. That it failed is said on standard error and in stats(); the next one is tried in its time."""
+        assert self.folder is not None
+        if throttled:
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), snapshot.NICE)
+        asked = int(self.header["snapshots_asked"])
+        try:
+            snapshot.write(
+                self.cache, self.folder, keep=self.keep, compress=self.compress, throttled=throttled,
+                stop=self.stop_writing if throttled else None,
+            )  # fmt: skip
+        except errors.SnapshotStopped:
+            return  # the last one is written by run()
+        except (errors.ShmcacheError, OSError) as e:
+            print(f"shmcache: no snapshot of {self.cache.name}: {e}", file=sys.stderr, flush=True)
+        finally:
+            self.end_asked(asked)
+
+    def end_asked(self, number: int, failed_ms: int = 0) -> None:
+        header = self.cache.views(writable=True).header
+        if failed_ms:
+            header["snapshot_failed_ms"] = failed_ms
+        header["snapshots_ended"] = number
+
+    def end_writer(self) -> None:
+        """Stop the snapshot that is being written, if one is."""
+        if self.writer is not None:
+            self.stop_writing.set()
+            self.writer.join()
+            self.writer = None

@@ -37,7 +37,8 @@ SMALL = [b"", b"a", bytes(range(50)), b"\0" * 80 + b"z", b"abc" * 30]  # payload
 
 
 def packed(r: f.Record) -> bytes:
-    return f.pack_record(r.op, r.key, r.value, version=r.version, expires_ms=r.expires_ms, stripe=r.stripe, epoch=r.epoch, codec=r.codec)
+    numbers = {name: getattr(r, name) for name in ("version", "expires_ms", "stripe", "epoch", "codec", "refs")}
+    return f.pack_record(r.op, r.key, r.value, **numbers)
 
 
 def written(kind, payloads, compress=False) -> tuple[bytes, list[int]]:

@@ -17,7 +17,8 @@ OFFSETS = {
     "header": "magic 0 layout_version 8 abi 12 size_bytes 16 created_ms 24 boot_id 32 hash_key 48 n_rows 64 n_stripes 68 n_classes 72 "
     "page_shift 76 n_pages 80 n_buckets 88 n_overflow 96 refs_bytes 104 sketch_bytes 112 rings_bytes 120 rows_off 128 stripes_off 136 "
     "classes_off 144 pages_off 152 refs_off 160 sketch_off 168 buckets_off 176 overflow_off 184 rings_off 192 slab_off 200 "
-    "max_value_bytes 208 default_ttl_ms 216 lock_limit_ms 224 config_bytes 228 epoch 248 clock_shift_ms 256 tick 312 supervisor 320 heartbeat_ms 328 asleep 336 "
+    "max_value_bytes 208 default_ttl_ms 216 lock_limit_ms 224 config_bytes 228 epoch 248 restoring 252 clock_shift_ms 256 restored_seq 264 tick 312 "
+    "supervisor 320 heartbeat_ms 328 asleep 336 snapshots_asked 344 snapshots_ended 352 snapshot_ms 360 snapshot_failed_ms 368 "
     "pages_word 376 pages_stalled 384 pages_list 400 pages_n_free 408 pages_cursor 416 overflow_word 504 overflow_stalled 512 "
     "overflow_list 528 overflow_n_free 536 overflow_cursor 544 big_word 632 big_stalled 640 big_list 656 big_n_free 664 "
     "big_cursor 672 config 760",

@@ -1,0 +1,98 @@
+"""dump and load: a segment's items as a stream of msgpack maps, for ordinary tools.
+
+Each item is a map {"key": bytes, "value": ..., "ttl": seconds or nil}. A value is what it is in msgpack: bytes, str, int, or what the
+msgpack codec has made of it (its extension types as in codec.py). A value of the pickle codec is bytes under "pickle" instead of "value".
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import msgpack
+
+from shmcache import errors
+from shmcache.core import _core, _stream
+from shmcache.supervisor import format as fmt
+
+if TYPE_CHECKING:
+    from shmcache.cache import Cache
+
+BYTES, STR, INT, MSGPACK, PICKLE = range(5)  # codec.py
+MOST_BYTES = (1 << 32) - 1  # of one item in a stream
+READ_BYTES = 1 << 20
+
+
+def dump(
+    cache: Cache, out: BinaryIO, prefix: bytes = b"", progress: Callable[[int, int], None] = lambda done, total: None
+) -> int:
+    """Write all items whose keys begin with prefix: how many. Each is of one instant, together they are not. Raises: StripeBusy."""
+    walk = _stream.Walk(cache)
+    packer = msgpack.Packer(autoreset=False)
+    n = 0
+    while walk.block():
+        now_ms = time.time() * 1000
+        with memoryview(walk) as payload:
+            for r in fmt.records(payload):
+                if not r.key.startswith(prefix):
+                    continue
+                packer.pack_map_header(3)
+                for part in ("key", r.key, "pickle" if r.codec == PICKLE else "value"):
+                    packer.pack(part)
+                out.write(packer.bytes())
+                packer.reset()
+                plain = r.value if r.codec == MSGPACK else msgpack.packb(_plain(r.codec, r.value), unicode_errors="surrogatepass")
+                out.write(plain)
+                packer.pack("ttl")
+                packer.pack(max(0.001, (r.expires_ms - now_ms) / 1000) if r.expires_ms else None)
+                n += 1
+        out.write(packer.bytes())
+        packer.reset()
+        progress(walk.stripe, walk.n_stripes)
+    return n
+
+
+def _plain(codec: int, value: bytes) -> Any:
+    if codec == STR:
+        return value.decode("utf-8", "surrogatepass")
+    if codec == INT:
+        return int.from_bytes(value, "little", signed=True)
+    return value
+
+
+def load(cache: Cache, source: BinaryIO) -> int:
+    """Set every item of a stream: how many. Those before an error are stored.
+
+    Raises: DamageError: this is no such stream, or it ends within an item; what set() raises.
+    """
+    n = 0
+    for item in _items(source):
+        if not isinstance(item, dict) or not isinstance(item.get("key"), (bytes, str)) or ("value" in item) == ("pickle" in item):
+            raise errors.DamageError(f'item {n + 1} is no map of "key", "value" (or "pickle") and "ttl": is this the output of dump?')
+        ttl = item.get("ttl")
+        if "pickle" in item:
+            cache.store_encoded(item["key"], _core.Encoded(PICKLE, item["pickle"]), ttl)
+        elif isinstance(item["value"], (bytes, str)) or (type(item["value"]) is int and -1 << 63 <= item["value"] < 1 << 63):
+            cache.set(item["key"], item["value"], ttl)
+        else:
+            cache.store_encoded(item["key"], _core.Encoded(MSGPACK, msgpack.packb(item["value"], unicode_errors="surrogatepass")), ttl)
+        n += 1
+    return n
+
+
+def _items(source: BinaryIO) -> Iterator[Any]:
+    unpacker = msgpack.Unpacker(strict_map_key=False, max_buffer_size=MOST_BYTES, unicode_errors="surrogatepass")
+    n = n_bytes = behind = 0
+    while data := source.read(READ_BYTES):
+        n_bytes += len(data)
+        unpacker.feed(data)
+        try:
+            for item in unpacker:
+                n += 1
+                behind = unpacker.tell()
+                yield item
+        except (ValueError, msgpack.UnpackException) as e:
+            raise errors.DamageError(f"behind item {n} comes what is no msgpack ({type(e).__name__}): is it the output of dump?") from None
+    if behind != n_bytes:
+        raise errors.DamageError(f"the stream ends within item {n + 1}: it was cut; the items before it are stored")
