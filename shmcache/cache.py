@@ -35,7 +35,8 @@ class Cache(_core.Table):
     def _load_codec(self) -> Any:
         if self._codec is None:
             self._codec = get_codec(self._codec_name)
-            self._unpack = self._codec.unpack
+            unpack = self._codec.unpack
+            self._unpack = unpack and _core.Bound(unpack.func, **unpack.keywords)
         return self._codec
 
     def _encode(self, value: Any) -> tuple[int, bytes]:

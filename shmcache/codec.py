@@ -16,10 +16,11 @@ from shmcache import errors
 
 TYPE_CHECKING = False  # typing would be a third of what a worker's import costs
 if TYPE_CHECKING:
+    import functools
     from collections.abc import Callable
     from typing import Any, Protocol
 
-    Unpack = Callable[[bytes], Any]
+    Unpack = functools.partial[Any]
 
     class Codec(Protocol):
         """What Cache calls for a value that is not bytes, str or a 64-bit int."""
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
         @property
         def unpack(self) -> Unpack | None:
-            """What decode() does with MSGPACK's payload, if that is one compiled call; it raises anything."""
+            """What decode() does with MSGPACK's payload, if that is one compiled call (then of the core); it raises anything."""
 
         def encode(self, value: Any) -> tuple[int, bytes]:
             """(codec number, payload). Raises: UnsupportedValue."""

@@ -18,13 +18,20 @@ cdef class WritableView:
     cdef Mapping mapping
 
 
+cdef class Bound:
+    cdef object f
+    cdef tuple names
+    cdef tuple values
+    cdef object call(self, object x)
+
+
 cdef class Table:
     cdef seg_t* s                   # NULL: closed
     cdef readonly Mapping mapping   # None: closed
     cdef readonly str name
     cdef int in_flight              # calls of this handle that run without the GIL
     cdef uint64_t life              # the token for which in_flight counts: a fork child starts at 0
-    cdef public object _unpack      # of msgpack's bytes: a codec's own, so that a hit runs no Python frame (its errors go through
+    cdef public Bound _unpack       # of msgpack's bytes: a codec's own, so that a hit runs no Python frame (its errors go through
                                     # _undecoded()); None: by _decode()
     cdef object idle                # set by the last of them when close() waits
     cdef seg_t* ready(self) except NULL

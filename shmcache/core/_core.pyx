@@ -14,6 +14,7 @@ cimport cython
 from cpython.buffer cimport PyBuffer_FillInfo
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_Check, PyBytes_CheckExact, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.exc cimport PyErr_CheckSignals
+from cpython.object cimport PyObject
 from cpython.long cimport PyLong_AsLongLongAndOverflow, PyLong_CheckExact
 from cpython.unicode cimport PyUnicode_Check, PyUnicode_DecodeUTF8
 from libc.errno cimport errno
@@ -45,6 +46,7 @@ cdef extern from "Python.h":
     bint PyUnicode_IS_COMPACT_ASCII(object o)
     object PyLong_FromLongLong(long long v)
     unsigned long PyThread_get_thread_ident()
+    object PyObject_Vectorcall(object f, PyObject* const* arguments, size_t n, object names)
 
 cdef extern from *:
     """
@@ -95,6 +97,7 @@ cdef enum:
     CODEC_STR = 1
     CODEC_INT = 2
     CODEC_MSGPACK = 3
+    MOST_BOUND = 7              # keyword arguments of a Bound
     GROUP = 16                  # keys that get_many fetches ahead
     STACK_BYTES = 1024          # values up to this are copied to the stack before they are decoded
     LONG_COPY = 32 << 20        # bytes: copying them takes about the interpreter's switch interval, for which getting the GIL back may have to wait
@@ -514,6 +517,28 @@ cdef class Mapping:
 
 # ---- table --------------------------------------------------------------------------------------------------------------------
 
+cdef class Bound:
+    """f with keyword arguments: Bound(f, a=1)(x) is f(x, a=1). As functools.partial, which makes a dict of them at each call (0.2 us)."""
+
+    def __init__(self, f, **keywords):
+        if len(keywords) > MOST_BOUND:
+            raise TypeError(f"at most {MOST_BOUND} keyword arguments")
+        self.f = f
+        self.names = tuple(keywords)
+        self.values = tuple(keywords.values())
+
+    def __call__(self, x):
+        return self.call(x)
+
+    cdef object call(self, object x):
+        cdef PyObject* arguments[MOST_BOUND + 1]
+        cdef Py_ssize_t i
+        arguments[0] = <PyObject*>x
+        for i in range(len(self.values)):
+            arguments[i + 1] = <PyObject*>self.values[i]
+        return PyObject_Vectorcall(self.f, arguments, 1, self.names)
+
+
 @cython.no_gc_clear             # the collector must not take the mapping from a table that is still to be deallocated
 cdef class Table:
     """Operations on one segment's table, by one handle. `shmcache.Cache` is this with codecs."""
@@ -633,7 +658,7 @@ cdef class Table:
                 free(to)
         if r.codec == CODEC_MSGPACK and self._unpack is not None:
             try:
-                return self._unpack(data)
+                return self._unpack.call(data)
             except Exception as e:
                 raise self._undecoded(e) from None
         return self._decode(r.codec, data)
@@ -875,6 +900,8 @@ cdef class Table:
         op.when = when
         op.version = version
         key_view(key, &op.key, &op.key_bytes)
+        op.hash = siphash13(op.key, op.key_bytes, s.k0, s.k1)
+        prefetch(&s.buckets[bucket_of(s, op.hash)])
         if ttl is not None:
             ttl_ms = ttl_to_ms(ttl)
             op.expiry_ms = now_ms(s) + ttl_ms if ttl_ms else 1
@@ -887,7 +914,6 @@ cdef class Table:
                 "segment larger or with a larger max_value")
         s = self.ready()                    # an encoder is Python: it may have closed this handle, or forked
         held = self.mapping
-        op.hash = siphash13(op.key, op.key_bytes, s.k0, s.k1)
         rc = self.put_view(s, &op)
         if rc == OK:
             stored[0] = op.cas

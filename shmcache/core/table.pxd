@@ -349,6 +349,7 @@ cdef inline int reserve(seg_t* s, put_t* op, uint64_t limit_ns) noexcept nogil:
     if rc != OK:
         return rc
     op.chunk = addr
+    prefetch_item(s, op.hash)   # of the key's old item, which is looked at next; its bucket was asked for first
     #! put: reserved
     it = item_at(s, addr)
     st64(&it.cas, 0)
