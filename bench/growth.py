@@ -2,8 +2,8 @@
 
     python bench/growth.py [--json bench/results/growth.json] [--items 10000,1000000,10000000]
 
-22-byte keys, 100-byte values, uniform draws, fresh key objects, beside dict with the same keys. A new process says what attach and its
-first get took, and what its page tables (VmPTE) grow by when it has read every item. 10 million items need 6 GB. What a sweep costs is
+22-byte keys, 100-byte values, uniform draws, fresh key objects, beside dict with the same keys; with and without huge pages. A new process says what attach and its
+first get took, and what its page tables (VmPTE) grow by when it has read every item. 10 million items need 9 GB. What a sweep costs is
 measured by bench/supervisor.py.
 """
 
@@ -45,27 +45,33 @@ def main() -> int:
         sizes, args.ops, args.rounds = [n for n in sizes if n <= 1_000_000], args.ops // 10, 3
     cases: dict[str, Any] = {}
     for n in sizes:
-        name = f"bench-growth-{os.getpid()}"
-        cache = shmcache.create(name, max(64 << 20, n * 260))
+        caches: dict[str, shmcache.Cache] = {}
         try:
+            for label, huge_pages in (("shmcache", False), ("shmcache, huge pages", True)):
+                name = f"bench-growth-{os.getpid()}" + "-huge" * huge_pages
+                caches[label] = shmcache.create(name, max(64 << 20, n * 260), huge_pages=huge_pages)
             table = {}
             for i in range(n):
-                cache.set(key(i), VALUE)
+                for cache in caches.values():
+                    cache.set(key(i), VALUE)
                 table[key(i)] = bytes(bytearray(VALUE))
 
             def drawn(seed: int, n: int = n) -> list[bytes]:
                 return [key(i) for i in random.Random(seed).choices(range(n), k=args.ops)]
 
-            peers: list[Peer] = [("dict", table.get), ("shmcache", cache.get)]
+            peers: list[Peer] = [("dict", table.get), *((label, cache.get) for label, cache in caches.items())]
             cases[f"get/keys={n}"] = of = summary(alternate(peers, drawn, args.rounds))
-            said = subprocess.run([sys.executable, "-c", READER, name, str(n)], capture_output=True, text=True, check=True).stdout
-            attach, first, tables = map(float, said.split())
-            around = {"resident": len(cache), "attach_us": attach, "first_get_us": first, "page_tables_kb": tables}
-            cases[f"reader/keys={n}"] = around
-            print(f"{n:,} items: get {of['shmcache']['median_ns']} ns, {of['dict']['ours_over_it']:.2f} of dict;", around, flush=True)
+            for label, cache in caches.items():
+                reader = [sys.executable, "-c", READER, cache.name, str(n)]
+                attach, first, tables = map(float, subprocess.run(reader, capture_output=True, text=True, check=True).stdout.split())
+                around = {"resident": len(cache), "attach_us": attach, "first_get_us": first, "page_tables_kb": tables}
+                cases[f"reader, {label}/keys={n}"] = around
+                ratio = of[label]["median_ns"] / of["dict"]["median_ns"]
+                print(f"{n:,} items, {label}: get {of[label]['median_ns']} ns, {ratio:.2f} of dict;", around, flush=True)
         finally:
-            cache.close()
-            shmcache.unlink(name)
+            for cache in caches.values():
+                shmcache.unlink(cache.name)
+                cache.close()
     keep(cases, [], args.json)
     return 0
 

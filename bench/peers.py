@@ -51,18 +51,22 @@ class Text(Peer):
         return k.decode()
 
 
-def ours(size: int) -> Peer:
-    name = f"bench-{os.getpid()}"
-    cache = shmcache.create(name, size)
+def ours(size: int, huge_pages: bool = False) -> Peer:
+    name = f"bench-{os.getpid()}" + "-huge" * huge_pages
+    cache = shmcache.create(name, size, huge_pages=huge_pages)
 
     def close() -> None:
         cache.close()
         shmcache.unlink(name)
 
-    p = Peer("shmcache", close)
+    p = Peer("shmcache, huge pages" if huge_pages else "shmcache", close)
     p.get, p.set, p.delete, p.get_many, p.set_many = cache.get, cache.set, cache.delete, cache.get_many, cache.set_many
     p.incr = cache.incr
     return p
+
+
+def ours_huge(size: int) -> Peer:
+    return ours(size, huge_pages=True)
 
 
 def plain_copy(size: int) -> Peer:
@@ -273,7 +277,7 @@ def redis(size: int) -> Peer:
 
 
 ALL: tuple[Callable[[int], Peer], ...] = (
-    plain_copy, plain_dict, ours,
+    plain_copy, plain_dict, ours, ours_huge,
     cachebox, LmdbHeld, lmdb_per_call, uwsgi, ultradict, numpy_table, diskcache, memcached, redis)  # fmt: skip
 
 
