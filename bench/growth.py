@@ -2,9 +2,9 @@
 
     python bench/growth.py [--json bench/results/growth.json] [--items 10000,1000000,10000000]
 
-22-byte keys, 100-byte values, uniform draws, fresh key objects, beside dict with the same keys; with and without huge pages. A new process says what attach and its
-first get took, and what its page tables (VmPTE) grow by when it has read every item. 10 million items need 9 GB. What a sweep costs is
-measured by bench/supervisor.py.
+22-byte keys, 100-byte values, uniform draws, fresh key objects, beside dict with the same keys; with and without huge pages. A new
+process says what attach and its first get took, and what its page tables (VmPTE) grow by when it has read every item. 10 million items
+need 9 GB. What a sweep costs is measured by bench/supervisor.py.
 """
 
 from __future__ import annotations

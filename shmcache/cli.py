@@ -21,6 +21,7 @@ from typing import Any
 import shmcache
 from shmcache import errors, segment
 
+STUCK = 30.0  # seconds without a heartbeat: the supervisor is stopped
 POLL = 0.02  # seconds between two looks whether a snapshot that was asked for is written
 
 
@@ -377,8 +378,11 @@ def _snapshot_by_supervisor(cache: shmcache.Cache, args: argparse.Namespace) -> 
     began, number = time.monotonic(), _sweep.ask_for_snapshot(cache)
     while int(cache.segment.header["snapshots_ended"]) < number:
         time.sleep(POLL)
-        if not cache.supervisor()["alive"]:
+        supervisor = cache.supervisor()
+        if not supervisor["alive"]:
             raise errors.SnapshotStopped("the supervisor ended before the snapshot was written: look at its output")
+        if supervisor["heartbeat_age_s"] > STUCK:
+            raise errors.StripeBusy(f"the supervisor, process {supervisor['pid']}, has not run for {STUCK:.0f} s: continue or kill it")
     state = cache.durability()
     if args.json:
         print(json.dumps({"name": args.name, "seconds": time.monotonic() - began, **state}))
@@ -393,7 +397,7 @@ def _snapshot_by_supervisor(cache: shmcache.Cache, args: argparse.Namespace) -> 
 def do_restore(args: argparse.Namespace) -> int:
     from shmcache.supervisor import snapshot
 
-    options = {} if args.size is None else {"size": args.size}
+    options = {"huge_pages": args.huge_pages, **({} if args.size is None else {"size": args.size})}
     with snapshot.take(args.data_dir) as folder, _progress("restoring") as progress:
         report = snapshot.restore(args.name, folder, progress=progress, **options)
     _say_restored(report, args.json)
@@ -456,11 +460,20 @@ def _live_or_restored(args: argparse.Namespace, folder: Path | None) -> shmcache
     """The segment: the live one; else restored from the data directory, if it has a snapshot; else created, if there is a size."""
     from shmcache.supervisor import format, snapshot
 
-    if folder is not None and format.listing(folder)[0] and not _whole(args.name):
-        options = {} if args.size is None else {"size": args.size}
-        report = snapshot.restore(args.name, folder, **options)
-        _say_restored(report, False, sys.stderr)
-    return shmcache.attach(args.name) if args.size is None else shmcache.open(args.name, args.size)
+    if folder is not None and format.listing(folder)[0]:
+        if not _whole(args.name):
+            try:
+                options = {"huge_pages": args.huge_pages, **({} if args.size is None else {"size": args.size})}
+                _say_restored(snapshot.restore(args.name, folder, **options), False, sys.stderr)
+            except errors.NoSnapshot as e:
+                print(f"shmcache: {e}", file=sys.stderr)
+        elif not snapshot.is_of(args.name, folder):
+            print(
+                f"shmcache: {args.name} was there already, created by somebody else: nothing is restored into it, and the snapshots in "
+                f"{folder} that are not of it are kept. To have them back: end all, unlink it, and start this first",
+                file=sys.stderr,
+            )
+    return shmcache.attach(args.name) if args.size is None else shmcache.open(args.name, args.size, huge_pages=args.huge_pages)
 
 
 def do_supervise(args: argparse.Namespace) -> int:
@@ -548,6 +561,7 @@ def admin_parser() -> argparse.ArgumentParser:
     p = command("restore", do_restore, "Create the segment from the newest snapshot that is whole. Workers can use it meanwhile.")
     p.add_argument("--data-dir", metavar="D", required=True, help="where the snapshots are")
     p.add_argument("--size", help="of the segment, larger or smaller than it was (as it was)")
+    p.add_argument("--huge-pages", action="store_true", help="put it into pages of 2 MiB (Linux 6.1)")
     p = command("dump", do_dump, "Write all items to standard output, as msgpack maps of key, value and ttl.")
     p.add_argument("--prefix", default="", help="of the keys")
     command("load", do_load, "Set all items that dump wrote, from standard input.")
@@ -566,6 +580,7 @@ def parser() -> argparse.ArgumentParser:
     p.set_defaults(run=do_supervise)
     p.add_argument("name", metavar="NAME", help="of the segment")
     p.add_argument("--size", help="create the segment with it if there is none")
+    p.add_argument("--huge-pages", action="store_true", help="create it in pages of 2 MiB (Linux 6.1)")
     p.add_argument("--data-dir", metavar="D", help="write snapshots to it, and restore the segment from it if there is none")
     p.add_argument("--snapshot-every", type=_positive, default=300.0, metavar="S", help="seconds (300); one more is written at the end")
     _snapshot_options(p)

@@ -2,12 +2,14 @@
 
 A namespace has a generation, a random number under a key of the cache; every key carries it. clear() stores another one: what carries the
 old one is never found again, and goes as the CLOCK hand meets it. A generation that was evicted is replaced by a new random one: a
-namespace may lose what is in it, it never sees again what was cleared.
+namespace may lose what is in it, it never sees again what was cleared. While a segment is restored generations come first, and whoever
+needs one waits for them, a second at most.
 """
 
 from __future__ import annotations
 
 import os
+import time
 
 from shmcache import errors, flight
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     Ttl = float | timedelta | None
 
 PREFIX = b"\x00ns\x00"
+RESTORE_WAIT = 1.0  # seconds
 
 
 class Namespace:
@@ -37,6 +40,11 @@ class Namespace:
 
     def _prefix(self) -> bytes:
         generation = self.cache.get(self._generation_key)
+        if generation is None and self.cache.durability()["generations_missing"]:
+            until = time.monotonic() + RESTORE_WAIT
+            while self.cache.durability()["generations_missing"] and time.monotonic() < until:
+                time.sleep(0.002)
+            generation = self.cache.get(self._generation_key)
         while generation is None:
             self.cache.add(self._generation_key, os.urandom(8), ttl=flight.FOREVER)
             generation = self.cache.get(self._generation_key)

@@ -245,7 +245,7 @@ def format_segment(int fd, dict g, list chunk_bytes, bytes boot_id, bytes hash_k
         h.epoch = 1
         h.tick = 1
         if "restored_seq" in g:
-            h.restoring = 1
+            h.restoring = 2
             h.restored_seq = g["restored_seq"]
             for i in range(h.n_stripes):
                 (<stripe_t*>(base + h.stripes_off))[i].seq = h.restored_seq
@@ -1054,6 +1054,8 @@ cdef class Table:
         while True:
             value = self.read(key, MISS, &version)
             if value is MISS:
+                if unlikely(ld32(&self.ready().header.restoring)):
+                    self.remove_key(key, 0)         # it is not to come back
                 return default
             if self.remove_key(key, version) == OK:
                 return value
@@ -1401,10 +1403,11 @@ cdef class Table:
                 "heartbeat_age_s": max(0, <int64_t>(mono_ns() // 1000000 - ld64(&s.header.heartbeat_ms))) / 1000.0}
 
     def durability(self):
-        """{"restoring", "snapshot_age_s", "snapshot_failed"}: see Cache.stats()."""
+        """{"restoring", "generations_missing", "snapshot_age_s", "snapshot_failed"}: see Cache.stats()."""
         cdef header_t* h = self.ready().header
         cdef uint64_t at = ld64(&h.snapshot_ms)
-        return {"restoring": ld32(&h.restoring) != 0, "snapshot_age_s": max(0, <int64_t>(wall_ms() - at)) / 1000.0 if at else None,
+        return {"restoring": ld32(&h.restoring) != 0, "generations_missing": ld32(&h.restoring) == 2,
+                "snapshot_age_s": max(0, <int64_t>(wall_ms() - at)) / 1000.0 if at else None,
                 "snapshot_failed": ld64(&h.snapshot_failed_ms) != 0}
 
     cdef int kept(self, seg_t* s, uint32_t r, uint64_t addr):

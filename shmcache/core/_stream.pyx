@@ -15,12 +15,12 @@ from cpython.exc cimport PyErr_CheckSignals
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
 from cpython.buffer cimport PyBuffer_FillInfo
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
-from libc.string cimport memcpy
+from libc.string cimport memchr, memcmp, memcpy
 
 from shmcache.core._core cimport Mapping, Table
 from shmcache.core.atomics cimport fence_acquire, ld8r, ld16r, ld32, ld32r, ld64, ld64r, st32
 from shmcache.core.big cimport big_read, big_shape, big_t
-from shmcache.core.bucket cimport ADDR_MASK, bucket_of, chain_first, chain_next, chain_t, stripe_of, stripe_release, stripe_take
+from shmcache.core.bucket cimport ADDR_MASK, OP_TOUCH, bucket_of, chain_first, chain_next, chain_t, stripe_of, stripe_release, stripe_take
 from shmcache.core.clock cimport now_ms
 from shmcache.core.layout cimport FLAG_BIG, FLAG_CLAIM, MAX_KEY, MAX_REFS, item_t, seg_t, stripe_t
 from shmcache.core.record cimport RECORD_SET, record_t
@@ -34,6 +34,14 @@ from shmcache import errors
 cdef enum:
     CREATED_EPOCH = 1       # of a new segment; another one: somebody cleared
     BUSY_TRIES = 64         # limits for which a restored item waits for a stripe
+    MOST_IN_CHAIN = 512     # 7 slots, and 64 hops of 6
+    NAMESPACES_FIRST = 2    # header.restoring until the generations of namespaces are in
+
+cdef extern from *:
+    """
+    #define SHM_MOST_BYTES (((uint64_t)1 << 32) - 1)    /* of a block: format.MAX_PAYLOAD_BYTES */
+    """
+    const uint64_t MOST_BYTES "SHM_MOST_BYTES"
 
 assert sizeof(record_t) == 32
 
@@ -46,12 +54,15 @@ ctypedef struct copy_t:
     uint64_t wanted         # NO_ROOM: what the chain needs at least
     uint64_t items
     uint64_t damaged
+    uint64_t newest
     int64_t to_wall_ms      # added to the segment's clock
 
 
 cdef int copy_chain(seg_t* s, uint64_t b, uint32_t stripe, copy_t* c) noexcept nogil:
     """Append the items of one chain: OK, AGAIN (it changed meanwhile), or NO_ROOM; then nothing is appended."""
-    cdef uint64_t at = c.used, items = 0, damaged = 0, w, addr, h, room, offset, expiry, counter
+    cdef uint64_t at = c.used, items = 0, damaged = 0, newest = 0, w, addr, h, room, offset, expiry, counter
+    cdef uint64_t seen[MOST_IN_CHAIN]
+    cdef int n_seen = 0, k
     cdef uint32_t version = ld32(&s.buckets[b].version), epoch = ld32(&s.header.epoch)
     cdef record_t r
     cdef chain_t chain
@@ -87,6 +98,16 @@ cdef int copy_chain(seg_t* s, uint64_t b, uint32_t stripe, copy_t* c) noexcept n
                     continue
             elif offset + r.value_bytes > room:
                 continue
+            for k in range(n_seen):         # a damaged chain can lead round and round
+                if seen[k] == addr:
+                    break
+            else:
+                k = n_seen
+            if k < n_seen or n_seen == MOST_IN_CHAIN or at - c.used > MOST_BYTES - sizeof(record_t) - MAX_KEY - r.value_bytes:
+                damaged += 1
+                continue
+            seen[n_seen] = addr
+            n_seen += 1
             if c.room - at < sizeof(record_t) + r.key_bytes + r.value_bytes:
                 fence_acquire()
                 if ld32r(&s.buckets[b].version) != version:
@@ -108,9 +129,13 @@ cdef int copy_chain(seg_t* s, uint64_t b, uint32_t stripe, copy_t* c) noexcept n
             elif r.codec == CODEC_INT and r.value_bytes == 8:
                 counter = ld64r(<uint64_t*>(<uint8_t*>it + offset))
                 memcpy(c.to + at, &counter, 8)
+                fence_acquire()             # value, then version: one that is just being changed is not to be had with the version before
+                if ld64(&stripe_of(s, b).old) == (<uint64_t>OP_TOUCH << 56 | addr) or ld64(&it.cas) != r.version:
+                    return AGAIN
             else:
                 memcpy(c.to + at, <uint8_t*>it + offset, r.value_bytes)
             at += r.value_bytes
+            newest = max(newest, r.version)
             items += 1
         if ld32r(chain.link) == 0 or not chain_next(s, &chain):
             break
@@ -120,6 +145,7 @@ cdef int copy_chain(seg_t* s, uint64_t b, uint32_t stripe, copy_t* c) noexcept n
     c.used = at
     c.items += items
     c.damaged += damaged
+    c.newest = max(c.newest, newest)
     return OK
 
 
@@ -134,8 +160,8 @@ cdef class Walk:
     cdef Mapping mapping            # another thread may close the handle between two blocks
     cdef readonly uint64_t stripe   # that comes next, of n_stripes
     cdef readonly uint64_t n_stripes
-    cdef readonly uint64_t newest
     cdef uint64_t bucket
+    cdef uint64_t block_bytes
     cdef copy_t c
     cdef Py_ssize_t exports
     cdef uint64_t* floor
@@ -145,7 +171,7 @@ cdef class Walk:
         self.table = table
         self.mapping = table.mapping
         self.n_stripes = s.n_stripes
-        self.c.room = block_bytes
+        self.block_bytes = self.c.room = block_bytes
         self.c.to = <uint8_t*>PyMem_RawMalloc(block_bytes)
         self.floor = <uint64_t*>PyMem_RawMalloc(8 * <size_t>s.n_stripes)
         if self.c.to == NULL or self.floor == NULL:
@@ -161,6 +187,10 @@ cdef class Walk:
 
     def __releasebuffer__(self, Py_buffer* view):
         self.exports -= 1
+
+    @property
+    def newest(self):
+        return self.c.newest
 
     @property
     def items(self):
@@ -181,11 +211,12 @@ cdef class Walk:
         """
         cdef seg_t* s = self.table.ready()
         cdef uint64_t i
-        cdef uint8_t* larger
         cdef int rc
         if self.exports:
             raise BufferError("the last block is still in use")
         self.c.used = 0
+        if self.c.room > self.block_bytes:
+            self.resize(self.block_bytes)
         self.c.to_wall_ms = <int64_t>wall_ms() - <int64_t>now_ms(s)
         while True:
             with nogil:
@@ -193,12 +224,7 @@ cdef class Walk:
             if rc == OK:
                 break
             if rc == NO_ROOM:               # one chain alone is larger than a block
-                larger = <uint8_t*>PyMem_RawMalloc(2 * self.c.wanted)
-                if larger == NULL:
-                    raise MemoryError
-                PyMem_RawFree(self.c.to)
-                self.c.to = larger
-                self.c.room = 2 * self.c.wanted
+                self.resize(self.c.wanted)
             elif rc == INTR:
                 PyErr_CheckSignals()
                 s = self.table.ready()
@@ -206,8 +232,17 @@ cdef class Walk:
                 raise errors.StripeBusy("a process that does not run holds a stripe whose items are to be copied: continue or kill it, and try again")
         if self.stripe == self.n_stripes:
             for i in range(s.n_stripes):
-                self.newest = max(self.newest, ld64(&s.stripes[i].seq))
+                self.c.newest = max(self.c.newest, ld64(&s.stripes[i].seq))
         return self.c.used > 0
+
+    cdef int resize(self, uint64_t room) except -1:
+        cdef uint8_t* to = <uint8_t*>PyMem_RawMalloc(room)
+        if to == NULL:
+            raise MemoryError
+        PyMem_RawFree(self.c.to)
+        self.c.to = to
+        self.c.room = room
+        return 0
 
     cdef int fill(self, seg_t* s) noexcept nogil:
         """Whole chains till the block is full or the last stripe is done: OK; NO_ROOM if not even one fits."""
@@ -237,6 +272,10 @@ cdef class Walk:
             self.bucket = 0
         return OK
 
+cdef bint is_generation(const uint8_t* key, uint64_t n) noexcept nogil:
+    """Is it the key of a namespace's generation (namespace.py)?"""
+    return n > 4 and memcmp(key, b"\0ns\0", 4) == 0 and memchr(key + 4, 0, n - 4) == NULL
+
 # ---- in -------------------------------------------------------------------------------------------------------------------------
 
 
@@ -265,10 +304,12 @@ cdef class Restore:
             raise errors.UsageError(f"the segment {table.name!r} was not created to be restored, or is restored already")
         self.evicted_before = s.row.evictions
 
-    def put(self, const uint8_t[::1] payload not None, int64_t clock_back_ms=0, int heat=-1):
+    def put(self, const uint8_t[::1] payload not None, int64_t clock_back_ms=0, int heat=-1, uint32_t least_epoch=0, bint generations=False):
         """Store the records of one block. Without the GIL.
 
         Args: clock_back_ms: added to the wall clock. heat: only those with this CLOCK count, and end where the segment is full (-1: all).
+        least_epoch: items of an earlier one were cleared. generations: only those of namespaces, which workers need before the rest; else all but
+        those.
         Raises: DamageError: the payload is not whole records; StripeBusy.
         """
         cdef uint64_t at = 0, end = payload.shape[0]
@@ -279,7 +320,7 @@ cdef class Restore:
             return
         while True:
             with nogil:
-                rc = self.put_all(s, &payload[0], &at, end, wall, heat)
+                rc = self.put_all(s, &payload[0], &at, end, wall, heat, least_epoch, generations)
             if rc == INTR:
                 PyErr_CheckSignals()
                 s = self.table.ready()
@@ -290,7 +331,8 @@ cdef class Restore:
             else:
                 return
 
-    cdef int put_all(self, seg_t* s, const uint8_t* payload, uint64_t* at, uint64_t end, uint64_t wall, int heat) noexcept nogil:
+    cdef int put_all(self, seg_t* s, const uint8_t* payload, uint64_t* at, uint64_t end, uint64_t wall, int heat, uint32_t least_epoch,
+                     bint generations) noexcept nogil:
         cdef record_t r
         cdef put_t op
         cdef uint64_t size
@@ -303,6 +345,9 @@ cdef class Restore:
             if r.key_bytes == 0 or r.key_bytes > MAX_KEY or size > end - at[0]:
                 return MISMATCH
             if r.op & 15 != RECORD_SET or (heat >= 0 and min(r.op >> 4, <int>MAX_REFS) != heat):
+                at[0] += size
+                continue
+            if is_generation(payload + at[0] + sizeof(record_t), r.key_bytes) != generations or r.epoch < least_epoch:
                 at[0] += size
                 continue
             if heat >= 0 and self.full:
@@ -350,6 +395,12 @@ cdef class Restore:
                 self.full = True
             at[0] += size
         return OK
+
+    def generations_done(self):
+        """Those of all namespaces are in: workers need not wait for them any more."""
+        cdef seg_t* s = self.table.ready()
+        if ld32(&s.header.restoring):
+            st32(&s.header.restoring, 1)
 
     def finish(self):
         """The segment is an ordinary one from now on."""

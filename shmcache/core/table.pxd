@@ -427,6 +427,8 @@ cdef inline int allowed(seg_t* s, put_t* op, found_t* f) noexcept nogil:
     if op.when == ALWAYS:
         return OK
     if op.when == RESTORED:
+        if not ld32(&s.header.restoring):       # somebody else has finished it: nothing departs with a mark any more
+            return MISMATCH
         return EXISTS if f.slot != NULL or departed(s, op.hash) else OK     # a stale item, too, is newer than what is restored
     if op.when == IF_UNCLAIMED:
         return EXISTS if present or (f.slot != NULL and f.claimed) else OK

@@ -67,8 +67,10 @@ def load(cache: Cache, source: BinaryIO) -> int:
     Raises: DamageError: this is no such stream, or it ends within an item; what set() raises.
     """
     n = 0
+    has_default = cache.mapping.settings()["default_ttl_ms"] > 0
     for item in _items(source):
-        if not isinstance(item, dict) or not isinstance(item.get("key"), (bytes, str)) or ("value" in item) == ("pickle" in item):
+        sound = isinstance(item, dict) and isinstance(item.get("key"), (bytes, str)) and ("value" in item) != ("pickle" in item)
+        if not sound or not isinstance(item.get("pickle", b""), bytes):
             raise errors.DamageError(f'item {n + 1} is no map of "key", "value" (or "pickle") and "ttl": is this the output of dump?')
         ttl = item.get("ttl")
         if "pickle" in item:
@@ -77,6 +79,8 @@ def load(cache: Cache, source: BinaryIO) -> int:
             cache.set(item["key"], item["value"], ttl)
         else:
             cache.store_encoded(item["key"], _core.Encoded(MSGPACK, msgpack.packb(item["value"], unicode_errors="surrogatepass")), ttl)
+        if ttl is None and has_default:
+            cache.persist(item["key"])
         n += 1
     return n
 
@@ -87,12 +91,15 @@ def _items(source: BinaryIO) -> Iterator[Any]:
     while data := source.read(READ_BYTES):
         n_bytes += len(data)
         unpacker.feed(data)
-        try:
-            for item in unpacker:
-                n += 1
-                behind = unpacker.tell()
-                yield item
-        except (ValueError, msgpack.UnpackException) as e:
-            raise errors.DamageError(f"behind item {n} comes what is no msgpack ({type(e).__name__}): is it the output of dump?") from None
+        while True:
+            try:
+                item = unpacker.unpack()
+            except msgpack.OutOfData:
+                break
+            except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as e:
+                raise errors.DamageError(f"behind item {n} comes what is no map ({type(e).__name__}): is it the output of dump?") from None
+            n += 1
+            behind = unpacker.tell()
+            yield item
     if behind != n_bytes:
         raise errors.DamageError(f"the stream ends within item {n + 1}: it was cut; the items before it are stored")

@@ -15,6 +15,7 @@ Ticks come every BUSY_TICK seconds while chunks are used up, else it sleeps on i
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
@@ -171,7 +172,8 @@ class Supervisor:
         """Write a snapshot. That it failed is said on standard error and in stats(); the next one is tried in its time."""
         assert self.folder is not None
         if throttled:
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), snapshot.NICE)
+            with contextlib.suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), snapshot.NICE)
         asked = int(self.header["snapshots_asked"])
         try:
             snapshot.write(
@@ -179,11 +181,13 @@ class Supervisor:
                 stop=self.stop_writing if throttled else None,
             )  # fmt: skip
         except errors.SnapshotStopped:
-            return  # the last one is written by run()
+            return  # the last one, which run() writes, is what was asked for
         except (errors.ShmcacheError, OSError) as e:
             print(f"shmcache: no snapshot of {self.cache.name}: {e}", file=sys.stderr, flush=True)
-        finally:
-            self.end_asked(asked)
+        except BaseException:
+            self.end_asked(asked, int(time.time() * 1000))
+            raise
+        self.end_asked(asked)
 
     def end_asked(self, number: int, failed_ms: int = 0) -> None:
         header = self.cache.views(writable=True).header

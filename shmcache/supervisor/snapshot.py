@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from shmcache import cache as cache_module
 from shmcache import errors
 from shmcache.core import _stream
+from shmcache.segment import check_name as segment_path
 from shmcache.supervisor import format as fmt
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ SYNC_BYTES = 64 << 20  # written between two fsyncs: what the last one has to wa
 SHARE = 0.15  # of a core, that a throttled snapshot takes
 NICE = 10  # of the thread that writes a throttled one
 LOCK_NAME = "lock"
+VERSIONS_AHEAD = 1 << 40  # no stripe has so many writes between two snapshots
 
 Progress = Callable[[int, int], None]  # (done, of so many), in stripes or bytes
 
@@ -86,29 +88,36 @@ def write(
     Args: keep: so many of the newest are left. compress: with zstd. throttled: within SHARE of a core, for a thread beside workers that
     want both; stop: set by another thread, ends it.
     Returns: {"path", "number", "items", "bytes", "seconds", "damaged"} (damaged: values left out since their pages are not their own).
-    Raises: ForeignDataDir; SnapshotStopped; InvalidConfig: no zstandard; StripeBusy; OSError: the file cannot be written. Then
-    nothing but a temporary file is left, if that.
+    Raises: UsageError: the segment is being restored; ForeignDataDir; SnapshotStopped; InvalidConfig: no zstandard; StripeBusy; OSError:
+    the file cannot be written. Then nothing but a temporary file is left, if that.
     """
     began, began_ms = time.monotonic(), int(time.time() * 1000)
     stop = stop or threading.Event()
-    header = cache.views(writable=True).header
+    if cache.durability()["restoring"]:
+        raise errors.UsageError(f"the segment {cache.name!r} is being restored, or that was killed: complete it (restore) first")
     try:
         report = _write(cache, folder, keep, compress, _Throttle(stop) if throttled else None, stop, progress)
     except errors.SnapshotStopped:
         raise
     except BaseException:
-        header["snapshot_failed_ms"] = began_ms
+        mark(cache, snapshot_failed_ms=began_ms)
         raise
-    header["snapshot_ms"] = began_ms
-    header["snapshot_failed_ms"] = 0
+    mark(cache, snapshot_ms=began_ms, snapshot_failed_ms=0)
     return {**report, "seconds": time.monotonic() - began}
+
+
+def mark(cache: Cache, **words: int) -> None:
+    """Store words of the header. No view of it is kept: the handle may be closed while an exception still holds the caller's frame."""
+    header = cache.views(writable=True).header
+    for name, value in words.items():
+        header[name] = value
 
 
 def _write(
     cache: Cache, folder: Path, keep: int, compress: bool, throttle: _Throttle | None, stop: threading.Event, progress: Progress
 ) -> dict[str, Any]:
     check_owner(folder, cache.name)
-    for left in folder.glob("*.tmp"):
+    for left in folder.glob("snapshot-*.shmcache.tmp"):
         left.unlink(missing_ok=True)
     snapshots, _ = fmt.listing(folder)
     number = snapshots[-1][0] + 1 if snapshots else 1
@@ -124,21 +133,44 @@ def _write(
             temporary.unlink()
         raise
     sync_folder(folder)
-    for _, old in snapshots[: max(0, len(snapshots) + 1 - keep)]:
+    for old in _superseded(cache, [path for _, path in snapshots], keep - 1):
         old.unlink(missing_ok=True)
     return {"path": str(path), "number": number, "items": walk.items, "bytes": size_bytes, "damaged": walk.damaged}
+
+
+def _superseded(cache: Cache, earlier: list[Path], keep: int) -> list[Path]:
+    """Of earlier snapshots, oldest first, those that may go. A segment that was not restored does not know what was in those before it:
+    theirs stay."""
+    if not int(cache.segment.header["restored_seq"]):
+        earlier = [path for path in earlier if _created_ms(path) == int(cache.segment.header["created_ms"])]
+    return earlier[: max(0, len(earlier) - keep)]
+
+
+def is_of(name: str, folder: Path) -> bool:
+    """Is the newest readable snapshot there of the live segment, or was that one restored?"""
+    created = [ms for _, path in fmt.listing(folder)[0] if (ms := _created_ms(path)) is not None]
+    with cache_module.attach(name) as cache:
+        return not created or created[-1] == int(cache.segment.header["created_ms"]) or int(cache.segment.header["restored_seq"]) > 0
+
+
+def _created_ms(path: Path) -> int | None:
+    """Of the segment that a snapshot is of."""
+    with contextlib.suppress(errors.DamagedFile, errors.NewerFormat), fmt.Reader(path, "snapshot") as reader:
+        return reader.head.get("segment_created_ms")
+    return None
 
 
 def _write_file(
     cache: Cache, file: Any, compress: bool, throttle: _Throttle | None, stop: threading.Event, progress: Progress
 ) -> tuple[_stream.Walk, int]:
+    object_ = os.stat(segment_path(cache.name))
     head = {
         "name": cache.name, "host": socket.gethostname(), "created_ms": int(time.time() * 1000),
         "segment_created_ms": int(cache.segment.header["created_ms"]), "settings": cache.mapping.settings(),
+        "mode": object_.st_mode & 0o777, "group": object_.st_gid, "newest": int(cache.segment.stripes["seq"].max()),
     }  # fmt: skip
     writer = fmt.Writer(file, "snapshot", head, compress=compress)
     walk = _stream.Walk(cache, BLOCK_BYTES)
-    epoch = int(cache.segment.header["epoch"])
     synced = 0
     while walk.block():
         with memoryview(walk) as payload:
@@ -151,6 +183,7 @@ def _write_file(
             throttle.pause()
         if stop.is_set():
             raise errors.SnapshotStopped("the snapshot was stopped before it was whole; the one before it is kept")
+    epoch = int(cache.segment.header["epoch"])  # now: what was cleared during the walk is cleared
     writer.end({"items": walk.items, "n_stripes": walk.n_stripes, "floors": walk.floors, "newest": walk.newest, "epoch": epoch})
     os.fsync(file.fileno())
     progress(walk.n_stripes, walk.n_stripes)
@@ -181,53 +214,41 @@ def check_owner(folder: Path, name: str) -> None:
 
 
 class Found:
-    """A snapshot file that was read through and is whole."""
+    """A snapshot file. Raises: DamagedFile, NewerFormat, OSError."""
 
-    def __init__(self, path: Path, progress: Progress = _nobody) -> None:
-        """Raises: DamagedFile, NewerFormat, InvalidConfig, OSError."""
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self.payload_bytes = 0
         with fmt.Reader(path, "snapshot") as reader:
-            self.head, self.size_bytes = reader.head, reader.size_bytes
-            for offset, payload in reader.blocks():
-                self.payload_bytes += payload.nbytes
-                progress(offset, reader.size_bytes)
-            end = reader.end
+            head, self.size_bytes = reader.head, reader.size_bytes
         try:
-            assert end is not None
-            self.items, self.newest = int(end["items"]), int(end["newest"])
-            self.created_ms, self.settings = int(self.head["created_ms"]), dict(self.head["settings"])
-        except (AssertionError, KeyError, TypeError, ValueError) as e:
-            raise errors.DamagedFile(str(path), 0, f"HEAD or END lacks what a snapshot has ({type(e).__name__}: {e})") from None
+            self.newest, self.created_ms, self.settings = int(head["newest"]), int(head["created_ms"]), dict(head["settings"])
+            self.mode, self.group = int(head["mode"]), int(head["group"])
+        except (KeyError, TypeError, ValueError) as e:
+            raise errors.DamagedFile(str(path), 0, f"HEAD lacks what a snapshot's has ({type(e).__name__}: {e})") from None
+
+    def check(self, each: Callable[[memoryview], None] = lambda payload: None, progress: Progress = _nobody) -> Found:
+        """Read it through, each RECORDS block to `each`: self, with items and epoch of its END. Raises: DamagedFile, OSError."""
+        with fmt.Reader(self.path, "snapshot") as reader:
+            for offset, payload in reader.blocks():
+                each(payload)
+                progress(offset, reader.size_bytes)
+            end = reader.end or {}
+        try:
+            self.items, self.epoch = int(end["items"]), int(end["epoch"])
+        except (KeyError, TypeError, ValueError) as e:
+            raise errors.DamagedFile(str(self.path), 0, f"END lacks what a snapshot's has ({type(e).__name__}: {e})") from None
+        return self
 
 
-def newest_whole(folder: Path, progress: Progress = _nobody) -> tuple[Found | None, list[str]]:
-    """The newest snapshot that is whole, and what is wrong with newer ones. Raises: NewerFormat, OSError."""
-    damaged: list[str] = []
+def find(folder: Path) -> tuple[list[Found], list[str]]:
+    """The snapshots of a directory whose beginning is sound, newest first; and what is wrong with others. Raises: NewerFormat, OSError."""
+    found, damaged = [], []
     for _, path in reversed(fmt.listing(folder)[0]):
         try:
-            return Found(path, progress), damaged
+            found.append(Found(path))
         except errors.DamagedFile as e:
             damaged.append(str(e))
-    return None, damaged
-
-
-def _create_or_complete(name: str, found: Found, options: dict[str, Any]) -> Cache:
-    try:
-        return cache_module.create_restored(name, found.newest, found.settings, **options)
-    except errors.SegmentExists:
-        cache = cache_module.attach(name)
-        if not cache.durability()["restoring"]:
-            cache.close()
-            raise
-    restored_seq = int(cache.segment.header["restored_seq"])
-    if restored_seq != found.newest:
-        cache.close()
-        raise errors.SegmentExists(
-            f"the segment {name!r} is half restored, from another snapshot (up to version {restored_seq}) than {found.path} (up to "
-            f"{found.newest}): unlink it, then restore it"
-        )
-    return cache
+    return found, damaged
 
 
 def restore(name: str, folder: Path, *, progress: Progress = _nobody, **options: Any) -> dict[str, Any]:
@@ -237,34 +258,64 @@ def restore(name: str, folder: Path, *, progress: Progress = _nobody, **options:
     Args: options: of create(); those that are not given are as they were when the snapshot was written.
     Returns: {"snapshot", "items", "stored", "present", "expired", "dropped", "seconds", "clock_back_s", "cleared", "damaged" (newer files
     that are not whole)}.
-    Raises: NoSnapshot, ForeignDataDir, NewerFormat; SegmentExists and the rest of create(); StripeBusy, OSError.
+    Raises: NoSnapshot: none is whole; the segment, if it was created, is empty then. ForeignDataDir, NewerFormat; SegmentExists and the
+    rest of create(); StripeBusy, OSError.
     """
     began = time.monotonic()
     check_owner(folder, name)
-    found, damaged = newest_whole(folder, progress)
-    if found is None:
-        what = f"no whole snapshot in {folder}" + "".join(f"\n  {line}" for line in damaged)
-        raise errors.NoSnapshot(what)
-    with _create_or_complete(name, found, options) as cache:
+    candidates, damaged = find(folder)
+    if not candidates:
+        raise errors.NoSnapshot(_none_whole(folder, damaged))
+    with _create_or_complete(name, candidates, options) as cache:
+        into = _stream.Restore(cache)
+        for found in candidates:
+            try:
+                # namespaces first: who needs one while it is absent would begin a new one
+                found.check(lambda payload: into.put(payload, generations=True), progress)
+                break
+            except errors.DamagedFile as e:
+                damaged.append(str(e))
+        else:
+            into.finish()
+            raise errors.NoSnapshot(_none_whole(folder, damaged) + f"\nthe segment {name!r} was created, and is empty")
+        into.generations_done()
         # if the wall clock was set back since, lives do not become longer than they were
         clock_back_ms = max(0, found.created_ms - int(time.time() * 1000))
-        into = _stream.Restore(cache)
         # into less memory than they came from: the hottest first, as long as there is room
         smaller = memoryview(cache.mapping).nbytes < found.settings["size_bytes"]
         heats = (3, 2, 1, 0) if smaller else (-1,)
         for turn, heat in enumerate(heats):
             with fmt.Reader(found.path, "snapshot") as reader:
                 for offset, payload in reader.blocks():
-                    into.put(payload, clock_back_ms, heat)
+                    into.put(payload, clock_back_ms, heat, found.epoch)
                     progress(turn * reader.size_bytes + offset, len(heats) * reader.size_bytes)
                     if into.cleared or (smaller and into.full):
                         break
             if into.cleared or (smaller and into.full):
                 break
         into.finish()
-        dropped = found.items - into.stored - into.present - into.expired
         return {
             "snapshot": str(found.path), "items": found.items, "stored": into.stored, "present": into.present, "expired": into.expired,
-            "dropped": dropped, "seconds": time.monotonic() - began, "damaged": damaged, "clock_back_s": clock_back_ms / 1000,
-            "cleared": into.cleared,
+            "dropped": max(0, found.items - into.stored - into.present - into.expired), "seconds": time.monotonic() - began,
+            "clock_back_s": clock_back_ms / 1000, "cleared": into.cleared, "damaged": damaged,
         }  # fmt: skip
+
+
+def _none_whole(folder: Path, damaged: list[str]) -> str:
+    return f"no whole snapshot in {folder}" + "".join(f"\n  {line}" for line in damaged)
+
+
+def _create_or_complete(name: str, candidates: list[Found], options: dict[str, Any]) -> Cache:
+    """The segment, live before the files are read through: a worker that begins meanwhile is to find this one, not to create its own."""
+    newest = candidates[0]
+    # above every version that was given out before, also after the snapshot: clients may still hold one for cas()
+    restored_seq = max(found.newest for found in candidates) + VERSIONS_AHEAD
+    was = {"mode": newest.mode, **({"group": newest.group} if newest.group != os.getegid() else {})}
+    try:
+        return cache_module.create_restored(name, restored_seq, newest.settings, **{**was, **options})
+    except errors.SegmentExists:
+        cache = cache_module.attach(name)
+        if not cache.durability()["restoring"]:
+            cache.close()
+            raise
+        return cache

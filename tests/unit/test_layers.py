@@ -18,7 +18,7 @@ ALLOWED = {  # module -> what of ours it may import
     "flight": {"errors", "cache"},  # cache for annotations only
     "namespace": {"errors", "flight", "cache"},
     "cache": {"errors", "core", "segment", "codec", "flight", "namespace"},
-    "supervisor": {"errors", "core", "cache", "supervisor"},
+    "supervisor": {"errors", "core", "segment", "cache", "supervisor"},
     "cli": {"errors", "core", "segment", "supervisor"},
     "__init__": {"errors", "segment", "cache", "supervisor"},
 }
