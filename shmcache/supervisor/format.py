@@ -9,11 +9,15 @@ Invariants
   F2  a length is believed only under its checksum, and a read allocates no more than the file still has; decompression no more than
       raw_bytes says, and that no more than zstd can make of so few bytes
   F3  a snapshot ends with END at its last byte. What a reader yielded of one counts only once it is exhausted
-  F4  a log may end anywhere: a writer died, or the power went. A block that is not whole and has no whole one behind it is a torn tail,
-      cut and reported (Reader.torn); with a whole one behind it, it is damage
+  F4  a log may end anywhere: a writer died, or the power went, with pages on the disk in any order. What is not whole is damage if a
+      whole block behind it says that it was synced; else a torn tail begins there, cut and reported (Reader.torn, torn_bytes), even if
+      whole blocks follow
+  F5  what a reader yields of a log is a prefix of its blocks, and after a power cut no shorter than what was fsynced
 
-A bit that flips in a log's last block cannot be told from a torn write, so it is a torn tail; so are zeros allocated ahead. A tail that
-ends exactly between two blocks cannot be told from a log that was shorter.
+A bit that flips in a log where no later block says that it was synced cannot be told from a torn write, so it is a torn tail; so are
+zeros allocated ahead. A tail that ends exactly between two blocks cannot be told from a log that was shorter. A whole block that is not
+the one that must stand there is damage, synced or not: a file is written once, from front to back, and what did not reach the disk reads
+as zeros.
 
 A file of a newer version is refused, never tried: the preamble is what all versions have in common.
 """
@@ -74,6 +78,7 @@ FIELDS = {  # struct -> (field, struct code, meaning)
         ("stored_bytes", "I", "length of the payload, which follows, as it stands in the file"),
         ("raw_bytes", "I", "length of the payload once decompressed; stored_bytes if it is not compressed"),
         ("number", "Q", "0, 1, 2 ... in the file"),
+        ("synced", "Q", "offset up to which this file was known to be on the disk when this block was written; 0 in a snapshot"),
         ("payload_crc", "I", "crc32 of the payload as it stands in the file"),
         ("header_crc", "I", "crc32 of this header's bytes before"),
     ),
@@ -95,7 +100,7 @@ def _struct(name: str) -> struct.Struct:
 
 
 PREAMBLE = _struct("preamble")  # <16sII
-BLOCK = _struct("block")  # <IIIIQII
+BLOCK = _struct("block")  # <IIIIQQII
 RECORD = _struct("record")  # <QQIIIHBB
 
 MAX_PAYLOAD_BYTES = (1 << 32) - 1  # a value is not split, and may have nearly so many
@@ -105,6 +110,7 @@ MAX_MAP_LIST = 1 << 16  # msgpack allocates what a list says before it has seen 
 ZSTD_MOST = 1 << 15  # bytes out of one in: a zstd block gives 128 KiB and has 4 bytes at least
 CRC_BYTES = 4  # a checksum ends the preamble and the block header, and covers all before it
 PIECE = 1 << 20  # bytes in hand while a tail is searched
+SECTOR = 512  # bytes: the least that a disk writes as one
 
 
 # ---- records ------------------------------------------------------------------------------------------------------------------
@@ -235,6 +241,7 @@ class Writer:
         self.bytes_written = 0
         self._file = file
         self._number = 0
+        self._synced = 0
         self._finished = ""  # why nothing more may be written
         self._compressor = _zstd().ZstdCompressor() if compress else None
         packed = _pack_map(head)
@@ -262,9 +269,17 @@ class Writer:
         self._finished = "its END is written"
         return n_bytes
 
+    def synced(self) -> None:
+        """Say that all of this log that is written so far is on the disk: an fsync that began behind the last write has succeeded, and none
+        failed before (the kernel may forget what it could not write). Blocks written from now on tell the reader; an empty one will do.
+        Raises: UsageError for a snapshot."""
+        if self.kind != "log":
+            raise errors.UsageError("a snapshot does not say what is synced")
+        self._synced = self.bytes_written
+
     def _block(self, kind: int, flags: int, stored: Buffer, raw_bytes: int) -> int:
         with memoryview(stored) as view:
-            header = BLOCK.pack(kind, flags, view.nbytes, raw_bytes, self._number, crc32(view), 0)[:-CRC_BYTES]
+            header = BLOCK.pack(kind, flags, view.nbytes, raw_bytes, self._number, self._synced, crc32(view), 0)[:-CRC_BYTES]
             n_bytes = self._write(header + crc32(header).to_bytes(CRC_BYTES, "little"), view)
         self._number += 1
         return n_bytes
@@ -315,10 +330,11 @@ class _Header(NamedTuple):
     stored_bytes: int
     raw_bytes: int
     number: int
+    synced: int
     payload_crc: int
     header_crc: int
 
-    def fault(self, number: int, file_kind: str) -> str:
+    def fault(self, at: int, number: int, file_kind: str) -> str:
         """What is wrong with a header whose checksum is right, in this place; or nothing."""
         if self.number != number:
             return f"block {self.number} stands where block {number} must be: one is missing, repeated or out of place"
@@ -330,6 +346,8 @@ class _Header(NamedTuple):
             return f"{self.raw_bytes} raw bytes cannot be of {self.stored_bytes} stored ones"
         if self.kind != RECORDS and self.raw_bytes > MAX_MAP_BYTES:
             return f"a map of {self.raw_bytes} bytes"
+        if self.synced > (at if file_kind == "log" else 0):
+            return f"{self.synced} bytes synced cannot be, in a {file_kind} before byte {at}"
         return ""
 
 
@@ -357,6 +375,7 @@ class Reader:
         head: the HEAD map; empty if torn is 0.
         end: a snapshot's END map, once blocks() is exhausted.
         torn: offset of a log's torn tail, once blocks() has come to it: cut the file there. 0: not even HEAD is whole, remove the file.
+        torn_bytes: how many bytes are cut off with it; 0 if there is no torn tail.
 
     Raises: DamagedFile, NewerFormat; InvalidConfig at a compressed block without zstandard; OSError.
     """
@@ -381,6 +400,10 @@ class Reader:
         except BaseException:
             self.close()
             raise
+
+    @property
+    def torn_bytes(self) -> int:
+        return 0 if self.torn is None else self.size_bytes - self.torn
 
     def close(self) -> None:
         if self._owned:
@@ -420,8 +443,9 @@ class Reader:
         return errors.DamagedFile(self.path, offset, what)
 
     def _check_preamble(self, wanted: FileKind | None) -> FileKind:
-        """Which kind of file it is. torn becomes 0 if it is a log that ends, or is zeros from somewhere, within its preamble."""
-        start = bytes(self._read(0, min(PREAMBLE.size, self.size_bytes)))
+        """Which kind of file it is. torn becomes 0 if it is a log whose torn tail begins within its preamble."""
+        sector = bytes(self._read(0, min(SECTOR, self.size_bytes)))
+        start = sector[: PREAMBLE.size]
         found: FileKind | None = next((k for k in ("snapshot", "log") if start.startswith(MAGIC[k])), None)
         if found and wanted and found != wanted:
             raise self._damaged(0, f"this is a {found}, not a {wanted}")
@@ -434,25 +458,36 @@ class Reader:
             if version < FORMAT:
                 raise self._damaged(0, f"format {version}, which there never was")
             return found
-        if "log" in (found, wanted) and preamble("log").startswith(start.rstrip(b"\0")) and self._zeros(len(start)):
-            self.torn = 0
-            return "log"
-        if not found:
+        # all that a torn write leaves: a part of it, or nothing, and zeros behind
+        torn = "log" in (found, wanted) and preamble("log").startswith(sector.rstrip(b"\0"))
+        if not found and not torn:
             raise self._damaged(0, f"this is no shmcache {wanted or 'snapshot or log'}")
-        raise self._damaged(0, f"the first {PREAMBLE.size} bytes are damaged or not all there")
+        what = f"the first {PREAMBLE.size} bytes are damaged or not all there"
+        if not torn:
+            raise self._damaged(0, what)
+        self._check_never_synced(0, -1, what, len(start))
+        self.torn = 0
+        return "log"
 
     def _block_or_torn(self, at: int, number: int) -> tuple[_Header, bytearray] | None:
         """The block at this offset; None if a log's torn tail begins there. Raises: DamagedFile."""
         try:
             return self._block(at, number)
         except _NotWhole as e:
-            what, search_from = e.what, e.search_from
-        if self.kind == "log":
-            later = self._later_block(search_from, number)
-            if later is None:
-                return None
-            what += f", and a whole block follows at byte {later}"
-        raise self._damaged(at, what)
+            what, search_from = e.what, e.search_from  # not e itself: its traceback holds the payload
+        if self.kind != "log":
+            raise self._damaged(at, what)
+        self._check_never_synced(at, number, what, search_from)
+        return None
+
+    def _check_never_synced(self, at: int, number: int, what: str, search_from: int) -> None:
+        """A log's torn tail begins here, with a block that is not whole. Raises: DamagedFile if a later one says that it was synced."""
+        # Whole blocks may follow: pages reach the disk in any order. They are dropped too: replayed without the lost one, they could show
+        # an older state of its keys beside a newer one of theirs, which never was. That breaks no promise: what was never fsynced was
+        # never promised, and an fsync of any block behind would have put this one on the disk as well.
+        later = self._says_synced(at, number, search_from)
+        if later is not None:
+            raise self._damaged(at, f"{what}, and the block at byte {later} says that it was on the disk")
 
     def _block(self, at: int, number: int) -> tuple[_Header, bytearray]:
         """The block at this offset, whole and in its place. Raises: _NotWhole; DamagedFile for what no torn write leaves."""
@@ -462,7 +497,7 @@ class Reader:
         header = _Header(*BLOCK.unpack(raw))
         if crc32(raw[:-CRC_BYTES]) != header.header_crc:
             raise _NotWhole("a block header does not match its checksum", at + 1)
-        if fault := header.fault(number, self.kind):
+        if fault := header.fault(at, number, self.kind):
             raise self._damaged(at, fault)
         behind = at + BLOCK.size + header.stored_bytes
         if behind > self.size_bytes:
@@ -473,8 +508,8 @@ class Reader:
             raise _NotWhole("a block's payload does not match its checksum", behind)
         return header, payload
 
-    def _later_block(self, at: int, number: int) -> int | None:
-        """Offset of the first whole RECORDS block of a higher number from here on."""
+    def _says_synced(self, lost_at: int, number: int, at: int) -> int | None:
+        """Offset of the first whole RECORDS block of a higher number, from `at` on, that says that what stood at lost_at was synced."""
         while at + BLOCK.size <= self.size_bytes:
             piece = self._read(at, min(PIECE + BLOCK.size - 1, self.size_bytes - at))  # any header that begins in PIECE is whole
             for match in _RECORDS_BEGIN.finditer(piece):
@@ -482,13 +517,15 @@ class Reader:
                 if len(raw) < BLOCK.size or crc32(raw[:-CRC_BYTES]) != BLOCK.unpack(raw)[-1]:
                     continue
                 header = _Header(*BLOCK.unpack(raw))
-                payload_at = at + match.start() + BLOCK.size
+                found_at = at + match.start()
+                payload_at = found_at + BLOCK.size
                 if (
                     header.number > number
+                    and lost_at < header.synced <= found_at
                     and payload_at + header.stored_bytes <= self.size_bytes
                     and self._crc(payload_at, header.stored_bytes) == header.payload_crc
                 ):
-                    return at + match.start()
+                    return found_at
             at += PIECE
         return None
 
@@ -526,19 +563,11 @@ class Reader:
                 done += n_read
         return data
 
-    def _pieces(self, at: int, behind: int) -> Iterator[bytearray]:
-        for start in range(at, behind, PIECE):
-            yield self._read(start, min(PIECE, behind - start))
-
     def _crc(self, at: int, n_bytes: int) -> int:
         crc = 0
-        for piece in self._pieces(at, at + n_bytes):
-            crc = crc32(piece, crc)
+        for start in range(at, at + n_bytes, PIECE):
+            crc = crc32(self._read(start, min(PIECE, at + n_bytes - start)), crc)
         return crc
-
-    def _zeros(self, at: int) -> bool:
-        """Whether nothing but zeros stands from here on."""
-        return all(piece.count(0) == len(piece) for piece in self._pieces(at, self.size_bytes))
 
 
 # ---- names of files -----------------------------------------------------------------------------------------------------------

@@ -41,12 +41,14 @@ def packed(r: f.Record) -> bytes:
     return f.pack_record(r.op, r.key, r.value, **numbers)
 
 
-def written(kind, payloads, compress=False) -> tuple[bytes, list[int]]:
-    """A file, and the offset of each block and of the file's end."""
+def written(kind, payloads, compress=False, synced=True) -> tuple[bytes, list[int]]:
+    """A file, and the offset of each block and of the file's end. synced: a log's before each RECORDS block, or never."""
     file = io.BytesIO()
     writer = f.Writer(file, kind, HEAD_MAP, compress=compress)
     offsets = [f.PREAMBLE.size, writer.bytes_written]
     for payload in payloads:
+        if kind == "log" and synced:
+            writer.synced()
         offsets.append(offsets[-1] + writer.records(payload))
     if kind == "snapshot":
         offsets.append(offsets[-1] + writer.end(END_MAP))
@@ -54,11 +56,32 @@ def written(kind, payloads, compress=False) -> tuple[bytes, list[int]]:
     return file.getvalue(), offsets
 
 
-def block(kind, payload, number, *, flags=0, raw_bytes=None, stored_bytes=None) -> bytes:
+def synced_log(n_blocks, sync_odds, seed) -> tuple[bytes, list[int], list[int], int]:
+    """A log written with syncs in between; the offset of each block and of its end; what each block says; what is synced in the end.
+    Some payloads are copies of the log's own beginning."""
+    rng = random.Random(seed)
+    file = io.BytesIO()
+    writer = f.Writer(file, "log", HEAD_MAP)
+    offsets, says, synced = [f.PREAMBLE.size, writer.bytes_written], [0], 0
+    for _ in range(n_blocks):
+        if rng.random() < sync_odds:
+            writer.synced()
+            synced = offsets[-1]
+        says.append(synced)
+        n_bytes = rng.choice((0, rng.randrange(100), rng.randrange(1500)))
+        writer.records(rng.choice((rng.randbytes(n_bytes), bytes(n_bytes), file.getvalue()[:n_bytes])))
+        offsets.append(writer.bytes_written)
+    if rng.random() < sync_odds:
+        writer.synced()
+        synced = offsets[-1]
+    return file.getvalue(), offsets, says, synced
+
+
+def block(kind, payload, number, *, flags=0, raw_bytes=None, stored_bytes=None, synced=0) -> bytes:
     """A block whose checksums are right, whatever else is not."""
     n_bytes = len(payload)
-    header = struct.pack("<IIIIQI", kind, flags, n_bytes if stored_bytes is None else stored_bytes, n_bytes if raw_bytes is None else raw_bytes,
-                         number, crc32(payload))  # fmt: skip
+    header = struct.pack("<IIIIQQI", kind, flags, n_bytes if stored_bytes is None else stored_bytes, n_bytes if raw_bytes is None else raw_bytes,
+                         number, synced, crc32(payload))  # fmt: skip
     return header + struct.pack("<I", crc32(header)) + payload
 
 
@@ -124,6 +147,11 @@ def test_a_value_may_contain_a_log(tmp_path):
     changed = bytearray(data)
     changed[offsets[9]] ^= 1  # the header: its length is not known, what follows is searched, but the inner numbers are lower
     assert read(changed)[0].torn == offsets[9]
+    for number, synced in ((9, 10**6), (9, offsets[2]), (2, offsets[2] + 1)):  # more than stands before it; not the lost one; no later block
+        data, offsets = written("log", [b"x", block(f.RECORDS, b"", number, synced=synced)])
+        changed = bytearray(data)
+        changed[offsets[2]] ^= 1
+        assert read(changed)[0].torn == offsets[2]
 
 
 def test_zstd_is_asked_for_where_it_is_missing(monkeypatch):
@@ -151,16 +179,18 @@ def test_every_truncation_of_a_snapshot_is_damage(compress):
 
 @pytest.mark.parametrize("tail", [b"", b"\0", b"\0" * 500])
 @pytest.mark.parametrize("compress", [False, True])
-def test_every_truncation_of_a_log_is_its_whole_blocks(compress, tail):
+@pytest.mark.parametrize("synced", [False, True])
+def test_every_truncation_of_a_log_is_its_whole_blocks(synced, compress, tail):
     """Cut anywhere, and with zeros behind it that were allocated ahead."""
-    data, offsets = written("log", SMALL, compress)
+    data, offsets = written("log", SMALL, compress, synced)
     for n in range(len(data) + 1):
         reader, payloads = read(data[:n] + tail, "log")
         whole = [o for o in offsets[1:] if o <= n]
         if not whole:
-            assert (reader.torn, reader.head, payloads) == (0, {}, [])
+            assert (reader.torn, reader.torn_bytes, reader.head, payloads) == (0, n + len(tail), {}, [])
             continue
         assert reader.torn == (None if n == whole[-1] and not tail else whole[-1])
+        assert reader.torn_bytes == n + len(tail) - whole[-1]
         assert reader.head == HEAD_MAP
         assert payloads == SMALL[: len(whole) - 1]
 
@@ -176,13 +206,167 @@ def test_a_log_torn_in_its_first_bytes_is_a_log_only_to_who_says_so():
         damage(foreign, "log")
 
 
+# ---- the power goes -----------------------------------------------------------------------------------------------------------
+
+
+def power_cut(data, synced, rng) -> bytes:
+    """What is on the disk of a file of which so much was synced: of each sector behind it all, nothing or its beginning; any length."""
+    size = rng.choice((len(data), rng.randint(synced, len(data))))
+    odds = rng.choice((0.02, 0.1, 0.4, 0.8))
+    left = bytearray(data[:size])
+    for sector in range(synced // 512 * 512, size, 512):
+        if rng.random() < odds:
+            start, end = max(sector, synced), min(sector + 512, size)
+            kept = rng.choice((start, rng.randint(start, end)))
+            left[kept:end] = bytes(end - kept)
+    return bytes(left) + bytes(rng.choice((0, 0, 1, 700)))  # allocated ahead
+
+
+def test_after_a_power_cut_a_log_is_a_prefix_with_all_that_was_synced():
+    rng = random.Random(31)
+    seen = {"whole": 0, "torn": 0, "whole blocks cut": 0, "torn at 0": 0}
+    for seed in range(100):
+        data, offsets, says, synced = synced_log(rng.randrange(25), rng.choice((0, 0.1, 0.4)), seed)
+        assert says[-1] <= synced
+        spans = list(itertools.pairwise([0, *offsets[1:]]))  # the preamble is of no use without HEAD
+        for _ in range(20):
+            left = power_cut(data, synced, rng)
+            whole = [left[a:b] == data[a:b] for a, b in spans]
+            n_whole = [*whole, False].index(False)
+            behind = spans[n_whole - 1][1] if n_whole else 0
+            reader, payloads = read(left, "log")
+            assert payloads == [data[a + f.BLOCK.size : b] for a, b in spans[1:n_whole]]
+            assert reader.head == (HEAD_MAP if n_whole else {})
+            assert reader.torn == (None if n_whole and behind == len(left) else behind)
+            assert reader.torn_bytes == len(left) - behind
+            assert behind >= synced
+            seen["whole" if reader.torn is None else "torn"] += 1
+            seen["torn at 0"] += reader.torn == 0
+            seen["whole blocks cut"] += any(whole[n_whole:])
+    assert min(seen.values()) > 200, seen
+
+
+def test_a_changed_byte_is_damage_if_a_later_block_says_that_it_was_synced():
+    """And is a torn tail if none says so, whole blocks behind it or not."""
+    seen = {"damage": 0, "torn": 0, "whole blocks cut": 0}
+    for seed, sync_odds in enumerate((0, 0.1, 0.3, 0.3, 1)):
+        data, offsets, says, _ = synced_log(8, sync_odds, seed)
+        spans = list(itertools.pairwise(offsets))
+        for at in range(offsets[0], len(data), 3):
+            i = next(i for i, (_, b) in enumerate(spans) if at < b)
+            start = offsets[i]
+            changed = bytearray(data)
+            changed[at] ^= 1 << at % 8
+            if any(say > start for say in says[i + 1 :]):
+                e, payloads = damage(changed, "log")
+                assert e.offset == start
+                by = next(offsets[j] for j in range(i + 1, len(says)) if says[j] > start)
+                assert f"the block at byte {by} says" in str(e)
+                seen["damage"] += 1
+            else:
+                reader, payloads = read(changed, "log")
+                assert reader.torn == (start if i else 0)
+                assert reader.torn_bytes == len(data) - reader.torn
+                seen["torn"] += 1
+                seen["whole blocks cut"] += i + 1 < len(spans)
+            assert payloads == [data[a + f.BLOCK.size : b] for a, b in spans[1:i]]
+    assert min(seen.values()) > 500, seen
+
+
+def test_zeros_in_the_middle_of_a_tail():
+    """Where nothing says that it was synced, they are torn off with the whole blocks behind them; else they are damage."""
+    payloads = [bytes([n]) * 100 for n in range(1, 7)]
+    file = io.BytesIO()
+    writer = f.Writer(file, "log", HEAD_MAP)
+    offsets = [f.PREAMBLE.size, writer.bytes_written]
+    for i, payload in enumerate(payloads):
+        if i == 2:
+            writer.synced()
+        offsets.append(offsets[-1] + writer.records(payload))
+    data, synced = file.getvalue(), offsets[3]
+    for a in range(offsets[0], len(data), 3):
+        for n in (1, 2, 30, 300):
+            b = min(a + n, len(data))
+            changed = data[:a] + bytes(b - a) + data[b:]
+            first = next((i for i, (x, y) in enumerate(itertools.pairwise(offsets)) if changed[x:y] != data[x:y]), None)
+            if first is None:
+                continue
+            if offsets[first] < synced:
+                e, read_back = damage(changed)
+                assert e.offset == offsets[first]
+            else:
+                reader, read_back = read(changed)
+                assert (reader.torn, reader.torn_bytes) == (offsets[first], len(data) - offsets[first])
+            assert read_back == payloads[: max(0, first - 1)]
+
+
+@pytest.mark.parametrize("n", range(25))
+def test_a_first_sector_that_is_lost(n):
+    """The preamble, or a part of it, with zeros behind it. A block that says the file was synced makes it damage."""
+    for synced in (False, True):
+        data, offsets = written("log", [b"x" * 600, b"y", b"z"], synced=synced)
+        lost = data[:n] + bytes(512 - n) + data[512:]
+        if synced:
+            e, payloads = damage(lost, "log")
+            assert (e.offset, payloads) == (offsets[0] if n == 24 else 0, [])
+            assert f"the block at byte {offsets[2]} says" in str(e)
+        else:
+            reader, payloads = read(lost, "log")
+            assert (reader.torn, reader.torn_bytes, reader.head, payloads) == (0, len(data), {}, [])
+        if n < 24:
+            assert damage(data[:n] + bytes(511 - n) + data[511:], "log")[0].offset == 0, "no sector is lost so"
+        if n < 16:
+            damage(lost)
+
+
+def test_a_header_of_zeros_is_no_header():
+    assert crc32(bytes(f.BLOCK.size - 4)) != 0
+    assert crc32(bytes(f.PREAMBLE.size - 4)) != 0
+
+
+def test_a_log_says_what_is_synced_and_a_snapshot_does_not():
+    file = io.BytesIO()
+    writer = f.Writer(file, "log", HEAD_MAP)
+    at = []
+    for synced in (False, True, False, True, True):
+        at.append(writer.bytes_written)
+        if synced:
+            writer.synced()
+            writer.synced()
+        writer.records(b"x")
+    data = file.getvalue()
+    assert [f._Header(*f.BLOCK.unpack_from(data, o)).synced for o in (f.PREAMBLE.size, *at)] == [0, 0, at[1], at[1], at[3], at[4]]
+    assert read(data)[1] == [b"x"] * 5
+    file = io.BytesIO()
+    writer = f.Writer(file, "snapshot", {})
+    with pytest.raises(errors.UsageError, match="snapshot"):
+        writer.synced()
+    writer.end({})
+    assert read(file.getvalue())[0].end == {}
+
+
+@pytest.mark.parametrize("over", [0, 1, 2**63])
+def test_more_synced_than_stands_before_it_is_damage(over):
+    """In a snapshot, anything."""
+    at = len(log_of())
+    data = log_of(block(f.RECORDS, b"x", 1, synced=at + over))
+    if over:
+        e, _ = damage(data)
+        assert e.offset == at
+        assert f"{at + over} bytes synced" in str(e)
+    else:
+        assert read(data)[1] == [b"x"]
+    start = f.preamble("snapshot") + block(f.HEAD, b"\x80", 0)
+    assert damage(start + block(f.RECORDS, b"x", 1, synced=1 + over) + block(f.END, b"\x80", 2))[0].offset == len(start)
+
+
 # ---- bytes that change --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("compress", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_changed_byte_is_named_with_its_block(kind, compress):
-    """In a log's last block it is a torn tail, everywhere else damage."""
+    """In a log's last block, which none says was synced, it is a torn tail, everywhere else damage."""
     rng = random.Random(17)
     data, offsets = written(kind, SMALL, compress)
     starts = [0, *offsets[:-1]]
@@ -200,11 +384,11 @@ def test_a_changed_byte_is_named_with_its_block(kind, compress):
             assert payloads == SMALL[: max(0, starts.index(start) - 2)]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_worse_damage_never_gives_other_data(kind):
+@pytest.mark.parametrize(("kind", "synced"), [("snapshot", False), ("log", False), ("log", True)])
+def test_worse_damage_never_gives_other_data(kind, synced):
     """Spans overwritten, cut out, repeated, moved; several at once."""
     rng = random.Random(23)
-    original, offsets = written(kind, SMALL)
+    original, offsets = written(kind, SMALL, synced=synced)
     seen = {"damage": 0, "torn": 0, "whole": 0}
     for _ in range(5000):
         data = bytearray(original)
@@ -237,13 +421,14 @@ def test_worse_damage_never_gives_other_data(kind):
                 assert (payloads, reader.end) == (SMALL, END_MAP)
             seen["whole" if reader.torn is None else "torn"] += 1
         assert payloads == SMALL[: len(payloads)]
-    assert seen["damage"] > 1000
+    assert seen["damage"] > (500 if kind == "log" and not synced else 1000)
     assert seen["torn"] > 100 if kind == "log" else not seen["torn"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_block_that_is_missing_repeated_or_swapped(kind):
-    data, offsets = written(kind, SMALL)
+@pytest.mark.parametrize(("kind", "synced"), [("snapshot", False), ("log", False), ("log", True)])
+def test_a_block_that_is_missing_repeated_or_swapped(kind, synced):
+    """No torn write leaves that, so that it is damage in an unsynced tail too."""
+    data, offsets = written(kind, SMALL, synced=synced)
     start, *blocks = [data[a:b] for a, b in itertools.pairwise([0, *offsets[1:]])]
     n = len(blocks)
     for i in range(n):
@@ -262,7 +447,7 @@ def test_a_block_that_is_missing_repeated_or_swapped(kind):
 
 
 def test_two_broken_blocks_are_one_torn_tail():
-    """As when the power goes and the last pages were not written in order. A header alone is no whole block."""
+    """A header alone is no whole block: it says nothing of what was synced."""
     data, offsets = written("log", SMALL)
     for at in (offsets[-3], offsets[-3] + f.BLOCK.size):
         changed = bytearray(data)
@@ -273,7 +458,7 @@ def test_two_broken_blocks_are_one_torn_tail():
 
 
 @pytest.mark.parametrize("header_too", [False, True])
-def test_a_whole_block_is_found_behind_damage_wherever_it_is(monkeypatch, header_too):
+def test_a_block_that_says_synced_is_found_behind_damage_wherever_it_is(monkeypatch, header_too):
     """The search goes in pieces: a header that lies across two is found."""
     monkeypatch.setattr(f, "PIECE", 64)
     for n in range(150):
@@ -494,13 +679,13 @@ def test_short_writes_and_short_reads():
 @pytest.mark.parametrize("answer", [None, 0, -1, 10_000, OSError(28, "no space"), KeyboardInterrupt()])
 @pytest.mark.parametrize("which", [0, 1, 2, 3, 4, 5])
 def test_after_a_failed_write_nothing_more_is_written(which, answer):
-    """Behind half a block there must be nothing: it would turn a torn tail into damage. And the payload is let go."""
+    """Behind half a block there must be nothing: it would never be read. And the payload is let go."""
     kind = BaseException if isinstance(answer, BaseException) else OSError
     file = Shim()
     writer = f.Writer(file, "log", {})
     writer.records(b"first")
     whole = len(file.taken)
-    file.answers = [11] * which + [answer] if which < 3 else [32] + [11] * (which - 3) + [answer]
+    file.answers = [11] * which + [answer] if which < 3 else [f.BLOCK.size] + [11] * (which - 3) + [answer]
     payload = bytearray(b"second" * 20)
     with pytest.raises(kind):
         writer.records(payload)
@@ -628,7 +813,7 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path):
 
 def test_the_bytes_are_pinned():
     """A change here is a new FORMAT."""
-    assert (f.PREAMBLE.format, f.BLOCK.format, f.RECORD.format) == ("<16sII", "<IIIIQII", "<QQIIIHBB")
+    assert (f.PREAMBLE.format, f.BLOCK.format, f.RECORD.format) == ("<16sII", "<IIIIQQII", "<QQIIIHBB")
     assert (f.FORMAT, f.HEAD, f.RECORDS, f.END, f.COMPRESSED) == (1, 1, 2, 3, 1)
     assert (f.SET, f.DELETE, f.EXPIRY, f.CLEAR) == (0, 1, 2, 3)
     assert list(f._Header._fields) == [field for field, _, _ in f.FIELDS["block"]]
@@ -639,15 +824,25 @@ def test_the_bytes_are_pinned():
     writer.records(f.pack_record(f.SET, b"k", b"v", version=5, expires_ms=6, stripe=7, epoch=8, codec=3))
     writer.end({})
     assert file.getvalue() == bytes.fromhex(PINNED)
+    file = io.BytesIO()
+    writer = f.Writer(file, "log", {})
+    writer.synced()
+    writer.records(b"")
+    assert file.getvalue() == bytes.fromhex(PINNED_LOG)
 
 
 PINNED = (
     "73686d63616368652d736e61707368740100000092724f15"
-    "0100000000000000040000000400000000000000000000006553faa78e85fadf"
+    "01000000000000000400000004000000000000000000000000000000000000006553faa7cfa4f454"
     "81a16101"
-    "0200000000000000220000002200000001000000000000008ee2eab7aa41670e"
+    "02000000000000002200000022000000010000000000000000000000000000008ee2eab798b50cba"
     "05000000000000000600000000000000010000000700000008000000010003006b76"
-    "030000000000000001000000010000000200000000000000ad6cba3f15dc1af380"
+    "0300000000000000010000000100000002000000000000000000000000000000ad6cba3f0ebf881280"
+)
+PINNED_LOG = (
+    "73686d63616368652d6170706c6f670a0100000054d6d75d"
+    "0100000000000000010000000100000000000000000000000000000000000000ad6cba3fe966d62980"
+    "02000000000000000000000000000000010000000000000041000000000000000000000067dd8755"
 )
 
 
@@ -662,6 +857,7 @@ def test_the_documentation_has_every_field_and_its_sizes_add_up():
         at = 0
         for offset, n_bytes, *_ in rows:
             assert int(offset) == at
+            assert at % int(n_bytes) == 0, "naturally aligned"
             at += int(n_bytes)
         assert at == int(size) == struct_.size
     for names in (f.KINDS, f.OPS):
