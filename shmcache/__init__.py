@@ -14,7 +14,7 @@ The files, in reading order (arrows point down only; tests/unit/test_layers.py h
     namespace.py  keys of their own, an O(1) clear of their own
     codec.py      values that are not bytes, str or int              -> errors
     segment.py    the shared memory object, geometry, numpy views    -> core
-    core/         layout -> atomics, siphash -> token -> lock -> slab -> bucket -> big -> settle -> clock -> table
+    core/         layout -> atomics, siphash -> token -> lock -> ring -> slab -> bucket -> big -> settle -> clock -> table
                   _core.pyx the edge to Python, _sweep.pyx verify and settling, _stream.pyx items as records
     errors.py     every exception
 """

@@ -147,7 +147,7 @@ def _reattach(name: str, codec: str, trust: dict[str, Any]) -> Cache:
 
 def _options(
     default_ttl: float | timedelta | None, max_value: int | str | None, stripes: int | None, max_processes: int | None,
-    lock_limit: float | None,
+    lock_limit: float | None, log_buffer: int | str | None,
 ) -> dict[str, int]:
     """Those that were given, as segment.geometry takes them. Raises: InvalidConfig."""
     given: dict[str, int] = {}
@@ -171,13 +171,18 @@ def _options(
         if isinstance(lock_limit, bool) or not isinstance(lock_limit, (int, float)) or not 0.001 <= lock_limit < 1e6:
             raise errors.InvalidConfig(f"lock_limit is a number of seconds from 0.001, not {lock_limit!r}")
         given["lock_limit_ms"] = round(lock_limit * 1000)
+    if log_buffer is not None:
+        n = segment.parse_size(log_buffer, "log_buffer")
+        if n & (n - 1) or not 1 << 16 <= n <= 1 << 30:
+            raise errors.InvalidConfig(f"log_buffer is a power of two from '64K' to '1G', not {log_buffer!r}")
+        given["ring_bytes"] = n
     return given
 
 
 def create(
     name: str, size: int | str = DEFAULT_SIZE, *, default_ttl: float | timedelta | None = None, codec: str = "msgpack",
     max_value: int | str | None = None, stripes: int | None = None, mode: int = 0o600, group: int | str | None = None,
-    max_processes: int | None = None, lock_limit: float | None = None, huge_pages: bool = False,
+    max_processes: int | None = None, lock_limit: float | None = None, huge_pages: bool = False, log_buffer: int | str | None = None,
 ) -> Cache:
     """Create a segment and open it.
 
@@ -191,12 +196,14 @@ def create(
         mode, group: of the object; who else may open it.
         max_processes: that can be attached at once, 128 by default, at most 1,024. 1 KiB each.
         lock_limit: seconds that a write waits for a lock that a living process holds, 1 by default; then StripeBusy.
+        log_buffer: bytes for each of max_processes, in which what it writes waits to be taken over by the append log (`shmcache supervise
+            --log`): a power of two from "64K"; None: no log can be kept.
         huge_pages: put the segment's memory into pages of 2 MiB (Linux 6.1): a large cache is faster, and every worker's page tables are
             smaller. A HugePagesRefused warning says if the kernel has not done it.
     Raises: SegmentExists, SharedMemoryFull, InvalidName, InvalidConfig, SegmentForbidden.
     """
     check_codec(codec)
-    options = _options(default_ttl, max_value, stripes, max_processes, lock_limit)
+    options = _options(default_ttl, max_value, stripes, max_processes, lock_limit, log_buffer)
     mapping = segment.create(name, segment.parse_size(size), mode=mode, group=group, huge_pages=huge_pages, **options)
     return Cache(mapping, codec)
 
@@ -215,13 +222,14 @@ def attach(name: str, *, codec: str = "msgpack", owner: int | str | None = None,
 def open(
     name: str, size: int | str | None = None, *, default_ttl: float | timedelta | None = None, codec: str = "msgpack",
     max_value: int | str | None = None, stripes: int | None = None, mode: int = 0o600, group: int | str | None = None,
-    max_processes: int | None = None, lock_limit: float | None = None, huge_pages: bool = False, owner: int | str | None = None,
+    max_processes: int | None = None, lock_limit: float | None = None, huge_pages: bool = False, log_buffer: int | str | None = None,
+    owner: int | str | None = None,
 ) -> Cache:
     """Open a segment, and create it if there is none: what a worker calls. Arguments as of create (size: 256M by default).
 
     A live segment keeps its own settings: arguments that differ from them are said in one ConfigMismatch warning.
     """
-    options = _options(default_ttl, max_value, stripes, max_processes, lock_limit)
+    options = _options(default_ttl, max_value, stripes, max_processes, lock_limit, log_buffer)
     size_bytes = None if size is None else segment.parse_size(size)
     for _ in range(100):  # only against somebody who creates and unlinks all the while
         try:
@@ -239,16 +247,18 @@ def open(
 
 
 def create_restored(
-    name: str, restored_seq: int, was: dict[str, int], *, size: int | str | None = None, codec: str = "msgpack",
+    name: str, restored_seq: int, epoch: int, was: dict[str, int], *, size: int | str | None = None, codec: str = "msgpack",
     default_ttl: float | timedelta | None = None, max_value: int | str | None = None, stripes: int | None = None, mode: int = 0o600,
     group: int | str | None = None, max_processes: int | None = None, lock_limit: float | None = None, huge_pages: bool = False,
+    log_buffer: int | str | None = None,
 ) -> Cache:
-    """Create a segment into which core._stream.Restore then puts items of versions up to restored_seq. was: settings() of the segment that
-    they come from, for arguments that are not given; the others, and what is raised, as of create()."""
-    options = {k: was[k] for k in ("default_ttl_ms", "max_value_bytes", "stripes", "max_processes", "lock_limit_ms")}
-    options |= _options(default_ttl, max_value, stripes, max_processes, lock_limit)
+    """Create a segment of this epoch into which core._stream.Restore then puts items of versions up to restored_seq. was: settings() of the
+    segment that they come from, for arguments that are not given; the others, and what is raised, as of create()."""
+    options = {k: was[k] for k in ("default_ttl_ms", "max_value_bytes", "stripes", "max_processes", "lock_limit_ms", "ring_bytes")}
+    options |= _options(default_ttl, max_value, stripes, max_processes, lock_limit, log_buffer)
     size_bytes = was["size_bytes"] if size is None else segment.parse_size(size)
-    mapping = segment.create(name, size_bytes, mode=mode, group=group, huge_pages=huge_pages, restored_seq=restored_seq, **options)
+    options |= {"restored_seq": restored_seq, "restored_epoch": epoch}
+    mapping = segment.create(name, size_bytes, mode=mode, group=group, huge_pages=huge_pages, **options)
     return Cache(mapping, codec)
 
 

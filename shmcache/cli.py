@@ -117,10 +117,31 @@ def prometheus(s: dict[str, Any]) -> str:
     metric("used_bytes", "gauge", "Bytes of chunks and pages in use.", [("", s["used_bytes"])])
     metric("processes", "gauge", "Living processes.", [("", len(s["processes"]))])
     metric("supervisor_up", "gauge", "Is there a supervisor?", [("", int(s["supervisor"]["alive"]))])
+    d = s["durability"]
+    for name, text in (
+        ("restoring", "Is it being restored?"), ("snapshot_failed", "Did the last snapshot fail?"),
+        ("log_failed", "Can the log not be written?"), ("log_gaps", "Operations that neither log nor snapshot has."),
+    ):  # fmt: skip
+        metric(name, "gauge", text, [("", int(d[name]))])
+    if d["snapshot_age_s"] is not None:
+        metric("snapshot_age_seconds", "gauge", "Age of the newest snapshot.", [("", d["snapshot_age_s"])])
     for kind in ("live", "free", "reserved"):
         metric(f"class_{kind}_bytes", "gauge", f"Bytes of {kind} chunks, by slab class.",
                [(f',chunk_bytes="{c["chunk_bytes"]}"', c[kind] * c["chunk_bytes"]) for c in s["slab_classes"] if c["pages"]])  # fmt: skip
     return "\n".join(lines) + "\n"
+
+
+def _durability(d: dict[str, Any]) -> str:
+    said = ["no snapshot" if d["snapshot_age_s"] is None else f"snapshot {d['snapshot_age_s']:,.0f} s old", f"log {d['log']}"]
+    if d["restoring"]:
+        said.append("BEING RESTORED, or that was killed")
+    if d["snapshot_failed"]:
+        said.append("THE LAST SNAPSHOT FAILED")
+    if d["log_failed"]:
+        said.append("THE LOG CANNOT BE WRITTEN")
+    if d["log_gaps"]:
+        said.append(f"LOG GAP: {d['log_gaps']:,} operations are not in it, till the next snapshot")
+    return "; ".join(said)
 
 
 def show(s: dict[str, Any]) -> None:
@@ -139,6 +160,7 @@ def show(s: dict[str, Any]) -> None:
         ("age of what is evicted", age), ("expirations", f"{s['expirations']:,}"),
         ("lock waits", f"{s['lock_waits']:,}, longest {s['max_wait_ns'] / 1e6:.1f} ms, given up {s['stalls']:,}"),
         ("takeovers", f"{s['takeovers']:,}, settled {s['settled']:,}"), ("supervisor", state),
+        ("on the disk", _durability(s["durability"])),
     ]  # fmt: skip
     _table(s["name"], ("", "since it was created"), rows)
     _table(
@@ -162,7 +184,7 @@ def show(s: dict[str, Any]) -> None:
 
 
 def do_create(args: argparse.Namespace) -> int:
-    names = ("default_ttl", "max_value", "stripes", "max_processes", "lock_limit", "huge_pages", "mode", "group")
+    names = ("default_ttl", "max_value", "stripes", "max_processes", "lock_limit", "huge_pages", "log_buffer", "mode", "group")
     options = {k: getattr(args, k) for k in names}
     options = {k: v for k, v in options.items() if v is not None}
     with shmcache.create(args.name, args.size, **options) as cache:
@@ -405,6 +427,8 @@ def do_restore(args: argparse.Namespace) -> int:
 
 
 def _say_restored(report: dict[str, Any], as_json: bool, to: Any = None) -> None:
+    for line in report["cut"]:
+        print(f"shmcache: {line}", file=sys.stderr)
     for line in report["damaged"]:
         print(f"shmcache: passed over: {line}", file=sys.stderr)
     if report["clock_back_s"]:
@@ -412,8 +436,8 @@ def _say_restored(report: dict[str, Any], as_json: bool, to: Any = None) -> None
     if as_json:
         print(json.dumps(report), file=to)
     else:
-        text = "restored {stored:,} of {items:,} items from {snapshot} in {seconds:.1f} s ({expired:,} expired, {dropped:,} found no room, "
-        print((text + "{present:,} overtaken)").format(**report), file=to)
+        text = "restored {stored:,} items in {seconds:.1f} s from {items:,} of {snapshot} and {log_records:,} log records since ("
+        print((text + "{expired:,} expired, {dropped:,} found no room, {present:,} overtaken)").format(**report), file=to)
 
 
 def do_dump(args: argparse.Namespace) -> int:
@@ -448,6 +472,11 @@ def _data_dir(args: argparse.Namespace) -> Iterator[Path | None]:
             yield folder
 
 
+def _log_buffer(size_bytes: int) -> int:
+    """A power of two: a sixteenth of the segment for 128 processes, 64 to 256 KiB each."""
+    return int(min(256 << 10, max(64 << 10, 1 << (size_bytes // 16 // 128).bit_length() - 1)))
+
+
 def _whole(name: str) -> bool:
     """Is there such a segment, and not one whose restore was killed?"""
     if not Path(segment.check_name(name)).exists():
@@ -460,10 +489,13 @@ def _live_or_restored(args: argparse.Namespace, folder: Path | None) -> shmcache
     """The segment: the live one; else restored from the data directory, if it has a snapshot; else created, if there is a size."""
     from shmcache.supervisor import format, snapshot
 
-    if folder is not None and format.listing(folder)[0]:
+    created: dict[str, Any] = {"huge_pages": args.huge_pages}
+    if args.log != "off":
+        created["log_buffer"] = args.log_buffer or _log_buffer(segment.parse_size(args.size or shmcache.cache.DEFAULT_SIZE))
+    if folder is not None and any(format.listing(folder)):
         if not _whole(args.name):
             try:
-                options = {"huge_pages": args.huge_pages, **({} if args.size is None else {"size": args.size})}
+                options = {**created, **({} if args.size is None else {"size": args.size})}
                 _say_restored(snapshot.restore(args.name, folder, **options), False, sys.stderr)
             except errors.NoSnapshot as e:
                 print(f"shmcache: {e}", file=sys.stderr)
@@ -473,18 +505,20 @@ def _live_or_restored(args: argparse.Namespace, folder: Path | None) -> shmcache
                 f"{folder} that are not of it are kept. To have them back: end all, unlink it, and start this first",
                 file=sys.stderr,
             )
-    return shmcache.attach(args.name) if args.size is None else shmcache.open(args.name, args.size, huge_pages=args.huge_pages)
+    return shmcache.attach(args.name) if args.size is None else shmcache.open(args.name, args.size, **created)
 
 
 def do_supervise(args: argparse.Namespace) -> int:
     from shmcache.supervisor.loop import Supervisor
 
+    if args.log != "off" and args.data_dir is None:
+        raise errors.UsageError("a log needs a directory: say --data-dir")
     ends = (signal.SIGTERM, signal.SIGINT)
     signal.pthread_sigmask(signal.SIG_BLOCK, ends)  # till there is something to stop in good order
     with _data_dir(args) as folder, _live_or_restored(args, folder) as cache:
         supervisor = Supervisor(
-            cache, args.parent, folder=folder, every=args.snapshot_every, keep=args.keep, compress=args.compress
-        )  # fmt: skip
+            cache, args.parent, folder=folder, every=args.snapshot_every, keep=args.keep, compress=args.compress, log=args.log
+        )
         for number in ends:
             signal.signal(number, supervisor.stop)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, ends)
@@ -530,6 +564,7 @@ def admin_parser() -> argparse.ArgumentParser:
     p.add_argument("--stripes", type=int, help="locks, a power of two (1024)")
     p.add_argument("--max-processes", type=int, help="attached at once (128)")
     p.add_argument("--huge-pages", action="store_true", help="put it into pages of 2 MiB (Linux 6.1)")
+    p.add_argument("--log-buffer", metavar="SIZE", help="for each process, so that supervise --log can log (none)")
     p.add_argument("--lock-limit", type=float, metavar="S", help="that a write waits for a stopped process (1)")
     p.add_argument("--mode", type=lambda t: int(t, 8), help="octal (600)")
     p.add_argument("--group", help="that owns it")
@@ -582,6 +617,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--size", help="create the segment with it if there is none")
     p.add_argument("--huge-pages", action="store_true", help="create it in pages of 2 MiB (Linux 6.1)")
     p.add_argument("--data-dir", metavar="D", help="write snapshots to it, and restore the segment from it if there is none")
+    p.add_argument("--log", choices=("off", "no", "everysec", "always"), default="off",
+                   help="log every write to --data-dir, synced never, every second, or before it returns (off)")  # fmt: skip
+    p.add_argument("--log-buffer", metavar="SIZE", help="of the log, for each process, if it is created (by its size: 64K to 256K)")
     p.add_argument("--snapshot-every", type=_positive, default=300.0, metavar="S", help="seconds (300); one more is written at the end")
     _snapshot_options(p)
     p.add_argument("--quiet", action="store_true", help="say nothing but errors")

@@ -134,6 +134,14 @@ class SnapshotStopped(CapacityError):
     """The snapshot was stopped before it was whole; nothing of it is left. Write another."""
 
 
+class LogFull(CapacityError):
+    """The log takes nothing, and its policy is always; nothing was changed. See that the supervisor runs and that its disk has room."""
+
+
+class NotDurable(CapacityError):
+    """The write was done and everybody sees it, but it is not known to be on the disk. See that the supervisor runs, and write it again."""
+
+
 class LivenessUnknown(CapacityError):
     """The kernel does not keep open-file-description locks on this file system, so the dead could not be told."""
 

@@ -85,14 +85,17 @@ def geometry(
     max_value_bytes: int = 64 << 20,
     default_ttl_ms: int = 0,
     lock_limit_ms: int = 1000,
+    ring_bytes: int = 0,
 ) -> tuple[dict[str, int], list[int]]:
     """Where everything stands in a segment of size_bytes, by header field name; and the slab classes. Allocates nothing."""
     page_shift = 20 if size_bytes >= BIG_PAGES_FROM else 16
     page_bytes = 1 << page_shift
     chunks = slab_classes(page_bytes)
-    fixed = {"n_rows": max_processes, "n_stripes": stripes, "n_classes": len(chunks), "page_shift": page_shift}
+    fixed = {"n_rows": max_processes, "n_stripes": stripes, "n_classes": len(chunks), "page_shift": page_shift, "ring_bytes": ring_bytes}
     n_pages = size_bytes >> page_shift
     while True:
+        if n_pages < 1:
+            raise errors.InvalidSize(f"{size_bytes:,} bytes have no room for {max_processes} log buffers of {ring_bytes:,}")
         g = _sections(fixed, n_pages)
         end = g["slab_off"] + (n_pages << page_shift)
         if end <= size_bytes:
@@ -123,10 +126,10 @@ def _sections(fixed: dict[str, int], n_pages: int) -> dict[str, int]:
         "sketch": sketch_bytes,
         "buckets": n_buckets * size_of["bucket"],
         "overflow": n_overflow * size_of["overflow"],
-        "rings": 0,
+        "rings": fixed["n_rows"] * (size_of["ring"] + fixed["ring_bytes"]) if fixed["ring_bytes"] else 0,
     }
     g = dict(fixed, n_pages=n_pages, n_buckets=n_buckets, n_overflow=n_overflow)
-    g.update(refs_bytes=sections["refs"], sketch_bytes=sketch_bytes, rings_bytes=0)
+    g.update(refs_bytes=sections["refs"], sketch_bytes=sketch_bytes, rings_bytes=sections["rings"])
     at = size_of["header"]
     for name, n_bytes in sections.items():
         g[name + "_off"] = at
@@ -140,11 +143,11 @@ def _sections(fixed: dict[str, int], n_pages: int) -> dict[str, int]:
 
 
 def create(
-    name: str, size_bytes: int, *, mode: int = 0o600, group: int | str | None = None,
-    huge_pages: bool = False,
-    restored_seq: int | None = None, **options: int,
+    name: str, size_bytes: int, *, mode: int = 0o600, group: int | str | None = None, huge_pages: bool = False, restored_seq: int = 0,
+    restored_epoch: int = 0, **options: int,
 ) -> _core.Mapping:
-    """Make a segment and map it. options: of geometry(). restored_seq: it is to be restored, and no version in what comes is higher.
+    """Make a segment and map it. options: of geometry(). restored_seq: it is to be restored, and no version in what comes is higher; its
+    epoch is restored_epoch.
 
     Warns: HugePagesRefused.
 
@@ -158,8 +161,8 @@ def create(
     if os.path.exists(path):
         raise errors.SegmentExists(f"a segment {name!r} exists: attach() or open() it, or unlink() it first")
     g, chunks = geometry(size_bytes, **options)
-    if restored_seq is not None:
-        g["restored_seq"] = restored_seq
+    if restored_seq:
+        g["restored_seq"], g["epoch"] = restored_seq, restored_epoch
     try:
         # Not posix_ipc's O_CREAT under a temporary name: a creator that is killed would leave it, with all its memory.
         fd = os.open(SHM_DIR, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, mode)

@@ -1,6 +1,7 @@
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 from shmcache.core.layout cimport header_t, seg_t
+from shmcache.core.ring cimport log_t
 from shmcache.core.table cimport put_t, read_t
 
 
@@ -45,7 +46,15 @@ cdef class Table:
     cdef object read_locked(self, seg_t* s, const uint8_t* key, size_t n, uint64_t h, object default, uint64_t* version)
     cdef object store_view(self, object value, put_t* op, int64_t* number)
     cdef int store(self, object key, object value, object ttl, int when, uint64_t version, uint64_t* stored) except -100
+    cdef int secure(self, seg_t* s, Mapping held, log_t* log, uint64_t n) except -1
+    cdef int wait_ring(self, seg_t* s, Mapping held, uint64_t n, uint64_t end) except -100
+    cdef int logged(self, seg_t* s, Mapping held, log_t* log) except -1
+    cdef int forked(self, seg_t* s, Mapping held, log_t* log) except -1
+    cdef int clear_logged(self, seg_t* s, Mapping held, uint32_t epoch) except -1
     cdef int put_view(self, seg_t* s, put_t* op) except -100
+    cdef int put_now(self, seg_t* s, put_t* op) except -100
+    cdef int remove_now(self, seg_t* s, Mapping held, const uint8_t* key, size_t n, uint64_t h, uint64_t version,
+                        bint only_expired, log_t* log) except -100
     cdef int remove_key(self, object key, uint64_t version) except -100
     cdef int remove_view(self, seg_t* s, Mapping held, const uint8_t* key, size_t n, uint64_t h, uint64_t version,
                          bint only_expired) except -100

@@ -21,14 +21,17 @@ from libc.errno cimport errno
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset, strncpy
+from posix.unistd cimport usleep
 
-from shmcache.core.atomics cimport ld32, ld64, likely, prefetch, st64, unlikely
+from shmcache.core.atomics cimport add64, ld32, ld64, likely, prefetch, st64, unlikely
 from shmcache.core.big cimport big_read
 from shmcache.core.bucket cimport bucket_of, stripe_of, stripe_release, stripe_take
 from shmcache.core.clock cimport now_ms
 from shmcache.core.layout cimport (
-    BATCH_CLASSES, BATCH_SLOTS, CLS_POOL, CONFIG_BYTES, FLAG_CLAIM, FLAG_LOCK, LAYOUT_VERSION, MAX_CLASSES, MAX_KEY, MAX_ROWS, MIN_CHUNK, PARKED_SLOTS,
-    bucket_t, class_t, header_t, item_t, lock_t, overflow_t, page_t, pool_t, row_t, seg_t, stripe_t)
+    BATCH_CLASSES, BATCH_SLOTS, CLS_POOL, CONFIG_BYTES, FLAG_CLAIM, FLAG_LOCK, LAYOUT_VERSION, LOG_ALWAYS, LOG_OFF, MAX_CLASSES, MAX_KEY, MAX_ROWS, MIN_CHUNK, PARKED_SLOTS,
+    bucket_t, class_t, header_t, item_t, lock_t, overflow_t, page_t, pool_t, ring_t,
+    row_t, seg_t, stripe_t)
+from shmcache.core.ring cimport log_t, record_room, ring_of, ring_release, ring_secure, ring_wait, wake_drainer
 from shmcache.core.siphash cimport siphash, siphash13
 from shmcache.core.slab cimport chunk_class, cls_mark, give_back_all, item_at, page_cls
 from shmcache.core.table cimport (
@@ -100,12 +103,15 @@ cdef enum:
     MOST_BOUND = 7              # keyword arguments of a Bound
     GROUP = 16                  # keys that get_many fetches ahead
     STACK_BYTES = 1024          # values up to this are copied to the stack before they are decoded
+    LOG_WAIT_NS = 1000000000    # for room in the ring
     LONG_COPY = 32 << 20        # bytes: copying them takes about the interpreter's switch interval, for which getting the GIL back may have to wait
+
+cdef uint64_t DURABLE_WAIT_NS = 10000000000     # for an fsync
 
 cdef uint32_t ABI = <uint32_t>(1 << 8 | sizeof(void*) * 8)
 
 CONSTANTS = {"row": sizeof(row_t), "header": sizeof(header_t), "stripe": sizeof(stripe_t), "class": sizeof(class_t),
-               "page": sizeof(page_t), "bucket": sizeof(bucket_t), "overflow": sizeof(overflow_t), "item": sizeof(item_t),
+               "page": sizeof(page_t), "bucket": sizeof(bucket_t), "overflow": sizeof(overflow_t), "item": sizeof(item_t), "ring": sizeof(ring_t),
                "max_rows": MAX_ROWS, "max_classes": MAX_CLASSES, "max_key": MAX_KEY, "min_chunk": MIN_CHUNK,
                "config": CONFIG_BYTES, "layout_version": LAYOUT_VERSION, "abi": ABI}
 
@@ -129,6 +135,7 @@ def layout():
     cdef overflow_t* v = NULL
     cdef item_t* i = NULL
     cdef lock_t* l = NULL
+    cdef ring_t* g = NULL
 
     def pool(name, base):
         return [(name + "_word", base + <size_t>&o.lock.word, "<u8", 1),
@@ -156,13 +163,21 @@ def layout():
             ("default_ttl_ms", <size_t>&h.default_ttl_ms, "<u8", 1), ("lock_limit_ms", <size_t>&h.lock_limit_ms, "<u4", 1),
             ("config_bytes", <size_t>&h.config_bytes, "<u4", 1), ("epoch", <size_t>&h.epoch, "<u4", 1),
             ("restoring", <size_t>&h.restoring, "<u4", 1), ("restored_seq", <size_t>&h.restored_seq, "<u8", 1),
+            ("restored_epoch", <size_t>&h.restored_epoch, "<u4", 1),
             ("snapshots_asked", <size_t>&h.snapshots_asked, "<u8", 1), ("snapshots_ended", <size_t>&h.snapshots_ended, "<u8", 1),
             ("snapshot_ms", <size_t>&h.snapshot_ms, "<u8", 1), ("snapshot_failed_ms", <size_t>&h.snapshot_failed_ms, "<u8", 1),
             ("clock_shift_ms", <size_t>&h.clock_shift_ms, "<i8", 1), ("tick", <size_t>&h.tick, "<u8", 1),
             ("supervisor", <size_t>&h.supervisor, "<u8", 1), ("heartbeat_ms", <size_t>&h.heartbeat_ms, "<u8", 1),
             ("asleep", <size_t>&h.asleep, "<u4", 1),
             *pool("pages", <size_t>&h.pages), *pool("overflow", <size_t>&h.overflow), *pool("big", <size_t>&h.big),
-            ("config", <size_t>&h.config, "u1", CONFIG_BYTES)]),
+            ("config", <size_t>&h.config, "u1", CONFIG_BYTES),
+            ("ring_bytes", <size_t>&h.ring_bytes, "<u8", 1), ("log_policy", <size_t>&h.log_policy, "<u8", 1),
+            ("log_gaps", <size_t>&h.log_gaps, "<u8", 1), ("log_healed", <size_t>&h.log_healed, "<u8", 1),
+            ("log_failed_ms", <size_t>&h.log_failed_ms, "<u8", 1), ("log_asleep", <size_t>&h.log_asleep, "<u8", 1),
+            ("log_epoch", <size_t>&h.log_epoch, "<u8", 1), ("log_bell", <size_t>&h.log_bell, "<u4", 1)]),
+        "ring": (sizeof(ring_t), [
+            ("head", <size_t>&g.head, "<u8", 1), ("drained", <size_t>&g.drained, "<u8", 1), ("durable", <size_t>&g.durable, "<u8", 1),
+            ("bell", <size_t>&g.bell, "<u4", 1)]),
         "row": (sizeof(row_t), [
             ("gen", <size_t>&r.gen, "<u8", 1), ("pid", <size_t>&r.pid, "<u8", 1),
             ("started_ms", <size_t>&r.started_ms, "<u8", 1), ("hits", <size_t>&r.hits, "<u8", 1),
@@ -242,9 +257,11 @@ def format_segment(int fd, dict g, list chunk_bytes, bytes boot_id, bytes hash_k
         h.slab_off = g["slab_off"]
         h.max_value_bytes = g["max_value_bytes"]; h.default_ttl_ms = g["default_ttl_ms"]; h.lock_limit_ms = g["lock_limit_ms"]
         #! create: header
+        h.ring_bytes = g["ring_bytes"]
         h.epoch = 1
         h.tick = 1
         if "restored_seq" in g:
+            h.epoch = h.restored_epoch = g["epoch"]
             h.restoring = 2
             h.restored_seq = g["restored_seq"]
             for i in range(h.n_stripes):
@@ -407,6 +424,8 @@ cdef class Mapping:
         s.classes = <class_t*>(s.base + h.classes_off)
         s.pages = <page_t*>(s.base + h.pages_off)
         s.refs = s.base + h.refs_off
+        s.rings = s.base + h.rings_off
+        s.ring_bytes = h.ring_bytes
         s.departed = <uint64_t*>(s.base + h.sketch_off)
         s.departed_mask = 8 * h.sketch_bytes - 1
         s.buckets = <bucket_t*>(s.base + h.buckets_off)
@@ -440,6 +459,9 @@ cdef class Mapping:
         if not (0 < h.n_rows <= MAX_ROWS and 0 < h.n_classes <= MAX_CLASSES and 0 < h.n_stripes <= 65536):
             return False
         if h.n_stripes & (h.n_stripes - 1) or h.page_shift < 12 or h.page_shift > 20 or h.n_pages == 0:
+            return False
+        if h.ring_bytes and (h.ring_bytes & (h.ring_bytes - 1) or not 65536 <= h.ring_bytes <= <uint64_t>1 << 30 or
+                             h.rings_bytes < h.n_rows * (sizeof(ring_t) + h.ring_bytes)):
             return False
         if h.sketch_bytes < 64 or h.sketch_bytes & (h.sketch_bytes - 1):
             return False
@@ -500,7 +522,8 @@ cdef class Mapping:
         cdef uint64_t list_room = (s.chunk_bytes[s.n_classes - 1] - sizeof(item_t) - MAX_KEY) // 4 * s.page_bytes
         return {"size_bytes": s.size_bytes, "default_ttl_ms": s.default_ttl_ms, "max_value_bytes": s.max_value_bytes,
                 "max_value_most": min((s.n_pages << s.page_shift) // 4, list_room, <uint64_t>0xffffffff),
-                "stripes": s.n_stripes, "max_processes": s.n_rows, "lock_limit_ms": s.header.lock_limit_ms}
+                "stripes": s.n_stripes, "max_processes": s.n_rows, "lock_limit_ms": s.header.lock_limit_ms,
+                "ring_bytes": s.ring_bytes}
 
     @property
     def config(self):
@@ -683,7 +706,7 @@ cdef class Table:
             if rc == ABSENT:
                 s.row.misses += 1
                 if unlikely(r.expired):
-                    remove(s, k, n, h, 0, True, 0)      # if the stripe is free: it is nobody's duty
+                    remove(s, k, n, h, 0, True, NULL, 0)    # if the stripe is free: it is nobody's duty
                 return default
             if rc == OK:
                 value = self.take_value(s, &r, version, &rc)
@@ -853,8 +876,79 @@ cdef class Table:
         op.value_bytes = <uint64_t>PyBytes_GET_SIZE(value)
         return value
 
+    # -- the log: room before a write takes its stripe, durability after it
+
+    cdef int secure(self, seg_t* s, Mapping held, log_t* log, uint64_t n) except -1:
+        """Room in this process's ring. If there is none for a second: with the policy always an error; else the operation is not logged,
+        which is counted as a gap, and nobody waits again till the drainer has moved."""
+        cdef ring_t* ring
+        cdef int rc
+        cdef bint always = ld64(&s.header.log_policy) == LOG_ALWAYS
+        log.bytes = 0
+        log.end = 0
+        log.token = s.me[0]
+        if ld64(&s.header.log_policy) == LOG_OFF:
+            return 0
+        ring = ring_of(s, s.row_idx)
+        if ring_secure(s, n):
+            log.bytes = n
+            if ld64(&ring.head) - ld64(&ring.drained) > s.ring_bytes >> 1:
+                wake_drainer(s)
+            return 0
+        if always or ld64(&ring.drained) != s.ring_stuck:
+            if self.wait_ring(s, held, n, 0) == OK:
+                log.token = s.me[0]
+                log.bytes = n
+                return 0
+            s.ring_stuck = ld64(&ring_of(s, s.row_idx).drained)
+        if always:
+            raise errors.LogFull("the log takes nothing: is its supervisor running, is its disk full? Nothing was changed: try again")
+        add64(&s.header.log_gaps, 1)
+        return 0
+
+    cdef int wait_ring(self, seg_t* s, Mapping held, uint64_t n, uint64_t end) except -100:
+        cdef uint64_t until = mono_ns() + (<uint64_t>LOG_WAIT_NS if n else DURABLE_WAIT_NS), me = s.me[0]
+        cdef int rc
+        self.enter(s)
+        try:
+            while True:
+                with nogil:
+                    rc = ring_wait(s, n, end, until)
+                if rc != INTR:
+                    return rc
+                self.interrupted(s, held)
+                if end and s.me[0] != me:       # a fork child: what is waited for is the parent's
+                    return OK
+        finally:
+            self.leave()
+
+    cdef int logged(self, seg_t* s, Mapping held, log_t* log) except -1:
+        """After the write: give back what was secured; with the policy always wait until its record is durable."""
+        ring_release(s, log)
+        if log.end and log.token == s.me[0] and ld64(&s.header.log_policy) == LOG_ALWAYS:
+            if ld64(&ring_of(s, s.row_idx).durable) < log.end and self.wait_ring(s, held, 0, log.end) != OK:
+                raise errors.NotDurable("the write was done and everybody sees it, but it is not known to be on the disk: is the supervisor "
+                                        "running, is its disk full?")
+        return 0
+
     cdef int put_view(self, seg_t* s, put_t* op) except -100:
         """Put what op points at: OK, EXISTS, ABSENT or MISMATCH."""
+        cdef Mapping held
+        cdef int rc
+        op.log.bytes = 0
+        if likely(s.ring_bytes == 0) or op.flags & FLAG_CLAIM:
+            return self.put_now(s, op)
+        held = self.mapping
+        self.secure(s, held, &op.log, record_room(s, op.key_bytes, op.value_bytes))
+        try:
+            rc = self.put_now(s, op)
+        except BaseException:
+            ring_release(s, &op.log)
+            raise
+        self.logged(s, held, &op.log)
+        return rc
+
+    cdef int put_now(self, seg_t* s, put_t* op) except -100:
         cdef Mapping held = self.mapping
         cdef uint64_t me
         cdef int rc = BUSY if unlikely(op.value_bytes >= LONG_COPY) else put(s, op, 0)
@@ -869,6 +963,9 @@ cdef class Table:
                         break
                     if self.interrupted(s, held):
                         op.chunk = 0
+                        if op.log.bytes:                # secured in the parent's ring
+                            op.log.bytes = 0
+                            add64(&s.header.log_gaps, 1)
                         me = s.me[0]
                         if op.flags & FLAG_CLAIM:       # it would be the parent's: claim() begins again
                             rc = MISMATCH
@@ -1000,20 +1097,42 @@ cdef class Table:
         cdef uint64_t stored
         self.store(key, value, None, ALWAYS, 0, &stored)
 
+    cdef int forked(self, seg_t* s, Mapping held, log_t* log) except -1:
+        """interrupted(); what was secured in a parent's ring is not this process's."""
+        if self.interrupted(s, held) and log != NULL and log.bytes:
+            log.bytes = 0
+            add64(&s.header.log_gaps, 1)
+        return 0
+
     # -- delete
 
     cdef int remove_view(self, seg_t* s, Mapping held, const uint8_t* key, size_t n, uint64_t h, uint64_t version,
                          bint only_expired) except -100:
-        cdef int rc = remove(s, key, n, h, version, only_expired, 0)
+        cdef log_t log
+        cdef int rc
+        if likely(s.ring_bytes == 0) or only_expired:
+            return self.remove_now(s, held, key, n, h, version, only_expired, NULL)
+        self.secure(s, held, &log, record_room(s, n, 0))
+        try:
+            rc = self.remove_now(s, held, key, n, h, version, only_expired, &log)
+        except BaseException:
+            ring_release(s, &log)
+            raise
+        self.logged(s, held, &log)
+        return rc
+
+    cdef int remove_now(self, seg_t* s, Mapping held, const uint8_t* key, size_t n, uint64_t h, uint64_t version,
+                        bint only_expired, log_t* log) except -100:
+        cdef int rc = remove(s, key, n, h, version, only_expired, log, 0)
         if rc == BUSY:
             self.enter(s)
             try:
                 while True:
                     with nogil:
-                        rc = remove(s, key, n, h, version, only_expired, s.limit_ns)
+                        rc = remove(s, key, n, h, version, only_expired, log, s.limit_ns)
                     if rc != INTR:
                         break
-                    self.interrupted(s, held)
+                    self.forked(s, held, log)
             finally:
                 self.leave()
         if rc != OK and rc != ABSENT and rc != MISMATCH:
@@ -1167,6 +1286,7 @@ cdef class Table:
         cdef int64_t by, out = 0
         cdef int overflow = 0
         cdef int rc
+        cdef log_t log
         cdef seg_t* s
         cdef Mapping held
         if not isinstance(n, int) or not (default is None or isinstance(default, int)):
@@ -1181,14 +1301,20 @@ cdef class Table:
             s = self.ready()
             held = self.mapping
             h = siphash13(k, size, s.k0, s.k1)
-            rc = add_to(s, k, size, h, by, &out, 0)
+            log.bytes = 0
+            log.end = 0
+            if unlikely(s.ring_bytes != 0):
+                self.secure(s, held, &log, record_room(s, size, 8))
+            rc = add_to(s, k, size, h, by, &out, &log, 0)
             if rc == BUSY:
                 self.enter(s)
                 try:
                     with nogil:
-                        rc = add_to(s, k, size, h, by, &out, s.limit_ns)
+                        rc = add_to(s, k, size, h, by, &out, &log, s.limit_ns)
                 finally:
                     self.leave()
+            if unlikely(s.ring_bytes != 0):
+                self.logged(s, held, &log)
             if rc == OK:
                 s.row.sets += 1
                 return out
@@ -1220,24 +1346,34 @@ cdef class Table:
         cdef size_t n
         cdef uint64_t h
         cdef int rc
+        cdef log_t log
         cdef seg_t* s
         cdef Mapping held
         key_view(key, &k, &n)
         s = self.ready()
         held = self.mapping
         h = siphash13(k, n, s.k0, s.k1)
-        rc = set_expiry(s, k, n, h, expiry_ms, 0)
-        while rc == BUSY or rc == INTR:
-            self.enter(s)
-            try:
-                with nogil:
-                    rc = set_expiry(s, k, n, h, expiry_ms, s.limit_ns)
-                if rc == INTR:
-                    self.interrupted(s, held)
-            finally:
-                self.leave()
-            if rc == BUSY:
-                break
+        log.bytes = 0
+        log.end = 0
+        if unlikely(s.ring_bytes != 0):
+            self.secure(s, held, &log, record_room(s, n, 0))
+        rc = set_expiry(s, k, n, h, expiry_ms, &log, 0)
+        try:
+            while rc == BUSY or rc == INTR:
+                self.enter(s)
+                try:
+                    with nogil:
+                        rc = set_expiry(s, k, n, h, expiry_ms, &log, s.limit_ns)
+                    if rc == INTR:
+                        self.forked(s, held, &log)
+                finally:
+                    self.leave()
+                if rc == BUSY:
+                    break
+        finally:
+            ring_release(s, &log)
+        if unlikely(s.ring_bytes != 0):
+            self.logged(s, held, &log)
         if rc != OK and rc != ABSENT:
             fail(rc)
         return rc
@@ -1269,7 +1405,31 @@ cdef class Table:
 
     def clear(self):
         """Remove everything, for everybody, in one step: O(1) by a new epoch. What a set stores after it stays."""
-        clear_all(self.ready())
+        cdef seg_t* s = self.ready()
+        cdef Mapping held = self.mapping
+        clear_all(s)
+        if unlikely(s.ring_bytes != 0) and ld64(&s.header.log_policy) != LOG_OFF:
+            self.clear_logged(s, held, ld32(&s.header.epoch))
+
+    cdef int clear_logged(self, seg_t* s, Mapping held, uint32_t epoch) except -1:
+        """The drainer logs the epoch; with the policy always it is waited for, in slices: no record of a ring is behind it."""
+        cdef uint64_t until = mono_ns() + DURABLE_WAIT_NS
+        wake_drainer(s)
+        while ld64(&s.header.log_policy) == LOG_ALWAYS and ld64(&s.header.log_epoch) < epoch:
+            if mono_ns() > until:
+                raise errors.NotDurable("everything was removed for everybody, but that is not known to be on the disk: is the supervisor "
+                                        "running, is its disk full?")
+            self.enter(s)
+            try:
+                with nogil:
+                    wake_drainer(s)
+                    usleep(500)
+            finally:
+                self.leave()
+            PyErr_CheckSignals()
+            if self.s == NULL:
+                return 0
+        return 0
 
     def scan(self, prefix=b""):
         """The keys, as bytes, that begin with prefix, in no order. One that is there all the while comes exactly once."""
@@ -1403,12 +1563,14 @@ cdef class Table:
                 "heartbeat_age_s": max(0, <int64_t>(mono_ns() // 1000000 - ld64(&s.header.heartbeat_ms))) / 1000.0}
 
     def durability(self):
-        """{"restoring", "generations_missing", "snapshot_age_s", "snapshot_failed"}: see Cache.stats()."""
+        """{"restoring", "generations_missing", "snapshot_age_s", "snapshot_failed", "log", "log_gaps", "log_failed"}: see Cache.stats()."""
         cdef header_t* h = self.ready().header
         cdef uint64_t at = ld64(&h.snapshot_ms)
         return {"restoring": ld32(&h.restoring) != 0, "generations_missing": ld32(&h.restoring) == 2,
                 "snapshot_age_s": max(0, <int64_t>(wall_ms() - at)) / 1000.0 if at else None,
-                "snapshot_failed": ld64(&h.snapshot_failed_ms) != 0}
+                "snapshot_failed": ld64(&h.snapshot_failed_ms) != 0,
+                "log": POLICIES[min(ld64(&h.log_policy), <uint64_t>3)] if h.ring_bytes else "off",
+                "log_gaps": ld64(&h.log_gaps) - min(ld64(&h.log_healed), ld64(&h.log_gaps)), "log_failed": ld64(&h.log_failed_ms) != 0}
 
     cdef int kept(self, seg_t* s, uint32_t r, uint64_t addr):
         """The class of a chunk that a slot of row r names and that is in that process's hand; else -1."""
@@ -1506,5 +1668,6 @@ cdef class Encoded:
         self.payload = payload
 
 
+POLICIES = ("off", "no", "everysec", "always")     # of the log: header.log_policy
 cdef object MISS = object()
 cdef object INFINITY = float("inf")

@@ -12,28 +12,30 @@ Restore: into a segment that was created for it (header.restoring), which worker
 Crash of who restores: `restoring` stays 1, and the restore can be run again: what is there stays, what left stays away.
 """
 from cpython.exc cimport PyErr_CheckSignals
-from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
+from cpython.mem cimport PyMem_RawCalloc, PyMem_RawFree, PyMem_RawMalloc
 from cpython.buffer cimport PyBuffer_FillInfo
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memchr, memcmp, memcpy
 
 from shmcache.core._core cimport Mapping, Table
-from shmcache.core.atomics cimport fence_acquire, ld8r, ld16r, ld32, ld32r, ld64, ld64r, st32
+from shmcache.core.atomics cimport add64, fence_acquire, ld8r, ld16r, ld32, ld32r, ld64, ld64r, st32, st64, xchg64
 from shmcache.core.big cimport big_read, big_shape, big_t
 from shmcache.core.bucket cimport ADDR_MASK, OP_TOUCH, bucket_of, chain_first, chain_next, chain_t, stripe_of, stripe_release, stripe_take
 from shmcache.core.clock cimport now_ms
-from shmcache.core.layout cimport FLAG_BIG, FLAG_CLAIM, MAX_KEY, MAX_REFS, item_t, seg_t, stripe_t
-from shmcache.core.record cimport RECORD_SET, record_t
+from shmcache.core.layout cimport FLAG_BIG, FLAG_CLAIM, MAX_KEY, MAX_REFS, item_t, ring_t, seg_t, stripe_t
+from shmcache.core.lock cimport shm_sleep
+from shmcache.core.record cimport RECORD_CLEAR, RECORD_DELETE, RECORD_EXPIRY, RECORD_REF, RECORD_SET, record_t
+from shmcache.core.ring cimport ring_of
 from shmcache.core.siphash cimport siphash13
 from shmcache.core.slab cimport in_slab, item_at, page_room, refs_of, value_offset
-from shmcache.core.table cimport CODEC_INT, RESTARTS, RESTORED, give_up, put, put_t
-from shmcache.core.token cimport AGAIN, BUSY, EXISTS, INTR, MISMATCH, NO_ROOM, OK, wall_ms
+from shmcache.core.table cimport CODEC_INT, RESTARTS, RESTORED, give_up, put, put_t, read_begin, read_copy, read_t, same_item, unchanged
+from shmcache.core.token cimport ABSENT, AGAIN, BUSY, EXISTS, INTR, MISMATCH, NO_ROOM, OK, wall_ms
 
 from shmcache import errors
 
 cdef enum:
-    CREATED_EPOCH = 1       # of a new segment; another one: somebody cleared
     BUSY_TRIES = 64         # limits for which a restored item waits for a stripe
+    BLOCK_BYTES = 1048576   # of a drain
     MOST_IN_CHAIN = 512     # 7 slots, and 64 hops of 6
     NAMESPACES_FIRST = 2    # header.restoring until the generations of namespaces are in
 
@@ -304,7 +306,8 @@ cdef class Restore:
             raise errors.UsageError(f"the segment {table.name!r} was not created to be restored, or is restored already")
         self.evicted_before = s.row.evictions
 
-    def put(self, const uint8_t[::1] payload not None, int64_t clock_back_ms=0, int heat=-1, uint32_t least_epoch=0, bint generations=False):
+    def put(self, const uint8_t[::1] payload not None, int64_t clock_back_ms=0, int heat=-1, uint32_t least_epoch=0, bint generations=False,
+            Tail tail=None):
         """Store the records of one block. Without the GIL.
 
         Args: clock_back_ms: added to the wall clock. heat: only those with this CLOCK count, and end where the segment is full (-1: all).
@@ -320,7 +323,7 @@ cdef class Restore:
             return
         while True:
             with nogil:
-                rc = self.put_all(s, &payload[0], &at, end, wall, heat, least_epoch, generations)
+                rc = self.put_all(s, &payload[0], &at, end, wall, heat, least_epoch, generations, tail)
             if rc == INTR:
                 PyErr_CheckSignals()
                 s = self.table.ready()
@@ -332,17 +335,14 @@ cdef class Restore:
                 return
 
     cdef int put_all(self, seg_t* s, const uint8_t* payload, uint64_t* at, uint64_t end, uint64_t wall, int heat, uint32_t least_epoch,
-                     bint generations) noexcept nogil:
+                     bint generations, Tail tail) noexcept nogil:
         cdef record_t r
         cdef put_t op
-        cdef uint64_t size
+        cdef uint64_t size, hash
         cdef int rc, tries
         while at[0] < end and not self.cleared:
-            if end - at[0] < sizeof(record_t):
-                return MISMATCH
-            memcpy(&r, payload + at[0], sizeof(record_t))
-            size = sizeof(record_t) + r.key_bytes + <uint64_t>r.value_bytes
-            if r.key_bytes == 0 or r.key_bytes > MAX_KEY or size > end - at[0]:
+            size = record_bytes(payload, at[0], end, &r)
+            if size == 0:
                 return MISMATCH
             if r.op & 15 != RECORD_SET or (heat >= 0 and min(r.op >> 4, <int>MAX_REFS) != heat):
                 at[0] += size
@@ -352,6 +352,10 @@ cdef class Restore:
                 continue
             if heat >= 0 and self.full:
                 self.dropped += 1
+                at[0] += size
+                continue
+            hash = siphash13(payload + at[0] + sizeof(record_t), r.key_bytes, s.k0, s.k1)
+            if tail is not None and not tail.wins(hash, &r):
                 at[0] += size
                 continue
             if r.expires_ms and r.expires_ms <= wall:
@@ -366,14 +370,15 @@ cdef class Restore:
             op.key_bytes = r.key_bytes
             op.value = op.key + r.key_bytes
             op.value_bytes = r.value_bytes
-            op.hash = siphash13(op.key, op.key_bytes, s.k0, s.k1)
+            op.hash = hash
             op.expiry_ms = now_ms(s) + (r.expires_ms - wall) if r.expires_ms else 0
             op.codec = r.codec
             op.flags = 0
             op.refs = <uint8_t>min(r.op >> 4, <int>MAX_REFS)
             op.when = RESTORED
             op.version = r.version
-            op.epoch = CREATED_EPOCH
+            op.epoch = s.header.restored_epoch
+            op.log.bytes = 0                # it is in the log, or in the snapshot, already
             op.chunk = 0
             rc = BUSY
             for tries in range(BUSY_TRIES):
@@ -406,3 +411,370 @@ cdef class Restore:
         """The segment is an ordinary one from now on."""
         cdef seg_t* s = self.table.ready()
         st32(&s.header.restoring, 0)
+
+
+# ---- the tail of a log, for a restore ---------------------------------------------------------------------------------------------
+
+ctypedef struct entry_t:
+    uint64_t hash           # 0: free
+    uint64_t version        # of the newest SET or DELETE; 0: none
+    uint64_t expiry_version # of the newest EXPIRY
+    uint64_t expires_ms
+
+
+cdef class Tail:
+    """For each key of a log's tail its newest version, so that each key is put into the segment once, and as it was last.
+
+    add() all blocks of the log, see() all of the snapshot, then Restore.put(..., tail=self, of_log=...) both. Keys are told apart by 64 bits
+    of a hash with the segment's random key. floors: of the snapshot: what is not above its stripe's is in it.
+    """
+    cdef Table table
+    cdef entry_t* entries
+    cdef uint64_t mask
+    cdef readonly uint64_t keys
+    cdef readonly uint64_t records
+    cdef readonly uint32_t epoch    # highest CLEAR
+    cdef bytes floors
+    cdef const uint64_t* floor
+    cdef uint64_t n_floors
+
+    def __cinit__(self, Table table not None, bytes floors not None):
+        self.table = table
+        table.ready()
+        self.floors = floors
+        self.floor = <const uint64_t*><const uint8_t*>floors
+        self.n_floors = len(floors) // 8
+        self.mask = 1023
+        self.entries = <entry_t*>PyMem_RawCalloc(self.mask + 1, sizeof(entry_t))
+        if self.entries == NULL:
+            raise MemoryError
+
+    def __dealloc__(self):
+        PyMem_RawFree(self.entries)
+
+    cdef entry_t* find(self, uint64_t hash) noexcept nogil:
+        """The key's entry, or the free one where it would stand."""
+        cdef uint64_t i = hash & self.mask
+        while self.entries[i].hash != 0 and self.entries[i].hash != hash:
+            i = (i + 1) & self.mask
+        return &self.entries[i]
+
+    cdef int larger(self) except -1:
+        cdef entry_t* old = self.entries
+        cdef uint64_t n = self.mask + 1, i
+        cdef entry_t* entries = <entry_t*>PyMem_RawCalloc(4 * n, sizeof(entry_t))
+        if entries == NULL:
+            raise MemoryError
+        self.entries = entries
+        self.mask = 4 * n - 1
+        for i in range(n):
+            if old[i].hash:
+                self.find(old[i].hash)[0] = old[i]
+        PyMem_RawFree(old)
+        return 0
+
+    def add(self, const uint8_t[::1] payload not None):
+        """Note the records of a block of the log. Raises: DamageError."""
+        self.walk(payload, True)
+
+    def see(self, const uint8_t[::1] payload not None):
+        """Note the versions that a block of the snapshot has of keys of the log. Raises: DamageError."""
+        self.walk(payload, False)
+
+    cdef int walk(self, const uint8_t[::1] payload, bint of_log) except -1:
+        cdef seg_t* s = self.table.ready()
+        cdef uint64_t at = 0, end = payload.shape[0], size, h
+        cdef record_t r
+        cdef entry_t* e
+        cdef int op
+        while at < end:
+            size = record_bytes(&payload[0], at, end, &r)
+            if size == 0:
+                raise errors.DamageError("a block does not consist of whole records")
+            op = r.op & 15
+            if op == RECORD_CLEAR:
+                self.epoch = max(self.epoch, r.epoch)
+            else:
+                h = siphash13(&payload[at + sizeof(record_t)], r.key_bytes, s.k0, s.k1) | 1
+                e = self.find(h)
+                if not of_log:
+                    if e.hash and r.version > e.version:
+                        e.version = r.version
+                elif r.stripe >= self.n_floors or r.version > self.floor[r.stripe]:
+                    self.records += 1
+                    if e.hash == 0:
+                        if 2 * self.keys > self.mask:
+                            self.larger()
+                            e = self.find(h)
+                        e.hash = h
+                        self.keys += 1
+                    if op == RECORD_EXPIRY:
+                        if r.version > e.expiry_version:
+                            e.expiry_version = r.version
+                            e.expires_ms = r.expires_ms
+                    elif r.version > e.version:
+                        e.version = r.version
+            at += size
+        return 0
+
+    cdef bint wins(self, uint64_t hash, record_t* r) noexcept nogil:
+        """Is this SET the newest of its key? Its life is then as it was set last."""
+        cdef entry_t* e = self.find(hash | 1)
+        if e.hash == 0:
+            return True
+        if r.version < e.version:
+            return False
+        if e.expiry_version > r.version:
+            r.expires_ms = e.expires_ms
+            r.version = e.expiry_version
+        return True
+
+
+cdef uint64_t record_bytes(const uint8_t* payload, uint64_t at, uint64_t end, record_t* r) noexcept nogil:
+    """Load the record's header: its bytes in all; 0: it is none."""
+    cdef uint64_t size
+    if end - at < sizeof(record_t):
+        return 0
+    memcpy(r, payload + at, sizeof(record_t))
+    size = sizeof(record_t) + r.key_bytes + <uint64_t>r.value_bytes
+    if size > end - at or r.key_bytes > MAX_KEY or r.op & 15 > RECORD_CLEAR or (r.key_bytes == 0) != (r.op & 15 == RECORD_CLEAR):
+        return 0
+    return size
+
+# ---- the log ----------------------------------------------------------------------------------------------------------------------
+
+cdef extern from *:
+    """
+    #include <linux/futex.h>
+    #include <sys/syscall.h>
+    #include <unistd.h>
+    #include <limits.h>
+    static void shm_ring_all(uint32_t *bell) {
+        __atomic_fetch_add(bell, 1, __ATOMIC_SEQ_CST);
+        syscall(SYS_futex, bell, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
+    }
+    """
+    void shm_ring_all(uint32_t* bell) noexcept nogil
+
+
+cdef class Drain:
+    """Takes the records out of all rings. One per segment: the supervisor's. Race table and crash: ring.pxd.
+
+    collect() copies what is there; drained(): it is in a file, and its room is free; durable(): it is on the disk. A ring whose positions
+    cannot be is begun anew at its head, and counted: damaged.
+    """
+    cdef Table table
+    cdef Mapping mapping
+    cdef uint64_t* at               # by row: taken so far
+    cdef uint8_t* to
+    cdef uint64_t used
+    cdef uint64_t room
+    cdef Py_ssize_t exports
+    cdef readonly uint64_t damaged
+    cdef readonly bint more         # a block was full, and something is left
+
+    def __cinit__(self, Table table not None):
+        cdef seg_t* s = table.ready()
+        cdef uint32_t i
+        if s.ring_bytes == 0:
+            raise errors.UsageError(f"the segment {table.name!r} was created without a log: unlink it, and create it with one (log_buffer=, --log)")
+        self.table = table
+        self.mapping = table.mapping
+        self.room = BLOCK_BYTES
+        self.to = <uint8_t*>PyMem_RawMalloc(self.room)
+        self.at = <uint64_t*>PyMem_RawMalloc(8 * <size_t>s.n_rows)
+        if self.to == NULL or self.at == NULL:
+            raise MemoryError
+        for i in range(s.n_rows):
+            self.at[i] = ld64(&ring_of(s, i).drained)
+
+    def __dealloc__(self):
+        PyMem_RawFree(self.to)
+        PyMem_RawFree(self.at)
+
+    def __getbuffer__(self, Py_buffer* view, int flags):
+        PyBuffer_FillInfo(view, self, self.to, <Py_ssize_t>self.used, True, flags)
+        self.exports += 1
+
+    def __releasebuffer__(self, Py_buffer* view):
+        self.exports -= 1
+
+    def collect(self):
+        """Copy new records: True if there are any; memoryview(self) is them, till the next call. Without the GIL."""
+        cdef seg_t* s = self.table.ready()
+        cdef uint32_t i
+        cdef int rc
+        if self.exports:
+            raise BufferError("the last records are still in use")
+        self.used = 0
+        self.more = False
+        with nogil:
+            for i in range(s.n_rows):
+                rc = self.take(s, i)
+                if rc == NO_ROOM:
+                    break
+        if rc == NO_ROOM and self.used == 0:
+            raise MemoryError
+        return self.used > 0
+
+    cdef int grow(self, uint64_t n) noexcept nogil:
+        """Room for n bytes behind what is there: OK, or NO_ROOM: the block is full."""
+        cdef uint8_t* larger
+        if self.room - self.used >= n:
+            return OK
+        if self.used:
+            self.more = True
+            return NO_ROOM
+        larger = <uint8_t*>PyMem_RawMalloc(n)
+        if larger == NULL:
+            return NO_ROOM
+        PyMem_RawFree(self.to)
+        self.to = larger
+        self.room = n
+        return OK
+
+    cdef int take(self, seg_t* s, uint32_t row) noexcept nogil:
+        cdef ring_t* ring = ring_of(s, row)
+        cdef uint64_t head = ld64(&ring.head), size, value_bytes
+        cdef record_t r
+        cdef uint8_t key[4096]
+        cdef int rc, op
+        if head - self.at[row] > s.ring_bytes or head & 7:
+            self.damaged += 1
+            add64(&s.header.log_gaps, 1)
+            self.at[row] = head & ~<uint64_t>7
+            return OK
+        while self.at[row] < head:
+            self.out(s, ring, self.at[row], <uint8_t*>&r, sizeof(record_t))
+            op = r.op
+            value_bytes = r.value_bytes if op == RECORD_SET else 0
+            size = (sizeof(record_t) + r.key_bytes + value_bytes + 7) & ~<uint64_t>7
+            if r.key_bytes == 0 or r.key_bytes > MAX_KEY or size > head - self.at[row] or op == RECORD_CLEAR or op > RECORD_REF:
+                self.damaged += 1
+                add64(&s.header.log_gaps, 1)
+                self.at[row] = head
+                return OK
+            if op == RECORD_REF:
+                self.out(s, ring, self.at[row] + sizeof(record_t), key, r.key_bytes)
+                rc = self.fetch(s, &r, key)
+            else:
+                rc = self.grow(sizeof(record_t) + r.key_bytes + value_bytes)
+                if rc == OK:
+                    r.value_bytes = <uint32_t>value_bytes
+                    self.out(s, ring, self.at[row], self.to + self.used, sizeof(record_t) + r.key_bytes + value_bytes)
+                    memcpy(self.to + self.used, &r, sizeof(record_t))
+                    self.used += sizeof(record_t) + r.key_bytes + value_bytes
+            if rc != OK:
+                return rc
+            self.at[row] += size
+        return OK
+
+    cdef void out(self, seg_t* s, ring_t* ring, uint64_t at, uint8_t* to, uint64_t n) noexcept nogil:
+        cdef uint8_t* data = <uint8_t*>ring + sizeof(ring_t)
+        cdef uint64_t place = at & (s.ring_bytes - 1)
+        cdef uint64_t first = min(n, s.ring_bytes - place)
+        memcpy(to, data + place, first)
+        memcpy(to + first, data, n - first)
+
+    cdef int fetch(self, seg_t* s, record_t* r, const uint8_t* key) noexcept nogil:
+        """Append what the table has for a REF now: OK; NO_ROOM; AGAIN: writes overtook it 64 times, come again."""
+        cdef read_t read
+        cdef record_t found
+        cdef item_t* it
+        cdef uint64_t hash = siphash13(key, r.key_bytes, s.k0, s.k1)
+        cdef int rc = AGAIN, tries
+        for tries in range(RESTARTS):
+            rc = read_begin(s, key, r.key_bytes, hash, &read)
+            if rc == ABSENT:
+                break
+            if rc != OK:
+                continue
+            rc = self.grow(sizeof(record_t) + r.key_bytes + read.value_bytes)
+            if rc != OK:
+                return rc
+            it = item_at(s, read.addr)
+            found = r[0]
+            found.version = read.cas
+            found.value_bytes = <uint32_t>read.value_bytes
+            found.codec = read.codec
+            found.epoch = ld32r(&it.epoch)
+            found.op = RECORD_SET
+            found.expires_ms = 0
+            if read.expiry_ms:
+                found.expires_ms = <uint64_t>(<int64_t>read.expiry_ms + <int64_t>wall_ms() - <int64_t>now_ms(s))
+            read_copy(s, &read, self.to + self.used + sizeof(record_t) + r.key_bytes)
+            if not (unchanged(&read) or same_item(s, &read)):
+                rc = AGAIN
+                continue
+            if read.damaged:
+                rc = ABSENT
+                break
+            memcpy(self.to + self.used, &found, sizeof(record_t))
+            memcpy(self.to + self.used + sizeof(record_t), key, r.key_bytes)
+            self.used += sizeof(record_t) + r.key_bytes + read.value_bytes
+            return OK
+        if rc != ABSENT:
+            self.more = True
+            return AGAIN
+        rc = self.grow(sizeof(record_t) + r.key_bytes)
+        if rc == OK:
+            r.op = RECORD_DELETE
+            r.value_bytes = 0
+            r.codec = 0
+            r.expires_ms = 0
+            memcpy(self.to + self.used, r, sizeof(record_t))
+            memcpy(self.to + self.used + sizeof(record_t), key, r.key_bytes)
+            self.used += sizeof(record_t) + r.key_bytes
+        return rc
+
+    def drained(self):
+        """What was collected so far is in a file: its room is free."""
+        cdef seg_t* s = self.table.ready()
+        cdef uint32_t i
+        for i in range(s.n_rows):
+            if ld64(&ring_of(s, i).drained) != self.at[i]:
+                st64(&ring_of(s, i).drained, self.at[i])
+                shm_ring_all(&ring_of(s, i).bell)
+
+    def durable(self):
+        """What was drained so far is on the disk."""
+        cdef seg_t* s = self.table.ready()
+        cdef uint32_t i
+        for i in range(s.n_rows):
+            if ld64(&ring_of(s, i).durable) != ld64(&ring_of(s, i).drained):
+                st64(&ring_of(s, i).durable, ld64(&ring_of(s, i).drained))
+                shm_ring_all(&ring_of(s, i).bell)
+
+    def pending(self):
+        """Is there anything in a ring that was not collected?"""
+        cdef seg_t* s = self.table.ready()
+        cdef uint32_t i
+        for i in range(s.n_rows):
+            if ld64(&ring_of(s, i).head) != self.at[i]:
+                return True
+        return False
+
+    def sleep(self, double seconds):
+        """Sleep till a writer rings or the time is over: True if one rang."""
+        cdef seg_t* s = self.table.ready()
+        cdef uint32_t bell = ld32(&s.header.log_bell)
+        cdef uint64_t ns = <uint64_t>(seconds * 1e9)
+        cdef int rc = 0
+        xchg64(&s.header.log_asleep, 1)     # seen by whoever appends after the look at the heads
+        if not self.pending():
+            with nogil:
+                rc = shm_sleep(&s.header.log_bell, bell, ns)
+        st64(&s.header.log_asleep, 0)
+        return rc == 0
+
+    def rewind(self):
+        """What was collected and not drained is collected again: it could not be written."""
+        cdef seg_t* s = self.table.ready()
+        cdef uint32_t i
+        for i in range(s.n_rows):
+            self.at[i] = ld64(&ring_of(s, i).drained)
+
+
+def count_gap(Table table not None):
+    """Something was done that the log does not have."""
+    add64(&table.ready().header.log_gaps, 1)

@@ -20,6 +20,7 @@ cdef extern from *:
     { return __atomic_compare_exchange_n(p, &a, b, 0, __ATOMIC_SEQ_CST, __ATOMIC_ACQUIRE); }
     static inline uint64_t xchg64(uint64_t *p, uint64_t v) { return __atomic_exchange_n(p, v, __ATOMIC_SEQ_CST); }
     static inline uint64_t add64(uint64_t *p, uint64_t v) { return __atomic_fetch_add(p, v, __ATOMIC_RELAXED); }
+    static inline uint64_t sub64(uint64_t *p, uint64_t v) { return __atomic_fetch_sub(p, v, __ATOMIC_SEQ_CST); }
     static inline uint64_t or64(uint64_t *p, uint64_t v) { return __atomic_fetch_or(p, v, __ATOMIC_SEQ_CST); }
     static inline void fence_acquire(void) { __atomic_thread_fence(__ATOMIC_ACQUIRE); }
     static inline void fence_release(void) { __atomic_thread_fence(__ATOMIC_RELEASE); }
@@ -48,6 +49,7 @@ cdef extern from *:
     bint cas32(uint32_t* p, uint32_t expected, uint32_t wanted) noexcept nogil
     uint64_t xchg64(uint64_t* p, uint64_t v) noexcept nogil
     uint64_t add64(uint64_t* p, uint64_t v) noexcept nogil
+    uint64_t sub64(uint64_t* p, uint64_t v) noexcept nogil
     uint64_t or64(uint64_t* p, uint64_t v) noexcept nogil
     void fence_acquire() noexcept nogil
     void fence_release() noexcept nogil

@@ -19,9 +19,11 @@
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from shmcache.core.atomics cimport add64, ld32, ld64, mulhi64, or64, st32, st64, unlikely
-from shmcache.core.layout cimport OV_SLOTS, REPAIRED_FINISHED, REPAIRED_POOL, REPAIRED_REMOVED, REPAIRED_UNDONE, SLOTS, bucket_t, item_t, overflow_t, pool_t, seg_t, stripe_t
+from shmcache.core.layout cimport FLAG_CLAIM, OV_SLOTS, REPAIRED_FINISHED, REPAIRED_POOL, REPAIRED_REMOVED, REPAIRED_UNDONE, SLOTS, bucket_t, item_t, overflow_t, pool_t, seg_t, stripe_t
 from shmcache.core.lock cimport lock_release, lock_take
-from shmcache.core.slab cimport in_slab, item_at
+from shmcache.core.record cimport RECORD_DELETE, RECORD_REF
+from shmcache.core.ring cimport log_op, log_repaired, log_t
+from shmcache.core.slab cimport in_slab, item_at, page_room
 from shmcache.core.token cimport LIVE, OK, OV_FREE, OV_LINKED, OV_RESERVED, RETIRED, TAKEN_OVER, kind_of, word_of
 
 cdef enum:
@@ -119,6 +121,8 @@ cdef inline void stripe_repair(seg_t* s, stripe_t* st) noexcept nogil:
         #! stripe repair: version
         st64(&it.word, word_of(LIVE, 0))
         #! stripe repair: LIVE
+        if not it.flags & FLAG_CLAIM:
+            log_repaired(s, RECORD_REF, st - s.stripes, it.cas, it, page_room(s, n))
         if it.cas > st.seq:
             st64(&st.seq, it.cas)
         st64(&st.count, st.count_next)
@@ -131,11 +135,13 @@ cdef inline void stripe_repair(seg_t* s, stripe_t* st) noexcept nogil:
         #! stripe repair: undone
         if op == OP_TOUCH:
             st64(&it.cas, st.seq + 1)
+            log_repaired(s, RECORD_REF, st - s.stripes, st.seq + 1, it, page_room(s, o))
             st64(&st.seq, st.seq + 1)
     elif o and n == 0:                                      # finish a delete or an eviction
         bump(s, bucket_of(s, ld64(&item_at(s, o).hash)))
         #! stripe repair: removal finished
         if op == OP_DELETE:
+            log_repaired(s, RECORD_DELETE, st - s.stripes, st.seq + 1, item_at(s, o), page_room(s, o))
             st64(&st.seq, st.seq + 1)
         st64(&st.count, st.count_next)
         add64(&s.row.repairs[REPAIRED_REMOVED], 1)
@@ -296,8 +302,8 @@ cdef inline void depart_with(seg_t* s, uint64_t addr, int op) noexcept nogil:
 
 # ---- taking an item out (the stripe held) ---------------------------------------------------------------------------------------
 
-cdef inline void remove_locked(seg_t* s, stripe_t* st, uint64_t b, uint64_t* slot, uint64_t addr, int op) noexcept nogil:
-    """Clear the slot, which names addr; the item is then RETIRED(this process), and the caller frees it after release.
+cdef inline void remove_locked(seg_t* s, stripe_t* st, uint64_t b, uint64_t* slot, uint64_t addr, int op, log_t* log) noexcept nogil:
+    """Clear the slot, which names addr; the item is then RETIRED(this process), and the caller frees it after release. A delete is logged.
 
     Crash: before the slot's store repair makes it LIVE again; after it repair counts version and count, and the hand frees it.
     """
@@ -311,6 +317,7 @@ cdef inline void remove_locked(seg_t* s, stripe_t* st, uint64_t b, uint64_t* slo
     bump(s, b)
     #! remove: version
     if op == OP_DELETE:
+        log_op(s, log, RECORD_DELETE, st - s.stripes, st.seq + 1, NULL, <uint8_t*>item_at(s, addr) + 48, item_at(s, addr).key_bytes, NULL, 0)
         st64(&st.seq, st.seq + 1)
     #! remove: seq
     st64(&st.count, st.count_next)

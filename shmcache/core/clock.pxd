@@ -78,7 +78,7 @@ cdef inline int evict_chunk(seg_t* s, uint64_t addr, uint32_t cls, bint only_sta
     if (only_stale and not was_stale) or claim_stands(s, addr):
         stripe_release(st)
         return NO_ROOM
-    remove_locked(s, st, b, slot, addr, OP_EVICT)
+    remove_locked(s, st, b, slot, addr, OP_EVICT, NULL)
     stripe_release(st)
     #! evict: out of the table
     if was_stale:

@@ -10,7 +10,7 @@
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 cdef enum:
-    LAYOUT_VERSION = 4      # bump = attach refuses older segments, every host starts cold
+    LAYOUT_VERSION = 5      # bump = attach refuses older segments, every host starts cold
     SLOTS = 7               # of a bucket
     OV_SLOTS = 6            # of an overflow bucket; its last word says whose it is
     GRANULE = 16            # bytes; unit of an address
@@ -38,6 +38,11 @@ cdef enum:
     REPAIRED_OVERFLOW = 7   # an overflow bucket
     CLS_POOL = 0xffff       # page_t.cls of a page in the pool
     CLS_BIG = 0xfffe        # page_t.cls of a page of a big value
+    # log policies
+    LOG_OFF = 0
+    LOG_NO = 1              # written, synced when the kernel likes
+    LOG_EVERYSEC = 2
+    LOG_ALWAYS = 3          # a write returns when its record is durable
 
 # ---- locks ----------------------------------------------------------------------------------------------------------
 # One kind of lock for everything (lock.pxd). The order: big, stripes ascending, one class, one pool.
@@ -118,7 +123,9 @@ ctypedef struct header_t:   # 4,096 bytes. Written at creation only, where nothi
                             # Writer: creation, and who restores
     int64_t clock_shift_ms  # added to CLOCK_MONOTONIC: the segment's clock. 0; tests move it
     uint64_t restored_seq   # no restored item has a higher version, every later write has
-    uint64_t pad2[5]
+    uint32_t restored_epoch # epoch at the creation: another one, and somebody has cleared since
+    uint32_t pad7
+    uint64_t pad2[4]
     uint64_t tick           # pages that CLOCK hands have left: the time by which pages age. Any process, no lock
     uint64_t supervisor     # token of the process that holds the supervisor's byte (token.pxd). Writer: it
     uint64_t heartbeat_ms   # when it last looked round, on CLOCK_MONOTONIC. Writer: it
@@ -132,7 +139,18 @@ ctypedef struct header_t:   # 4,096 bytes. Written at creation only, where nothi
     pool_t overflow
     pool_t big              # guards the taking of more than one page
     uint8_t config[1024]    # CONFIG_BYTES
-    uint64_t pad4[289]
+    uint64_t pad4[8]
+    # the append log: ring.pxd
+    uint64_t ring_bytes     # of each row's ring, a power of two; 0: no log. Written at creation only
+    uint64_t log_policy     # LOG_*. Writer: the supervisor, at its start
+    uint64_t log_gaps       # operations that the log does not have. Anyone, no lock
+    uint64_t log_healed     # log_gaps when the newest snapshot began: what came before is in it. Writer: the supervisor
+    uint64_t log_failed_ms  # wall clock, since when the log cannot be written; 0: it can. Writer: the supervisor
+    uint64_t log_asleep     # 1: the drainer sleeps on log_bell. Writer: it; back to 0 by whoever rings, by compare-and-swap
+    uint64_t log_epoch      # the newest epoch that is durable in the log. Writer: the supervisor
+    uint32_t log_bell       # a futex
+    uint32_t pad5
+    uint64_t pad6[273]
 
 # ---- process rows ---------------------------------------------------------------------------------------------------
 
@@ -164,6 +182,17 @@ ctypedef struct row_t:      # 1,024 bytes. Writer: the process that holds the ro
     uint64_t batch[16][4]   # BATCH_CLASSES, BATCH_SLOTS: addresses of RESERVED(this process) chunks; 0 = empty.
                             # Put by compare-and-swap, taken by exchange, recalled by others by compare-and-swap
     uint64_t pad1[8]
+
+# ---- rings of the log ---------------------------------------------------------------------------------------------------
+
+ctypedef struct ring_t:     # 192 bytes, one per row, then ring_bytes of records (record.pxd), each at a multiple of 8
+    uint64_t head           # bytes ever appended. Writer: the row's process
+    uint64_t pad0[7]
+    uint64_t drained        # bytes ever taken over: their room is free. Writer: the supervisor
+    uint64_t durable        # bytes that are on the disk. Writer: the supervisor
+    uint32_t bell           # futex for who waits for either; rung by the supervisor
+    uint32_t pad1
+    uint64_t pad2[13]
 
 # ---- slab pages -----------------------------------------------------------------------------------------------------
 
@@ -225,6 +254,11 @@ ctypedef struct seg_t:
     header_t* header
     row_t* row
     uint8_t* refs
+    uint8_t* rings
+    uint64_t ring_bytes
+    uint64_t ring_stuck     # what was drained when a call of this process waited for room in vain
+    uint64_t ring_reserved  # secured by calls of this process that are not over. Any thread
+    uint32_t ring_lock      # of this process's threads
     uint64_t* departed      # the sketch section: a bit for each hash that left while the segment is restored
     uint64_t departed_mask  # number of these bits, less one
     uint64_t slab_lo        # first and last + 1 address of slab memory, in granules

@@ -16,3 +16,4 @@ cdef enum:
     RECORD_DELETE = 1
     RECORD_EXPIRY = 2
     RECORD_CLEAR = 3
+    RECORD_REF = 4      # in a ring only: of a SET whose value is to be fetched from the table

@@ -6,7 +6,7 @@
 # its acquire fence, to see the bump, or the cas of 0 that is stored before any other byte.
 #
 # A write (step numbers as in the code): 1 reserve, 2 fill, 3 take the stripe and check, 4 intent, 5 old RETIRED, 6 slot,
-# 7 version, (8 log), 9 new LIVE, 10 seq, 11 release, 12 free the old.
+# 7 version, 8 log (ring.pxd), 9 new LIVE, 10 seq, 11 release, 12 free the old.
 # Crash at 1-3: RESERVED(dead), R1. 4-5: repair undoes. 6-10: repair finishes. 12: RETIRED(dead), R4.
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy
@@ -20,6 +20,8 @@ from shmcache.core.bucket cimport ADDR_MASK, OP_DELETE, OP_EVICT, OP_SET, OP_TOU
 from shmcache.core.clock cimport claim_stands, now_ms, stale, take_page, take_room
 from shmcache.core.layout cimport CLS_BIG, FLAG_BIG, FLAG_CLAIM, FLAG_LOCK, MAX_REFS, bucket_t, item_t, seg_t, stripe_t
 from shmcache.core.lock cimport lock_release, lock_take
+from shmcache.core.record cimport RECORD_DELETE, RECORD_EXPIRY, RECORD_SET
+from shmcache.core.ring cimport log_op, log_t
 from shmcache.core.settle cimport INNER_NS, settle_pages
 from shmcache.core.slab cimport chunk_class, chunk_free, class_for, cls_mark, in_slab, item_at, page_from_pool, page_room, page_to_pool, \
     refs_of, value_offset
@@ -289,6 +291,7 @@ ctypedef struct put_t:
     big_t big
     bint is_big
     uint64_t cas            # out: the version of the item stored
+    log_t log
 
 cdef inline int collect_pages(seg_t* s, put_t* op, uint64_t limit_ns) noexcept nogil:
     """Pages for a big value, listed in its head. One process at a time, or two could each hold half and wait."""
@@ -486,6 +489,8 @@ cdef inline int put(seg_t* s, put_t* op, uint64_t limit_ns) noexcept nogil:
     #! put: slot stored
     bump(s, b)                                                      # 7
     #! put: version
+    if unlikely(op.log.bytes != 0):                                 # 8
+        log_op(s, &op.log, RECORD_SET, st - s.stripes, op.cas, it, op.key, op.key_bytes, op.value, op.value_bytes)
     if op.is_big:
         big_seal_locked(s, op.chunk, op.key_bytes, op.big.n_pages)
     st64(&it.word, word_of(LIVE, 0))                                # 9
@@ -503,10 +508,12 @@ cdef inline int put(seg_t* s, put_t* op, uint64_t limit_ns) noexcept nogil:
     return OK
 
 cdef inline int remove(seg_t* s, const uint8_t* key, size_t n, uint64_t h, uint64_t version, bint only_expired,
-                       uint64_t limit_ns) noexcept nogil:
+                       log_t* log, uint64_t limit_ns) noexcept nogil:
     """Take a key out: OK, ABSENT, or MISMATCH if version is given (not 0) and is another; BUSY, INTR.
 
-    only_expired: what get does with what it found expired; whoever replaced the item meanwhile wins.
+    only_expired: what get does with what it found expired; whoever replaced the item meanwhile wins. log: NULL, or what is secured for it;
+    then an absent key's delete takes a version, too: a log may hold an older value that was evicted here. The version first, so that no
+    other write gets it if this process dies in between.
     """
     cdef uint64_t b = bucket_of(s, h)
     cdef stripe_t* st = stripe_of(s, b)
@@ -521,7 +528,7 @@ cdef inline int remove(seg_t* s, const uint8_t* key, size_t n, uint64_t h, uint6
         rc = ABSENT
     elif not f.live:
         if not only_expired or not f.claimed:       # a delete takes a claim away: what is being computed may be old
-            remove_locked(s, st, b, f.slot, f.addr, OP_DELETE if f.claimed else OP_EVICT)
+            remove_locked(s, st, b, f.slot, f.addr, OP_DELETE if f.claimed else OP_EVICT, log)
         else:
             f.slot = NULL
         rc = ABSENT
@@ -529,10 +536,14 @@ cdef inline int remove(seg_t* s, const uint8_t* key, size_t n, uint64_t h, uint6
         f.slot = NULL
         rc = MISMATCH
     else:
-        remove_locked(s, st, b, f.slot, f.addr, OP_DELETE)
+        remove_locked(s, st, b, f.slot, f.addr, OP_DELETE, log)
         rc = OK
     if only_expired and f.live:
         f.slot = NULL
+    if unlikely(log != NULL) and rc == ABSENT and not only_expired and log.bytes and log.end == 0:
+        st64(&st.seq, st.seq + 1)
+        #! remove: version of an absent key
+        log_op(s, log, RECORD_DELETE, st - s.stripes, st.seq, NULL, key, n, NULL, 0)
     stripe_release(st)
     if f.slot != NULL:
         if not f.claimed:
@@ -551,7 +562,7 @@ cdef inline int remove_claim(seg_t* s, const uint8_t* key, size_t n, uint64_t h,
     find_locked(s, b, key, n, h, &f)
     rc = OK if f.slot != NULL and f.claimed and ld64(&item_at(s, f.addr).cas) == version and my_claim(s, f.addr, n) else MISMATCH
     if rc == OK:
-        remove_locked(s, st, b, f.slot, f.addr, OP_EVICT)
+        remove_locked(s, st, b, f.slot, f.addr, OP_EVICT, NULL)
     stripe_release(st)
     if rc == OK:
         free_old(s, f.addr, limit_ns)
@@ -572,7 +583,7 @@ cdef inline int read_claim(seg_t* s, const uint8_t* key, size_t n, uint64_t h, u
     return EXISTS if unchanged(&r) or same_item(s, &r) else AGAIN
 
 cdef inline int add_to(seg_t* s, const uint8_t* key, size_t n, uint64_t h, int64_t by, int64_t* out,
-                       uint64_t limit_ns) noexcept nogil:
+                       log_t* log, uint64_t limit_ns) noexcept nogil:
     """Change a counter in place: OK, ABSENT, NOT_INT, OVERFLOW, BUSY or INTR.
 
     Value, then cas: gets() loads cas first, so no version covers a value it has not got. Crash between: repair counts the
@@ -606,13 +617,14 @@ cdef inline int add_to(seg_t* s, const uint8_t* key, size_t n, uint64_t h, int64
                 #! incr: value
                 st64(&it.cas, st.seq + 1)
                 #! incr: cas
+                log_op(s, log, RECORD_SET, st - s.stripes, st.seq + 1, it, key, n, <uint8_t*>at, 8)
                 st64(&st.seq, st.seq + 1)
                 #! incr: seq
     stripe_release(st)
     return rc
 
 cdef inline int set_expiry(seg_t* s, const uint8_t* key, size_t n, uint64_t h, uint64_t expiry_ms,
-                           uint64_t limit_ns) noexcept nogil:
+                           log_t* log, uint64_t limit_ns) noexcept nogil:
     """Change when an item expires, in place: OK, ABSENT, BUSY or INTR."""
     cdef uint64_t b = bucket_of(s, h)
     cdef stripe_t* st = stripe_of(s, b)
@@ -631,6 +643,7 @@ cdef inline int set_expiry(seg_t* s, const uint8_t* key, size_t n, uint64_t h, u
         #! touch: expiry
         st64(&it.cas, st.seq + 1)
         #! touch: cas
+        log_op(s, log, RECORD_EXPIRY, st - s.stripes, st.seq + 1, it, key, n, NULL, 0)
         st64(&st.seq, st.seq + 1)
         #! touch: seq
     stripe_release(st)

@@ -202,6 +202,9 @@ cdef inline void row_begin(seg_t* s, uint32_t r) noexcept nogil:
     st64(&row.pid, <uint64_t>getpid())
     s.row = row
     s.row_idx = r
+    s.ring_stuck = <uint64_t>-1
+    s.ring_reserved = 0     # of a parent
+    s.ring_lock = 0
     s.me[0] = ld64(&row.gen) << 16 | (r + 1)
     #! row: begun
 

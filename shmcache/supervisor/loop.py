@@ -27,7 +27,8 @@ import numpy as np
 
 from shmcache import errors
 from shmcache.core import _sweep
-from shmcache.supervisor import snapshot
+from shmcache.supervisor import appendlog, snapshot
+from shmcache.supervisor.appendlog import AppendLog
 
 if TYPE_CHECKING:
     from shmcache.cache import Cache
@@ -51,13 +52,14 @@ class Supervisor:
     """Exactly one per segment. run() till stop() is called, from a signal handler or another thread.
 
     Args: cache: a handle of its own. parent: pid of the process that started it, with which it ends; None: it stays. folder: a data
-    directory that was taken (snapshot.take), for snapshots every so many seconds, of which the newest `keep` are left.
-    Raises: SupervisorRunning.
+    directory that was taken (snapshot.take), for snapshots every so many seconds, of which the newest `keep` are left. log: "no",
+    "everysec" or "always": what is written is logged there, too (appendlog.py). None, "off": it is not.
+    Raises: SupervisorRunning; UsageError: the segment was created without a log_buffer; OSError.
     """
 
     def __init__(
         self, cache: Cache, parent: int | None = None, *, folder: Path | None = None, every: float = SNAPSHOT_EVERY,
-        keep: int = snapshot.KEEP, compress: bool = False,
+        keep: int = snapshot.KEEP, compress: bool = False, log: str | None = None,
     ) -> None:
         self.cache = cache
         self.hold = _sweep.Supervision(cache)
@@ -80,10 +82,33 @@ class Supervisor:
         self.next_snapshot = time.monotonic() + every
         self.writer: threading.Thread | None = None
         self.stop_writing = threading.Event()
+        self.log: AppendLog | None = None
+        try:
+            self.begin_log(log)
+        except BaseException:
+            self.close()
+            raise
 
     def stop(self, *_: object) -> None:
         """Let run() return after the tick in hand."""
         self.stopping = True
+
+    def begin_log(self, policy: str | None) -> None:
+        was_logged = int(self.header["log_policy"]) != 0
+        if policy in (None, "off"):
+            if was_logged:  # from here on it is not
+                appendlog.add_gap(self.cache)
+                appendlog.mark(self.cache, log_policy=0)
+            return
+        assert self.folder is not None
+        if not was_logged and len(self.cache) and not int(self.header["restored_seq"]):
+            appendlog.add_gap(self.cache)  # what is there already
+        self.log = AppendLog(self.cache, self.folder, policy, self.want_snapshot, self.compress)
+        self.want_snapshot()
+
+    def want_snapshot(self) -> None:
+        """Soon: the log has a gap, or begins."""
+        self.next_snapshot = 0.0
 
     def run(self) -> None:
         busy_till = 0.0
@@ -108,6 +133,9 @@ class Supervisor:
     def close(self) -> None:
         """Let go of the segment, and of the views that keep it mapped."""
         self.end_writer()
+        if self.log is not None:
+            self.log.close()
+            self.log = None
         self.hold.end()
         del self.classes, self.rows, self.header
 
@@ -178,7 +206,7 @@ class Supervisor:
         try:
             snapshot.write(
                 self.cache, self.folder, keep=self.keep, compress=self.compress, throttled=throttled,
-                stop=self.stop_writing if throttled else None,
+                stop=self.stop_writing if throttled else None, log=self.log,
             )  # fmt: skip
         except errors.SnapshotStopped:
             return  # the last one, which run() writes, is what was asked for

@@ -2,7 +2,7 @@
 
     take()      a data directory, for one process at a time
     write()     core/_stream.Walk -> format.Writer -> a temporary file, fsync, rename, fsync of the directory; the last few are kept
-    restore()   the newest file that is whole -> a new segment -> core/_stream.Restore
+    restore()   the newest file that is whole, and the log since -> a new segment -> core/_stream.Restore
 
 Crash at any line of write(): the temporary file is no snapshot, and the next write removes it; once renamed it is whole. The rename
 may be lost with the power until the directory is synced, as if nothing had been written. Crash in restore(): core/_stream.pyx.
@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shmcache import cache as cache_module
-from shmcache import errors
+from shmcache import errors, segment
 from shmcache.core import _stream
-from shmcache.segment import check_name as segment_path
 from shmcache.supervisor import format as fmt
+from shmcache.supervisor.appendlog import AppendLog, mark, sync_folder
 
 if TYPE_CHECKING:
     from shmcache.cache import Cache
@@ -35,6 +35,7 @@ SYNC_BYTES = 64 << 20  # written between two fsyncs: what the last one has to wa
 SHARE = 0.15  # of a core, that a throttled snapshot takes
 NICE = 10  # of the thread that writes a throttled one
 LOCK_NAME = "lock"
+EPOCHS_AHEAD = 1 << 16  # no segment is cleared so often within one log file
 VERSIONS_AHEAD = 1 << 40  # no stripe has so many writes between two snapshots
 
 Progress = Callable[[int, int], None]  # (done, of so many), in stripes or bytes
@@ -81,9 +82,9 @@ class _Throttle:
 
 def write(
     cache: Cache, folder: Path, *, keep: int = KEEP, compress: bool = False, throttled: bool = False, stop: threading.Event | None = None,
-    progress: Progress = _nobody,
+    progress: Progress = _nobody, log: AppendLog | None = None,
 ) -> dict[str, Any]:
-    """Write a snapshot of a segment into a directory that was taken.
+    """Write a snapshot of a segment into a directory that was taken. log: the segment's, if it has one: what it had before goes.
 
     Args: keep: so many of the newest are left. compress: with zstd. throttled: within SHARE of a core, for a thread beside workers that
     want both; stop: set by another thread, ends it.
@@ -96,45 +97,46 @@ def write(
     if cache.durability()["restoring"]:
         raise errors.UsageError(f"the segment {cache.name!r} is being restored, or that was killed: complete it (restore) first")
     try:
-        report = _write(cache, folder, keep, compress, _Throttle(stop) if throttled else None, stop, progress)
+        gaps = int(cache.segment.header["log_gaps"])
+        report = _write(cache, folder, keep, compress, _Throttle(stop) if throttled else None, stop, progress, log)
     except errors.SnapshotStopped:
         raise
     except BaseException:
         mark(cache, snapshot_failed_ms=began_ms)
         raise
-    mark(cache, snapshot_ms=began_ms, snapshot_failed_ms=0)
+    mark(cache, snapshot_ms=began_ms, snapshot_failed_ms=0, log_healed=gaps)
     return {**report, "seconds": time.monotonic() - began}
 
 
-def mark(cache: Cache, **words: int) -> None:
-    """Store words of the header. No view of it is kept: the handle may be closed while an exception still holds the caller's frame."""
-    header = cache.views(writable=True).header
-    for name, value in words.items():
-        header[name] = value
-
-
 def _write(
-    cache: Cache, folder: Path, keep: int, compress: bool, throttle: _Throttle | None, stop: threading.Event, progress: Progress
+    cache: Cache, folder: Path, keep: int, compress: bool, throttle: _Throttle | None, stop: threading.Event, progress: Progress,
+    log: AppendLog | None,
 ) -> dict[str, Any]:
     check_owner(folder, cache.name)
     for left in folder.glob("snapshot-*.shmcache.tmp"):
         left.unlink(missing_ok=True)
-    snapshots, _ = fmt.listing(folder)
+    snapshots, logs = fmt.listing(folder)
     number = snapshots[-1][0] + 1 if snapshots else 1
+    log_from = log.rotate() if log else logs[-1][0] + 1 if logs else 1
     path = folder / fmt.snapshot_name(number)
     temporary = path.with_name(path.name + ".tmp")
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         with os.fdopen(fd, "wb", buffering=0) as file:
-            walk, size_bytes = _write_file(cache, file, compress, throttle, stop, progress)
+            walk, size_bytes = _write_file(cache, file, compress, throttle, stop, progress, log, log_from)
         os.rename(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):  # the next snapshot removes it
             temporary.unlink()
         raise
     sync_folder(folder)
-    for old in _superseded(cache, [path for _, path in snapshots], keep - 1):
+    going = _superseded(cache, [path for _, path in snapshots], keep - 1)
+    for old in going:
         old.unlink(missing_ok=True)
+    needed = min([log_from, *(n for _, path in snapshots if path not in going and (n := _log_from(path)) is not None)])
+    for log_number, old in logs:
+        if log_number < needed:
+            old.unlink(missing_ok=True)
     return {"path": str(path), "number": number, "items": walk.items, "bytes": size_bytes, "damaged": walk.damaged}
 
 
@@ -153,21 +155,33 @@ def is_of(name: str, folder: Path) -> bool:
         return not created or created[-1] == int(cache.segment.header["created_ms"]) or int(cache.segment.header["restored_seq"]) > 0
 
 
+def _head(path: Path) -> dict[str, Any]:
+    """Of a snapshot; empty if it cannot be read."""
+    with contextlib.suppress(errors.DamagedFile, errors.NewerFormat), fmt.Reader(path, "snapshot") as reader:
+        return reader.head
+    return {}
+
+
 def _created_ms(path: Path) -> int | None:
     """Of the segment that a snapshot is of."""
-    with contextlib.suppress(errors.DamagedFile, errors.NewerFormat), fmt.Reader(path, "snapshot") as reader:
-        return reader.head.get("segment_created_ms")
-    return None
+    return _head(path).get("segment_created_ms")
+
+
+def _log_from(path: Path) -> int | None:
+    """The first log file that a snapshot needs."""
+    return _head(path).get("log_from")
 
 
 def _write_file(
-    cache: Cache, file: Any, compress: bool, throttle: _Throttle | None, stop: threading.Event, progress: Progress
+    cache: Cache, file: Any, compress: bool, throttle: _Throttle | None, stop: threading.Event, progress: Progress, log: AppendLog | None,
+    log_from: int,
 ) -> tuple[_stream.Walk, int]:
-    object_ = os.stat(segment_path(cache.name))
+    object_ = os.stat(segment.check_name(cache.name))
     head = {
         "name": cache.name, "host": socket.gethostname(), "created_ms": int(time.time() * 1000),
         "segment_created_ms": int(cache.segment.header["created_ms"]), "settings": cache.mapping.settings(),
         "mode": object_.st_mode & 0o777, "group": object_.st_gid, "newest": int(cache.segment.stripes["seq"].max()),
+        "epoch": int(cache.segment.header["epoch"]), "log_from": log_from, "logged": log is not None,
     }  # fmt: skip
     writer = fmt.Writer(file, "snapshot", head, compress=compress)
     walk = _stream.Walk(cache, BLOCK_BYTES)
@@ -183,20 +197,13 @@ def _write_file(
             throttle.pause()
         if stop.is_set():
             raise errors.SnapshotStopped("the snapshot was stopped before it was whole; the one before it is kept")
+    if log:
+        log.sync()  # what the copy shows is durable, or a restore would have it and not what came before it in other keys
     epoch = int(cache.segment.header["epoch"])  # now: what was cleared during the walk is cleared
     writer.end({"items": walk.items, "n_stripes": walk.n_stripes, "floors": walk.floors, "newest": walk.newest, "epoch": epoch})
     os.fsync(file.fileno())
     progress(walk.n_stripes, walk.n_stripes)
     return walk, writer.bytes_written
-
-
-def sync_folder(folder: Path) -> None:
-    """What was renamed or made in it outlives a power cut."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def check_owner(folder: Path, name: str) -> None:
@@ -220,24 +227,32 @@ class Found:
         self.path = path
         with fmt.Reader(path, "snapshot") as reader:
             head, self.size_bytes = reader.head, reader.size_bytes
+        self.newest, self.created_ms, self.settings, self.head_epoch = _of_head(path, head)
         try:
-            self.newest, self.created_ms, self.settings = int(head["newest"]), int(head["created_ms"]), dict(head["settings"])
             self.mode, self.group = int(head["mode"]), int(head["group"])
+            self.log_from, self.logged = int(head["log_from"]), bool(head["logged"])
         except (KeyError, TypeError, ValueError) as e:
             raise errors.DamagedFile(str(path), 0, f"HEAD lacks what a snapshot's has ({type(e).__name__}: {e})") from None
 
     def check(self, each: Callable[[memoryview], None] = lambda payload: None, progress: Progress = _nobody) -> Found:
-        """Read it through, each RECORDS block to `each`: self, with items and epoch of its END. Raises: DamagedFile, OSError."""
+        """Read it through, each RECORDS block to `each`: self, with items, epoch and floors of its END. Raises: DamagedFile, OSError."""
         with fmt.Reader(self.path, "snapshot") as reader:
             for offset, payload in reader.blocks():
                 each(payload)
                 progress(offset, reader.size_bytes)
             end = reader.end or {}
         try:
-            self.items, self.epoch = int(end["items"]), int(end["epoch"])
+            self.items, self.epoch, self.floors = int(end["items"]), int(end["epoch"]), bytes(end["floors"])
         except (KeyError, TypeError, ValueError) as e:
             raise errors.DamagedFile(str(self.path), 0, f"END lacks what a snapshot's has ({type(e).__name__}: {e})") from None
         return self
+
+
+def _of_head(path: Path, head: dict[str, Any]) -> tuple[int, int, dict[str, int], int]:
+    try:
+        return int(head["newest"]), int(head["created_ms"]), dict(head["settings"]), int(head["epoch"])
+    except (KeyError, TypeError, ValueError) as e:
+        raise errors.DamagedFile(str(path), 0, f"HEAD lacks what it has to have ({type(e).__name__}: {e})") from None
 
 
 def find(folder: Path) -> tuple[list[Found], list[str]]:
@@ -251,68 +266,143 @@ def find(folder: Path) -> tuple[list[Found], list[str]]:
     return found, damaged
 
 
+class Logs:
+    """The log files of a directory from one on. Raises: DamagedFile: one is missing, or its beginning is damaged; NewerFormat, OSError."""
+
+    def __init__(self, folder: Path, log_from: int, wanted: bool) -> None:
+        numbered = [(number, path) for number, path in fmt.listing(folder)[1] if number >= log_from]
+        self.paths = [path for _, path in numbered]
+        there = {number for number, _ in numbered}
+        missing = sorted(set(range(log_from, max(there, default=log_from - 1 + wanted) + 1)) - there)
+        if missing:
+            path = folder / fmt.log_name(missing[0])
+            raise errors.DamagedFile(str(path), 0, "this log file is missing, and what is in it cannot be had from any other")
+        self.cut: list[str] = []
+        self.newest = self.epoch = 0
+        self.created_ms = 0
+        self.settings: dict[str, int] = {}
+        for path in self.paths:
+            with fmt.Reader(path, "log") as reader:
+                if reader.torn == 0:
+                    continue
+                newest, self.created_ms, self.settings, epoch = _of_head(path, reader.head)
+                self.newest, self.epoch = max(self.newest, newest), max(self.epoch, epoch)
+
+    def blocks(self) -> Iterator[memoryview]:
+        """Payloads of all, in order; what is torn is left out, and named in `cut`. Raises: DamagedFile, OSError."""
+        self.cut = []
+        for path in self.paths:
+            with fmt.Reader(path, "log") as reader:
+                for _, payload in reader.blocks():
+                    yield payload
+                if reader.torn is not None:
+                    self.cut.append(f"{path}: cut at byte {reader.torn} of {reader.size_bytes}, behind the last whole block")
+
+
 def restore(name: str, folder: Path, *, progress: Progress = _nobody, **options: Any) -> dict[str, Any]:
-    """Create the segment and put the newest whole snapshot of a directory that was taken into it. Workers can use it from the first moment.
-    A segment whose restore was killed is completed.
+    """Create the segment and put the newest whole snapshot of a directory that was taken into it, and what its log has since. Workers can
+    use the segment from the first moment. One whose restore was killed is completed.
 
     Args: options: of create(); those that are not given are as they were when the snapshot was written.
-    Returns: {"snapshot", "items", "stored", "present", "expired", "dropped", "seconds", "clock_back_s", "cleared", "damaged" (newer files
-    that are not whole)}.
-    Raises: NoSnapshot: none is whole; the segment, if it was created, is empty then. ForeignDataDir, NewerFormat; SegmentExists and the
-    rest of create(); StripeBusy, OSError.
+    Returns: {"snapshot" (None: log only), "items", "stored", "present", "expired", "dropped", "log_records", "seconds", "clock_back_s",
+    "cleared", "damaged" (newer files that are not whole), "cut" (torn ends of log files)}.
+    Raises: NoSnapshot: none is whole, and there is no log from the first write on; the segment, if it was created, is empty then.
+    DamagedFile: of the log, whose place is named; the segment is unlinked then. ForeignDataDir, NewerFormat; SegmentExists and the rest of
+    create(); StripeBusy, OSError.
     """
     began = time.monotonic()
     check_owner(folder, name)
     candidates, damaged = find(folder)
-    if not candidates:
+    logs = Logs(folder, candidates[0].log_from, candidates[0].logged) if candidates else Logs(folder, 1, False)
+    if not candidates and not logs.settings:
         raise errors.NoSnapshot(_none_whole(folder, damaged))
-    with _create_or_complete(name, candidates, options) as cache:
-        into = _stream.Restore(cache)
-        for found in candidates:
-            try:
-                # namespaces first: who needs one while it is absent would begin a new one
-                found.check(lambda payload: into.put(payload, generations=True), progress)
-                break
-            except errors.DamagedFile as e:
-                damaged.append(str(e))
-        else:
+    with _create_or_complete(name, candidates, logs, options) as cache:
+        try:
+            report = _fill(cache, folder, candidates, logs, damaged, progress)
+        except errors.DamagedFile:
+            segment.unlink(name)
+            raise
+    return {**report, "seconds": time.monotonic() - began}
+
+
+def _fill(
+    cache: Cache, folder: Path, candidates: list[Found], logs: Logs, damaged: list[str], progress: Progress
+) -> dict[str, Any]:
+    into = _stream.Restore(cache)
+    found: Found | None = None
+    for found in candidates:
+        try:
+            found.check(progress=progress)
+            break
+        except errors.DamagedFile as e:
+            damaged.append(str(e))
+    else:
+        found = None
+        if candidates:  # an earlier log is not there any more: it went when they were written
             into.finish()
-            raise errors.NoSnapshot(_none_whole(folder, damaged) + f"\nthe segment {name!r} was created, and is empty")
-        into.generations_done()
-        # if the wall clock was set back since, lives do not become longer than they were
-        clock_back_ms = max(0, found.created_ms - int(time.time() * 1000))
-        # into less memory than they came from: the hottest first, as long as there is room
-        smaller = memoryview(cache.mapping).nbytes < found.settings["size_bytes"]
-        heats = (3, 2, 1, 0) if smaller else (-1,)
-        for turn, heat in enumerate(heats):
-            with fmt.Reader(found.path, "snapshot") as reader:
-                for offset, payload in reader.blocks():
-                    into.put(payload, clock_back_ms, heat, found.epoch)
-                    progress(turn * reader.size_bytes + offset, len(heats) * reader.size_bytes)
-                    if into.cleared or (smaller and into.full):
-                        break
-            if into.cleared or (smaller and into.full):
-                break
-        into.finish()
-        return {
-            "snapshot": str(found.path), "items": found.items, "stored": into.stored, "present": into.present, "expired": into.expired,
-            "dropped": max(0, found.items - into.stored - into.present - into.expired), "seconds": time.monotonic() - began,
-            "clock_back_s": clock_back_ms / 1000, "cleared": into.cleared, "damaged": damaged,
-        }  # fmt: skip
+            raise errors.NoSnapshot(_none_whole(folder, damaged) + f"\nthe segment {cache.name!r} was created, and is empty")
+    if found is not None and found is not candidates[0]:
+        logs = Logs(folder, found.log_from, found.logged)
+    tail = _stream.Tail(cache, found.floors if found else b"")
+    for payload in logs.blocks():
+        tail.add(payload)
+    epoch = max(tail.epoch, found.epoch if found else 0)
+    if found and tail.keys:
+        found.check(tail.see, progress)
+    # if the wall clock was set back since, lives do not become longer than they were
+    created_ms = max(logs.created_ms, found.created_ms if found else 0)
+    clock_back_ms = max(0, created_ms - int(time.time() * 1000))
+    # namespaces first: who needs one while it is absent would begin a new one
+    _put_all(into, found, logs, progress, clock_back_ms, -1, epoch, True, tail)
+    into.generations_done()
+    # into less memory than they came from: the hottest first, as long as there is room
+    settings = found.settings if found else logs.settings
+    smaller = memoryview(cache.mapping).nbytes < settings["size_bytes"]
+    for heat in (3, 2, 1, 0) if smaller else (-1,):
+        _put_all(into, found, logs, progress, clock_back_ms, heat, epoch, False, tail)
+    into.finish()
+    items = found.items if found else 0
+    return {
+        "snapshot": str(found.path) if found else None, "items": items, "stored": into.stored, "present": into.present,
+        "expired": into.expired, "dropped": into.dropped, "log_records": tail.records, "clock_back_s": clock_back_ms / 1000,
+        "cleared": into.cleared, "damaged": damaged, "cut": logs.cut,
+    }  # fmt: skip
+
+
+def _put_all(
+    into: _stream.Restore, found: Found | None, logs: Logs, progress: Progress, clock_back_ms: int, heat: int, epoch: int,
+    generations: bool, tail: _stream.Tail,
+) -> None:
+    for payload in logs.blocks():
+        into.put(payload, clock_back_ms, heat, epoch, generations, tail)
+    if found is None:
+        return
+    with fmt.Reader(found.path, "snapshot") as reader:
+        for offset, payload in reader.blocks():
+            into.put(payload, clock_back_ms, heat, epoch, generations, tail)
+            progress(offset, reader.size_bytes)
+            if into.cleared:
+                return
 
 
 def _none_whole(folder: Path, damaged: list[str]) -> str:
     return f"no whole snapshot in {folder}" + "".join(f"\n  {line}" for line in damaged)
 
 
-def _create_or_complete(name: str, candidates: list[Found], options: dict[str, Any]) -> Cache:
+def _create_or_complete(name: str, candidates: list[Found], logs: Logs, options: dict[str, Any]) -> Cache:
     """The segment, live before the files are read through: a worker that begins meanwhile is to find this one, not to create its own."""
-    newest = candidates[0]
     # above every version that was given out before, also after the snapshot: clients may still hold one for cas()
-    restored_seq = max(found.newest for found in candidates) + VERSIONS_AHEAD
-    was = {"mode": newest.mode, **({"group": newest.group} if newest.group != os.getegid() else {})}
+    newest = max([logs.newest, *(found.newest for found in candidates)]) + VERSIONS_AHEAD
+    # and above every epoch: a CLEAR that is in the log still is not to hide what comes
+    epoch = max([logs.epoch, *(found.head_epoch for found in candidates)]) + EPOCHS_AHEAD
+    settings = candidates[0].settings if candidates else logs.settings
+    was: dict[str, Any] = {}
+    if candidates:
+        was["mode"] = candidates[0].mode
+        if candidates[0].group != os.getegid():
+            was["group"] = candidates[0].group
     try:
-        return cache_module.create_restored(name, restored_seq, newest.settings, **{**was, **options})
+        return cache_module.create_restored(name, newest, epoch, settings, **{**was, **options})
     except errors.SegmentExists:
         cache = cache_module.attach(name)
         if not cache.durability()["restoring"]:

@@ -33,7 +33,9 @@ import numpy as np
 
 import shmcache
 from shmcache import errors
-from shmcache.core import _core, _sweep
+from shmcache.core import _core, _stream, _sweep
+from shmcache.supervisor import appendlog
+from shmcache.supervisor import format as fmt
 from tests import special
 
 ADDRESS = (1 << 48) - 1
@@ -235,6 +237,52 @@ def incr(b: Bench) -> None:
 def touch(b: Bench) -> None:
     b.cache.touch(VICTIM, 1000)
     b.cache.persist(VICTIM)
+
+
+# -- the same, logged: in the ring, or logged by who repairs
+
+
+def logged(prepare: Callable[[Bench], None]) -> Any:
+    def prepared(b: Bench) -> None:
+        appendlog.mark(b.cache, log_policy=1)
+        prepare(b)
+
+    return scenario(prepare=prepared, log_buffer="64K")
+
+
+@logged(basic)
+def logged_set(b: Bench) -> None:
+    b.cache.set(VICTIM, NEW)
+
+
+@logged(absent)
+def logged_set_new(b: Bench) -> None:
+    b.cache.set(VICTIM, NEW)
+
+
+@logged(lambda b: (basic(b), setattr(b, "victim", [OLD, BIG_NEW]))[0])
+def logged_set_large(b: Bench) -> None:
+    b.cache.set(VICTIM, BIG_NEW)
+
+
+@logged(to_delete)
+def logged_delete(b: Bench) -> None:
+    b.cache.delete(VICTIM)
+
+
+@logged(lambda b: (absent(b), setattr(b, "victim", [None]))[0])
+def logged_delete_absent(b: Bench) -> None:
+    b.cache.delete(VICTIM)
+
+
+@logged(counter)
+def logged_incr(b: Bench) -> None:
+    b.cache.incr(VICTIM)
+
+
+@logged(lambda b: (basic(b), setattr(b, "victim", [OLD]))[0])
+def logged_touch(b: Bench) -> None:
+    b.cache.touch(VICTIM, 1000)
 
 
 def expired(b: Bench) -> None:
@@ -681,6 +729,8 @@ def survivors(s: Scenario) -> Any:
 
     def look(b: Bench) -> Any:
         wrong = read_all(b, s.evicts)
+        if "log_buffer" in s.options:
+            wrong += log_agrees(b)
         took = {}
         began = time.monotonic()
         b.cache.set(VICTIM, b"after")
@@ -699,6 +749,28 @@ def survivors(s: Scenario) -> Any:
         return wrong[:6], took
 
     return look
+
+
+def log_agrees(b: Bench) -> list[str]:
+    """What a restore would make of the log for the operation's key is what is read, once its stripe was taken over."""
+    b.cache.delete(b.neighbours(VICTIM, 1)[0])
+    value, version = b.cache.gets(VICTIM)
+    drain = _stream.Drain(b.cache)
+    newest = None
+    while drain.collect():
+        with memoryview(drain) as payload:
+            for r in fmt.records(payload):
+                if r.key == VICTIM and r.op != fmt.EXPIRY and (newest is None or r.version >= newest.version):
+                    newest = r
+        drain.drained()
+    if drain.damaged:
+        return ["a ring is damaged"]
+    if newest is None or newest.op == fmt.DELETE:
+        return [] if value is None else ["the log has the key deleted, and it is read"]
+    logged = int.from_bytes(newest.value, "little") if newest.codec == 2 else newest.value
+    if logged != value or newest.version > version:
+        return [f"the log has {logged!r:.40} at {newest.version}, {value!r:.40} is read at {version}"]
+    return []
 
 
 def read_others(b: Bench, evicts: bool) -> list[str]:

@@ -1,0 +1,233 @@
+"""The append log: records out of the processes' rings (core/ring.pxd) into numbered files, synced as the policy says.
+
+    no          written as they come, synced when the kernel likes
+    everysec    synced every second
+    always      synced at once; a write returns when the sync that covers it is done, and all that came meanwhile shares the next one
+
+One thread of the supervisor owns the rings' other end and the file. A snapshot asks it for a new file when it begins (what comes after is
+in there or later) and for a sync when it ends (a snapshot is valid only when the log is durable up to its end).
+
+A file on which a write or a sync has failed is finished: the kernel may have dropped what it could not write, and says so once. Another is
+tried every second. What was collected and not yet taken as drained is collected again, so with `always` nothing is lost; with the others
+what was written and not synced may be: that is counted as a gap, and a snapshot asked for, which heals it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shmcache import errors
+from shmcache.core import _stream
+from shmcache.supervisor import format as fmt
+
+if TYPE_CHECKING:
+    from shmcache.cache import Cache
+
+POLICIES = {"off": 0, "no": 1, "everysec": 2, "always": 3}  # header.log_policy
+FILE_BYTES = 256 << 20  # of a file, after which the next is begun
+SYNC_EVERY = 1.0  # seconds
+IDLE = 0.02  # seconds between two looks at the rings if nobody rings
+RETRY = 1.0  # seconds between two tries to begin a file
+
+
+class AppendLog:
+    """Args: policy: "no", "everysec" or "always". on_gap: called when a snapshot is needed. open_file: for tests with a disk of their own.
+    Raises: UsageError: the segment has no rings; OSError: the first file cannot be begun.
+    """
+
+    def __init__(
+        self, cache: Cache, folder: Path, policy: str, on_gap: Callable[[], None] = lambda: None, compress: bool = False,
+        open_file: Callable[[Path], Any] = lambda path: open(path, "xb", buffering=0),  # noqa: SIM115
+    ) -> None:
+        self.cache, self.folder, self.policy, self.on_gap = cache, folder, policy, on_gap
+        self.compress, self.open_file = compress, open_file
+        self.drain = _stream.Drain(cache)
+        self.epoch = 0  # the newest that is in the log
+        self.unsynced = False
+        self.synced_at = time.monotonic()
+        self.failed = False
+        self.retry_at = 0.0
+        self.stopping = False
+        self.wishes: list[tuple[bool, threading.Event]] = []  # (a new file, done)
+        self.lock = threading.Lock()
+        self.file: Any = None
+        self.writer: fmt.Writer
+        _, logs = fmt.listing(folder)
+        for _, path in logs[-1:]:  # what the one before has written and not synced must not be lost behind what is synced from now on
+            sync_file(path)
+        self.number = logs[-1][0] if logs else 0
+        self.begin_file()
+        mark(cache, log_policy=POLICIES[policy], log_failed_ms=0)
+        self.thread = threading.Thread(target=self.run, name="log", daemon=True)
+        self.thread.start()
+
+    # -- for the supervisor's other threads
+
+    def rotate(self) -> int:
+        """Begin a new file: its number. What is appended from now on is in it or in a later one. Raises: LogFull."""
+        self.wish(True)
+        return self.number
+
+    def sync(self) -> None:
+        """What was appended so far is on the disk. Raises: LogFull."""
+        self.wish(False)
+
+    def wish(self, new_file: bool) -> None:
+        done = threading.Event()
+        with self.lock:
+            self.wishes.append((new_file, done))
+        while not done.wait(1.0):
+            if self.failed or not self.thread.is_alive():
+                raise errors.LogFull("the log cannot be written: look at the supervisor's output")
+
+    def close(self) -> None:
+        """Take over and sync what is in the rings, and end. The policy stays: writers wait for the next supervisor, as far as they wait."""
+        self.stopping = True
+        self.thread.join()
+        if self.file is not None:
+            self.file.close()
+
+    # -- the thread
+
+    def run(self) -> None:
+        while True:
+            stopping = self.stopping
+            moved = False
+            try:
+                if self.file is None:
+                    self.begin_file_again()
+                else:
+                    moved = self.turn()
+            except (OSError, errors.StripeBusy) as e:
+                self.fail(e)
+            if stopping and not self.drain.more:
+                return
+            if not moved:
+                self.drain.sleep(IDLE if self.file is not None else RETRY)
+
+    def turn(self) -> bool:
+        """Take over what there is: was there any?"""
+        with self.lock:
+            wishes, self.wishes = self.wishes, []
+        try:
+            epoch = int(self.cache.segment.header["epoch"])
+            got = self.drain.collect()
+            if got:
+                with memoryview(self.drain) as payload:
+                    self.writer.records(payload)
+            if epoch != self.epoch:
+                self.writer.records(fmt.pack_record(fmt.CLEAR, version=0, epoch=epoch))
+                self.epoch = epoch
+                self.unsynced = True
+            self.unsynced = self.unsynced or got
+            if got and self.policy != "always":
+                self.drain.drained()
+            due = time.monotonic() - self.synced_at >= SYNC_EVERY
+            if self.unsynced and (self.policy == "always" or (self.policy == "everysec" and due) or self.stopping):
+                self.sync_now()
+            while wishes and not self.drain.more:
+                new_file, done = wishes.pop()
+                self.sync_now()
+                if new_file:
+                    self.begin_file()
+                done.set()
+            if self.writer.bytes_written > FILE_BYTES:
+                self.sync_now()
+                self.begin_file()
+        finally:
+            with self.lock:
+                self.wishes += wishes
+        return got
+
+    def sync_now(self) -> None:
+        os.fsync(self.file.fileno())
+        self.writer.synced()
+        self.drain.drained()
+        self.drain.durable()
+        self.unsynced = False
+        self.synced_at = time.monotonic()
+        mark(self.cache, log_epoch=self.epoch)
+
+    def begin_file(self) -> None:
+        """The next file, which outlives a power cut from now on."""
+        if self.file is not None:
+            self.writer.records(b"")  # says that what is before it was synced: damage there is no torn end
+            os.fsync(self.file.fileno())
+        number = self.number + 1
+        path = self.folder / fmt.log_name(number)
+        file = self.open_file(path)
+        try:
+            head = {
+                "name": self.cache.name, "created_ms": int(time.time() * 1000), "number": number, "settings": self.cache.mapping.settings(),
+                "newest": int(self.cache.segment.stripes["seq"].max()), "epoch": int(self.cache.segment.header["epoch"]),
+            }  # fmt: skip
+            writer = fmt.Writer(file, "log", head, compress=self.compress)
+            os.fsync(file.fileno())
+            writer.synced()
+            sync_folder(self.folder)
+        except BaseException:
+            file.close()
+            path.unlink(missing_ok=True)
+            raise
+        if self.file is not None:
+            self.file.close()
+        self.file, self.writer, self.number = file, writer, number
+
+    def begin_file_again(self) -> None:
+        if time.monotonic() >= self.retry_at:
+            self.retry_at = time.monotonic() + RETRY
+            self.begin_file()
+            self.failed = False
+            mark(self.cache, log_failed_ms=0)
+            print(f"shmcache: the log of {self.cache.name} goes on in {fmt.log_name(self.number)}", file=sys.stderr, flush=True)
+            self.on_gap()
+
+    def fail(self, error: Exception) -> None:
+        """This file is finished. With always nothing of it was promised but what is synced; else a snapshot has to heal it."""
+        if not self.failed:
+            print(f"shmcache: the log of {self.cache.name} cannot be written: {error}", file=sys.stderr, flush=True)
+            mark(self.cache, log_failed_ms=int(time.time() * 1000))
+        if self.file is not None:
+            self.file.close()
+            self.file = None
+            if self.policy != "always" and self.unsynced:
+                add_gap(self.cache)
+        self.failed = True
+        self.unsynced = False
+        self.epoch = 0
+        self.drain.rewind()
+        self.retry_at = time.monotonic() + RETRY
+
+
+def mark(cache: Cache, **words: int) -> None:
+    """Store words of the header. No view of it is kept: the handle may be closed while an exception still holds the caller's frame."""
+    header = cache.views(writable=True).header
+    for name, value in words.items():
+        header[name] = value
+
+
+def add_gap(cache: Cache) -> None:
+    _stream.count_gap(cache)
+
+
+def sync_file(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def sync_folder(folder: Path) -> None:
+    """What was renamed or made in it outlives a power cut."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,516 @@
+"""The append log: what is in it, what a restore makes of it, and what a full ring, a dead supervisor and a broken disk do."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import multiprocessing as mp
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import shmcache
+from shmcache import errors
+from shmcache.core import _stream
+from shmcache.supervisor import appendlog, snapshot
+from shmcache.supervisor import format as fmt
+from shmcache.supervisor.appendlog import AppendLog
+
+LIMIT = 60  # seconds, of any wait
+
+
+def until(condition):
+    deadline = time.monotonic() + LIMIT
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.005)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    with snapshot.take(tmp_path / "data") as folder:
+        yield folder
+
+
+@pytest.fixture
+def logged(make, folder):
+    """logged(policy, **options) -> (cache, log): the drainer is a thread of this process."""
+    logs = []
+
+    def go(policy, size="16M", **options):
+        cache = make(size, log_buffer="64K", max_processes=16, **options)
+        logs.append(AppendLog(cache, folder, policy))
+        return cache, logs[-1]
+
+    yield go
+    for log in logs:
+        log.close()
+
+
+def restored(name, folder, **options):
+    with contextlib.suppress(shmcache.SegmentNotFound):
+        shmcache.unlink(name)
+    return snapshot.restore(name, folder, **options), shmcache.attach(name)
+
+
+def records(folder):
+    for _, path in fmt.listing(folder)[1]:
+        with fmt.Reader(path, "log") as reader:
+            for _, payload in reader.blocks():
+                yield from fmt.records(payload)
+
+
+@pytest.mark.parametrize("policy", ["no", "everysec", "always"])
+def test_every_operation_is_in_the_log(logged, folder, policy):
+    cache, log = logged(policy)
+    cache.set("set", 1)
+    cache.set("set", 2)
+    cache.add("added", "a")
+    cache.add("added", "b")
+    cache.replace("added", "c", ttl=1000)
+    cache.cas("added", "d", cache.gets("added")[1], ttl=1000)
+    cache.incr("n", 5, default=0)
+    cache.incr("n")
+    cache.decr("n", 2)
+    cache.set_many({"m1": [1], "m2": (2,)})
+    cache.set("deleted", 1)
+    cache.delete("deleted")
+    cache.set("popped", 1)
+    cache.pop("popped")
+    cache.set("gone", 1)
+    cache.set("gone", 1, ttl=0)
+    cache.set("touched", 1)
+    cache.touch("touched", 500)
+    cache.set("persisted", 1, ttl=500)
+    cache.persist("persisted")
+    cache.set("big", os.urandom(100_000))
+    cache.get_or_set("computed", lambda: "x")
+    cache.namespace("ns").set("k", "v")
+    with cache.lock("locked"):
+        pass
+    big = cache["big"]
+    log.sync()
+    versions = {k: cache.gets(k)[1] for k in ("set", "added", "n", "big", "touched")}
+    report, after = restored(cache.name, folder)
+    with after:
+        assert report["snapshot"] is None and report["cut"] == [] and report["dropped"] == 0
+        assert after.get_many(["set", "added", "n", "m1", "m2", "touched", "persisted", "big", "computed"]) == {
+            "set": 2, "added": "d", "n": 4, "m1": [1], "m2": (2,), "touched": 1, "persisted": 1, "big": big, "computed": "x",
+        }  # fmt: skip
+        assert not any(after.get(k) for k in ("deleted", "popped", "gone", "locked"))
+        assert 400 < after.ttl("touched") <= 500 and 900 < after.ttl("added") <= 1000 and after.ttl("persisted") == float("inf")
+        assert after.namespace("ns").get("k") == "v"
+        assert {k: after.gets(k)[1] for k in versions} == versions
+        assert after.verify() == []
+
+
+def test_a_clear_is_in_the_log(logged, folder):
+    cache, _ = logged("always")
+    cache.set("before", 1)
+    cache.clear()
+    assert int(cache.segment.header["log_epoch"]) >= 2
+    cache.set("after", 1)
+    _, after = restored(cache.name, folder)
+    with after:
+        assert set(after.scan()) == {b"after"}
+        after.set("later", 1)
+        assert after.get("later") == 1
+
+
+def test_a_delete_of_an_absent_key_is_logged(logged, folder):
+    """An older value may be in a snapshot, or earlier in the log, though it was evicted here."""
+    cache, log = logged("always")
+    cache.set("k", "old")
+    snapshot.write(cache, folder, log=log)
+    cache.delete("k")
+    cache.delete("k")
+    assert [r.op for r in records(folder) if r.key == b"k"].count(fmt.DELETE) >= 2
+    _, after = restored(cache.name, folder)
+    with after:
+        assert after.get("k") is None
+
+
+def test_a_snapshot_and_the_log_since(logged, folder):
+    cache, log = logged("everysec", "32M")
+    rng = random.Random(1)
+    expected = {}
+    for turn in range(3):
+        for _ in range(20_000):
+            k = b"k%d" % rng.randrange(5000)
+            if rng.random() < 0.2:
+                cache.delete(k)
+                expected.pop(k, None)
+            else:
+                expected[k] = rng.randbytes(rng.choice((5, 50, 500)))
+                cache.set(k, expected[k])
+        if turn < 2:
+            snapshot.write(cache, folder, log=log)
+    log.sync()
+    assert fmt.listing(folder)[1][0][0] > 1, "the log before the older snapshot has gone"
+    versions = {k: cache.gets(k)[1] for k in expected}
+    for size in ("32M", "64M"):
+        report, after = restored(cache.name, folder, size=size)
+        with after:
+            assert report["log_records"] > 10_000
+            assert after.get_many(list(expected)) == expected
+            assert len(after) == len(expected)
+            assert {k: after.gets(k)[1] for k in expected} == versions
+            assert after.verify() == []
+    # a newest snapshot that is damaged: the one before, and the longer log
+    newest = fmt.listing(folder)[0][-1][1]
+    newest.write_bytes(newest.read_bytes()[:-1])
+    report, after = restored(cache.name, folder)
+    with after:
+        assert len(report["damaged"]) == 1
+        assert after.get_many(list(expected)) == expected and len(after) == len(expected)
+
+
+def test_lives_of_the_log_and_of_the_snapshot_go_together(logged, folder):
+    cache, log = logged("always")
+    cache.set("k", "v")
+    cache.set("shortened", "v", ttl=5000)
+    snapshot.write(cache, folder, log=log)
+    cache.touch("k", 700)
+    cache.expire("shortened", 600)
+    cache.expire("absent", 100)
+    _, after = restored(cache.name, folder)
+    with after:
+        assert after["k"] == "v" and 600 < after.ttl("k") <= 700
+        assert 500 < after.ttl("shortened") <= 600
+
+
+def test_a_missing_file_in_the_middle_is_named(logged, folder):
+    cache, log = logged("always")
+    for i in range(3):
+        cache.set(f"k{i}", i)
+        log.rotate()
+    path = folder / fmt.log_name(2)
+    content = path.read_bytes()
+    path.unlink()
+    shmcache.unlink(cache.name)
+    with pytest.raises(errors.DamagedFile, match=r"log-000000000002.*missing"):
+        snapshot.restore(cache.name, folder)
+    assert not os.path.exists(f"/dev/shm/shmcache.{cache.name}")
+    path.write_bytes(content)
+    _, after = restored(cache.name, folder)
+    with after:
+        assert [after[f"k{i}"] for i in range(3)] == [0, 1, 2]
+
+
+def test_a_torn_end_is_cut_and_said_and_damage_is_refused(logged, folder):
+    cache, _ = logged("always")
+    for i in range(50):
+        cache.set(f"k{i}", b"v" * 1000)
+    (_, path), = fmt.listing(folder)[1]
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-10])
+    report, after = restored(cache.name, folder)
+    with after:
+        assert len(report["cut"]) == 1 and str(path) in report["cut"][0]
+        assert len(after) == 49
+    damaged = bytearray(whole)
+    damaged[len(whole) // 2] ^= 1
+    path.write_bytes(damaged)
+    shmcache.unlink(cache.name)
+    with pytest.raises(errors.DamagedFile, match="byte"):
+        snapshot.restore(cache.name, folder)
+    with pytest.raises(shmcache.SegmentNotFound):
+        shmcache.attach(cache.name)
+
+
+# ---- rings -------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_ring_wraps_and_takes_records_of_any_size(make):
+    cache = make("64M", log_buffer="64K", max_processes=4)
+    appendlog.mark(cache, log_policy=1)
+    drain = _stream.Drain(cache)
+    rng = random.Random(3)
+    for _ in range(300):
+        sent = []
+        for _ in range(rng.randrange(1, 40)):
+            k, v = b"k%d" % rng.randrange(10**9), rng.randbytes(rng.choice((0, 1, 7, 8, 100, 900)))
+            cache.set(k, v)
+            sent.append((k, v))
+        got = []
+        while drain.collect():
+            with memoryview(drain) as payload:
+                got += [(r.key, r.value) for r in fmt.records(payload)]
+            drain.drained()
+        assert got == sent
+    assert cache.durability()["log_gaps"] == 0 and drain.damaged == 0
+
+
+def test_a_large_value_is_fetched_from_the_table(make):
+    cache = make("64M", log_buffer="64K", max_processes=4, max_value="10M")
+    appendlog.mark(cache, log_policy=1)
+    drain = _stream.Drain(cache)
+
+    def drained():
+        assert drain.collect()
+        with memoryview(drain) as payload:
+            got = list(fmt.records(payload))
+        drain.drained()
+        return got
+
+    value = os.urandom(5_000_000)
+    cache.set("big", value)
+    (r,) = drained()
+    assert (r.op, r.value, r.version) == (fmt.SET, value, cache.gets("big")[1])
+    cache.set("big", b"1" * 10_000)
+    first = cache.gets("big")[1]
+    cache.set("big", b"2" * 10_000)
+    for r in drained():  # of the first only its successor is left
+        assert (r.value, r.version) == (b"2" * 10_000, cache.gets("big")[1])
+    cache.set("big", b"3" * 10_000)
+    first = cache.gets("big")[1]
+    cache.delete("big")
+    set_, delete = drained()
+    assert (set_.op, set_.version) == (fmt.DELETE, first), "what is gone was at that version or later deleted"
+    assert delete.op == fmt.DELETE and delete.version > first
+
+
+def test_a_full_ring_makes_writers_wait_then_a_gap(make):
+    cache = make("16M", log_buffer="64K", max_processes=4)
+    appendlog.mark(cache, log_policy=2)
+    began = time.monotonic()
+    for i in range(2000):
+        cache.set(f"k{i}", b"v" * 100)
+    assert time.monotonic() - began < LIMIT / 2, "it waited once, not for each"
+    assert len(cache) == 2000
+    assert cache.stats()["durability"]["log_gaps"] > 1000
+    gaps = cache.durability()["log_gaps"]
+    while cache.durability()["log_gaps"] == gaps:  # to the last byte
+        cache.set("k", b"")
+    appendlog.mark(cache, log_policy=3)
+    with pytest.raises(errors.LogFull):
+        cache.set("refused", 1)
+    assert cache.get("refused") is None
+    with pytest.raises(errors.LogFull):
+        cache.delete("k1")
+    assert cache.get("k1") is not None
+    drain = _stream.Drain(cache)
+    while drain.collect():
+        drain.drained()
+    drain.durable()
+    appendlog.mark(cache, log_policy=2)
+    gaps = cache.durability()["log_gaps"]
+    cache.set("taken", 1)
+    assert cache.durability()["log_gaps"] == gaps
+
+
+def test_a_gap_is_healed_by_a_snapshot(logged, folder):
+    cache, log = logged("everysec")
+    cache.set("k", 1)
+    _stream.count_gap(cache)
+    assert cache.durability()["log_gaps"] == 1
+    snapshot.write(cache, folder, log=log)
+    assert cache.durability()["log_gaps"] == 0
+
+
+def test_damaged_rings_harm_nobody(make):
+    cache = make("16M", log_buffer="64K", max_processes=4)
+    appendlog.mark(cache, log_policy=1)
+    rng = random.Random(2)
+    header = cache.segment.header
+    at, size = int(header["rings_off"]), int(header["rings_bytes"])
+    del header
+    for _ in range(300):
+        drain = _stream.Drain(cache)
+        for i in range(20):
+            cache.set(f"k{i}", b"v" * rng.choice((1, 100, 9000)))
+        view = cache.views(writable=True).bytes
+        for _ in range(rng.randrange(1, 60)):
+            view[at + rng.randrange(size if rng.random() < 0.3 else 1000)] = rng.randrange(256)
+        del view
+        for _ in range(50):
+            if not drain.collect():
+                break
+            with memoryview(drain) as payload, contextlib.suppress(errors.DamagedFile):
+                for _ in fmt.records(payload):
+                    pass
+            drain.drained()
+        del drain
+    assert cache.get("k1") is not None
+
+
+# ---- always --------------------------------------------------------------------------------------------------------------------------
+
+
+def write_numbered(name, acknowledged, go):
+    cache = shmcache.attach(name)
+    go.wait()
+    n = 0
+    while go.is_set():
+        n += 1
+        cache.set(b"k%d" % (n % 50), n)
+        acknowledged[n % 50] = n
+
+
+def test_what_was_acknowledged_survives_everything_being_killed(name, tmp_path):
+    """Workers and the supervisor are killed, the segment is gone: each key has what was acknowledged last, or what came after it."""
+    for turn in range(5):
+        data = tmp_path / f"data{turn}"
+        argv = [sys.executable, "-m", "shmcache.cli", "supervise", name, "--size", "16M", "--data-dir", str(data), "--log", "always",
+                "--snapshot-every", "0.3", "--log-buffer", "64K"]  # fmt: skip
+        supervisor = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True)
+        assert supervisor.stderr.readline().startswith("supervising")
+        context = mp.get_context("fork")
+        acknowledged, go = context.RawArray("q", 50), context.Event()
+        worker = context.Process(target=write_numbered, args=(name, acknowledged, go), daemon=True)
+        worker.start()
+        go.set()
+        until(lambda acknowledged=acknowledged, turn=turn: min(acknowledged) > 100 * (turn + 1))
+        supervisor.kill() if turn % 2 else worker.kill()
+        supervisor.kill()
+        worker.kill()
+        supervisor.wait()
+        worker.join()
+        supervisor.stderr.close()
+        promised = list(acknowledged)
+        shmcache.unlink(name)
+        with snapshot.take(data) as folder:
+            snapshot.restore(name, folder)
+        with shmcache.attach(name) as cache:
+            for i in range(50):
+                assert promised[i] <= cache.get(b"k%d" % i) <= promised[i] + 50, (i, promised[i], cache.get(b"k%d" % i))
+            assert cache.verify() == []
+        shmcache.unlink(name)
+
+
+def test_a_supervisor_that_dies_and_its_successor(name, tmp_path):
+    """Under always a writer waits for the next one, or is told."""
+    argv = [sys.executable, "-m", "shmcache.cli", "supervise", name, "--size", "16M", "--data-dir", str(tmp_path / "data"), "--log", "always"]
+    context = mp.get_context("fork")
+    acknowledged, go = context.RawArray("q", 50), context.Event()
+    worker = context.Process(target=write_numbered, args=(name, acknowledged, go), daemon=True)
+    supervisor = None
+    try:
+        for turn in range(4):
+            supervisor = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True)
+            line = supervisor.stderr.readline()
+            assert "supervising" in line, line
+            if turn == 0:
+                worker.start()
+                go.set()
+            before = max(acknowledged)
+            until(lambda before=before: max(acknowledged) > before + 100)
+            supervisor.kill()
+            supervisor.wait()
+            supervisor.stderr.close()
+        assert worker.is_alive()
+    finally:
+        if supervisor is not None and supervisor.poll() is None:
+            supervisor.kill()
+            supervisor.wait()
+        worker.kill()
+        worker.join()
+        if supervisor is not None:
+            supervisor.stderr.close()
+
+
+class Disk:
+    """A file whose writes and syncs fail while `broken` holds an errno."""
+
+    broken = 0
+
+    def __init__(self, path):
+        self.file = open(path, "xb", buffering=0)  # noqa: SIM115
+        self.fileno, self.close = self.file.fileno, self.file.close
+
+    def write(self, data):
+        if Disk.broken:
+            raise OSError(Disk.broken, os.strerror(Disk.broken))
+        return self.file.write(data)
+
+
+@pytest.mark.parametrize("policy", ["everysec", "always"])
+def test_a_full_disk_is_said_and_got_over(make, folder, policy, monkeypatch, capfd):
+    cache = make("16M", log_buffer="64K", max_processes=16)
+    wanted = []
+    log = AppendLog(cache, folder, policy, on_gap=lambda: wanted.append(1), open_file=Disk)
+    try:
+        cache.set("before", 1)
+        log.sync()
+        monkeypatch.setattr(Disk, "broken", errno.ENOSPC)
+        if policy == "always":
+            monkeypatch.setattr(appendlog, "RETRY", 0.05)
+            worker = mp.get_context("fork").Process(target=lambda: shmcache.attach(cache.name).set("during", 1), daemon=True)
+            worker.start()
+        else:
+            cache.set("during", 1)
+        until(lambda: cache.durability()["log_failed"])
+        assert "No space left" in capfd.readouterr().err
+        with pytest.raises(errors.LogFull):
+            log.sync()
+        assert cache.get("before") == 1
+        monkeypatch.setattr(Disk, "broken", 0)
+        until(lambda: not cache.durability()["log_failed"])
+        assert wanted
+        if policy == "always":
+            worker.join(LIMIT)
+            assert worker.exitcode == 0, "it was acknowledged once there was room"
+        cache.set("after", 1)
+        log.sync()
+    finally:
+        log.close()
+    _, after = restored(cache.name, folder)
+    with after:
+        assert after.get_many(["before", "during", "after"]) == {"before": 1, "during": 1, "after": 1}
+
+
+# ---- the commands ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_log_wants_a_directory_and_a_buffer(name, make, tmp_path):
+    argv = [sys.executable, "-m", "shmcache.cli", "supervise", name]
+    out = subprocess.run([*argv, "--log", "always", "--size", "8M"], capture_output=True, text=True, check=False, timeout=LIMIT)
+    assert out.returncode == 2 and "--data-dir" in out.stderr
+    make("8M")
+    out = subprocess.run([*argv, "--log", "always", "--data-dir", str(tmp_path / "d")], capture_output=True, text=True, check=False, timeout=LIMIT)
+    assert out.returncode == 2 and "log_buffer" in out.stderr
+    for wrong in ("63K", "96K", "2G", "x"):
+        with pytest.raises(errors.InvalidConfig):
+            shmcache.create(name + "b", "8M", log_buffer=wrong)
+    with pytest.raises(errors.InvalidSize, match="log buffers"):
+        shmcache.create(name + "b", "8M", log_buffer="64K")
+
+
+def test_stats_shout_about_gaps(make):
+    cache = make("16M", log_buffer="64K", max_processes=4)
+    appendlog.mark(cache, log_policy=2)
+    _stream.count_gap(cache)
+    out = subprocess.run([sys.executable, "-c", "from shmcache.cli import admin; admin()", "stats", cache.name, "--interval", "0.05"],
+                         capture_output=True, text=True, check=True, timeout=LIMIT)  # fmt: skip
+    assert "GAP" in out.stdout
+    out = subprocess.run([sys.executable, "-c", "from shmcache.cli import admin; admin()", "stats", cache.name, "--interval", "0.05", "--json"],
+                         capture_output=True, text=True, check=True, timeout=LIMIT)  # fmt: skip
+    assert json.loads(out.stdout)["durability"]["log_gaps"] == 1
+
+
+def test_a_worker_killed_while_it_writes_leaves_whole_records(make):
+    cache = make("16M", log_buffer="64K", max_processes=16, stripes=64)
+    appendlog.mark(cache, log_policy=1)
+    drain = _stream.Drain(cache)
+    rng = random.Random(9)
+    for _ in range(30):
+        child = os.fork()
+        if child == 0:
+            while True:
+                cache.set(b"k%d" % rng.randrange(100), rng.randbytes(rng.randrange(300)))
+        deadline = time.monotonic() + 0.03
+        got = 0
+        while time.monotonic() < deadline or not got:
+            while drain.collect():
+                with memoryview(drain) as payload:
+                    got += sum(1 for _ in fmt.records(payload))
+                drain.drained()
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert drain.damaged == 0
