@@ -427,6 +427,8 @@ def do_restore(args: argparse.Namespace) -> int:
 
 
 def _say_restored(report: dict[str, Any], as_json: bool, to: Any = None) -> None:
+    if report["gaps"]:
+        print(f"shmcache: LOG GAP: {report['gaps']:,} operations were never logged; some keys may be older than they were", file=sys.stderr)
     for line in report["cut"]:
         print(f"shmcache: {line}", file=sys.stderr)
     for line in report["damaged"]:

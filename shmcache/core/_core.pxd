@@ -19,6 +19,11 @@ cdef class WritableView:
     cdef Mapping mapping
 
 
+cdef class Encoded:
+    cdef int codec
+    cdef bytes payload
+
+
 cdef class Bound:
     cdef object f
     cdef tuple names
@@ -48,16 +53,19 @@ cdef class Table:
     cdef int store(self, object key, object value, object ttl, int when, uint64_t version, uint64_t* stored) except -100
     cdef int secure(self, seg_t* s, Mapping held, log_t* log, uint64_t n) except -1
     cdef int wait_ring(self, seg_t* s, Mapping held, uint64_t n, uint64_t end) except -100
-    cdef int logged(self, seg_t* s, Mapping held, log_t* log) except -1
+    cdef int durable(self, seg_t* s, Mapping held, log_t* log) except -1
     cdef int forked(self, seg_t* s, Mapping held, log_t* log) except -1
     cdef int clear_logged(self, seg_t* s, Mapping held, uint32_t epoch) except -1
+    cdef int store_logged(self, object key, object value, object ttl, int when, uint64_t version, uint64_t* stored, log_t* log) except -100
+    cdef int store_encoded_logged(self, object key, Encoded value, object ttl, log_t* log) except -1
+    cdef int remove_logged(self, object key, uint64_t version, log_t* log) except -100
     cdef int put_view(self, seg_t* s, put_t* op) except -100
     cdef int put_now(self, seg_t* s, put_t* op) except -100
     cdef int remove_now(self, seg_t* s, Mapping held, const uint8_t* key, size_t n, uint64_t h, uint64_t version,
                         bint only_expired, log_t* log) except -100
     cdef int remove_key(self, object key, uint64_t version) except -100
     cdef int remove_view(self, seg_t* s, Mapping held, const uint8_t* key, size_t n, uint64_t h, uint64_t version,
-                         bint only_expired) except -100
+                         bint only_expired, log_t* log) except -100
     cdef int change_expiry(self, object key, uint64_t expiry_ms) except -100
     cdef bint interrupted(self, seg_t* s, Mapping held) except -1
     cdef bint row_alive(self, seg_t* s, uint32_t i)

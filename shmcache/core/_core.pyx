@@ -922,9 +922,8 @@ cdef class Table:
         finally:
             self.leave()
 
-    cdef int logged(self, seg_t* s, Mapping held, log_t* log) except -1:
-        """After the write: give back what was secured; with the policy always wait until its record is durable."""
-        ring_release(s, log)
+    cdef int durable(self, seg_t* s, Mapping held, log_t* log) except -1:
+        """With the policy always: wait until what was logged is durable. No lock is held, nothing secured."""
         if log.end and log.token == s.me[0] and ld64(&s.header.log_policy) == LOG_ALWAYS:
             if ld64(&ring_of(s, s.row_idx).durable) < log.end and self.wait_ring(s, held, 0, log.end) != OK:
                 raise errors.NotDurable("the write was done and everybody sees it, but it is not known to be on the disk: is the supervisor "
@@ -932,21 +931,18 @@ cdef class Table:
         return 0
 
     cdef int put_view(self, seg_t* s, put_t* op) except -100:
-        """Put what op points at: OK, EXISTS, ABSENT or MISMATCH."""
+        """Put what op points at: OK, EXISTS, ABSENT or MISMATCH. It is logged; the caller waits (durable())."""
         cdef Mapping held
-        cdef int rc
         op.log.bytes = 0
+        op.log.end = 0
         if likely(s.ring_bytes == 0) or op.flags & FLAG_CLAIM:
             return self.put_now(s, op)
         held = self.mapping
         self.secure(s, held, &op.log, record_room(s, op.key_bytes, op.value_bytes))
         try:
-            rc = self.put_now(s, op)
-        except BaseException:
+            return self.put_now(s, op)
+        finally:
             ring_release(s, &op.log)
-            raise
-        self.logged(s, held, &op.log)
-        return rc
 
     cdef int put_now(self, seg_t* s, put_t* op) except -100:
         cdef Mapping held = self.mapping
@@ -984,6 +980,15 @@ cdef class Table:
         return rc
 
     cdef int store(self, object key, object value, object ttl, int when, uint64_t version, uint64_t* stored) except -100:
+        cdef log_t log
+        cdef Mapping held = self.mapping
+        cdef int rc = self.store_logged(key, value, ttl, when, version, stored, &log)
+        if unlikely(log.end != 0) and held is not None:
+            self.durable(&held.s, held, &log)
+        return rc
+
+    cdef int store_logged(self, object key, object value, object ttl, int when, uint64_t version, uint64_t* stored, log_t* log) except -100:
+        """store(), but for the wait till it is durable."""
         cdef put_t op
         cdef int64_t number
         cdef uint64_t ttl_ms = 0
@@ -1012,10 +1017,11 @@ cdef class Table:
         s = self.ready()                    # an encoder is Python: it may have closed this handle, or forked
         held = self.mapping
         rc = self.put_view(s, &op)
+        log[0] = op.log
         if rc == OK:
             stored[0] = op.cas
             if ttl is not None and ttl_ms == 0:
-                self.remove_view(s, held, op.key, op.key_bytes, op.hash, 0, True)
+                self.remove_view(s, held, op.key, op.key_bytes, op.hash, 0, True, NULL)
         return rc
 
     def set(self, key, value, ttl=None):
@@ -1047,6 +1053,7 @@ cdef class Table:
     def set_many(self, mapping, ttl=None):
         """Store several values. All are checked and encoded before the first is stored; each is then stored by itself."""
         cdef list ready = []
+        cdef log_t log
         cdef put_t op
         cdef int64_t number
         cdef uint64_t stored
@@ -1061,18 +1068,29 @@ cdef class Table:
                 raise errors.ValueTooLarge(f"the encoded value of {key!r} has {op.value_bytes:,} bytes, this segment takes "
                                            f"{s.max_value_bytes:,}: nothing was stored")
             ready.append((key, value if op.codec <= CODEC_INT else Encoded(op.codec, holder)))
+        log.end = 0
         for key, value in ready:
             if type(value) is Encoded:
-                self.store_encoded(key, value, ttl)
+                self.store_encoded_logged(key, value, ttl, &log)
             else:
-                self.store(key, value, ttl, ALWAYS, 0, &stored)
+                self.store_logged(key, value, ttl, ALWAYS, 0, &stored, &log)
+        if unlikely(log.end != 0):          # of the last: what is durable up to there is all of them
+            self.durable(s, held, &log)
 
     def store_encoded(self, key, Encoded value not None, ttl):
         """set() of a value that a codec has turned into bytes already."""
+        cdef log_t log
+        cdef Mapping held = self.mapping
+        self.store_encoded_logged(key, value, ttl, &log)
+        if unlikely(log.end != 0):
+            self.durable(&held.s, held, &log)
+
+    cdef int store_encoded_logged(self, object key, Encoded value, object ttl, log_t* log) except -1:
         cdef put_t op
         cdef uint64_t ttl_ms = 0
         cdef seg_t* s = self.ready()
         cdef Mapping held = self.mapping
+        cdef int rc
         op.chunk = 0
         op.flags = 0
         op.refs = 0
@@ -1090,8 +1108,11 @@ cdef class Table:
         if op.value_bytes > s.max_value_bytes:
             raise errors.ValueTooLarge(f"the encoded value has {op.value_bytes:,} bytes, this segment takes {s.max_value_bytes:,}")
         op.hash = siphash13(op.key, op.key_bytes, s.k0, s.k1)
-        if self.put_view(s, &op) == OK and ttl is not None and ttl_ms == 0:
-            self.remove_view(s, held, op.key, op.key_bytes, op.hash, 0, True)
+        rc = self.put_view(s, &op)
+        log[0] = op.log
+        if rc == OK and ttl is not None and ttl_ms == 0:
+            self.remove_view(s, held, op.key, op.key_bytes, op.hash, 0, True, NULL)
+        return 0
 
     def __setitem__(self, key, value):
         cdef uint64_t stored
@@ -1107,19 +1128,15 @@ cdef class Table:
     # -- delete
 
     cdef int remove_view(self, seg_t* s, Mapping held, const uint8_t* key, size_t n, uint64_t h, uint64_t version,
-                         bint only_expired) except -100:
-        cdef log_t log
-        cdef int rc
-        if likely(s.ring_bytes == 0) or only_expired:
+                         bint only_expired, log_t* log) except -100:
+        """log: out, for durable(); NULL: what expires is not logged."""
+        if likely(s.ring_bytes == 0) or log == NULL:
             return self.remove_now(s, held, key, n, h, version, only_expired, NULL)
-        self.secure(s, held, &log, record_room(s, n, 0))
+        self.secure(s, held, log, record_room(s, n, 0))
         try:
-            rc = self.remove_now(s, held, key, n, h, version, only_expired, &log)
-        except BaseException:
-            ring_release(s, &log)
-            raise
-        self.logged(s, held, &log)
-        return rc
+            return self.remove_now(s, held, key, n, h, version, only_expired, log)
+        finally:
+            ring_release(s, log)
 
     cdef int remove_now(self, seg_t* s, Mapping held, const uint8_t* key, size_t n, uint64_t h, uint64_t version,
                         bint only_expired, log_t* log) except -100:
@@ -1140,12 +1157,22 @@ cdef class Table:
         return rc
 
     cdef int remove_key(self, object key, uint64_t version) except -100:
+        cdef log_t log
+        cdef Mapping held = self.mapping
+        cdef int rc = self.remove_logged(key, version, &log)
+        if unlikely(log.end != 0) and held is not None:
+            self.durable(&held.s, held, &log)
+        return rc
+
+    cdef int remove_logged(self, object key, uint64_t version, log_t* log) except -100:
+        """remove_key(), but for the wait till it is durable."""
         cdef const uint8_t* k
         cdef size_t n
         cdef seg_t* s
+        log.end = 0
         key_view(key, &k, &n)
         s = self.ready()
-        return self.remove_view(s, self.mapping, k, n, siphash13(k, n, s.k0, s.k1), version, False)
+        return self.remove_view(s, self.mapping, k, n, siphash13(k, n, s.k0, s.k1), version, False, log)
 
     def delete(self, key):
         """Remove a key: True if it was there."""
@@ -1156,11 +1183,19 @@ cdef class Table:
         cdef list todo = list(keys)
         cdef const uint8_t* k
         cdef size_t n
+        cdef log_t log, last
+        cdef Mapping held = self.mapping
         cdef Py_ssize_t removed = 0
+        last.end = 0
         for key in todo:
             key_view(key, &k, &n)           # all are checked before the first is removed
+        log.end = 0
         for key in todo:
-            removed += self.remove_key(key, 0) == OK
+            removed += self.remove_logged(key, 0, &log) == OK
+            if log.end:
+                last = log
+        if unlikely(last.end != 0):
+            self.durable(&held.s, held, &last)
         return removed
 
     def __delitem__(self, key):
@@ -1314,7 +1349,8 @@ cdef class Table:
                 finally:
                     self.leave()
             if unlikely(s.ring_bytes != 0):
-                self.logged(s, held, &log)
+                ring_release(s, &log)
+                self.durable(s, held, &log)
             if rc == OK:
                 s.row.sets += 1
                 return out
@@ -1372,8 +1408,8 @@ cdef class Table:
                     break
         finally:
             ring_release(s, &log)
-        if unlikely(s.ring_bytes != 0):
-            self.logged(s, held, &log)
+        if unlikely(log.end != 0):
+            self.durable(s, held, &log)
         if rc != OK and rc != ABSENT:
             fail(rc)
         return rc
@@ -1660,8 +1696,6 @@ cdef class Table:
 
 cdef class Encoded:
     """A value that a codec has turned into bytes."""
-    cdef int codec
-    cdef bytes payload
 
     def __init__(self, int codec, bytes payload not None):
         self.codec = codec

@@ -24,7 +24,7 @@ from shmcache.core.bucket cimport ADDR_MASK, OP_TOUCH, bucket_of, chain_first, c
 from shmcache.core.clock cimport now_ms
 from shmcache.core.layout cimport FLAG_BIG, FLAG_CLAIM, MAX_KEY, MAX_REFS, item_t, ring_t, seg_t, stripe_t
 from shmcache.core.lock cimport shm_sleep
-from shmcache.core.record cimport RECORD_CLEAR, RECORD_DELETE, RECORD_EXPIRY, RECORD_REF, RECORD_SET, record_t
+from shmcache.core.record cimport RECORD_CLEAR, RECORD_DELETE, RECORD_EXPIRY, RECORD_GAP, RECORD_REF, RECORD_SET, record_t
 from shmcache.core.ring cimport ring_of
 from shmcache.core.siphash cimport siphash13
 from shmcache.core.slab cimport in_slab, item_at, page_room, refs_of, value_offset
@@ -434,6 +434,7 @@ cdef class Tail:
     cdef readonly uint64_t keys
     cdef readonly uint64_t records
     cdef readonly uint32_t epoch    # highest CLEAR
+    cdef readonly uint64_t gaps     # operations that the log says it does not have
     cdef bytes floors
     cdef const uint64_t* floor
     cdef uint64_t n_floors
@@ -494,6 +495,8 @@ cdef class Tail:
             op = r.op & 15
             if op == RECORD_CLEAR:
                 self.epoch = max(self.epoch, r.epoch)
+            elif op == RECORD_GAP:
+                self.gaps += r.version
             else:
                 h = siphash13(&payload[at + sizeof(record_t)], r.key_bytes, s.k0, s.k1) | 1
                 e = self.find(h)
@@ -537,7 +540,9 @@ cdef uint64_t record_bytes(const uint8_t* payload, uint64_t at, uint64_t end, re
         return 0
     memcpy(r, payload + at, sizeof(record_t))
     size = sizeof(record_t) + r.key_bytes + <uint64_t>r.value_bytes
-    if size > end - at or r.key_bytes > MAX_KEY or r.op & 15 > RECORD_CLEAR or (r.key_bytes == 0) != (r.op & 15 == RECORD_CLEAR):
+    if size > end - at or r.key_bytes > MAX_KEY or r.op & 15 > RECORD_GAP or r.op & 15 == RECORD_REF:
+        return 0
+    if (r.key_bytes == 0) != (r.op & 15 == RECORD_CLEAR or r.op & 15 == RECORD_GAP):
         return 0
     return size
 

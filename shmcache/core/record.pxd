@@ -16,4 +16,5 @@ cdef enum:
     RECORD_DELETE = 1
     RECORD_EXPIRY = 2
     RECORD_CLEAR = 3
+    RECORD_GAP = 5      # in files only: so many operations (version) before it are not in the log
     RECORD_REF = 4      # in a ring only: of a SET whose value is to be fetched from the table

@@ -49,6 +49,7 @@ class AppendLog:
         self.compress, self.open_file = compress, open_file
         self.drain = _stream.Drain(cache)
         self.epoch = 0  # the newest that is in the log
+        self.gaps = int(cache.segment.header["log_healed"])  # operations missing that are said in the log, or in a snapshot
         self.unsynced = False
         self.synced_at = time.monotonic()
         self.failed = False
@@ -125,6 +126,12 @@ class AppendLog:
                 self.writer.records(fmt.pack_record(fmt.CLEAR, version=0, epoch=epoch))
                 self.epoch = epoch
                 self.unsynced = True
+            gaps = int(self.cache.segment.header["log_gaps"])
+            if gaps != self.gaps:  # a restore is not to pretend that it has everything
+                self.writer.records(fmt.pack_record(fmt.GAP, version=gaps - self.gaps))
+                self.gaps = gaps
+                self.unsynced = True
+                self.on_gap()
             self.unsynced = self.unsynced or got
             if got and self.policy != "always":
                 self.drain.drained()

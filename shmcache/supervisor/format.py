@@ -56,12 +56,13 @@ KINDS = {
 COMPRESSED = 1  # flag: the payload is one zstd frame that states its length
 
 # Operations of records. Numbers are the format: never reused.
-SET, DELETE, EXPIRY, CLEAR = 0, 1, 2, 3
+SET, DELETE, EXPIRY, CLEAR, GAP = 0, 1, 2, 3, 5  # 4 stands in rings only (core/record.pxd)
 OPS = {
     SET: ("SET", "the key has this value"),
     DELETE: ("DELETE", "the key is gone, or was not there; no value"),
     EXPIRY: ("EXPIRY", "only expires_ms changes; no value"),
     CLEAR: ("CLEAR", "items of an earlier epoch than this are gone; no key, no value"),
+    GAP: ("GAP", "operations before this are not in the log: version says how many; no key, no value"),
 }
 
 MAX_KEY_BYTES = 4096  # the core's
@@ -88,7 +89,7 @@ FIELDS = {  # struct -> (field, struct code, meaning)
         ("value_bytes", "I", "length of the value, which follows the key"),
         ("stripe", "I", "of the key"),
         ("epoch", "I", "of the item: clear() counts it up"),
-        ("key_bytes", "H", f"length of the key, which follows: 1 to {MAX_KEY_BYTES}, of a CLEAR 0"),
+        ("key_bytes", "H", f"length of the key, which follows: 1 to {MAX_KEY_BYTES}, of a CLEAR or GAP 0"),
         ("codec", "B", "of the value (codec.py)"),
         ("op", "B", "lower half: " + ", ".join(f"{n} {name}" for n, (name, _) in OPS.items()) + "; upper half: CLOCK count of a SET"),
     ),
@@ -134,9 +135,9 @@ def _record_fault(op: int, key_bytes: int, value_bytes: int, refs: int) -> str:
     """What is wrong with these, or nothing."""
     if op not in OPS:
         return f"op {op}, which there is not"
-    if op == CLEAR and key_bytes:
-        return "a CLEAR with a key"
-    if op != CLEAR and not 1 <= key_bytes <= MAX_KEY_BYTES:
+    if op in (CLEAR, GAP) and key_bytes:
+        return f"a {OPS[op][0]} with a key"
+    if op not in (CLEAR, GAP) and not 1 <= key_bytes <= MAX_KEY_BYTES:
         return f"a key of {key_bytes} bytes"
     if op != SET and value_bytes:
         return f"{OPS[op][0]} with a value"

@@ -99,6 +99,7 @@ class Supervisor:
             if was_logged:  # from here on it is not
                 appendlog.add_gap(self.cache)
                 appendlog.mark(self.cache, log_policy=0)
+                self.want_snapshot()
             return
         assert self.folder is not None
         if not was_logged and len(self.cache) and not int(self.header["restored_seq"]):
@@ -122,6 +123,8 @@ class Supervisor:
                     busy_till = now + BUSY_FOR
                 self.look_for_the_dead(now)
                 self.snapshots(now)
+                if self.log is not None and not self.log.thread.is_alive():
+                    raise RuntimeError("the thread that writes the log has ended")
                 if self.hold.sleep(BUSY_TICK if now < busy_till else IDLE_TICK):
                     busy_till = time.monotonic() + BUSY_FOR
             if self.folder is not None and not self.cache.unlinked:

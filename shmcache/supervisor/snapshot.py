@@ -305,7 +305,7 @@ def restore(name: str, folder: Path, *, progress: Progress = _nobody, **options:
 
     Args: options: of create(); those that are not given are as they were when the snapshot was written.
     Returns: {"snapshot" (None: log only), "items", "stored", "present", "expired", "dropped", "log_records", "seconds", "clock_back_s",
-    "cleared", "damaged" (newer files that are not whole), "cut" (torn ends of log files)}.
+    "cleared", "damaged" (newer files that are not whole), "cut" (torn ends of log files), "gaps" (operations that the log lacks)}.
     Raises: NoSnapshot: none is whole, and there is no log from the first write on; the segment, if it was created, is empty then.
     DamagedFile: of the log, whose place is named; the segment is unlinked then. ForeignDataDir, NewerFormat; SegmentExists and the rest of
     create(); StripeBusy, OSError.
@@ -365,7 +365,7 @@ def _fill(
     return {
         "snapshot": str(found.path) if found else None, "items": items, "stored": into.stored, "present": into.present,
         "expired": into.expired, "dropped": into.dropped, "log_records": tail.records, "clock_back_s": clock_back_ms / 1000,
-        "cleared": into.cleared, "damaged": damaged, "cut": logs.cut,
+        "cleared": into.cleared, "damaged": damaged, "cut": logs.cut, "gaps": tail.gaps,
     }  # fmt: skip
 
 

@@ -310,8 +310,28 @@ def test_a_gap_is_healed_by_a_snapshot(logged, folder):
     cache.set("k", 1)
     _stream.count_gap(cache)
     assert cache.durability()["log_gaps"] == 1
+    log.sync()
+    report, after = restored(cache.name, folder)
+    with after:
+        assert report["gaps"] == 1, "a restore says so"
     snapshot.write(cache, folder, log=log)
     assert cache.durability()["log_gaps"] == 0
+    report, after = restored(cache.name, folder)
+    with after:
+        assert report["gaps"] == 0 and after["k"] == 1
+
+
+def test_several_sets_wait_for_one_sync(logged, folder, monkeypatch):
+    cache, _ = logged("always")
+    syncs = []
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (syncs.append(fd), fsync(fd))[1])
+    cache.set_many({f"k{i}": i for i in range(200)})
+    cache.delete_many([f"k{i}" for i in range(100)])
+    assert len(syncs) < 20
+    _, after = restored(cache.name, folder)
+    with after:
+        assert len(after) == 100
 
 
 def test_damaged_rings_harm_nobody(make):
