@@ -18,11 +18,11 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memchr, memcmp, memcpy
 
 from shmcache.core._core cimport Mapping, Table
-from shmcache.core.atomics cimport add64, fence_acquire, ld8r, ld16r, ld32, ld32r, ld64, ld64r, st32, st64, xchg64
+from shmcache.core.atomics cimport add64, fence_acquire, ld8r, ld16r, ld32, ld32r, ld64, ld64r, prefetch, st32, st64, xchg64
 from shmcache.core.big cimport big_read, big_shape, big_t
 from shmcache.core.bucket cimport ADDR_MASK, OP_TOUCH, bucket_of, chain_first, chain_next, chain_t, stripe_of, stripe_release, stripe_take
 from shmcache.core.clock cimport now_ms
-from shmcache.core.layout cimport FLAG_BIG, FLAG_CLAIM, MAX_KEY, MAX_REFS, item_t, ring_t, seg_t, stripe_t
+from shmcache.core.layout cimport FLAG_BIG, FLAG_CLAIM, MAX_KEY, MAX_REFS, SLOTS, item_t, ring_t, seg_t, stripe_t
 from shmcache.core.lock cimport shm_sleep
 from shmcache.core.record cimport RECORD_CLEAR, RECORD_DELETE, RECORD_EXPIRY, RECORD_GAP, RECORD_REF, RECORD_SET, record_t
 from shmcache.core.ring cimport ring_of
@@ -151,6 +151,19 @@ cdef int copy_chain(seg_t* s, uint64_t b, uint32_t stripe, copy_t* c) noexcept n
     return OK
 
 
+cdef inline void prefetch_chain(seg_t* s, uint64_t b) noexcept nogil:
+    """Ask for the items of a bucket. A hint: nothing is believed."""
+    cdef uint64_t addr
+    cdef int i
+    if b < s.n_buckets:
+        for i in range(SLOTS):
+            addr = ld64r(&s.buckets[b].slot[i]) & ADDR_MASK
+            if in_slab(s, addr):
+                prefetch(item_at(s, addr))
+                prefetch(<uint8_t*>item_at(s, addr) + 64)
+                prefetch(<uint8_t*>item_at(s, addr) + 128)
+
+
 cdef class Walk:
     """The items of a segment as blocks of records, each of whole chains.
 
@@ -256,6 +269,8 @@ cdef class Walk:
                 self.floor[self.stripe] = ld64(&st.seq)
                 self.bucket = self.stripe + 1           # that comes next, plus one
             while self.bucket <= s.n_buckets:
+                prefetch(&s.buckets[min(self.bucket - 1 + 2 * <uint64_t>s.n_stripes, s.n_buckets - 1)])
+                prefetch_chain(s, self.bucket - 1 + s.n_stripes)
                 rc = AGAIN
                 for tries in range(RESTARTS):
                     rc = copy_chain(s, self.bucket - 1, <uint32_t>self.stripe, &self.c)
@@ -571,6 +586,7 @@ cdef class Drain:
     cdef Table table
     cdef Mapping mapping
     cdef uint64_t* at               # by row: taken so far
+    cdef uint64_t* syncing          # by row: taken when the last sync began
     cdef uint8_t* to
     cdef uint64_t used
     cdef uint64_t room
@@ -588,14 +604,17 @@ cdef class Drain:
         self.room = BLOCK_BYTES
         self.to = <uint8_t*>PyMem_RawMalloc(self.room)
         self.at = <uint64_t*>PyMem_RawMalloc(8 * <size_t>s.n_rows)
-        if self.to == NULL or self.at == NULL:
+        self.syncing = <uint64_t*>PyMem_RawMalloc(8 * <size_t>s.n_rows)
+        if self.to == NULL or self.at == NULL or self.syncing == NULL:
             raise MemoryError
         for i in range(s.n_rows):
             self.at[i] = ld64(&ring_of(s, i).drained)
+            self.syncing[i] = ld64(&ring_of(s, i).durable)
 
     def __dealloc__(self):
         PyMem_RawFree(self.to)
         PyMem_RawFree(self.at)
+        PyMem_RawFree(self.syncing)
 
     def __getbuffer__(self, Py_buffer* view, int flags):
         PyBuffer_FillInfo(view, self, self.to, <Py_ssize_t>self.used, True, flags)
@@ -603,6 +622,16 @@ cdef class Drain:
 
     def __releasebuffer__(self, Py_buffer* view):
         self.exports -= 1
+
+    @property
+    def epoch(self):
+        """Of the segment, now."""
+        return ld32(&self.table.ready().header.epoch)
+
+    @property
+    def gaps(self):
+        """header.log_gaps, now."""
+        return ld64(&self.table.ready().header.log_gaps)
 
     def collect(self):
         """Copy new records: True if there are any; memoryview(self) is them, till the next call. Without the GIL."""
@@ -741,13 +770,20 @@ cdef class Drain:
                 st64(&ring_of(s, i).drained, self.at[i])
                 shm_ring_all(&ring_of(s, i).bell)
 
-    def durable(self):
-        """What was drained so far is on the disk."""
+    def begin_sync(self):
+        """What was written so far is about to be synced."""
         cdef seg_t* s = self.table.ready()
         cdef uint32_t i
         for i in range(s.n_rows):
-            if ld64(&ring_of(s, i).durable) != ld64(&ring_of(s, i).drained):
-                st64(&ring_of(s, i).durable, ld64(&ring_of(s, i).drained))
+            self.syncing[i] = self.at[i]
+
+    def durable(self):
+        """What was written before begin_sync() is on the disk."""
+        cdef seg_t* s = self.table.ready()
+        cdef uint32_t i
+        for i in range(s.n_rows):
+            if ld64(&ring_of(s, i).durable) != self.syncing[i]:
+                st64(&ring_of(s, i).durable, self.syncing[i])
                 shm_ring_all(&ring_of(s, i).bell)
 
     def pending(self):

@@ -26,6 +26,7 @@ cdef extern from *:
     static inline void fence_release(void) { __atomic_thread_fence(__ATOMIC_RELEASE); }
     static inline uint64_t mulhi64(uint64_t a, uint64_t b) { return (uint64_t)(((unsigned __int128)a * b) >> 64); }
     static inline void prefetch(const void *p) { __builtin_prefetch(p); }
+    static inline void prefetch_w(const void *p) { __builtin_prefetch(p, 1); }
     #if defined(__x86_64__)
     static inline void cpu_pause(void) { __builtin_ia32_pause(); }
     #else
@@ -55,6 +56,7 @@ cdef extern from *:
     void fence_release() noexcept nogil
     uint64_t mulhi64(uint64_t a, uint64_t b) noexcept nogil
     void prefetch(const void* p) noexcept nogil
+    void prefetch_w(const void* p) noexcept nogil
     void cpu_pause() noexcept nogil
     bint likely(bint x) noexcept nogil
     bint unlikely(bint x) noexcept nogil

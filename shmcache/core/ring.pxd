@@ -20,7 +20,7 @@
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
-from shmcache.core.atomics cimport add64, cas32, cas64, cpu_pause, ld32, ld64, ldi64r, st32, st64, sub64
+from shmcache.core.atomics cimport add64, cas32, cas64, cpu_pause, ld32, ld64, ldi64r, prefetch_w, st32, st64, sub64
 from shmcache.core.layout cimport item_t, ring_t, seg_t
 from shmcache.core.lock cimport shm_ring, shm_sleep
 from shmcache.core.record cimport RECORD_DELETE, RECORD_EXPIRY, RECORD_REF, RECORD_SET, record_t
@@ -92,6 +92,7 @@ cdef inline uint64_t ring_append(seg_t* s, record_t* r, const uint8_t* key, cons
     """Under the stripe, the room secured: head behind the record."""
     cdef ring_t* ring = ring_of(s, s.row_idx)
     cdef uint64_t at
+    cdef int i
     while not cas32(&s.ring_lock, 0, 1):
         cpu_pause()
     at = ld64(&ring.head)
@@ -102,6 +103,8 @@ cdef inline uint64_t ring_append(seg_t* s, record_t* r, const uint8_t* key, cons
     at += (sizeof(record_t) + r.key_bytes + value_bytes + 7) & ~<uint64_t>7
     st64(&ring.head, at)
     st32(&s.ring_lock, 0)
+    for i in range(5):      # where the next record goes: the drainer's core has read these lines
+        prefetch_w(<uint8_t*>ring + sizeof(ring_t) + ((at + 64 * <uint64_t>i) & (s.ring_bytes - 1)))
     #! ring: head
     return at
 

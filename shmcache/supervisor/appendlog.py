@@ -51,6 +51,7 @@ class AppendLog:
         self.epoch = 0  # the newest that is in the log
         self.gaps = int(cache.segment.header["log_healed"])  # operations missing that are said in the log, or in a snapshot
         self.unsynced = False
+        self.syncing: _Sync | None = None
         self.synced_at = time.monotonic()
         self.failed = False
         self.retry_at = 0.0
@@ -117,7 +118,7 @@ class AppendLog:
         with self.lock:
             wishes, self.wishes = self.wishes, []
         try:
-            epoch = int(self.cache.segment.header["epoch"])
+            epoch = self.drain.epoch
             got = self.drain.collect()
             if got:
                 with memoryview(self.drain) as payload:
@@ -126,7 +127,7 @@ class AppendLog:
                 self.writer.records(fmt.pack_record(fmt.CLEAR, version=0, epoch=epoch))
                 self.epoch = epoch
                 self.unsynced = True
-            gaps = int(self.cache.segment.header["log_gaps"])
+            gaps = self.drain.gaps
             if gaps != self.gaps:  # a restore is not to pretend that it has everything
                 self.writer.records(fmt.pack_record(fmt.GAP, version=gaps - self.gaps))
                 self.gaps = gaps
@@ -136,8 +137,11 @@ class AppendLog:
             if got and self.policy != "always":
                 self.drain.drained()
             due = time.monotonic() - self.synced_at >= SYNC_EVERY
-            if self.unsynced and (self.policy == "always" or (self.policy == "everysec" and due) or self.stopping):
+            self.end_sync(wait=False)
+            if self.unsynced and (self.policy == "always" or self.stopping):
                 self.sync_now()
+            elif self.unsynced and self.policy == "everysec" and due and self.syncing is None:
+                self.begin_sync()
             while wishes and not self.drain.more:
                 new_file, done = wishes.pop()
                 self.sync_now()
@@ -153,17 +157,38 @@ class AppendLog:
         return got
 
     def sync_now(self) -> None:
-        os.fsync(self.file.fileno())
-        self.writer.synced()
+        self.end_sync()
+        self.begin_sync(beside=False)
+        self.end_sync()
         self.drain.drained()
-        self.drain.durable()
+
+    def begin_sync(self, beside: bool = True) -> None:
+        """beside: in a thread of its own, while the rings are drained: it may take as long as they take to fill."""
+        self.drain.begin_sync()
         self.unsynced = False
         self.synced_at = time.monotonic()
-        mark(self.cache, log_epoch=self.epoch)
+        self.syncing = _Sync(self.file.fileno(), self.writer.bytes_written, self.epoch)
+        self.syncing.start() if beside else self.syncing.run()
+
+    def end_sync(self, wait: bool = True) -> None:
+        """Take note of the sync that was begun, if it is over. Raises: OSError, what it failed with."""
+        sync = self.syncing
+        if sync is None or (sync.is_alive() and not wait):
+            return
+        if sync.ident is not None:
+            sync.join()
+        self.syncing = None
+        if sync.error is not None:
+            self.unsynced = True
+            raise sync.error
+        self.writer.synced(sync.n_bytes)
+        self.drain.durable()
+        mark(self.cache, log_epoch=sync.epoch)
 
     def begin_file(self) -> None:
         """The next file, which outlives a power cut from now on."""
         if self.file is not None:
+            self.end_sync()
             self.writer.records(b"")  # says that what is before it was synced: damage there is no torn end
             os.fsync(self.file.fileno())
         number = self.number + 1
@@ -200,6 +225,10 @@ class AppendLog:
         if not self.failed:
             print(f"shmcache: the log of {self.cache.name} cannot be written: {error}", file=sys.stderr, flush=True)
             mark(self.cache, log_failed_ms=int(time.time() * 1000))
+        if self.syncing is not None:
+            if self.syncing.ident is not None:
+                self.syncing.join()
+            self.syncing, self.unsynced = None, True
         if self.file is not None:
             self.file.close()
             self.file = None
@@ -210,6 +239,21 @@ class AppendLog:
         self.epoch = 0
         self.drain.rewind()
         self.retry_at = time.monotonic() + RETRY
+
+
+class _Sync(threading.Thread):
+    """One fsync: of what the file had then, up to this epoch."""
+
+    def __init__(self, fd: int, n_bytes: int, epoch: int) -> None:
+        super().__init__(name="sync", daemon=True)
+        self.fd, self.n_bytes, self.epoch = fd, n_bytes, epoch
+        self.error: OSError | None = None
+
+    def run(self) -> None:
+        try:
+            os.fsync(self.fd)
+        except OSError as e:
+            self.error = e
 
 
 def mark(cache: Cache, **words: int) -> None:

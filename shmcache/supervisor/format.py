@@ -270,13 +270,13 @@ class Writer:
         self._finished = "its END is written"
         return n_bytes
 
-    def synced(self) -> None:
-        """Say that all of this log that is written so far is on the disk: an fsync that began behind the last write has succeeded, and none
-        failed before (the kernel may forget what it could not write). Blocks written from now on tell the reader; an empty one will do.
-        Raises: UsageError for a snapshot."""
+    def synced(self, n_bytes: int | None = None) -> None:
+        """Say that the first n_bytes of this log (None: all that is written so far) are on the disk: an fsync that began behind their last
+        write has succeeded, and none failed before (the kernel may forget what it could not write). Blocks written from now on tell the
+        reader; an empty one will do. Raises: UsageError for a snapshot."""
         if self.kind != "log":
             raise errors.UsageError("a snapshot does not say what is synced")
-        self._synced = self.bytes_written
+        self._synced = self.bytes_written if n_bytes is None else n_bytes
 
     def _block(self, kind: int, flags: int, stored: Buffer, raw_bytes: int) -> int:
         with memoryview(stored) as view:
