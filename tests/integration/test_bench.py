@@ -21,6 +21,7 @@ from tests.special import ROOT
         ("growth", ("--items", "10000"), "get/keys=10000"),
         ("memory", (), "klen=22/vlen=100/size=64M"),
         ("cold_start", (), "cold_start"),
+        ("snapshot", (), "restore/klen=22/vlen=100"),
     ],
 )
 def test_a_bench_runs_in_short(bench, arguments, case, tmp_path):
