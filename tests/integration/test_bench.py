@@ -22,6 +22,7 @@ from tests.special import ROOT
         ("memory", (), "klen=22/vlen=100/size=64M"),
         ("cold_start", (), "cold_start"),
         ("snapshot", (), "restore/klen=22/vlen=100"),
+        ("log", (), "set/klen=22/vlen=100"),
     ],
 )
 def test_a_bench_runs_in_short(bench, arguments, case, tmp_path):
