@@ -322,12 +322,12 @@ cdef class Restore:
         self.evicted_before = s.row.evictions
 
     def put(self, const uint8_t[::1] payload not None, int64_t clock_back_ms=0, int heat=-1, uint32_t least_epoch=0, bint generations=False,
-            Tail tail=None):
+            Tail tail=None, bint of_log=False):
         """Store the records of one block. Without the GIL.
 
         Args: clock_back_ms: added to the wall clock. heat: only those with this CLOCK count, and end where the segment is full (-1: all).
         least_epoch: items of an earlier one were cleared. generations: only those of namespaces, which workers need before the rest; else all but
-        those.
+        those. tail: what the log has since; of_log: the block is the log's.
         Raises: DamageError: the payload is not whole records; StripeBusy.
         """
         cdef uint64_t at = 0, end = payload.shape[0]
@@ -338,7 +338,7 @@ cdef class Restore:
             return
         while True:
             with nogil:
-                rc = self.put_all(s, &payload[0], &at, end, wall, heat, least_epoch, generations, tail)
+                rc = self.put_all(s, &payload[0], &at, end, wall, heat, least_epoch, generations, tail, of_log)
             if rc == INTR:
                 PyErr_CheckSignals()
                 s = self.table.ready()
@@ -350,7 +350,7 @@ cdef class Restore:
                 return
 
     cdef int put_all(self, seg_t* s, const uint8_t* payload, uint64_t* at, uint64_t end, uint64_t wall, int heat, uint32_t least_epoch,
-                     bint generations, Tail tail) noexcept nogil:
+                     bint generations, Tail tail, bint of_log) noexcept nogil:
         cdef record_t r
         cdef put_t op
         cdef uint64_t size, hash
@@ -370,7 +370,7 @@ cdef class Restore:
                 at[0] += size
                 continue
             hash = siphash13(payload + at[0] + sizeof(record_t), r.key_bytes, s.k0, s.k1)
-            if tail is not None and not tail.wins(hash, &r):
+            if tail is not None and not tail.wins(hash, &r, of_log):
                 at[0] += size
                 continue
             if r.expires_ms and r.expires_ms <= wall:
@@ -535,12 +535,13 @@ cdef class Tail:
             at += size
         return 0
 
-    cdef bint wins(self, uint64_t hash, record_t* r) noexcept nogil:
-        """Is this SET the newest of its key? Its life is then as it was set last."""
+    cdef bint wins(self, uint64_t hash, record_t* r, bint of_log) noexcept nogil:
+        """Is this SET the newest of its key? Its life is then as it was set last. One of the log that was not noted is in the snapshot, or
+        was overwritten or deleted before it."""
         cdef entry_t* e = self.find(hash | 1)
         if e.hash == 0:
-            return True
-        if r.version < e.version:
+            return not of_log
+        if r.version != e.version if of_log else r.version < e.version:
             return False
         if e.expiry_version > r.version:
             r.expires_ms = e.expires_ms

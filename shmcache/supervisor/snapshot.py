@@ -374,7 +374,7 @@ def _put_all(
     generations: bool, tail: _stream.Tail,
 ) -> None:
     for payload in logs.blocks():
-        into.put(payload, clock_back_ms, heat, epoch, generations, tail)
+        into.put(payload, clock_back_ms, heat, epoch, generations, tail, True)
     if found is None:
         return
     with fmt.Reader(found.path, "snapshot") as reader:

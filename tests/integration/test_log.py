@@ -171,6 +171,28 @@ def test_a_snapshot_and_the_log_since(logged, folder):
         assert after.get_many(list(expected)) == expected and len(after) == len(expected)
 
 
+def test_what_the_snapshot_has_newer_is_not_taken_from_the_log(logged, folder, monkeypatch):
+    """Written behind the new file's beginning and before the walk: in the log, and below the floors."""
+    cache, log = logged("always")
+    rotate = log.rotate
+
+    def rotate_and_write():
+        number = rotate()
+        for value in ("old", "new"):
+            for key in ("set", "deleted", "touched"):
+                cache.set(key, value)
+        cache.delete("deleted")
+        return number
+
+    monkeypatch.setattr(log, "rotate", rotate_and_write)
+    snapshot.write(cache, folder, log=log)
+    cache.touch("touched", 500)
+    _, after = restored(cache.name, folder)
+    with after:
+        assert after.get_many(["set", "deleted", "touched"]) == {"set": "new", "touched": "new"}
+        assert 400 < after.ttl("touched") <= 500
+
+
 def test_lives_of_the_log_and_of_the_snapshot_go_together(logged, folder):
     cache, log = logged("always")
     cache.set("k", "v")
