@@ -250,14 +250,14 @@ def create_restored(
     name: str, restored_seq: int, epoch: int, was: dict[str, int], *, size: int | str | None = None, codec: str = "msgpack",
     default_ttl: float | timedelta | None = None, max_value: int | str | None = None, stripes: int | None = None, mode: int = 0o600,
     group: int | str | None = None, max_processes: int | None = None, lock_limit: float | None = None, huge_pages: bool = False,
-    log_buffer: int | str | None = None,
+    log_buffer: int | str | None = None, log_policy: int = 0,
 ) -> Cache:
     """Create a segment of this epoch into which core._stream.Restore then puts items of versions up to restored_seq. was: settings() of the
     segment that they come from, for arguments that are not given; the others, and what is raised, as of create()."""
     options = {k: was[k] for k in ("default_ttl_ms", "max_value_bytes", "stripes", "max_processes", "lock_limit_ms", "ring_bytes")}
     options |= _options(default_ttl, max_value, stripes, max_processes, lock_limit, log_buffer)
     size_bytes = was["size_bytes"] if size is None else segment.parse_size(size)
-    options |= {"restored_seq": restored_seq, "restored_epoch": epoch}
+    options |= {"restored_seq": restored_seq, "restored_epoch": epoch, "log_policy": log_policy if options["ring_bytes"] else 0}
     mapping = segment.create(name, size_bytes, mode=mode, group=group, huge_pages=huge_pages, **options)
     return Cache(mapping, codec)
 

@@ -489,24 +489,29 @@ def _whole(name: str) -> bool:
 
 def _live_or_restored(args: argparse.Namespace, folder: Path | None) -> shmcache.Cache:
     """The segment: the live one; else restored from the data directory, if it has a snapshot; else created, if there is a size."""
-    from shmcache.supervisor import format, snapshot
+    from shmcache.supervisor import appendlog, format, snapshot
 
     created: dict[str, Any] = {"huge_pages": args.huge_pages}
-    if args.log != "off":
-        created["log_buffer"] = args.log_buffer or _log_buffer(segment.parse_size(args.size or shmcache.cache.DEFAULT_SIZE))
+    if args.log_buffer:
+        created["log_buffer"] = args.log_buffer
+    buffer = None if args.log == "off" else _log_buffer(segment.parse_size(args.size or shmcache.cache.DEFAULT_SIZE))
     if folder is not None and any(format.listing(folder)):
         if not _whole(args.name):
             try:
-                options = {**created, **({} if args.size is None else {"size": args.size})}
-                _say_restored(snapshot.restore(args.name, folder, **options), False, sys.stderr)
+                options = {**created, "log_policy": appendlog.POLICIES[args.log], **({} if args.size is None else {"size": args.size})}
+                _say_restored(snapshot.restore(args.name, folder, log_buffer_if_none=buffer, **options), False, sys.stderr)
             except errors.NoSnapshot as e:
                 print(f"shmcache: {e}", file=sys.stderr)
         elif not snapshot.is_of(args.name, folder):
-            print(
-                f"shmcache: {args.name} was there already, created by somebody else: nothing is restored into it, and the snapshots in "
-                f"{folder} that are not of it are kept. To have them back: end all, unlink it, and start this first",
-                file=sys.stderr,
+            what = (
+                f"{args.name} was there already, created by somebody else: nothing is restored into it, and what is in {folder} and not of "
+                "it is kept. To have it back: end all, unlink the segment, and start this first"
             )
+            if args.log != "off":  # what would be acknowledged there, a restore could not tell from the earlier segment's
+                raise errors.ForeignDataDir(f"{what}; or use another directory for the log")
+            print(f"shmcache: {what}", file=sys.stderr)
+    if buffer:
+        created.setdefault("log_buffer", buffer)
     return shmcache.attach(args.name) if args.size is None else shmcache.open(args.name, args.size, **created)
 
 

@@ -144,10 +144,10 @@ def _sections(fixed: dict[str, int], n_pages: int) -> dict[str, int]:
 
 def create(
     name: str, size_bytes: int, *, mode: int = 0o600, group: int | str | None = None, huge_pages: bool = False, restored_seq: int = 0,
-    restored_epoch: int = 0, **options: int,
+    restored_epoch: int = 0, log_policy: int = 0, **options: int,
 ) -> _core.Mapping:
     """Make a segment and map it. options: of geometry(). restored_seq: it is to be restored, and no version in what comes is higher; its
-    epoch is restored_epoch.
+    epoch is restored_epoch, and its log's policy from the first moment log_policy.
 
     Warns: HugePagesRefused.
 
@@ -162,7 +162,7 @@ def create(
         raise errors.SegmentExists(f"a segment {name!r} exists: attach() or open() it, or unlink() it first")
     g, chunks = geometry(size_bytes, **options)
     if restored_seq:
-        g["restored_seq"], g["epoch"] = restored_seq, restored_epoch
+        g["restored_seq"], g["epoch"], g["log_policy"] = restored_seq, restored_epoch, log_policy
     try:
         # Not posix_ipc's O_CREAT under a temporary name: a creator that is killed would leave it, with all its memory.
         fd = os.open(SHM_DIR, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, mode)

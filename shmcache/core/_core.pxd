@@ -53,6 +53,7 @@ cdef class Table:
     cdef int store(self, object key, object value, object ttl, int when, uint64_t version, uint64_t* stored) except -100
     cdef int secure(self, seg_t* s, Mapping held, log_t* log, uint64_t n) except -1
     cdef int wait_ring(self, seg_t* s, Mapping held, uint64_t n, uint64_t end) except -100
+    cdef void over(self, seg_t* s, log_t* log, bint done)
     cdef int durable(self, seg_t* s, Mapping held, log_t* log) except -1
     cdef int forked(self, seg_t* s, Mapping held, log_t* log) except -1
     cdef int clear_logged(self, seg_t* s, Mapping held, uint32_t epoch) except -1

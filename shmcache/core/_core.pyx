@@ -106,6 +106,7 @@ cdef enum:
     LOG_WAIT_NS = 1000000000    # for room in the ring
     LONG_COPY = 32 << 20        # bytes: copying them takes about the interpreter's switch interval, for which getting the GIL back may have to wait
 
+cdef uint64_t NEVER = <uint64_t>-1              # log_t.end: it is in no log
 cdef uint64_t DURABLE_WAIT_NS = 10000000000     # for an fsync
 
 cdef uint32_t ABI = <uint32_t>(1 << 8 | sizeof(void*) * 8)
@@ -264,6 +265,7 @@ def format_segment(int fd, dict g, list chunk_bytes, bytes boot_id, bytes hash_k
             h.epoch = h.restored_epoch = g["epoch"]
             h.restoring = 2
             h.restored_seq = g["restored_seq"]
+            h.log_policy = g["log_policy"]
             for i in range(h.n_stripes):
                 (<stripe_t*>(base + h.stripes_off))[i].seq = h.restored_seq
         classes = <class_t*>(base + h.classes_off)
@@ -903,8 +905,17 @@ cdef class Table:
             s.ring_stuck = ld64(&ring_of(s, s.row_idx).drained)
         if always:
             raise errors.LogFull("the log takes nothing: is its supervisor running, is its disk full? Nothing was changed: try again")
-        add64(&s.header.log_gaps, 1)
         return 0
+
+    cdef void over(self, seg_t* s, log_t* log, bint done):
+        """The operation is over: give back what was secured. What was done and is not in the log is a gap: counted now, not before, or a
+        snapshot between could heal it."""
+        ring_release(s, log)
+        if done and log.end == 0 and ld64(&s.header.log_policy) != LOG_OFF:
+            add64(&s.header.log_gaps, 1)
+            if ld64(&s.header.log_policy) == LOG_ALWAYS:
+                log.token = s.me[0]
+                log.end = NEVER
 
     cdef int wait_ring(self, seg_t* s, Mapping held, uint64_t n, uint64_t end) except -100:
         cdef uint64_t until = mono_ns() + (<uint64_t>LOG_WAIT_NS if n else DURABLE_WAIT_NS), me = s.me[0]
@@ -925,7 +936,7 @@ cdef class Table:
     cdef int durable(self, seg_t* s, Mapping held, log_t* log) except -1:
         """With the policy always: wait until what was logged is durable. No lock is held, nothing secured."""
         if log.end and log.token == s.me[0] and ld64(&s.header.log_policy) == LOG_ALWAYS:
-            if ld64(&ring_of(s, s.row_idx).durable) < log.end and self.wait_ring(s, held, 0, log.end) != OK:
+            if log.end == NEVER or ld64(&ring_of(s, s.row_idx).durable) < log.end and self.wait_ring(s, held, 0, log.end) != OK:
                 raise errors.NotDurable("the write was done and everybody sees it, but it is not known to be on the disk: is the supervisor "
                                         "running, is its disk full?")
         return 0
@@ -933,6 +944,7 @@ cdef class Table:
     cdef int put_view(self, seg_t* s, put_t* op) except -100:
         """Put what op points at: OK, EXISTS, ABSENT or MISMATCH. It is logged; the caller waits (durable())."""
         cdef Mapping held
+        cdef int rc = BUSY
         op.log.bytes = 0
         op.log.end = 0
         if likely(s.ring_bytes == 0) or op.flags & FLAG_CLAIM:
@@ -940,9 +952,10 @@ cdef class Table:
         held = self.mapping
         self.secure(s, held, &op.log, record_room(s, op.key_bytes, op.value_bytes))
         try:
-            return self.put_now(s, op)
+            rc = self.put_now(s, op)
         finally:
-            ring_release(s, &op.log)
+            self.over(s, &op.log, rc == OK)
+        return rc
 
     cdef int put_now(self, seg_t* s, put_t* op) except -100:
         cdef Mapping held = self.mapping
@@ -959,9 +972,7 @@ cdef class Table:
                         break
                     if self.interrupted(s, held):
                         op.chunk = 0
-                        if op.log.bytes:                # secured in the parent's ring
-                            op.log.bytes = 0
-                            add64(&s.header.log_gaps, 1)
+                        op.log.bytes = 0                # secured in the parent's ring
                         me = s.me[0]
                         if op.flags & FLAG_CLAIM:       # it would be the parent's: claim() begins again
                             rc = MISMATCH
@@ -1120,9 +1131,8 @@ cdef class Table:
 
     cdef int forked(self, seg_t* s, Mapping held, log_t* log) except -1:
         """interrupted(); what was secured in a parent's ring is not this process's."""
-        if self.interrupted(s, held) and log != NULL and log.bytes:
+        if self.interrupted(s, held) and log != NULL:
             log.bytes = 0
-            add64(&s.header.log_gaps, 1)
         return 0
 
     # -- delete
@@ -1130,13 +1140,15 @@ cdef class Table:
     cdef int remove_view(self, seg_t* s, Mapping held, const uint8_t* key, size_t n, uint64_t h, uint64_t version,
                          bint only_expired, log_t* log) except -100:
         """log: out, for durable(); NULL: what expires is not logged."""
+        cdef int rc = BUSY
         if likely(s.ring_bytes == 0) or log == NULL:
             return self.remove_now(s, held, key, n, h, version, only_expired, NULL)
         self.secure(s, held, log, record_room(s, n, 0))
         try:
-            return self.remove_now(s, held, key, n, h, version, only_expired, log)
+            rc = self.remove_now(s, held, key, n, h, version, only_expired, log)
         finally:
-            ring_release(s, log)
+            self.over(s, log, rc == OK or rc == ABSENT)
+        return rc
 
     cdef int remove_now(self, seg_t* s, Mapping held, const uint8_t* key, size_t n, uint64_t h, uint64_t version,
                         bint only_expired, log_t* log) except -100:
@@ -1205,10 +1217,12 @@ cdef class Table:
     def pop(self, key, default=None):
         """Remove a key and return the value it had, or default. Of several callers one gets the value."""
         cdef uint64_t version = 0
+        cdef seg_t* s
         while True:
             value = self.read(key, MISS, &version)
             if value is MISS:
-                if unlikely(ld32(&self.ready().header.restoring)):
+                s = self.ready()
+                if unlikely(ld32(&s.header.restoring) or (s.ring_bytes and ld64(&s.header.log_policy))):
                     self.remove_key(key, 0)         # it is not to come back
                 return default
             if self.remove_key(key, version) == OK:
@@ -1349,7 +1363,7 @@ cdef class Table:
                 finally:
                     self.leave()
             if unlikely(s.ring_bytes != 0):
-                ring_release(s, &log)
+                self.over(s, &log, rc == OK)
                 self.durable(s, held, &log)
             if rc == OK:
                 s.row.sets += 1
@@ -1407,7 +1421,8 @@ cdef class Table:
                 if rc == BUSY:
                     break
         finally:
-            ring_release(s, &log)
+            if s.ring_bytes:
+                self.over(s, &log, rc == OK)
         if unlikely(log.end != 0):
             self.durable(s, held, &log)
         if rc != OK and rc != ABSENT:

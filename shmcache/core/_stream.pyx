@@ -359,7 +359,7 @@ cdef class Restore:
             size = record_bytes(payload, at[0], end, &r)
             if size == 0:
                 return MISMATCH
-            if r.op & 15 != RECORD_SET or (heat >= 0 and min(r.op >> 4, <int>MAX_REFS) != heat):
+            if r.op & 15 != RECORD_SET or (heat >= 0 and (<int>MAX_REFS if of_log else min(r.op >> 4, <int>MAX_REFS)) != heat):
                 at[0] += size
                 continue
             if is_generation(payload + at[0] + sizeof(record_t), r.key_bytes) != generations or r.epoch < least_epoch:
@@ -674,10 +674,12 @@ cdef class Drain:
         cdef record_t r
         cdef uint8_t key[4096]
         cdef int rc, op
-        if head - self.at[row] > s.ring_bytes or head & 7:
+        if head == self.at[row]:
+            return OK
+        if head - self.at[row] > s.ring_bytes or self.at[row] & 7:
             self.damaged += 1
             add64(&s.header.log_gaps, 1)
-            self.at[row] = head & ~<uint64_t>7
+            self.at[row] = head
             return OK
         while self.at[row] < head:
             self.out(s, ring, self.at[row], <uint8_t*>&r, sizeof(record_t))

@@ -53,7 +53,11 @@ cdef inline bint ring_secure(seg_t* s, uint64_t n) noexcept nogil:
         if ld64(&ring.head) + kept + n > ld64(&ring.drained) + s.ring_bytes - RING_SPARE:
             return False
         if cas64(&s.ring_reserved, kept, kept + n):
-            return True
+            # once more: head may have moved while others gave back as much as they took
+            if ld64(&ring.head) + ld64(&s.ring_reserved) <= ld64(&ring.drained) + s.ring_bytes - RING_SPARE:
+                return True
+            sub64(&s.ring_reserved, n)
+            return False
 
 cdef inline void ring_release(seg_t* s, log_t* log) noexcept nogil:
     """The operation is over, logged or not."""
@@ -95,7 +99,7 @@ cdef inline uint64_t ring_append(seg_t* s, record_t* r, const uint8_t* key, cons
     cdef int i
     while not cas32(&s.ring_lock, 0, 1):
         cpu_pause()
-    at = ld64(&ring.head)
+    at = (ld64(&ring.head) + 7) & ~<uint64_t>7     # as it is, but for damage
     ring_copy(s, ring, at, <uint8_t*>r, sizeof(record_t))
     ring_copy(s, ring, at + sizeof(record_t), key, r.key_bytes)
     ring_copy(s, ring, at + sizeof(record_t) + r.key_bytes, value, value_bytes)
@@ -142,7 +146,7 @@ cdef inline void log_repaired(seg_t* s, int op, uint64_t stripe, uint64_t versio
         return
     ring = ring_of(s, s.row_idx)
     log.bytes = (sizeof(record_t) + key_bytes + 7) & ~<uint64_t>7
-    if ld64(&ring.head) + log.bytes > ld64(&ring.drained) + s.ring_bytes:
+    if ld64(&ring.head) + ld64(&s.ring_reserved) + log.bytes > ld64(&ring.drained) + s.ring_bytes:
         add64(&s.header.log_gaps, 1)
         return
     log_op(s, &log, op, stripe, version, it, <uint8_t*>it + 48, key_bytes, NULL, 0)

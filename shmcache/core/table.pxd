@@ -665,7 +665,8 @@ cdef inline void clear_all(seg_t* s) noexcept nogil:
     """Everything stored before is gone: O(1), by a new epoch. Of two at once one suffices."""
     cdef uint32_t e = ld32(&s.header.epoch), i
     cdef uint64_t busy, count
-    if not ld32(&s.header.restoring):       # else there is more to clear than is counted
+    # else there is more to clear than is counted: what is to be restored, what was evicted and is in the log
+    if not ld32(&s.header.restoring) and (s.ring_bytes == 0 or ld64(&s.header.log_policy) == 0):
         for i in range(s.n_stripes):
             busy = ld64(&s.stripes[i].new)      # first: an item may be in its slot and not yet counted, and is counted before new is cleared
             count = ld64(&s.stripes[i].count)

@@ -14,6 +14,7 @@ what was written and not synced may be: that is counted as a gap, and a snapshot
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
@@ -48,7 +49,8 @@ class AppendLog:
         self.cache, self.folder, self.policy, self.on_gap = cache, folder, policy, on_gap
         self.compress, self.open_file = compress, open_file
         self.drain = _stream.Drain(cache)
-        self.epoch = 0  # the newest that is in the log
+        self.base_epoch = max(1, int(cache.segment.header["restored_epoch"]))  # what was cleared before it was said in the log before it
+        self.epoch = self.base_epoch  # the newest that is in the log
         self.gaps = int(cache.segment.header["log_healed"])  # operations missing that are said in the log, or in a snapshot
         self.unsynced = False
         self.syncing: _Sync | None = None
@@ -56,16 +58,17 @@ class AppendLog:
         self.failed = False
         self.retry_at = 0.0
         self.stopping = False
+        self.end = threading.Event()
         self.wishes: list[tuple[bool, threading.Event]] = []  # (a new file, done)
         self.lock = threading.Lock()
         self.file: Any = None
         self.writer: fmt.Writer
-        _, logs = fmt.listing(folder)
-        for _, path in logs[-1:]:  # what the one before has written and not synced must not be lost behind what is synced from now on
+        check_owner(folder, cache.name)
+        for _, path in fmt.listing(folder)[1][-1:]:  # what the one before has written must not be lost behind what is synced from now on
             sync_file(path)
-        self.number = logs[-1][0] if logs else 0
+        self.number = last_log_number(folder)
         self.begin_file()
-        mark(cache, log_policy=POLICIES[policy], log_failed_ms=0)
+        mark(cache, log_policy=POLICIES[policy], log_failed_ms=0, log_epoch=self.base_epoch)
         self.thread = threading.Thread(target=self.run, name="log", daemon=True)
         self.thread.start()
 
@@ -91,6 +94,7 @@ class AppendLog:
     def close(self) -> None:
         """Take over and sync what is in the rings, and end. The policy stays: writers wait for the next supervisor, as far as they wait."""
         self.stopping = True
+        self.end.set()
         self.thread.join()
         if self.file is not None:
             self.file.close()
@@ -108,10 +112,12 @@ class AppendLog:
                     moved = self.turn()
             except (OSError, errors.StripeBusy) as e:
                 self.fail(e)
-            if stopping and not self.drain.more:
+            if stopping and (self.failed or not self.drain.more):
                 return
-            if not moved:
-                self.drain.sleep(IDLE if self.file is not None else RETRY)
+            if self.file is None:
+                self.end.wait(RETRY)  # not on the bell: writers ring it all the time
+            elif not moved:
+                self.drain.sleep(IDLE)
 
     def turn(self) -> bool:
         """Take over what there is: was there any?"""
@@ -138,7 +144,7 @@ class AppendLog:
                 self.drain.drained()
             due = time.monotonic() - self.synced_at >= SYNC_EVERY
             self.end_sync(wait=False)
-            if self.unsynced and (self.policy == "always" or self.stopping):
+            if self.failed or (self.unsynced and (self.policy == "always" or self.stopping)):
                 self.sync_now()
             elif self.unsynced and self.policy == "everysec" and due and self.syncing is None:
                 self.begin_sync()
@@ -184,6 +190,11 @@ class AppendLog:
         self.writer.synced(sync.n_bytes)
         self.drain.durable()
         mark(self.cache, log_epoch=sync.epoch)
+        if self.failed:
+            self.failed = False
+            mark(self.cache, log_failed_ms=0)
+            print(f"shmcache: the log of {self.cache.name} goes on in {fmt.log_name(self.number)}", file=sys.stderr, flush=True)
+            self.on_gap()
 
     def begin_file(self) -> None:
         """The next file, which outlives a power cut from now on."""
@@ -196,7 +207,8 @@ class AppendLog:
         file = self.open_file(path)
         try:
             head = {
-                "name": self.cache.name, "created_ms": int(time.time() * 1000), "number": number, "settings": self.cache.mapping.settings(),
+                "name": self.cache.name, "created_ms": int(time.time() * 1000), "number": number,
+                "segment_created_ms": int(self.cache.segment.header["created_ms"]), "settings": self.cache.mapping.settings(),
                 "newest": int(self.cache.segment.stripes["seq"].max()), "epoch": int(self.cache.segment.header["epoch"]),
             }  # fmt: skip
             writer = fmt.Writer(file, "log", head, compress=self.compress)
@@ -215,10 +227,6 @@ class AppendLog:
         if time.monotonic() >= self.retry_at:
             self.retry_at = time.monotonic() + RETRY
             self.begin_file()
-            self.failed = False
-            mark(self.cache, log_failed_ms=0)
-            print(f"shmcache: the log of {self.cache.name} goes on in {fmt.log_name(self.number)}", file=sys.stderr, flush=True)
-            self.on_gap()
 
     def fail(self, error: Exception) -> None:
         """This file is finished. With always nothing of it was promised but what is synced; else a snapshot has to heal it."""
@@ -230,13 +238,18 @@ class AppendLog:
                 self.syncing.join()
             self.syncing, self.unsynced = None, True
         if self.file is not None:
-            self.file.close()
+            with contextlib.suppress(OSError):
+                self.file.close()
             self.file = None
+            if self.failed:  # nothing has got into it
+                with contextlib.suppress(OSError):
+                    (self.folder / fmt.log_name(self.number)).unlink()
+                    self.number -= 1
             if self.policy != "always" and self.unsynced:
                 add_gap(self.cache)
         self.failed = True
         self.unsynced = False
-        self.epoch = 0
+        self.epoch = self.base_epoch
         self.drain.rewind()
         self.retry_at = time.monotonic() + RETRY
 
@@ -254,6 +267,30 @@ class _Sync(threading.Thread):
             os.fsync(self.fd)
         except OSError as e:
             self.error = e
+
+
+def heads(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """HEADs of the readable (snapshots, logs) of a directory, oldest first."""
+    found: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
+    kinds: tuple[fmt.FileKind, fmt.FileKind] = ("snapshot", "log")
+    for into, kind, numbered in zip(found, kinds, fmt.listing(folder), strict=True):
+        for _, path in numbered:
+            with contextlib.suppress(errors.DamagedFile, errors.NewerFormat), fmt.Reader(path, kind) as reader:
+                into.append(reader.head)
+    return found
+
+
+def last_log_number(folder: Path) -> int:
+    """Of the log files that are or were there: a snapshot that needs those from n on has let the earlier ones go."""
+    _, logs = fmt.listing(folder)
+    return max([0, *(number for number, _ in logs[-1:]), *(int(head.get("log_from", 1)) - 1 for head in heads(folder)[0])])
+
+
+def check_owner(folder: Path, name: str) -> None:
+    """Raises: ForeignDataDir if something readable there is of a segment of another name."""
+    for head in (*heads(folder)[0], *heads(folder)[1]):
+        if head and head.get("name") != name:
+            raise errors.ForeignDataDir(f"{folder} holds files of the segment {head.get('name')!r}, not {name!r}: use another directory")
 
 
 def mark(cache: Cache, **words: int) -> None:

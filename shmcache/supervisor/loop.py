@@ -102,7 +102,7 @@ class Supervisor:
                 self.want_snapshot()
             return
         assert self.folder is not None
-        if not was_logged and len(self.cache) and not int(self.header["restored_seq"]):
+        if not was_logged and len(self.cache):
             appendlog.add_gap(self.cache)  # what is there already
         self.log = AppendLog(self.cache, self.folder, policy, self.want_snapshot, self.compress)
         self.want_snapshot()

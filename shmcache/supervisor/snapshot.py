@@ -24,7 +24,7 @@ from shmcache import cache as cache_module
 from shmcache import errors, segment
 from shmcache.core import _stream
 from shmcache.supervisor import format as fmt
-from shmcache.supervisor.appendlog import AppendLog, mark, sync_folder
+from shmcache.supervisor.appendlog import AppendLog, check_owner, heads, last_log_number, mark, sync_folder
 
 if TYPE_CHECKING:
     from shmcache.cache import Cache
@@ -104,7 +104,9 @@ def write(
     except BaseException:
         mark(cache, snapshot_failed_ms=began_ms)
         raise
-    mark(cache, snapshot_ms=began_ms, snapshot_failed_ms=0, log_healed=gaps)
+    mark(cache, snapshot_ms=began_ms, snapshot_failed_ms=0)
+    if log or not int(cache.segment.header["log_policy"]):  # else it is not where the log is
+        mark(cache, log_healed=gaps)
     return {**report, "seconds": time.monotonic() - began}
 
 
@@ -117,7 +119,7 @@ def _write(
         left.unlink(missing_ok=True)
     snapshots, logs = fmt.listing(folder)
     number = snapshots[-1][0] + 1 if snapshots else 1
-    log_from = log.rotate() if log else logs[-1][0] + 1 if logs else 1
+    log_from = log.rotate() if log else last_log_number(folder) + 1
     path = folder / fmt.snapshot_name(number)
     temporary = path.with_name(path.name + ".tmp")
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -149,10 +151,11 @@ def _superseded(cache: Cache, earlier: list[Path], keep: int) -> list[Path]:
 
 
 def is_of(name: str, folder: Path) -> bool:
-    """Is the newest readable snapshot there of the live segment, or was that one restored?"""
-    created = [ms for _, path in fmt.listing(folder)[0] if (ms := _created_ms(path)) is not None]
+    """Are the newest readable files there of the live segment, or was that one restored?"""
+    created = [head["segment_created_ms"] for of_kind in heads(folder) for head in of_kind[-1:] if "segment_created_ms" in head]
     with cache_module.attach(name) as cache:
-        return not created or created[-1] == int(cache.segment.header["created_ms"]) or int(cache.segment.header["restored_seq"]) > 0
+        mine = int(cache.segment.header["created_ms"])
+        return all(ms == mine for ms in created) or int(cache.segment.header["restored_seq"]) > 0
 
 
 def _head(path: Path) -> dict[str, Any]:
@@ -204,17 +207,6 @@ def _write_file(
     os.fsync(file.fileno())
     progress(walk.n_stripes, walk.n_stripes)
     return walk, writer.bytes_written
-
-
-def check_owner(folder: Path, name: str) -> None:
-    """Raises: ForeignDataDir if the newest readable snapshot there is of a segment of another name."""
-    snapshots, _ = fmt.listing(folder)
-    for _, path in reversed(snapshots):
-        with contextlib.suppress(errors.DamagedFile, errors.NewerFormat), fmt.Reader(path, "snapshot") as reader:
-            owner = reader.head.get("name")
-            if owner != name:
-                raise errors.ForeignDataDir(f"{folder} holds snapshots of the segment {owner!r}, not {name!r}: use another directory")
-            return
 
 
 # ---- reading ------------------------------------------------------------------------------------------------------------------------
@@ -269,7 +261,7 @@ def find(folder: Path) -> tuple[list[Found], list[str]]:
 class Logs:
     """The log files of a directory from one on. Raises: DamagedFile: one is missing, or its beginning is damaged; NewerFormat, OSError."""
 
-    def __init__(self, folder: Path, log_from: int, wanted: bool) -> None:
+    def __init__(self, name: str, folder: Path, log_from: int, wanted: bool) -> None:
         numbered = [(number, path) for number, path in fmt.listing(folder)[1] if number >= log_from]
         self.paths = [path for _, path in numbered]
         there = {number for number, _ in numbered}
@@ -285,6 +277,8 @@ class Logs:
             with fmt.Reader(path, "log") as reader:
                 if reader.torn == 0:
                     continue
+                if reader.head.get("name") != name:
+                    raise errors.ForeignDataDir(f"{path} is of the segment {reader.head.get('name')!r}, not {name!r}: move it away")
                 newest, self.created_ms, self.settings, epoch = _of_head(path, reader.head)
                 self.newest, self.epoch = max(self.newest, newest), max(self.epoch, epoch)
 
@@ -299,11 +293,14 @@ class Logs:
                     self.cut.append(f"{path}: cut at byte {reader.torn} of {reader.size_bytes}, behind the last whole block")
 
 
-def restore(name: str, folder: Path, *, progress: Progress = _nobody, **options: Any) -> dict[str, Any]:
+def restore(
+    name: str, folder: Path, *, progress: Progress = _nobody, log_buffer_if_none: int | None = None, **options: Any
+) -> dict[str, Any]:
     """Create the segment and put the newest whole snapshot of a directory that was taken into it, and what its log has since. Workers can
     use the segment from the first moment. One whose restore was killed is completed.
 
-    Args: options: of create(); those that are not given are as they were when the snapshot was written.
+    Args: options: of create(); those that are not given are as they were when the snapshot was written. log_policy: with which the
+    segment is logged from the first moment. log_buffer_if_none: log_buffer, if it had none.
     Returns: {"snapshot" (None: log only), "items", "stored", "present", "expired", "dropped", "log_records", "seconds", "clock_back_s",
     "cleared", "damaged" (newer files that are not whole), "cut" (torn ends of log files), "gaps" (operations that the log lacks)}.
     Raises: NoSnapshot: none is whole, and there is no log from the first write on; the segment, if it was created, is empty then.
@@ -313,9 +310,11 @@ def restore(name: str, folder: Path, *, progress: Progress = _nobody, **options:
     began = time.monotonic()
     check_owner(folder, name)
     candidates, damaged = find(folder)
-    logs = Logs(folder, candidates[0].log_from, candidates[0].logged) if candidates else Logs(folder, 1, False)
+    logs = Logs(name, folder, candidates[0].log_from, candidates[0].logged) if candidates else Logs(name, folder, 1, False)
     if not candidates and not logs.settings:
         raise errors.NoSnapshot(_none_whole(folder, damaged))
+    if log_buffer_if_none and not (candidates[0].settings if candidates else logs.settings)["ring_bytes"]:
+        options.setdefault("log_buffer", log_buffer_if_none)
     with _create_or_complete(name, candidates, logs, options) as cache:
         try:
             report = _fill(cache, folder, candidates, logs, damaged, progress)
@@ -342,7 +341,7 @@ def _fill(
             into.finish()
             raise errors.NoSnapshot(_none_whole(folder, damaged) + f"\nthe segment {cache.name!r} was created, and is empty")
     if found is not None and found is not candidates[0]:
-        logs = Logs(folder, found.log_from, found.logged)
+        logs = Logs(cache.name, folder, found.log_from, found.logged)
     tail = _stream.Tail(cache, found.floors if found else b"")
     for payload in logs.blocks():
         tail.add(payload)

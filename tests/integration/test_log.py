@@ -193,6 +193,95 @@ def test_what_the_snapshot_has_newer_is_not_taken_from_the_log(logged, folder, m
         assert 400 < after.ttl("touched") <= 500
 
 
+def test_a_second_crash_before_the_first_snapshot(logged, folder):
+    cache, _ = logged("always")
+    for i in range(200):
+        cache.set(f"k{i}", i)
+    cache.clear()
+    for i in range(200):
+        cache.set(f"k{i}", i)
+    _, again = restored(cache.name, folder, log_policy=3)
+    with again:
+        assert len(again) == 200
+        again.lock_limit = 0.05
+        with contextlib.suppress(errors.NotDurable):  # before its log begins: it waits in the ring
+            again.delete("k7")
+        log = AppendLog(again, folder, "always")
+        try:
+            again.set("more", 1)
+        finally:
+            log.close()
+    for _ in range(2):
+        _, third = restored(cache.name, folder)
+        with third:
+            assert len(third) == 200 and third.get("k7") is None and third["more"] == 1
+
+
+def test_numbers_of_log_files_are_never_used_again(logged, folder):
+    """A snapshot that needs no log has let all files go."""
+    cache, log = logged("always")
+    for _ in range(3):
+        log.rotate()
+    log.close()
+    for _ in range(3):
+        snapshot.write(cache, folder)
+    assert fmt.listing(folder)[1] == []
+    log = AppendLog(cache, folder, "always")
+    try:
+        assert log.number > 3
+        cache.set("k", 1)
+    finally:
+        log.close()
+    _, after = restored(cache.name, folder)
+    with after:
+        assert after["k"] == 1
+
+
+def test_files_of_another_segment_are_refused(logged, make, folder, name):
+    cache, _ = logged("always")
+    cache.set("k", 1)
+    with shmcache.create(name + "b", "16M", log_buffer="64K", max_processes=4) as other:
+        try:
+            with pytest.raises(errors.ForeignDataDir, match=name):
+                AppendLog(other, folder, "always")
+        finally:
+            shmcache.unlink(other.name)
+    with pytest.raises(errors.ForeignDataDir):
+        snapshot.restore(name + "c", folder)
+
+
+def test_what_is_not_in_the_table_can_be_in_the_log(logged, folder):
+    cache, log = logged("always")
+    before = int(cache.segment.header["epoch"])
+    cache.clear()  # of a table that is empty, maybe by evictions
+    assert int(cache.segment.header["epoch"]) == before + 1
+    assert cache.pop("evicted", None) is None
+    log.sync()
+    assert [(r.op, r.key) for r in records(folder)].count((fmt.DELETE, b"evicted")) == 1
+
+
+def test_a_snapshot_in_another_directory_heals_nothing(logged, folder, tmp_path):
+    cache, _ = logged("everysec")
+    _stream.count_gap(cache)
+    with snapshot.take(tmp_path / "other") as other:
+        snapshot.write(cache, other)
+    assert cache.durability()["log_gaps"] == 1
+
+
+def test_the_log_ends_though_its_disk_is_full(make, folder, monkeypatch):
+    cache = make("16M", log_buffer="64K", max_processes=16)
+    log = AppendLog(cache, folder, "everysec", open_file=Disk)
+    monkeypatch.setattr(Disk, "broken", errno.ENOSPC)
+    cache.set("k", b"v" * 1000)
+    until(lambda: cache.durability()["log_failed"])
+    began = time.process_time()
+    until(lambda: log.retry_at < time.monotonic())
+    assert time.process_time() - began < 0.5, "it waits for the next try, it does not turn round"
+    log.close()
+    assert len(fmt.listing(folder)[1]) <= 2
+    monkeypatch.setattr(Disk, "broken", 0)
+
+
 def test_lives_of_the_log_and_of_the_snapshot_go_together(logged, folder):
     cache, log = logged("always")
     cache.set("k", "v")
