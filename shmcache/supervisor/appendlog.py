@@ -149,10 +149,11 @@ class AppendLog:
             elif self.unsynced and self.policy == "everysec" and due and self.syncing is None:
                 self.begin_sync()
             while wishes and not self.drain.more:
-                new_file, done = wishes.pop()
+                new_file, done = wishes[-1]
                 self.sync_now()
                 if new_file:
                     self.begin_file()
+                wishes.pop()  # if that failed it is tried again
                 done.set()
             if self.writer.bytes_written > FILE_BYTES:
                 self.sync_now()
