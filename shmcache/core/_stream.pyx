@@ -162,6 +162,7 @@ cdef inline void prefetch_chain(seg_t* s, uint64_t b) noexcept nogil:
                 prefetch(item_at(s, addr))
                 prefetch(<uint8_t*>item_at(s, addr) + 64)
                 prefetch(<uint8_t*>item_at(s, addr) + 128)
+                prefetch(refs_of(s, addr))
 
 
 cdef class Walk:
@@ -269,8 +270,8 @@ cdef class Walk:
                 self.floor[self.stripe] = ld64(&st.seq)
                 self.bucket = self.stripe + 1           # that comes next, plus one
             while self.bucket <= s.n_buckets:
-                prefetch(&s.buckets[min(self.bucket - 1 + 2 * <uint64_t>s.n_stripes, s.n_buckets - 1)])
-                prefetch_chain(s, self.bucket - 1 + s.n_stripes)
+                prefetch(&s.buckets[min(self.bucket - 1 + 8 * <uint64_t>s.n_stripes, s.n_buckets - 1)])
+                prefetch_chain(s, self.bucket - 1 + 3 * <uint64_t>s.n_stripes)
                 rc = AGAIN
                 for tries in range(RESTARTS):
                     rc = copy_chain(s, self.bucket - 1, <uint32_t>self.stripe, &self.c)

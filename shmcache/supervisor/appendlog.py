@@ -53,7 +53,7 @@ class AppendLog:
         self.epoch = self.base_epoch  # the newest that is in the log
         self.gaps = int(cache.segment.header["log_healed"])  # operations missing that are said in the log, or in a snapshot
         self.unsynced = False
-        self.syncing: _Sync | None = None
+        self.syncing: Sync | None = None
         self.synced_at = time.monotonic()
         self.failed = False
         self.retry_at = 0.0
@@ -174,7 +174,7 @@ class AppendLog:
         self.drain.begin_sync()
         self.unsynced = False
         self.synced_at = time.monotonic()
-        self.syncing = _Sync(self.file.fileno(), self.writer.bytes_written, self.epoch)
+        self.syncing = Sync(self.file.fileno(), self.writer.bytes_written, self.epoch)
         self.syncing.start() if beside else self.syncing.run()
 
     def end_sync(self, wait: bool = True) -> None:
@@ -182,12 +182,12 @@ class AppendLog:
         sync = self.syncing
         if sync is None or (sync.is_alive() and not wait):
             return
-        if sync.ident is not None:
-            sync.join()
         self.syncing = None
-        if sync.error is not None:
+        try:
+            sync.finish()
+        except OSError:
             self.unsynced = True
-            raise sync.error
+            raise
         self.writer.synced(sync.n_bytes)
         self.drain.durable()
         mark(self.cache, log_epoch=sync.epoch)
@@ -235,8 +235,8 @@ class AppendLog:
             print(f"shmcache: the log of {self.cache.name} cannot be written: {error}", file=sys.stderr, flush=True)
             mark(self.cache, log_failed_ms=int(time.time() * 1000))
         if self.syncing is not None:
-            if self.syncing.ident is not None:
-                self.syncing.join()
+            with contextlib.suppress(OSError):
+                self.syncing.finish()
             self.syncing, self.unsynced = None, True
         if self.file is not None:
             with contextlib.suppress(OSError):
@@ -255,10 +255,10 @@ class AppendLog:
         self.retry_at = time.monotonic() + RETRY
 
 
-class _Sync(threading.Thread):
-    """One fsync: of what the file had then, up to this epoch."""
+class Sync(threading.Thread):
+    """One fsync: of what the file has now, n_bytes up to this epoch. start() or run() it; finish() when it is wanted."""
 
-    def __init__(self, fd: int, n_bytes: int, epoch: int) -> None:
+    def __init__(self, fd: int, n_bytes: int = 0, epoch: int = 0) -> None:
         super().__init__(name="sync", daemon=True)
         self.fd, self.n_bytes, self.epoch = fd, n_bytes, epoch
         self.error: OSError | None = None
@@ -268,6 +268,13 @@ class _Sync(threading.Thread):
             os.fsync(self.fd)
         except OSError as e:
             self.error = e
+
+    def finish(self) -> None:
+        """Wait for it, if it was started. Raises: OSError, what it failed with."""
+        if self.ident is not None:
+            self.join()
+        if self.error is not None:
+            raise self.error
 
 
 def heads(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -24,14 +24,14 @@ from shmcache import cache as cache_module
 from shmcache import errors, segment
 from shmcache.core import _stream
 from shmcache.supervisor import format as fmt
-from shmcache.supervisor.appendlog import AppendLog, check_owner, heads, last_log_number, mark, sync_folder
+from shmcache.supervisor.appendlog import AppendLog, Sync, check_owner, heads, last_log_number, mark, sync_folder
 
 if TYPE_CHECKING:
     from shmcache.cache import Cache
 
 KEEP = 2  # snapshots
 BLOCK_BYTES = 1 << 20
-SYNC_BYTES = 64 << 20  # written between two fsyncs: what the last one has to wait for stays small
+SYNC_BYTES = 64 << 20  # written between two fsyncs
 SHARE = 0.15  # of a core, that a throttled snapshot takes
 NICE = 10  # of the thread that writes a throttled one
 LOCK_NAME = "lock"
@@ -188,21 +188,28 @@ def _write_file(
     }  # fmt: skip
     writer = fmt.Writer(file, "snapshot", head, compress=compress)
     walk = _stream.Walk(cache, BLOCK_BYTES)
-    synced = 0
-    while walk.block():
-        with memoryview(walk) as payload:
-            writer.records(payload)
-        if writer.bytes_written - synced >= SYNC_BYTES:
-            os.fsync(file.fileno())
-            synced = writer.bytes_written
-        progress(walk.stripe, walk.n_stripes)
-        if throttle:
-            throttle.pause()
-        if stop.is_set():
-            raise errors.SnapshotStopped("the snapshot was stopped before it was whole; the one before it is kept")
+    synced, sync = 0, Sync(file.fileno())
+    try:
+        while walk.block():
+            with memoryview(walk) as payload:
+                writer.records(payload)
+            if writer.bytes_written - synced >= SYNC_BYTES:
+                sync.finish()
+                sync = Sync(file.fileno())
+                sync.start()  # beside the walk: what the last one has to wait for stays small
+                synced = writer.bytes_written
+            progress(walk.stripe, walk.n_stripes)
+            if throttle:
+                throttle.pause()
+            if stop.is_set():
+                raise errors.SnapshotStopped("the snapshot was stopped before it was whole; the one before it is kept")
+    finally:
+        if sync.ident is not None:
+            sync.join()  # the file is closed next
     if log:
         log.sync()  # what the copy shows is durable, or a restore would have it and not what came before it in other keys
     epoch = int(cache.segment.header["epoch"])  # now: what was cleared during the walk is cleared
+    sync.finish()
     writer.end({"items": walk.items, "n_stripes": walk.n_stripes, "floors": walk.floors, "newest": walk.newest, "epoch": epoch})
     os.fsync(file.fileno())
     progress(walk.n_stripes, walk.n_stripes)

@@ -210,6 +210,7 @@ def test_a_handler_may_close_the_handle_that_waits(make):
             with pytest.raises((errors.StripeBusy, errors.CacheClosed)):
                 call(other)
             assert time.monotonic() - began < 5, "close() waited for the call that it interrupted"
+    signal.setitimer(signal.ITIMER_REAL, 0)  # a call may have ended before it came
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     os.kill(holder, signal.SIGKILL)
     ended(holder)
@@ -237,6 +238,7 @@ def test_a_handler_may_fork_in_the_middle_of_a_write(make):
     finally:
         if os.getpid() != me:
             os._exit(0 if cache.get("k") == b"x" * 50 else 1)
+    signal.setitimer(signal.ITIMER_REAL, 0)  # a call may have ended before it came
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     ended(children[0])
     assert cache["k"] == b"x" * 50
@@ -261,6 +263,7 @@ def test_ctrl_c_while_waiting_leaves_nothing_in_hand(make):
         signal.setitimer(signal.ITIMER_REAL, 0.1)
         with pytest.raises(KeyboardInterrupt):
             call()
+    signal.setitimer(signal.ITIMER_REAL, 0)
     os.kill(holder, signal.SIGKILL)
     ended(holder)
     assert cache["k"] == 1
