@@ -9,6 +9,7 @@ Ttl = float | timedelta | None
 T = TypeVar("T")
 
 CONSTANTS: dict[str, int]
+POLICIES: tuple[str, ...]
 
 def siphash_rounds(data: bytes, k0: int, k1: int, c: int, d: int) -> int: ...
 def layout() -> dict[str, tuple[int, list[tuple[str, int, str, Any]]]]: ...

@@ -24,13 +24,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shmcache import errors
-from shmcache.core import _stream
+from shmcache.core import _core, _stream
 from shmcache.supervisor import format as fmt
 
 if TYPE_CHECKING:
     from shmcache.cache import Cache
 
-POLICIES = {"off": 0, "no": 1, "everysec": 2, "always": 3}  # header.log_policy
+POLICIES = {name: number for number, name in enumerate(_core.POLICIES)}  # header.log_policy
 FILE_BYTES = 256 << 20  # of a file, after which the next is begun
 SYNC_EVERY = 1.0  # seconds
 IDLE = 0.02  # seconds between two looks at the rings if nobody rings
@@ -247,7 +247,7 @@ class AppendLog:
                     (self.folder / fmt.log_name(self.number)).unlink()
                     self.number -= 1
             if self.policy != "always" and self.unsynced:
-                add_gap(self.cache)
+                _stream.count_gap(self.cache)
         self.failed = True
         self.unsynced = False
         self.epoch = self.base_epoch
@@ -306,10 +306,6 @@ def mark(cache: Cache, **words: int) -> None:
     header = cache.views(writable=True).header
     for name, value in words.items():
         header[name] = value
-
-
-def add_gap(cache: Cache) -> None:
-    _stream.count_gap(cache)
 
 
 def sync_file(path: Path) -> None:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from shmcache import errors
-from shmcache.core import _sweep
+from shmcache.core import _stream, _sweep
 from shmcache.supervisor import appendlog, snapshot
 from shmcache.supervisor.appendlog import AppendLog
 
@@ -97,13 +97,13 @@ class Supervisor:
         was_logged = int(self.header["log_policy"]) != 0
         if policy in (None, "off"):
             if was_logged:  # from here on it is not
-                appendlog.add_gap(self.cache)
+                _stream.count_gap(self.cache)
                 appendlog.mark(self.cache, log_policy=0)
                 self.want_snapshot()
             return
         assert self.folder is not None
         if not was_logged and len(self.cache):
-            appendlog.add_gap(self.cache)  # what is there already
+            _stream.count_gap(self.cache)  # what is there already
         self.log = AppendLog(self.cache, self.folder, policy, self.want_snapshot, self.compress)
         self.want_snapshot()
 
