@@ -520,19 +520,28 @@ def do_supervise(args: argparse.Namespace) -> int:
 
     if args.log != "off" and args.data_dir is None:
         raise errors.UsageError("a log needs a directory: say --data-dir")
-    ends = (signal.SIGTERM, signal.SIGINT)
-    signal.pthread_sigmask(signal.SIG_BLOCK, ends)  # till there is something to stop in good order
+    supervisor = None
+    asked = False
+
+    def stop(*_: object) -> None:
+        nonlocal asked
+        asked = True
+        if supervisor is not None:
+            supervisor.stop()
+
+    # from the start, and not a blocked signal: threads that a library started earlier would take it, and the default ends the process
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
     with _data_dir(args) as folder, _live_or_restored(args, folder) as cache:
         supervisor = Supervisor(
             cache, args.parent, folder=folder, every=args.snapshot_every, keep=args.keep, compress=args.compress, log=args.log
         )
-        for number in ends:
-            signal.signal(number, supervisor.stop)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, ends)
+        if asked:
+            supervisor.stop()
         if not args.quiet:
             print(f"supervising {args.name}", file=sys.stderr, flush=True)
         supervisor.run()
-        del supervisor
+        supervisor = None
     return 0
 
 
