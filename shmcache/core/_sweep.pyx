@@ -16,7 +16,7 @@ Invariants, by the numbers that verify() reports. They hold for whoever holds th
     I11  the class's ring holds its pages, each once, n_pages of them; the avail list those with a free chunk; n_free sums  (class)
     I12  the page pool's list holds FREE pages, each once, n_free of them                                (page pool)
     I13  a big item's pages are BIG and name it as their head                                            (stripe)
-    I14  a page BIG(nobody) is listed by its reachable head                                              (stripe)
+    I14  a page BIG(nobody) is listed by its head, if that is LIVE, and then a slot names it             (stripe)
     I15  a stripe counts the items of the current epoch in its buckets                                   (stripe)
     I16  a chain's overflow buckets are LINKED to its bucket and the chain ends                          (stripe)
     I17  the overflow pool's list holds FREE, empty overflow buckets, each once, n_free of them          (overflow pool)
@@ -223,7 +223,7 @@ cdef class Verifier:
         cdef uint64_t w = ld64(&pg.word), head = ld64(&pg.head), h
         cdef stripe_t* st
         cdef int rc
-        if kind_of(w) != PAGE_BIG or token_of(w):
+        if kind_of(w) != PAGE_BIG or token_of(w) or head == 0:      # of head 0: for the next settle_pages
             return 0
         if not in_slab(s, head):
             self.say(f"I14 page {p}: its head {head} is no address")

@@ -6,7 +6,8 @@
 # chunk serves another value with the same page.
 #
 # Crash while building: pages BIG(dead), head RESERVED(dead) -> pool, by settle_pages. Published, not yet marked: BIG(dead),
-# listed -> BIG(0). While freeing: BIG(0), head not reachable -> pool.
+# listed -> BIG(0). While freeing: BIG(0), head RETIRED(dead) -> pool, before the head is freed (settle_chunk). A page that could not
+# be freed since the pool was busy is BIG(0) of head 0 -> pool, by settle_pages: the head may be another item's by then.
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
@@ -103,7 +104,8 @@ cdef inline void big_seal_locked(seg_t* s, uint64_t addr, uint64_t klen, uint32_
             #! big: page sealed
 
 cdef inline void big_free_pages(seg_t* s, uint64_t addr, uint64_t klen, uint32_t n_pages, uint64_t limit_ns) noexcept nogil:
-    """Pages of a head chunk that is this process's and that no slot names. What stays behind settle_pages finds."""
+    """Pages of a head chunk that is this process's, or a dead one's under its stripe, and that no slot names. What stays behind
+    settle_pages finds."""
     cdef uint32_t* pages = <uint32_t*>(<uint8_t*>item_at(s, addr) + value_offset(klen))
     cdef uint32_t i, p
     cdef uint64_t w
@@ -112,8 +114,8 @@ cdef inline void big_free_pages(seg_t* s, uint64_t addr, uint64_t klen, uint32_t
         if big_owns(s, addr, p):
             #! big: page to be freed
             w = ld64(&s.pages[p].word)
-            if page_to_pool(s, p, w, addr, limit_ns) != OK:
-                cas64(&s.pages[p].word, w, word_of(PAGE_BIG, 0))    # nobody's: settle_pages need not wait for this process's end
+            if page_to_pool(s, p, w, addr, limit_ns) != OK and cas64(&s.pages[p].word, w, word_of(PAGE_BIG, 0)):
+                cas64(&s.pages[p].head, addr, 0)    # no other page gets this head while the chunk is in hand
 
 cdef inline void big_free_item_pages(seg_t* s, uint64_t addr, uint64_t limit_ns) noexcept nogil:
     """The same for an item that was taken out of the table, if it is a big one."""

@@ -15,7 +15,7 @@
 #   page DRAINING(dead)               ACTIVE again, list rebuilt   [P1]
 #   page CUTTING(dead)                to the pool                  [P2]
 #   page BIG, head reachable, listed  BIG(0)                       [P3]
-#   page BIG(dead or 0), else         to the pool                  [P4]
+#   page BIG(dead or 0), else         to the pool                  [P4]; R1 and R4 send the pages of their chunk there first
 #   overflow RESERVED(dead)           in its chain: LINKED [O1], else version up, to the pool [O2]
 #
 # Race table
@@ -25,7 +25,7 @@
 from libc.stdint cimport uint32_t, uint64_t
 
 from shmcache.core.atomics cimport add64, cas64, ld32, ld64, st32, st64
-from shmcache.core.big cimport big_lists
+from shmcache.core.big cimport big_free_item_pages, big_lists
 from shmcache.core.bucket cimport bucket_of, bump, overflow_push_locked, overflow_take, reachable, slot_naming, \
     stripe_of, stripe_release, stripe_take
 from shmcache.core.layout cimport REPAIRED_CHUNK, REPAIRED_OVERFLOW, REPAIRED_PAGE, class_t, item_t, overflow_t, page_t, seg_t, stripe_t
@@ -62,7 +62,8 @@ cdef inline bint settle_chunk(seg_t* s, uint64_t addr, uint64_t limit_ns) noexce
         st64(&it.word, word_of(LIVE, 0))                    # R2, R3: a slot names it and this process holds that stripe
         #! settle: LIVE
         add64(&s.row.settled, 1)
-    else:                                                   # R1, R4
+    elif ld64(&it.word) == w and ld64(&it.hash) == h:       # R1, R4
+        big_free_item_pages(s, addr, 0)                     # or they would name as their head what lives here next
         cls = chunk_class(s, addr, &index)
         if cls >= 0 and class_take(s, cls, min(limit_ns, <uint64_t>INNER_NS)) == OK:
             if chunk_class(s, addr, &index) == cls and ld64(&it.hash) == h and \

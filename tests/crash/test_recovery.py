@@ -274,3 +274,27 @@ def test_a_value_that_was_made_a_claim_by_damage_is_claimed_over(place):
     assert place.cache.fill(b"k", b"new", version)
     settled(place)
     assert place.cache[b"k"] == b"new"
+
+
+def test_pages_of_a_head_that_is_freed_go_before_another_item_lives_there(make):
+    """Its owner died before he freed them; the hand frees the head for a small value, and no page still names it."""
+    cache = make("8M")
+    cache.set(b"big", bytes(200_000))
+    cls = next(i for i, c in enumerate(cache.stats()["slab_classes"]) if c["live"])
+    seg = cache.views(writable=True)
+    pages = np.flatnonzero(seg.pages["word"] >> 56 == 4)
+    head = int(seg.pages["head"][pages[0]])
+    item = np.ndarray((1,), seg.items(0).dtype, buffer=seg.bytes, offset=head * 16)
+    b, slot = map(int, np.argwhere(seg.buckets["slot"] & ADDR == head)[0])
+    item["word"] = RETIRED << 56 | DEAD
+    seg.buckets["slot"][b, slot] = 0
+    seg.stripes["count"][b & 1023] = 1 << 32
+    size = int(seg.classes["chunk_bytes"][cls]) - 100
+    n = 0
+    while int(item["word"][0]) != LIVE << 56:
+        cache.set(b"%d" % n, bytes(size))
+        n += 1
+        assert n < 10_000
+    assert not (seg.pages["head"][pages] == head).any()
+    assert cache.verify() == []
+    del seg, item
