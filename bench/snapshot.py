@@ -41,7 +41,7 @@ from harness import keep, key, options
 import shmcache
 from shmcache import errors
 from shmcache.segment import parse_size
-from shmcache.supervisor import snapshot
+from shmcache.supervisor import datadir, snapshot
 
 WORKERS = 2
 BATCH = 16
@@ -171,7 +171,7 @@ class Meter:
 
 
 def write_snapshot(parent: Connection, workers: Workers, name: str, folder: Path) -> None:
-    with shmcache.attach(name) as cache, snapshot.take(folder) as path:
+    with shmcache.attach(name) as cache, datadir.take(folder) as path:
         meter = Meter(workers)
         parent.send(meter.read(snapshot.write(cache, path)["bytes"]))
 
@@ -204,7 +204,7 @@ def write_throttled(parent: Connection, name: str, folder: Path) -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), snapshot.NICE)
         began, used = time.perf_counter(), time.thread_time()
         try:
-            with shmcache.attach(name) as cache, snapshot.take(folder) as path, contextlib.suppress(errors.SnapshotStopped):
+            with shmcache.attach(name) as cache, datadir.take(folder) as path, contextlib.suppress(errors.SnapshotStopped):
                 while not stop.is_set():
                     snapshot.write(cache, path, keep=1, throttled=True, stop=stop, progress=progress)
                     seen["snapshots"] += 1
@@ -271,7 +271,7 @@ def throttled(workers: Workers, name: str, folder: Path, rounds: int, seconds: f
 def restore(name: str, folder: Path, n_items: int, rounds: int) -> list[float]:
     """Items/s of each round. The segment must not be there; nor is it afterwards."""
     rates = []
-    with snapshot.take(folder) as path:
+    with datadir.take(folder) as path:
         for r in range(rounds + 1):
             began = time.perf_counter()
             report = snapshot.restore(name, path)
@@ -379,7 +379,7 @@ def measure(name: str, folder: Path, vlen: int, size_bytes: int, args: Any, case
                 "MB/s": compare("MB/s", megabytes, "", 1),
                 "cores used": compare("cores used", figures["cores"], "", 3),
             }  # fmt: skip
-        with shmcache.attach(name) as cache, snapshot.take(folder) as path:
+        with shmcache.attach(name) as cache, datadir.take(folder) as path:
             snapshot.write(cache, path)
         shmcache.unlink(name)
         print(f"restore/{case}", flush=True)

@@ -378,12 +378,12 @@ def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def do_snapshot(args: argparse.Namespace) -> int:
-    from shmcache.supervisor import snapshot
+    from shmcache.supervisor import datadir, snapshot
 
     with shmcache.attach(args.name) as cache:
         if args.data_dir is None:
             return _snapshot_by_supervisor(cache, args)
-        with snapshot.take(args.data_dir) as folder, _progress("writing") as progress:
+        with datadir.take(args.data_dir) as folder, _progress("writing") as progress:
             report = snapshot.write(cache, folder, keep=args.keep, compress=args.compress, progress=progress)
     if args.json:
         print(json.dumps(report))
@@ -417,10 +417,10 @@ def _snapshot_by_supervisor(cache: shmcache.Cache, args: argparse.Namespace) -> 
 
 
 def do_restore(args: argparse.Namespace) -> int:
-    from shmcache.supervisor import snapshot
+    from shmcache.supervisor import datadir, snapshot
 
     options = {"huge_pages": args.huge_pages, **({} if args.size is None else {"size": args.size})}
-    with snapshot.take(args.data_dir) as folder, _progress("restoring") as progress:
+    with datadir.take(args.data_dir) as folder, _progress("restoring") as progress:
         report = snapshot.restore(args.name, folder, progress=progress, **options)
     _say_restored(report, args.json)
     return 0
@@ -465,12 +465,12 @@ def do_load(args: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def _data_dir(args: argparse.Namespace) -> Iterator[Path | None]:
-    from shmcache.supervisor import snapshot
+    from shmcache.supervisor import datadir
 
     if args.data_dir is None:
         yield None
     else:
-        with snapshot.take(args.data_dir) as folder:
+        with datadir.take(args.data_dir) as folder:
             yield folder
 
 
@@ -489,7 +489,7 @@ def _whole(name: str) -> bool:
 
 def _live_or_restored(args: argparse.Namespace, folder: Path | None) -> shmcache.Cache:
     """The segment: the live one; else restored from the data directory, if it has a snapshot; else created, if there is a size."""
-    from shmcache.supervisor import appendlog, format, snapshot
+    from shmcache.supervisor import appendlog, datadir, format, snapshot
 
     created: dict[str, Any] = {"huge_pages": args.huge_pages}
     if args.log_buffer:
@@ -502,7 +502,7 @@ def _live_or_restored(args: argparse.Namespace, folder: Path | None) -> shmcache
                 _say_restored(snapshot.restore(args.name, folder, log_buffer_if_none=buffer, **options), False, sys.stderr)
             except errors.NoSnapshot as e:
                 print(f"shmcache: {e}", file=sys.stderr)
-        elif not snapshot.is_of(args.name, folder):
+        elif not datadir.is_of(args.name, folder):
             what = (
                 f"{args.name} was there already, created by somebody else: nothing is restored into it, and what is in {folder} and not of "
                 "it is kept. To have it back: end all, unlink the segment, and start this first"

@@ -5,6 +5,7 @@ Nothing depends on it. A segment without one evicts inline and settles as its CL
     loop.py      Supervisor: what is done when
     snapshot.py  snapshots: written, found, restored with the log since
     appendlog.py the append log: out of the rings, into files
+    datadir.py   the directory that both are in
     format.py    the bytes of their files
     dump.py      items as a stream for ordinary tools
     start.py     supervise(): one as a child of this process

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from shmcache import errors
 from shmcache.core import _core, _stream
+from shmcache.supervisor import datadir
 from shmcache.supervisor import format as fmt
 
 if TYPE_CHECKING:
@@ -63,10 +64,10 @@ class AppendLog:
         self.lock = threading.Lock()
         self.file: Any = None
         self.writer: fmt.Writer
-        check_owner(folder, cache.name)
+        datadir.check_owner(folder, cache.name)
         for _, path in fmt.listing(folder)[1][-1:]:  # what the one before has written must not be lost behind what is synced from now on
-            sync_file(path)
-        self.number = last_log_number(folder)
+            datadir.sync_file(path)
+        self.number = datadir.last_log_number(folder)
         self.begin_file()
         mark(cache, log_policy=POLICIES[policy], log_failed_ms=0, log_epoch=self.base_epoch)
         self.thread = threading.Thread(target=self.run, name="log", daemon=True)
@@ -215,7 +216,7 @@ class AppendLog:
             writer = fmt.Writer(file, "log", head, compress=self.compress)
             os.fsync(file.fileno())
             writer.synced()
-            sync_folder(self.folder)
+            datadir.sync_folder(self.folder)
         except BaseException:
             file.close()
             path.unlink(missing_ok=True)
@@ -277,49 +278,8 @@ class Sync(threading.Thread):
             raise self.error
 
 
-def heads(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """HEADs of the readable (snapshots, logs) of a directory, oldest first."""
-    found: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
-    kinds: tuple[fmt.FileKind, fmt.FileKind] = ("snapshot", "log")
-    for into, kind, numbered in zip(found, kinds, fmt.listing(folder), strict=True):
-        for _, path in numbered:
-            with contextlib.suppress(errors.DamagedFile, errors.NewerFormat), fmt.Reader(path, kind) as reader:
-                into.append(reader.head)
-    return found
-
-
-def last_log_number(folder: Path) -> int:
-    """Of the log files that are or were there: a snapshot that needs those from n on has let the earlier ones go."""
-    _, logs = fmt.listing(folder)
-    return max([0, *(number for number, _ in logs[-1:]), *(int(head.get("log_from", 1)) - 1 for head in heads(folder)[0])])
-
-
-def check_owner(folder: Path, name: str) -> None:
-    """Raises: ForeignDataDir if something readable there is of a segment of another name."""
-    for head in (*heads(folder)[0], *heads(folder)[1]):
-        if head and head.get("name") != name:
-            raise errors.ForeignDataDir(f"{folder} holds files of the segment {head.get('name')!r}, not {name!r}: use another directory")
-
-
 def mark(cache: Cache, **words: int) -> None:
     """Store words of the header. No view of it is kept: the handle may be closed while an exception still holds the caller's frame."""
     header = cache.views(writable=True).header
     for name, value in words.items():
         header[name] = value
-
-
-def sync_file(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def sync_folder(folder: Path) -> None:
-    """What was renamed or made in it outlives a power cut."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

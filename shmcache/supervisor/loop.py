@@ -52,7 +52,7 @@ class Supervisor:
     """Exactly one per segment. run() till stop() is called, from a signal handler or another thread.
 
     Args: cache: a handle of its own. parent: pid of the process that started it, with which it ends; None: it stays. folder: a data
-    directory that was taken (snapshot.take), for snapshots every so many seconds, of which the newest `keep` are left. log: "no",
+    directory that was taken (datadir.take), for snapshots every so many seconds, of which the newest `keep` are left. log: "no",
     "everysec" or "always": what is written is logged there, too (appendlog.py). None, "off": it is not.
     Raises: SupervisorRunning; UsageError: the segment was created without a log_buffer; OSError.
     """

@@ -1,6 +1,5 @@
 """Snapshots: written while everybody works, found again, and put into a new segment that workers may use meanwhile.
 
-    take()      a data directory, for one process at a time
     write()     core/_stream.Walk -> format.Writer -> a temporary file, fsync, rename, fsync of the directory; the last few are kept
     restore()   the newest file that is whole, and the log since -> a new segment -> core/_stream.Restore
 
@@ -11,7 +10,6 @@ may be lost with the power until the directory is synced, as if nothing had been
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import socket
 import threading
@@ -23,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 from shmcache import cache as cache_module
 from shmcache import errors, segment
 from shmcache.core import _stream
+from shmcache.supervisor import datadir
 from shmcache.supervisor import format as fmt
-from shmcache.supervisor.appendlog import AppendLog, Sync, check_owner, heads, last_log_number, mark, sync_folder
+from shmcache.supervisor.appendlog import AppendLog, Sync, mark
 
 if TYPE_CHECKING:
     from shmcache.cache import Cache
@@ -34,7 +33,6 @@ BLOCK_BYTES = 1 << 20
 SYNC_BYTES = 64 << 20  # written between two fsyncs
 SHARE = 0.15  # of a core, that a throttled snapshot takes
 NICE = 10  # of the thread that writes a throttled one
-LOCK_NAME = "lock"
 EPOCHS_AHEAD = 1 << 16  # no segment is cleared so often within one log file
 VERSIONS_AHEAD = 1 << 40  # no stripe has so many writes between two snapshots
 
@@ -43,25 +41,6 @@ Progress = Callable[[int, int], None]  # (done, of so many), in stripes or bytes
 
 def _nobody(done: int, total: int) -> None:
     pass
-
-
-@contextlib.contextmanager
-def take(folder: str | os.PathLike[str]) -> Iterator[Path]:
-    """A data directory for this process alone; made if it is not there. Let go when the block or the process ends.
-
-    Raises: DataDirInUse; OSError: it cannot be made or written.
-    """
-    path = Path(folder)
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    fd = os.open(path / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise errors.DataDirInUse(f"{path} is used by another process: give each segment a data directory of its own") from None
-        yield path
-    finally:
-        os.close(fd)
 
 
 # ---- writing ------------------------------------------------------------------------------------------------------------------------
@@ -114,12 +93,12 @@ def _write(
     cache: Cache, folder: Path, keep: int, compress: bool, throttle: _Throttle | None, stop: threading.Event, progress: Progress,
     log: AppendLog | None,
 ) -> dict[str, Any]:
-    check_owner(folder, cache.name)
+    datadir.check_owner(folder, cache.name)
     for left in folder.glob("snapshot-*.shmcache.tmp"):
         left.unlink(missing_ok=True)
     snapshots, logs = fmt.listing(folder)
     number = snapshots[-1][0] + 1 if snapshots else 1
-    log_from = log.rotate() if log else last_log_number(folder) + 1
+    log_from = log.rotate() if log else datadir.last_log_number(folder) + 1
     path = folder / fmt.snapshot_name(number)
     temporary = path.with_name(path.name + ".tmp")
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -131,11 +110,12 @@ def _write(
         with contextlib.suppress(OSError):  # the next snapshot removes it
             temporary.unlink()
         raise
-    sync_folder(folder)
+    datadir.sync_folder(folder)
     going = _superseded(cache, [path for _, path in snapshots], keep - 1)
     for old in going:
         old.unlink(missing_ok=True)
-    needed = min([log_from, *(n for _, path in snapshots if path not in going and (n := _log_from(path)) is not None)])
+    kept = [datadir.head(path, "snapshot") for _, path in snapshots if path not in going]
+    needed = min([log_from, *(head["log_from"] for head in kept if "log_from" in head)])
     for log_number, old in logs:
         if log_number < needed:
             old.unlink(missing_ok=True)
@@ -146,33 +126,9 @@ def _superseded(cache: Cache, earlier: list[Path], keep: int) -> list[Path]:
     """Of earlier snapshots, oldest first, those that may go. A segment that was not restored does not know what was in those before it:
     theirs stay."""
     if not int(cache.segment.header["restored_seq"]):
-        earlier = [path for path in earlier if _created_ms(path) == int(cache.segment.header["created_ms"])]
-    return earlier[: max(0, len(earlier) - keep)]
-
-
-def is_of(name: str, folder: Path) -> bool:
-    """Are the newest readable files there of the live segment, or was that one restored?"""
-    created = [head["segment_created_ms"] for of_kind in heads(folder) for head in of_kind[-1:] if "segment_created_ms" in head]
-    with cache_module.attach(name) as cache:
         mine = int(cache.segment.header["created_ms"])
-        return all(ms == mine for ms in created) or int(cache.segment.header["restored_seq"]) > 0
-
-
-def _head(path: Path) -> dict[str, Any]:
-    """Of a snapshot; empty if it cannot be read."""
-    with contextlib.suppress(errors.DamagedFile, errors.NewerFormat), fmt.Reader(path, "snapshot") as reader:
-        return reader.head
-    return {}
-
-
-def _created_ms(path: Path) -> int | None:
-    """Of the segment that a snapshot is of."""
-    return _head(path).get("segment_created_ms")
-
-
-def _log_from(path: Path) -> int | None:
-    """The first log file that a snapshot needs."""
-    return _head(path).get("log_from")
+        earlier = [path for path in earlier if datadir.head(path, "snapshot").get("segment_created_ms") == mine]
+    return earlier[: max(0, len(earlier) - keep)]
 
 
 def _write_file(
@@ -315,7 +271,7 @@ def restore(
     create(); StripeBusy, OSError.
     """
     began = time.monotonic()
-    check_owner(folder, name)
+    datadir.check_owner(folder, name)
     candidates, damaged = find(folder)
     logs = Logs(name, folder, candidates[0].log_from, candidates[0].logged) if candidates else Logs(name, folder, 1, False)
     if not candidates and not logs.settings:

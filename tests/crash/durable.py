@@ -26,7 +26,7 @@ from typing import Any
 
 import shmcache
 from shmcache import errors
-from shmcache.supervisor import snapshot
+from shmcache.supervisor import datadir, snapshot
 
 KEYS = 60  # of each worker
 WORKERS = 3
@@ -100,7 +100,7 @@ def round_(args: argparse.Namespace, rng: random.Random, report: dict[str, Any])
         if args.policy != "always":
             promised = next(sample for at, sample in reversed(samples) if at <= killed - 1.5)
         shmcache.unlink(name)
-        with snapshot.take(folder) as taken:
+        with datadir.take(folder) as taken:
             restored = snapshot.restore(name, taken)
         wrong = []
         with shmcache.attach(name) as cache:

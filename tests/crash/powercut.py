@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import shmcache
-from shmcache.supervisor import appendlog, snapshot
+from shmcache.supervisor import appendlog, datadir, snapshot
 from shmcache.supervisor import format as fmt
 from tests.crash.durable import state
 
@@ -189,12 +189,12 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     args.seconds = args.seconds or (1.0 if args.policy == "always" else 4.0)
     if args.no_folder_sync:
-        appendlog.sync_folder = snapshot.sync_folder = lambda folder: None
+        datadir.sync_folder = lambda folder: None
     name, work = f"powercut-{os.getpid()}", Path(tempfile.mkdtemp(prefix="powercut-"))
     rng = random.Random(args.seed)
     report = {"cuts": 0, "wrong": 0, "refused": 0, "empty": 0, "events": 0, "acknowledged": 0, "with_snapshot": 0, "torn": 0}
     try:
-        with snapshot.take(work / "data") as folder:
+        with datadir.take(work / "data") as folder:
             disk, acknowledged, begun = record(name, folder, args.policy, args.seconds, args.seed)
         report["events"], report["acknowledged"] = len(disk.events), len(acknowledged)
         for i in range(args.cuts):
@@ -205,7 +205,7 @@ def main(argv: list[str] | None = None) -> int:
                 if events <= n and (args.policy == "always" or at <= cut_at - 1.5):
                     promised[k] = max(promised[k], number)
             left = work / f"cut{i}"
-            with snapshot.take(left) as folder:
+            with datadir.take(left) as folder:
                 disk.after_cut(n, folder, rng)
                 wrong = compare(name, folder, promised, begun, report)
             for line in wrong[:3]:

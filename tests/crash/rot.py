@@ -19,7 +19,7 @@ from pathlib import Path
 
 import shmcache
 from shmcache import errors
-from shmcache.supervisor import appendlog, snapshot
+from shmcache.supervisor import appendlog, datadir, snapshot
 from shmcache.supervisor import format as fmt
 
 
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     report = {"truncations": 0, "flips": 0, "wrong": 0, "restored": 0}
     rng = random.Random(args.seed)
     try:
-        with snapshot.take(work / "data") as folder:
+        with datadir.take(work / "data") as folder:
             had = make(name, folder)
             snapshots, logs = fmt.listing(folder)
             files = [path for _, path in (*snapshots, *logs)]

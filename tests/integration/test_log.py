@@ -18,7 +18,7 @@ import pytest
 import shmcache
 from shmcache import errors
 from shmcache.core import _stream
-from shmcache.supervisor import appendlog, snapshot
+from shmcache.supervisor import appendlog, datadir, snapshot
 from shmcache.supervisor import format as fmt
 from shmcache.supervisor.appendlog import AppendLog
 
@@ -34,7 +34,7 @@ def until(condition):
 
 @pytest.fixture
 def folder(tmp_path):
-    with snapshot.take(tmp_path / "data") as folder:
+    with datadir.take(tmp_path / "data") as folder:
         yield folder
 
 
@@ -263,7 +263,7 @@ def test_what_is_not_in_the_table_can_be_in_the_log(logged, folder):
 def test_a_snapshot_in_another_directory_heals_nothing(logged, folder, tmp_path):
     cache, _ = logged("everysec")
     _stream.count_gap(cache)
-    with snapshot.take(tmp_path / "other") as other:
+    with datadir.take(tmp_path / "other") as other:
         snapshot.write(cache, other)
     assert cache.durability()["log_gaps"] == 1
 
@@ -506,7 +506,7 @@ def test_what_was_acknowledged_survives_everything_being_killed(name, tmp_path):
         supervisor.stderr.close()
         promised = list(acknowledged)
         shmcache.unlink(name)
-        with snapshot.take(data) as folder:
+        with datadir.take(data) as folder:
             snapshot.restore(name, folder)
         with shmcache.attach(name) as cache:
             for i in range(50):

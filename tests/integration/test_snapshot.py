@@ -24,7 +24,7 @@ import shmcache
 from shmcache import cache as cache_module
 from shmcache import errors
 from shmcache.core import _stream
-from shmcache.supervisor import dump, snapshot
+from shmcache.supervisor import datadir, dump, snapshot
 from shmcache.supervisor import format as fmt
 
 LIMIT = 60  # seconds, of any wait
@@ -44,7 +44,7 @@ def until(condition):
 
 @pytest.fixture
 def folder(tmp_path):
-    with snapshot.take(tmp_path / "data") as folder:
+    with datadir.take(tmp_path / "data") as folder:
         yield folder
 
 
@@ -402,7 +402,7 @@ def test_a_clear_ends_a_restore(make, folder, name):
 
 RESTORE = """
 import os, sys
-from shmcache.supervisor import snapshot
+from shmcache.supervisor import datadir, snapshot
 def stop(done, total):
     global turns
     turns += filling
@@ -415,7 +415,7 @@ def fill(*args):
     filling = not args[-2]
     put_all(*args)
 snapshot._put_all = fill
-with snapshot.take(sys.argv[2]) as folder:
+with datadir.take(sys.argv[2]) as folder:
     snapshot.restore(sys.argv[1], folder, progress=stop)
 """
 
@@ -424,7 +424,7 @@ def test_a_restore_that_was_killed_is_completed(make, tmp_path, name):
     cache = make("32M")
     values = {b"k%d" % i: b"old" * 20 for i in range(50_000)}
     cache.set_many(values)
-    with snapshot.take(tmp_path / "data") as folder:
+    with datadir.take(tmp_path / "data") as folder:
         snapshot.write(cache, folder)
     shmcache.unlink(name)
     killed = subprocess.run([sys.executable, "-c", RESTORE, name, str(tmp_path / "data")], check=False, timeout=LIMIT)
@@ -457,7 +457,7 @@ def test_the_last_ones_are_kept_and_leavings_go(make, folder):
     for i in range(4):
         cache.set("n", i)
         snapshot.write(cache, folder, keep=3)
-    assert sorted(p.name for p in folder.iterdir()) == [snapshot.LOCK_NAME, "precious.tmp", *(fmt.snapshot_name(n) for n in (2, 3, 4))]
+    assert sorted(p.name for p in folder.iterdir()) == [datadir.LOCK_NAME, "precious.tmp", *(fmt.snapshot_name(n) for n in (2, 3, 4))]
 
 
 def test_snapshots_of_a_segment_that_was_not_restored_stay(make, restored, folder, name):
@@ -467,7 +467,7 @@ def test_snapshots_of_a_segment_that_was_not_restored_stay(make, restored, folde
         snapshot.write(cache, folder)
     shmcache.unlink(name)
     with shmcache.create(name, "8M") as other:  # by a worker that was faster than who restores
-        assert not snapshot.is_of(name, folder)
+        assert not datadir.is_of(name, folder)
         for _ in range(3):
             snapshot.write(other, folder)
     assert [n for n, _ in fmt.listing(folder)[0]] == [1, 2, 4, 5]
@@ -529,7 +529,7 @@ def test_every_truncation_and_any_flip_gives_no_wrong_value(make, folder, name):
 
 def test_a_directory_in_use_or_of_another_segment_is_refused(make, folder, name):
     cache = make("8M")
-    with pytest.raises(errors.DataDirInUse), snapshot.take(folder):
+    with pytest.raises(errors.DataDirInUse), datadir.take(folder):
         pass
     snapshot.write(cache, folder)
     with shmcache.create(name + "b", "8M") as other:
@@ -563,7 +563,7 @@ def test_no_room_leaves_the_snapshot_before_and_the_segment(make, folder):
             snapshot.write(cache, folder)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
-    assert sorted(p.name for p in folder.iterdir()) == [snapshot.LOCK_NAME, fmt.snapshot_name(1)]
+    assert sorted(p.name for p in folder.iterdir()) == [datadir.LOCK_NAME, fmt.snapshot_name(1)]
     assert cache.durability()["snapshot_failed"]
     snapshot.write(cache, folder)
     assert not cache.durability()["snapshot_failed"]
@@ -572,7 +572,7 @@ def test_no_room_leaves_the_snapshot_before_and_the_segment(make, folder):
 
 def test_a_directory_that_cannot_be_made_is_said(make, tmp_path):
     cache = make("8M")
-    with snapshot.take(tmp_path / "other") as folder, shmcache.create(cache.name + "b", "8M") as other:
+    with datadir.take(tmp_path / "other") as folder, shmcache.create(cache.name + "b", "8M") as other:
         snapshot.write(other, folder)
         shmcache.unlink(other.name)
     out = admin("snapshot", cache.name, "--data-dir", tmp_path / "other")
@@ -645,7 +645,7 @@ def test_a_snapshot_is_stopped_at_the_supervisors_end(make, folder):
     stop.set()
     with pytest.raises(errors.SnapshotStopped):
         snapshot.write(cache, folder, stop=stop)
-    assert [p.name for p in folder.iterdir()] == [snapshot.LOCK_NAME]
+    assert [p.name for p in folder.iterdir()] == [datadir.LOCK_NAME]
     assert not cache.durability()["snapshot_failed"]
 
 
@@ -691,8 +691,8 @@ def test_pickled_values_are_dumped_as_they_are(name, make):
 
 
 def test_a_data_directory_is_made_and_let_go(tmp_path):
-    with snapshot.take(tmp_path / "a" / "b") as folder:
+    with datadir.take(tmp_path / "a" / "b") as folder:
         assert folder.is_dir()
-    with snapshot.take(tmp_path / "a" / "b"):
+    with datadir.take(tmp_path / "a" / "b"):
         pass
     shutil.rmtree(tmp_path / "a")
