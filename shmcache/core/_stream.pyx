@@ -29,7 +29,7 @@ from shmcache.core.ring cimport ring_of
 from shmcache.core.siphash cimport siphash13
 from shmcache.core.slab cimport in_slab, item_at, page_room, refs_of, value_offset
 from shmcache.core.table cimport CODEC_INT, RESTARTS, RESTORED, give_up, put, put_t, read_begin, read_copy, read_t, same_item, unchanged
-from shmcache.core.token cimport ABSENT, AGAIN, BUSY, EXISTS, INTR, MISMATCH, NO_ROOM, OK, wall_ms
+from shmcache.core.token cimport ABSENT, AGAIN, BUSY, EXISTS, INTR, MISMATCH, NO_ROOM, OK, mono_ns, wall_ms
 
 from shmcache import errors
 
@@ -595,6 +595,9 @@ cdef class Drain:
     cdef Py_ssize_t exports
     cdef readonly uint64_t damaged
     cdef readonly bint more         # a block was full, and something is left
+    cdef uint64_t collected_ns      # when collect() was called last,
+    cdef uint64_t between_ns        # so long after the time before,
+    cdef uint64_t most              # and the most that a ring had for it
 
     def __cinit__(self, Table table not None):
         cdef seg_t* s = table.ready()
@@ -644,8 +647,12 @@ cdef class Drain:
             raise BufferError("the last records are still in use")
         self.used = 0
         self.more = False
+        self.most = 0
+        self.between_ns = mono_ns() - self.collected_ns
+        self.collected_ns += self.between_ns
         with nogil:
             for i in range(s.n_rows):
+                self.most = max(self.most, ld64(&ring_of(s, i).head) - self.at[i])
                 rc = self.take(s, i)
                 if rc == NO_ROOM:
                     break
@@ -790,27 +797,38 @@ cdef class Drain:
                 st64(&ring_of(s, i).durable, self.syncing[i])
                 shm_ring_all(&ring_of(s, i).bell)
 
-    def pending(self):
-        """Is there anything in a ring that was not collected?"""
-        cdef seg_t* s = self.table.ready()
+    cdef bint over(self, seg_t* s, uint64_t n) noexcept nogil:
+        """Has any ring more than n bytes that were not collected?"""
         cdef uint32_t i
         for i in range(s.n_rows):
-            if ld64(&ring_of(s, i).head) != self.at[i]:
+            if ld64(&ring_of(s, i).head) - self.at[i] > n:
                 return True
         return False
 
-    def sleep(self, double seconds):
-        """Sleep till a writer rings or the time is over: True if one rang."""
+    cdef bint sleep_for(self, uint64_t ns, uint64_t n) except -1:
+        """Till a writer rings or the time is over; not at all if a ring has over n bytes: True if one rang."""
         cdef seg_t* s = self.table.ready()
         cdef uint32_t bell = ld32(&s.header.log_bell)
-        cdef uint64_t ns = <uint64_t>(seconds * 1e9)
         cdef int rc = 0
         xchg64(&s.header.log_asleep, 1)     # seen by whoever appends after the look at the heads
-        if not self.pending():
+        if not self.over(s, n):
             with nogil:
                 rc = shm_sleep(&s.header.log_bell, bell, ns)
         st64(&s.header.log_asleep, 0)
         return rc == 0
+
+    def sleep(self, double seconds):
+        """Sleep till a writer rings or the time is over; not at all if there is something to collect: True if one rang."""
+        return self.sleep_for(<uint64_t>(seconds * 1e9), 0)
+
+    def pace(self, double seconds):
+        """Sleep till the fullest ring is about a quarter full, at its rate since the last collect(), and at most so long. A writer whose ring
+        is half full rings. So nobody waits for room, and nobody has to wake anybody for it: that costs a writer more than a set."""
+        cdef uint64_t ring_bytes = self.table.ready().ring_bytes
+        cdef double ns = min(seconds * 1e9, self.between_ns * (ring_bytes / 4.0 / max(self.most, 1)))
+        ns -= mono_ns() - self.collected_ns
+        if ns > 0:
+            self.sleep_for(<uint64_t>ns, ring_bytes >> 1)
 
     def rewind(self):
         """What was collected and not drained is collected again: it could not be written."""

@@ -119,6 +119,8 @@ class AppendLog:
                 self.end.wait(RETRY)  # not on the bell: writers ring it all the time
             elif not moved:
                 self.drain.sleep(IDLE)
+            elif self.policy != "always" and not self.drain.more:  # with it they wait for each record
+                self.drain.pace(IDLE)
 
     def turn(self) -> bool:
         """Take over what there is: was there any?"""

@@ -11,6 +11,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -356,6 +357,29 @@ def test_a_ring_wraps_and_takes_records_of_any_size(make):
             drain.drained()
         assert got == sent
     assert cache.durability()["log_gaps"] == 0 and drain.damaged == 0
+
+
+def test_a_drainer_that_paces_itself_is_woken_by_a_ring_half_full(make):
+    """At the rate so far its ring would be a quarter full in minutes."""
+    cache = make("16M", log_buffer="64K", max_processes=4)
+    appendlog.mark(cache, log_policy=1)
+    drain = _stream.Drain(cache)
+    for _ in range(2):
+        cache.set("k", b"v" * 100)
+        assert drain.collect()
+        drain.drained()
+        time.sleep(0.5)  # the rate that is measured
+    paced = threading.Thread(target=drain.pace, args=(600,), daemon=True)
+    paced.start()
+    until(lambda: cache.segment.header["log_asleep"])
+    for _ in range(400):  # over half of the ring, less than all of it
+        cache.set("k", b"v" * 80)
+    paced.join(LIMIT)
+    assert not paced.is_alive()
+    began = time.monotonic()
+    drain.pace(600)  # half full already: who filled it does not ring again
+    assert time.monotonic() - began < LIMIT
+    assert cache.durability()["log_gaps"] == 0
 
 
 def test_a_large_value_is_fetched_from_the_table(make):
