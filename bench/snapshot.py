@@ -172,6 +172,7 @@ class Meter:
 
 def write_snapshot(parent: Connection, workers: Workers, name: str, folder: Path) -> None:
     with shmcache.attach(name) as cache, datadir.take(folder) as path:
+        snapshot.step_back(snapshot.NICE_UNTHROTTLED)  # as shmcache-admin snapshot --data-dir does
         meter = Meter(workers)
         parent.send(meter.read(snapshot.write(cache, path)["bytes"]))
 
@@ -201,7 +202,7 @@ def write_throttled(parent: Connection, name: str, folder: Path) -> None:
         begun.set()
 
     def write() -> float:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), snapshot.NICE)
+        snapshot.step_back(snapshot.NICE)
         began, used = time.perf_counter(), time.thread_time()
         try:
             with shmcache.attach(name) as cache, datadir.take(folder) as path, contextlib.suppress(errors.SnapshotStopped):

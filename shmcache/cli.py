@@ -383,6 +383,7 @@ def do_snapshot(args: argparse.Namespace) -> int:
     with shmcache.attach(args.name) as cache:
         if args.data_dir is None:
             return _snapshot_by_supervisor(cache, args)
+        snapshot.step_back(snapshot.NICE_UNTHROTTLED)
         with datadir.take(args.data_dir) as folder, _progress("writing") as progress:
             report = snapshot.write(cache, folder, keep=args.keep, compress=args.compress, progress=progress)
     if args.json:

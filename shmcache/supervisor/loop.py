@@ -15,7 +15,6 @@ Ticks come every BUSY_TICK seconds while chunks are used up, else it sleeps on i
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 import threading
@@ -203,8 +202,7 @@ class Supervisor:
         """Write a snapshot. That it failed is said on standard error and in stats(); the next one is tried in its time."""
         assert self.folder is not None
         if throttled:
-            with contextlib.suppress(OSError):
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), snapshot.NICE)
+            snapshot.step_back(snapshot.NICE)
         asked = int(self.header["snapshots_asked"])
         try:
             snapshot.write(

@@ -32,7 +32,8 @@ KEEP = 2  # snapshots
 BLOCK_BYTES = 1 << 20
 SYNC_BYTES = 64 << 20  # written between two fsyncs
 SHARE = 0.15  # of a core, that a throttled snapshot takes
-NICE = 10  # of the thread that writes a throttled one
+NICE = 10  # of the thread that writes a throttled one,
+NICE_UNTHROTTLED = 2  # and of a process that does nothing else: workers keep what a plain writer of files would leave them
 EPOCHS_AHEAD = 1 << 16  # no segment is cleared so often within one log file
 VERSIONS_AHEAD = 1 << 40  # no stripe has so many writes between two snapshots
 
@@ -41,6 +42,12 @@ Progress = Callable[[int, int], None]  # (done, of so many), in stripes or bytes
 
 def _nobody(done: int, total: int) -> None:
     pass
+
+
+def step_back(nice: int) -> None:
+    """Let this thread, from here on, have less of the processors than the workers that want them."""
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
 
 
 # ---- writing ------------------------------------------------------------------------------------------------------------------------
