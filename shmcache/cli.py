@@ -546,6 +546,37 @@ def do_supervise(args: argparse.Namespace) -> int:
     return 0
 
 
+def do_serve(args: argparse.Namespace) -> int:
+    from shmcache.sidecar.serve import Service
+
+    supervise = [
+        word for name in ("size", "data_dir", "log", "log_buffer", "snapshot_every", "keep") if (value := getattr(args, name)) is not None
+        for word in ("--" + name.replace("_", "-"), str(value))
+    ]  # fmt: skip
+    supervise += [flag for flag in ("--compress", "--huge-pages") if getattr(args, flag[2:].replace("-", "_"))]
+    settings = {
+        "bind": " ".join(args.bind), "port": str(args.port), "unixsocket": args.unix or "", "maxclients": str(args.maxclients),
+        "timeout": str(int(args.timeout)), "protected-mode": args.protected_mode,
+        "enable-debug-command": "yes" if args.enable_debug_command else "no",
+    }  # fmt: skip
+    if args.password_file is not None:
+        settings["requirepass"] = _password(args.password_file)
+    if bool(args.tls_cert) != bool(args.tls_key):
+        raise errors.UsageError("--tls-cert and --tls-key go together")
+    tls = {"cert": args.tls_cert, "key": args.tls_key, "ca": args.tls_ca} if args.tls_cert else None
+    return Service(
+        args.name, supervise, workers=args.workers, bind=args.bind, port=args.port, unix=args.unix, unix_mode=args.unix_mode,
+        settings=settings, tls=tls, quiet=args.quiet,
+    ).run()  # fmt: skip
+
+
+def _password(path: str) -> str:
+    password = Path(path).read_text().strip()
+    if not password:
+        raise errors.UsageError(f"{path} is empty: its first line is to be the password")
+    return password
+
+
 # ---- the parsers ----------------------------------------------------------------------------------------------------------------
 
 
@@ -630,6 +661,29 @@ def parser() -> argparse.ArgumentParser:
     text = "Evict ahead of demand, expire, settle what the dead left; till SIGTERM. One per segment."
     p = commands.add_parser("supervise", help=text, description=text)
     p.set_defaults(run=do_supervise)
+    _supervise_options(p)
+    p.add_argument("--parent", type=int, help=argparse.SUPPRESS)
+    text = "Serve a segment over the Redis protocol, with a supervisor; till SIGTERM."
+    p = commands.add_parser("serve", help=text, description=text)
+    p.set_defaults(run=do_serve)
+    _supervise_options(p)
+    p.add_argument("--port", type=int, default=6379, help="TCP port; 0: none (6379)")
+    p.add_argument("--bind", nargs="+", default=["127.0.0.1"], metavar="ADDRESS", help="addresses to listen on (127.0.0.1)")
+    p.add_argument("--unix", metavar="PATH", help="listen on a unix socket, too")
+    p.add_argument("--unix-mode", type=lambda t: int(t, 8), default=0o700, metavar="MODE", help="of the socket, octal (700)")
+    p.add_argument("--workers", type=int, default=1, metavar="N", help="processes with an event loop each (1)")
+    p.add_argument("--password-file", metavar="F", help="clients have to authenticate with what is in it")
+    p.add_argument("--protected-mode", choices=("yes", "no"), default="yes", help="without a password serve loopback only (yes)")
+    p.add_argument("--maxclients", type=int, default=10000, metavar="N", help="connections of a process (10000)")
+    p.add_argument("--timeout", type=float, default=0, metavar="S", help="close a connection that is idle so long; 0: never (0)")
+    p.add_argument("--tls-cert", metavar="F", help="TCP with TLS: the certificate")
+    p.add_argument("--tls-key", metavar="F", help="its key")
+    p.add_argument("--tls-ca", metavar="F", help="clients need a certificate of this authority")
+    p.add_argument("--enable-debug-command", action="store_true", help="DEBUG, for tests")
+    return parser
+
+
+def _supervise_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("name", metavar="NAME", help="of the segment")
     p.add_argument("--size", help="create the segment with it if there is none")
     p.add_argument("--huge-pages", action="store_true", help="create it in pages of 2 MiB (Linux 6.1)")
@@ -640,8 +694,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--snapshot-every", type=_positive, default=300.0, metavar="S", help="seconds (300); one more is written at the end")
     _snapshot_options(p)
     p.add_argument("--quiet", action="store_true", help="say nothing but errors")
-    p.add_argument("--parent", type=int, help=argparse.SUPPRESS)
-    return parser
 
 
 def _run(args: argparse.Namespace, prog: str) -> int:

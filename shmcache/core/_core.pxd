@@ -40,6 +40,12 @@ cdef class Table:
     cdef public Bound _unpack       # of msgpack's bytes: a codec's own, so that a hit runs no Python frame (its errors go through
                                     # _undecoded()); None: by _decode()
     cdef object idle                # set by the last of them when close() waits
+    cdef public bint impatient      # an event loop's: a write that would wait raises WouldWait, and nothing is changed
+    cdef uint64_t noted             # impatient: the ring's end that what was done with the log's policy always wants durable
+    cdef object would_wait(self)
+    cdef int room_in_log(self, seg_t* s, Mapping held) except -1
+    cdef int note_log(self, log_t* log) except -1
+    cdef uint64_t take_log(self)
     cdef seg_t* ready(self) except NULL
     cdef void enter(self, seg_t* s)
     cdef int leave(self) except -1
@@ -67,7 +73,11 @@ cdef class Table:
     cdef int remove_key(self, object key, uint64_t version) except -100
     cdef int remove_view(self, seg_t* s, Mapping held, const uint8_t* key, size_t n, uint64_t h, uint64_t version,
                          bint only_expired, log_t* log) except -100
+    cdef int add_view(self, seg_t* s, Mapping held, const uint8_t* key, size_t n, uint64_t h, int64_t by, int64_t* out,
+                      log_t* log) except -100
     cdef int change_expiry(self, object key, uint64_t expiry_ms) except -100
+    cdef int change_expiry_view(self, seg_t* s, Mapping held, const uint8_t* key, size_t n, uint64_t h, uint64_t expiry_ms,
+                                log_t* log) except -100
     cdef bint interrupted(self, seg_t* s, Mapping held) except -1
     cdef bint row_alive(self, seg_t* s, uint32_t i)
     cdef int kept(self, seg_t* s, uint32_t r, uint64_t addr)

@@ -25,7 +25,7 @@ from posix.unistd cimport usleep
 
 from shmcache.core.atomics cimport add64, ld32, ld64, likely, prefetch, st64, unlikely
 from shmcache.core.big cimport big_read
-from shmcache.core.bucket cimport bucket_of, stripe_of, stripe_release, stripe_take
+from shmcache.core.bucket cimport bucket_of, pthread_self, stripe_of, stripe_release, stripe_take
 from shmcache.core.clock cimport now_ms
 from shmcache.core.layout cimport (
     BATCH_CLASSES, BATCH_SLOTS, CLS_POOL, CONFIG_BYTES, FLAG_CLAIM, FLAG_LOCK, LAYOUT_VERSION, LOG_ALWAYS, LOG_OFF, MAX_CLASSES, MAX_KEY, MAX_ROWS, MIN_CHUNK, PARKED_SLOTS,
@@ -297,6 +297,11 @@ cdef object damaged_pages():
     return errors.DamageError("a page of this value belongs to somebody else: delete the key, or run shmcache-admin verify --repair")
 
 
+cdef object not_durable():
+    return errors.NotDurable("the write was done and everybody sees it, but it is not known to be on the disk: is the supervisor running, is "
+                             "its disk full?")
+
+
 cdef int fail(int rc) except -100:
     """The one place where a status becomes an exception."""
     if rc == NO_ROOM:
@@ -350,6 +355,13 @@ cdef uint64_t ttl_to_ms(object ttl) except? 0xffffffffffffffff:
         raise errors.InvalidTTL(f"a ttl is a finite number of seconds, zero or more and below 1e12, not {ttl}; "
                                 "None means the segment's default")
     return <uint64_t>(seconds * 1000 + 0.999999)
+
+
+class WouldWait(Exception):
+    """A call of an impatient table would have had to wait: nothing was changed."""
+
+
+cdef object WOULD_WAIT = WouldWait()
 
 
 # ---- mapping ----------------------------------------------------------------------------------------------------------------
@@ -493,6 +505,7 @@ cdef class Mapping:
         """This process is a fork child of the one that took the row: take one of its own."""
         cdef int rc
         self.s.lock_page = NULL         # MADV_DONTFORK: it is not mapped here
+        self.s.holder = 0
         rc = take_row(&self.s)
         if rc != OK:
             fail(rc)
@@ -612,6 +625,22 @@ cdef class Table:
         if s.me[0] == 0:
             held.revive()
         return s.me[0] != me
+
+    cdef object would_wait(self):
+        return WOULD_WAIT
+
+    cdef int note_log(self, log_t* log) except -1:
+        """An impatient table's durable(): its user waits, later, for what take_log() gives."""
+        if log.token == self.s.me[0] and ld64(&self.s.header.log_policy) == LOG_ALWAYS:
+            if log.end == NEVER:
+                raise not_durable()
+            self.noted = log.end
+        return 0
+
+    cdef uint64_t take_log(self):
+        cdef uint64_t end = self.noted
+        self.noted = 0
+        return end
 
     def _encode(self, value):
         raise errors.UnsupportedValue(f"this table stores bytes, str and int, not {type(value).__name__}")
@@ -736,7 +765,7 @@ cdef class Table:
                             if copy != NULL:
                                 read_copy(s, &r, copy)
                                 read_end(s, &r)
-                        stripe_release(stripe_of(s, bucket_of(s, h)))
+                        stripe_release(s, stripe_of(s, bucket_of(s, h)))
                 if rc != INTR:
                     break
                 self.interrupted(s, held)
@@ -897,6 +926,13 @@ cdef class Table:
             if ld64(&ring.head) - ld64(&ring.drained) > s.ring_bytes >> 1:
                 wake_drainer(s)
             return 0
+        if s.holder == pthread_self():          # nobody waits with a stripe in hand
+            if always:
+                raise errors.LogFull("the log takes nothing more now: nothing was changed by this command")
+            return 0
+        if self.impatient:
+            wake_drainer(s)
+            raise WOULD_WAIT
         if always or ld64(&ring.drained) != s.ring_stuck:
             if self.wait_ring(s, held, n, 0) == OK:
                 log.token = s.me[0]
@@ -937,8 +973,7 @@ cdef class Table:
         """With the policy always: wait until what was logged is durable. No lock is held, nothing secured."""
         if log.end and log.token == s.me[0] and ld64(&s.header.log_policy) == LOG_ALWAYS:
             if log.end == NEVER or ld64(&ring_of(s, s.row_idx).durable) < log.end and self.wait_ring(s, held, 0, log.end) != OK:
-                raise errors.NotDurable("the write was done and everybody sees it, but it is not known to be on the disk: is the supervisor "
-                                        "running, is its disk full?")
+                raise not_durable()
         return 0
 
     cdef int put_view(self, seg_t* s, put_t* op) except -100:
@@ -961,6 +996,10 @@ cdef class Table:
         cdef Mapping held = self.mapping
         cdef uint64_t me
         cdef int rc = BUSY if unlikely(op.value_bytes >= LONG_COPY) else put(s, op, 0)
+        if self.impatient and (rc == BUSY or rc == NO_ROOM):
+            if op.chunk:
+                give_up(s, op)
+            raise WOULD_WAIT
         if rc == BUSY or rc == NO_ROOM:
             me = s.me[0]
             self.enter(s)
@@ -1129,6 +1168,19 @@ cdef class Table:
         cdef uint64_t stored
         self.store(key, value, None, ALWAYS, 0, &stored)
 
+    cdef int room_in_log(self, seg_t* s, Mapping held) except -1:
+        """Before several stripes are held: half of the ring is free, for what will be logged meanwhile may not wait. (A small one: all of it.)"""
+        cdef log_t log
+        if s.ring_bytes and ld64(&s.header.log_policy) != LOG_OFF:
+            self.secure(s, held, &log, s.ring_bytes >> 1)
+            ring_release(s, &log)
+        return 0
+
+    def wait_durable(self, uint64_t end):
+        """Wait till this process's ring is durable up to its position `end`: True if it is."""
+        cdef seg_t* s = self.ready()
+        return ld64(&ring_of(s, s.row_idx).durable) >= end or self.wait_ring(s, self.mapping, 0, end) == OK
+
     cdef int forked(self, seg_t* s, Mapping held, log_t* log) except -1:
         """interrupted(); what was secured in a parent's ring is not this process's."""
         if self.interrupted(s, held) and log != NULL:
@@ -1153,6 +1205,10 @@ cdef class Table:
     cdef int remove_now(self, seg_t* s, Mapping held, const uint8_t* key, size_t n, uint64_t h, uint64_t version,
                         bint only_expired, log_t* log) except -100:
         cdef int rc = remove(s, key, n, h, version, only_expired, log, 0)
+        if rc == BUSY and self.impatient:
+            if only_expired:
+                return ABSENT       # nobody's duty
+            raise WOULD_WAIT
         if rc == BUSY:
             self.enter(s)
             try:
@@ -1350,20 +1406,8 @@ cdef class Table:
             s = self.ready()
             held = self.mapping
             h = siphash13(k, size, s.k0, s.k1)
-            log.bytes = 0
-            log.end = 0
-            if unlikely(s.ring_bytes != 0):
-                self.secure(s, held, &log, record_room(s, size, 8))
-            rc = add_to(s, k, size, h, by, &out, &log, 0)
-            if rc == BUSY:
-                self.enter(s)
-                try:
-                    with nogil:
-                        rc = add_to(s, k, size, h, by, &out, &log, s.limit_ns)
-                finally:
-                    self.leave()
-            if unlikely(s.ring_bytes != 0):
-                self.over(s, &log, rc == OK)
+            rc = self.add_view(s, held, k, size, h, by, &out, &log)
+            if unlikely(log.end != 0):
                 self.durable(s, held, &log)
             if rc == OK:
                 s.row.sets += 1
@@ -1385,6 +1429,30 @@ cdef class Table:
             else:
                 fail(rc)
 
+    cdef int add_view(self, seg_t* s, Mapping held, const uint8_t* key, size_t n, uint64_t h, int64_t by, int64_t* out,
+                      log_t* log) except -100:
+        """add_to(), logged: OK, ABSENT, NOT_INT, OVERFLOW, INTR (a signal came: again), or what fail() takes."""
+        cdef int rc = BUSY
+        log.bytes = 0
+        log.end = 0
+        if unlikely(s.ring_bytes != 0):
+            self.secure(s, held, log, record_room(s, n, 8))
+        try:
+            rc = add_to(s, key, n, h, by, out, log, 0)
+            if rc == BUSY and self.impatient:
+                raise WOULD_WAIT
+            if rc == BUSY:
+                self.enter(s)
+                try:
+                    with nogil:
+                        rc = add_to(s, key, n, h, by, out, log, s.limit_ns)
+                finally:
+                    self.leave()
+        finally:
+            if unlikely(s.ring_bytes != 0):
+                self.over(s, log, rc == OK)
+        return rc
+
     def decr(self, key, n=1, *, default=None, ttl=None):
         """Subtract n from an int value: incr(key, -n)."""
         if not isinstance(n, int):
@@ -1394,37 +1462,44 @@ cdef class Table:
     cdef int change_expiry(self, object key, uint64_t expiry_ms) except -100:
         cdef const uint8_t* k
         cdef size_t n
-        cdef uint64_t h
-        cdef int rc
         cdef log_t log
         cdef seg_t* s
         cdef Mapping held
+        cdef int rc
         key_view(key, &k, &n)
         s = self.ready()
         held = self.mapping
-        h = siphash13(k, n, s.k0, s.k1)
+        rc = self.change_expiry_view(s, held, k, n, siphash13(k, n, s.k0, s.k1), expiry_ms, &log)
+        if unlikely(log.end != 0):
+            self.durable(s, held, &log)
+        return rc
+
+    cdef int change_expiry_view(self, seg_t* s, Mapping held, const uint8_t* key, size_t n, uint64_t h, uint64_t expiry_ms,
+                                log_t* log) except -100:
+        """set_expiry(), logged: OK or ABSENT."""
+        cdef int rc = BUSY
         log.bytes = 0
         log.end = 0
         if unlikely(s.ring_bytes != 0):
-            self.secure(s, held, &log, record_room(s, n, 0))
-        rc = set_expiry(s, k, n, h, expiry_ms, &log, 0)
+            self.secure(s, held, log, record_room(s, n, 0))
         try:
+            rc = set_expiry(s, key, n, h, expiry_ms, log, 0)
+            if rc == BUSY and self.impatient:
+                raise WOULD_WAIT
             while rc == BUSY or rc == INTR:
                 self.enter(s)
                 try:
                     with nogil:
-                        rc = set_expiry(s, k, n, h, expiry_ms, &log, s.limit_ns)
+                        rc = set_expiry(s, key, n, h, expiry_ms, log, s.limit_ns)
                     if rc == INTR:
-                        self.forked(s, held, &log)
+                        self.forked(s, held, log)
                 finally:
                     self.leave()
                 if rc == BUSY:
                     break
         finally:
             if s.ring_bytes:
-                self.over(s, &log, rc == OK)
-        if unlikely(log.end != 0):
-            self.durable(s, held, &log)
+                self.over(s, log, rc == OK)
         if rc != OK and rc != ABSENT:
             fail(rc)
         return rc

@@ -282,7 +282,7 @@ cdef class Walk:
                     if rc != OK:
                         return rc
                     rc = copy_chain(s, self.bucket - 1, <uint32_t>self.stripe, &self.c)
-                    stripe_release(st)
+                    stripe_release(s, st)
                 if rc == NO_ROOM:
                     return OK if self.c.used else NO_ROOM
                 self.bucket += s.n_stripes

@@ -102,7 +102,7 @@ cdef class Verifier:
             if <uint32_t>c != n:
                 self.say(f"I15 stripe {i}: counts {<uint32_t>c} items, its buckets hold {n}")
         finally:
-            stripe_release(st)
+            stripe_release(s, st)
         return 0
 
     cdef uint64_t chain(self, uint64_t b, stripe_t* st):
@@ -214,7 +214,7 @@ cdef class Verifier:
         self.wait(rc)
         fine = slot_naming(s, b, addr) != NULL or ld64(&it.hash) != h or kind_of(ld64(&it.word)) != LIVE or \
             not page_in_class(s, p, cls)
-        stripe_release(st)
+        stripe_release(s, st)
         return fine
 
     cdef int big_page(self, uint64_t p) except -1:
@@ -237,7 +237,7 @@ cdef class Verifier:
                 kind_of(ld64(&item_at(s, head).word)) == LIVE and \
                 not (slot_naming(s, bucket_of(s, h), head) != NULL and big_lists(s, head, p)):
             self.say(f"I14 page {p}: BIG, and the item at {head} does not list it")
-        stripe_release(st)
+        stripe_release(s, st)
         return 0
 
     # -- lists, lock by lock
@@ -433,7 +433,7 @@ def settle(Table table not None):
     with nogil:
         for i in range(s.n_stripes):
             if stripe_take(s, &s.stripes[i], s.limit_ns) == OK:
-                stripe_release(&s.stripes[i])
+                stripe_release(s, &s.stripes[i])
         for cls in range(s.n_classes):
             if class_take(s, cls, s.limit_ns) == OK:
                 class_release(s, cls)
@@ -735,7 +735,7 @@ def repair(Table table not None):
                         break
                 b += s.n_stripes
             st64(&st.count, <uint64_t>ld32(&s.header.epoch) << 32 | n)
-            stripe_release(st)
+            stripe_release(s, st)
         for p in range(s.n_pages):
             cls = <uint32_t>page_cls(s, p)
             if cls >= s.n_classes or not page_in_class(s, p, cls):
@@ -759,7 +759,7 @@ def repair(Table table not None):
                         chunk_push_locked(s, cls, addr)
                         freed += 1
                     class_release(s, cls)
-                stripe_release(st)
+                stripe_release(s, st)
         for cls in range(s.n_classes):
             if class_take(s, cls, s.limit_ns) == OK:
                 for p in range(s.n_pages):
@@ -791,7 +791,7 @@ def repair(Table table not None):
                         bump(s, b)
                     overflow_push_locked(s, p)
                 lock_release(&s.header.overflow.lock)
-            stripe_release(st)
+            stripe_release(s, st)
         if overflow_take(s, s.limit_ns) == OK:
             for p in range(s.n_overflow):
                 if ld64(&s.overflow[p].word) == word_of(OV_FREE, 0):

@@ -18,7 +18,7 @@
 #   unlink vs get        an overflow bucket leaves its chain only when empty and last; version up before its reuse
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
-from shmcache.core.atomics cimport add64, ld32, ld64, mulhi64, or64, st32, st64, unlikely
+from shmcache.core.atomics cimport add64, ld32, ld64, likely, mulhi64, or64, st32, st64, unlikely
 from shmcache.core.layout cimport FLAG_CLAIM, OV_SLOTS, REPAIRED_FINISHED, REPAIRED_POOL, REPAIRED_REMOVED, REPAIRED_UNDONE, SLOTS, bucket_t, item_t, overflow_t, pool_t, seg_t, stripe_t
 from shmcache.core.lock cimport lock_release, lock_take
 from shmcache.core.record cimport RECORD_DELETE, RECORD_REF
@@ -150,19 +150,38 @@ cdef inline void stripe_repair(seg_t* s, stripe_t* st) noexcept nogil:
     #! stripe repair: old cleared
     st64(&st.new, 0)
 
+cdef extern from "pthread.h" nogil:
+    uint64_t pthread_self()
+
+# Several stripes at once (what the sidecar's EXEC needs): a thread takes them in ascending order, then says so: from there on what it does
+# to keys of these stripes finds them taken. For any other stripe it does not wait (it would wait out of order, for somebody who may wait
+# for it): an eviction goes on to the next item. Each stripe is repaired by itself when its holder has died: what was done to some of the
+# keys stays, the rest is not done.
+cdef inline bint holds(seg_t* s, stripe_t* st) noexcept nogil:
+    """Has this thread taken the stripe together with others?"""
+    cdef uint64_t i = st - s.stripes
+    return s.holder == pthread_self() and s.held[i >> 6] >> (i & 63) & 1
+
 cdef inline int stripe_take(seg_t* s, stripe_t* st, uint64_t limit_ns) noexcept nogil:
-    cdef int rc = lock_take(s, &st.lock, limit_ns)
+    cdef int rc
+    if unlikely(s.holder != 0):
+        if holds(s, st):
+            return OK
+        if s.holder == pthread_self():
+            limit_ns = 0
+    rc = lock_take(s, &st.lock, limit_ns)
     if rc == TAKEN_OVER:
         stripe_repair(s, st)
         return OK
     return rc
 
-cdef inline void stripe_release(stripe_t* st) noexcept nogil:
+cdef inline void stripe_release(seg_t* s, stripe_t* st) noexcept nogil:
     if st.old:
         st64(&st.old, 0)
     if st.new:
         st64(&st.new, 0)
-    lock_release(&st.lock)
+    if likely(s.holder == 0) or not holds(s, st):
+        lock_release(&st.lock)
 
 cdef inline void note_intent(stripe_t* st, int op, uint64_t old, uint64_t new, uint64_t count_next) noexcept nogil:
     st64(&st.count_next, count_next)

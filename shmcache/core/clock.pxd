@@ -72,14 +72,14 @@ cdef inline int evict_chunk(seg_t* s, uint64_t addr, uint32_t cls, bint only_sta
     slot = slot_naming(s, b, addr)
     if slot == NULL or ld64(&it.hash) != h or kind_of(ld64(&it.word)) != LIVE or \
             chunk_class(s, addr, &index) != <int>cls:
-        stripe_release(st)
+        stripe_release(s, st)
         return NO_ROOM
     was_stale = stale(s, it)
     if (only_stale and not was_stale) or claim_stands(s, addr):
-        stripe_release(st)
+        stripe_release(s, st)
         return NO_ROOM
     remove_locked(s, st, b, slot, addr, OP_EVICT, NULL)
-    stripe_release(st)
+    stripe_release(s, st)
     #! evict: out of the table
     if was_stale:
         add64(&s.row.expired, 1)

@@ -283,6 +283,8 @@ ctypedef struct seg_t:
     uint32_t page_chunks[64]    # chunks that a page of the class holds
     uint64_t max_value_bytes
     uint64_t default_ttl_ms
+    uint64_t holder         # the thread of this process that holds several stripes at once; 0: none. One at a time
+    uint64_t held[1024]     # which: a bit for each stripe
     bint supervising        # this process is the supervisor: what it evicts, it evicts ahead of demand
     uint64_t limit_ns       # how long to wait for a lock that a living process holds
     uint64_t patience_ns    # the same, as the segment has it: who waited so long speaks for all

@@ -75,7 +75,7 @@ cdef inline bint settle_chunk(seg_t* s, uint64_t addr, uint64_t limit_ns) noexce
                 add64(&s.row.settled, 1)
                 add64(&s.row.repairs[REPAIRED_CHUNK], 1)
             class_release(s, cls)
-    stripe_release(st)
+    stripe_release(s, st)
     return True
 
 cdef inline void settle_big_page(seg_t* s, uint64_t p, uint64_t limit_ns) noexcept nogil:
@@ -108,7 +108,7 @@ cdef inline void settle_big_page(seg_t* s, uint64_t p, uint64_t limit_ns) noexce
                     add64(&s.row.settled, 1)
                     add64(&s.row.repairs[REPAIRED_PAGE], 1)
                 lock_release(&s.header.pages.lock)
-    stripe_release(st)
+    stripe_release(s, st)
 
 cdef inline void settle_page(seg_t* s, uint64_t p, uint64_t limit_ns) noexcept nogil:
     cdef page_t* pg = &s.pages[p]
@@ -170,7 +170,7 @@ cdef inline void settle_overflow(seg_t* s, uint64_t n, uint64_t limit_ns) noexce
                 lock_release(&s.header.overflow.lock)
             add64(&s.row.settled, 1)
             add64(&s.row.repairs[REPAIRED_OVERFLOW], 1)
-        stripe_release(st)
+        stripe_release(s, st)
 
 cdef inline bint in_chain(seg_t* s, uint64_t b, uint64_t overflow_idx) noexcept nogil:
     """Is this overflow bucket part of b's chain? The stripe is held."""

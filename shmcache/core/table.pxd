@@ -471,7 +471,7 @@ cdef inline int put(seg_t* s, put_t* op, uint64_t limit_ns) noexcept nogil:
     if unlikely(op.when == RESTORED) and rc == OK and count >> 32 != op.epoch:
         rc = MISMATCH
     if rc != OK:
-        stripe_release(st)
+        stripe_release(s, st)
         return rc
     #! put: placed
     old = f.addr
@@ -501,7 +501,7 @@ cdef inline int put(seg_t* s, put_t* op, uint64_t limit_ns) noexcept nogil:
     st64(&st.count, st.count_next)
     #! put: count
     op.chunk = 0
-    stripe_release(st)                                              # 11
+    stripe_release(s, st)                                              # 11
     #! put: released
     if old:
         free_old(s, old, limit_ns)                                  # 12
@@ -544,7 +544,7 @@ cdef inline int remove(seg_t* s, const uint8_t* key, size_t n, uint64_t h, uint6
         st64(&st.seq, st.seq + 1)
         #! remove: version of an absent key
         log_op(s, log, RECORD_DELETE, st - s.stripes, st.seq, NULL, key, n, NULL, 0)
-    stripe_release(st)
+    stripe_release(s, st)
     if f.slot != NULL:
         if not f.claimed:
             add64(&s.row.deletes if rc == OK else &s.row.expired, 1)
@@ -563,7 +563,7 @@ cdef inline int remove_claim(seg_t* s, const uint8_t* key, size_t n, uint64_t h,
     rc = OK if f.slot != NULL and f.claimed and ld64(&item_at(s, f.addr).cas) == version and my_claim(s, f.addr, n) else MISMATCH
     if rc == OK:
         remove_locked(s, st, b, f.slot, f.addr, OP_EVICT, NULL)
-    stripe_release(st)
+    stripe_release(s, st)
     if rc == OK:
         free_old(s, f.addr, limit_ns)
     return rc
@@ -620,7 +620,7 @@ cdef inline int add_to(seg_t* s, const uint8_t* key, size_t n, uint64_t h, int64
                 log_op(s, log, RECORD_SET, st - s.stripes, st.seq + 1, it, key, n, <uint8_t*>at, 8)
                 st64(&st.seq, st.seq + 1)
                 #! incr: seq
-    stripe_release(st)
+    stripe_release(s, st)
     return rc
 
 cdef inline int set_expiry(seg_t* s, const uint8_t* key, size_t n, uint64_t h, uint64_t expiry_ms,
@@ -646,7 +646,7 @@ cdef inline int set_expiry(seg_t* s, const uint8_t* key, size_t n, uint64_t h, u
         log_op(s, log, RECORD_EXPIRY, st - s.stripes, st.seq + 1, it, key, n, NULL, 0)
         st64(&st.seq, st.seq + 1)
         #! touch: seq
-    stripe_release(st)
+    stripe_release(s, st)
     return rc
 
 # ---- the whole table, cheaply --------------------------------------------------------------------------------------------------
@@ -691,7 +691,7 @@ cdef inline int next_keys(seg_t* s, uint64_t b, uint8_t* to, uint32_t room, uint
     rc = stripe_take(s, st, limit_ns)
     if rc == OK:
         rc = copy_keys(s, b, to, room, used)
-        stripe_release(st)
+        stripe_release(s, st)
     return rc
 
 cdef inline int copy_keys(seg_t* s, uint64_t b, uint8_t* to, uint32_t room, uint32_t* used) noexcept nogil:

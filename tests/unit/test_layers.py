@@ -19,7 +19,8 @@ ALLOWED = {  # module -> what of ours it may import
     "namespace": {"errors", "flight", "cache"},
     "cache": {"errors", "core", "segment", "codec", "flight", "namespace"},
     "supervisor": {"errors", "core", "segment", "cache", "supervisor"},
-    "cli": {"errors", "core", "segment", "supervisor"},
+    "sidecar": {"errors", "core", "cache", "sidecar"},
+    "cli": {"errors", "core", "segment", "supervisor", "sidecar"},
     "__init__": {"errors", "segment", "cache", "supervisor"},
 }
 

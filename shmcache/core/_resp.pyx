@@ -1,0 +1,1787 @@
+# cython: binding=False, boundscheck=False, wraparound=False, cdivision=True
+"""The Redis protocol, parsed and executed on the segment: `Executor`, one per event loop, and `Client`, one per connection.
+
+A read's bytes go once through Client.feed(): each command that is whole is executed where it stands, its arguments pointers into the
+read buffer, its reply appended to one output buffer, which is sent at the end. What Redis' users call often is compiled here; the rest
+(COMMANDS, kind PYTHON) is called with bytes objects, sidecar/commands.py.
+
+Rules
+- nothing that a client sends is believed: lengths are clamped before they are used, no buffer grows beyond its limit
+- the loop's thread never waits: what finds a lock busy, or the log full, raises WouldWait before it has changed anything, and the whole
+  command is run again by a thread of the pool, which may wait (Client.retry)
+- replies leave in the order of the commands. With the log's policy `always` they are kept until what they acknowledge is durable
+- an argument points into the read buffer, or into `pending`: both stand still while a command runs
+"""
+from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_FillInfo
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from libc.errno cimport EAGAIN, EINTR, errno
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport free, malloc, realloc
+from libc.string cimport memchr, memcmp, memcpy, memmove, memset
+
+from shmcache.core._core cimport Mapping, Table
+from shmcache.core.atomics cimport likely, prefetch, unlikely
+from shmcache.core.bucket cimport bucket_of, pthread_self, stripe_of, stripe_release, stripe_take
+from shmcache.core.clock cimport now_ms
+from shmcache.core.layout cimport MAX_KEY, seg_t
+from shmcache.core.ring cimport log_t
+from shmcache.core.siphash cimport siphash13
+from shmcache.core.table cimport (
+    ALWAYS, IF_ABSENT, IF_PRESENT, IF_VERSION, RESTARTS, next_keys, prefetch_item, put_t, read_begin, read_copy, read_end, read_t)
+from shmcache.core.token cimport ABSENT, EXISTS, INTR, NO_ROOM, OK, OVERFLOW, mono_ns, wall_ms
+
+import threading
+
+from shmcache import errors
+from shmcache.core._core import WouldWait
+
+HOLDING = threading.Lock()      # one thread of a process holds several stripes at a time
+
+cdef extern from "sys/socket.h" nogil:
+    ssize_t send(int fd, const void* buf, size_t n, int flags)
+    enum: MSG_DONTWAIT, MSG_NOSIGNAL
+
+cdef extern from *:
+    """
+    /* Decimal digits of n behind `to`: how many characters. */
+    static int shm_digits(char *to, int64_t n) {
+        char d[24]; int i = 0, k = 0;
+        uint64_t u = n < 0 ? 0 - (uint64_t)n : (uint64_t)n;
+        do { d[i++] = (char)('0' + u % 10); u /= 10; } while (u);
+        if (n < 0) to[k++] = '-';
+        while (i) to[k++] = d[--i];
+        return k;
+    }
+    /* The number that these bytes spell in the one canonical way (no sign +, no leading zero, no space): 1, or 0. */
+    static int shm_number(const uint8_t *p, size_t n, int64_t *out) {
+        size_t i = 0; int minus = 0; uint64_t v = 0;
+        if (n == 0 || n > 20) return 0;
+        if (n == 1 && p[0] == '0') { *out = 0; return 1; }
+        if (p[0] == '-') { minus = 1; i = 1; if (n == 1) return 0; }
+        if (p[i] < '1' || p[i] > '9') return 0;
+        for (; i < n; i++) {
+            unsigned d = (unsigned)p[i] - '0';
+            if (d > 9 || v > (UINT64_MAX - d) / 10) return 0;
+            v = v * 10 + d;
+        }
+        if (minus) { if (v > (uint64_t)INT64_MAX + 1) return 0; *out = (int64_t)(0 - v); }
+        else { if (v > INT64_MAX) return 0; *out = (int64_t)v; }
+        return 1;
+    }
+    #include <ctype.h>
+    #include <errno.h>
+    #include <math.h>
+    #include <stdio.h>
+    #include <stdlib.h>
+    static int shm_float(const char *p, size_t n, long double *x) {
+        char *end;
+        errno = 0;
+        *x = strtold(p, &end);      /* Python's bytes end with a zero byte */
+        return !isspace((unsigned char)p[0]) && (size_t)(end - p) == n && !isnan(*x) &&
+               !(errno == ERANGE && (isinf(*x) || fpclassify(*x) == FP_ZERO)) && errno != EINVAL;
+    }
+    static int shm_not_finite(long double x) { return isnan(x) || isinf(x); }
+    static int shm_print_float(char *to, size_t room, long double x) {
+        int n = snprintf(to, room, "%.17Lf", x);
+        while (to[n - 1] == '0') n--;
+        if (to[n - 1] == '.') n--;
+        if (n == 2 && to[0] == '-' && to[1] == '0') { to[0] = '0'; n = 1; }
+        return n;
+    }
+    static uint32_t shm_name_hash(const uint8_t *p, size_t n) {
+        uint32_t h = 2166136261u;
+        for (size_t i = 0; i < n; i++) h = (h ^ (uint32_t)(p[i] | 0x20)) * 16777619u;
+        return h;
+    }
+    static int shm_same_name(const uint8_t *p, const char *name, size_t n) {
+        for (size_t i = 0; i < n; i++) {
+            uint8_t c = p[i];
+            if (c >= 'A' && c <= 'Z') c |= 0x20;
+            if (c != (uint8_t)name[i]) return 0;
+        }
+        return 1;
+    }
+    """
+    int shm_digits(char* to, int64_t n) nogil
+    bint shm_number(const uint8_t* p, size_t n, int64_t* out) nogil
+    bint shm_float(const char* p, size_t n, long double* x) nogil
+    bint shm_not_finite(long double x) nogil
+    int shm_print_float(char* to, size_t room, long double x) nogil
+    uint32_t shm_name_hash(const uint8_t* p, size_t n) nogil
+    bint shm_same_name(const uint8_t* p, const char* name, size_t n) nogil
+
+cdef enum:
+    READ_BYTES = 65536          # of the loop's read buffer
+    INLINE_MAX = 65536          # of a line that has no end yet
+    MOST_ARGS = 1048576
+    OUT_MOST = 1 << 20          # bytes of output before it is sent in the middle of a pipeline
+    OUT_KEPT = 16384            # a larger output buffer is freed when it is empty
+    TABLE_SLOTS = 1024          # of the table of command names; a power of two
+    NAME_MAX = 32
+    CODEC_BYTES = 0
+    CODEC_STR = 1
+    CODEC_INT = 2
+
+# what a command is: executed here, or in Python
+cdef enum:
+    C_PYTHON, C_GET, C_SET, C_SETNX, C_SETEX, C_PSETEX, C_GETSET, C_GETDEL, C_GETEX, C_MGET, C_MSET, C_APPEND, C_STRLEN, C_GETRANGE,
+    C_SETRANGE, C_INCR, C_DECR, C_INCRBY, C_DECRBY, C_SETBIT, C_GETBIT, C_DEL, C_EXISTS, C_TTL, C_PTTL, C_EXPIRETIME, C_PEXPIRETIME,
+    C_EXPIRE, C_PEXPIRE, C_EXPIREAT, C_PEXPIREAT, C_PERSIST, C_TYPE, C_PING, C_ECHO
+
+COMPILED = {
+    "get": C_GET, "set": C_SET, "setnx": C_SETNX, "setex": C_SETEX, "psetex": C_PSETEX, "getset": C_GETSET, "getdel": C_GETDEL,
+    "getex": C_GETEX, "mget": C_MGET, "mset": C_MSET, "append": C_APPEND, "strlen": C_STRLEN, "getrange": C_GETRANGE,
+    "substr": C_GETRANGE, "setrange": C_SETRANGE, "incr": C_INCR, "decr": C_DECR, "incrby": C_INCRBY, "decrby": C_DECRBY,
+    "setbit": C_SETBIT, "getbit": C_GETBIT, "del": C_DEL, "unlink": C_DEL, "exists": C_EXISTS, "touch": C_EXISTS, "ttl": C_TTL,
+    "pttl": C_PTTL, "expiretime": C_EXPIRETIME, "pexpiretime": C_PEXPIRETIME, "expire": C_EXPIRE, "pexpire": C_PEXPIRE,
+    "expireat": C_EXPIREAT, "pexpireat": C_PEXPIREAT, "persist": C_PERSIST, "type": C_TYPE, "ping": C_PING, "echo": C_ECHO,
+}
+
+# flags of a command
+cdef enum:
+    F_NOAUTH = 1        # allowed before AUTH
+    F_IN_MULTI = 2      # executed at once inside MULTI, not queued
+    F_IN_PUBSUB = 4     # allowed on a RESP2 connection that has subscriptions
+    F_WRITE = 8
+    F_FREE = 16         # also while the connection is being asked nothing else (CLIENT REPLY, RESET, QUIT)
+FLAGS = {"no_auth": F_NOAUTH, "in_multi": F_IN_MULTI, "in_pubsub": F_IN_PUBSUB, "write": F_WRITE, "free": F_FREE}
+
+ctypedef struct name_t:
+    char name[NAME_MAX]
+    uint32_t n                  # bytes of the name; 0: no command
+    int index                   # of Executor.names
+    int kind                    # C_*
+    int arity                   # as Redis counts: with the name, negative: at least
+    int flags
+
+ctypedef struct arg_t:
+    uint64_t at                 # from the beginning of what is parsed
+    uint64_t n
+
+
+class ProtocolError(Exception):
+    """What was sent is not the protocol: the reply, after which the connection is closed."""
+
+
+cdef bytes decimal(int64_t n):
+    cdef char d[24]
+    return PyBytes_FromStringAndSize(d, shm_digits(d, n))
+
+
+cdef class Executor:
+    """What all connections of one event loop share: the table, the read buffer, the commands.
+
+    Args: table: a handle of its own. impatient: it is an event loop's, and its calls do not wait. commands: {name: (arity, flags, callable or None)}, in
+    lower case; the callable of one that is not COMPILED is called with (client, [arguments]) and returns the reply, or None.
+    """
+    cdef Table table
+    cdef Mapping mapping
+    cdef seg_t* s
+    cdef name_t slots[TABLE_SLOTS]
+    cdef readonly list names            # by index: (name, callable)
+    cdef uint8_t* read_buffer
+    cdef Py_ssize_t exports
+    cdef const uint8_t** argv
+    cdef size_t* argl
+    cdef size_t room                    # of both
+    cdef size_t argc
+    cdef int64_t offset                 # unix time - the segment's time, ms: steady, so that a time that was set reads as it was set
+    cdef uint8_t* scratch               # a value that is being changed
+    cdef uint64_t room_scratch
+    cdef readonly list calls            # by index: how often
+    cdef readonly uint64_t commands     # executed in all
+    cdef readonly uint64_t bytes_in
+    cdef readonly uint64_t bytes_out
+    cdef public bint watched            # every command is told to `monitor` before it runs
+    cdef public bint timed              # every command's duration is told to `slow`
+    cdef public uint64_t slower_than_ns
+    cdef public object monitor
+    cdef public object slow
+    cdef public object defer            # called with (client): run its command in the pool
+    cdef public object held             # called with (client, end): keep its replies until the ring is durable up to end
+    cdef public bint locked             # no client may run anything but F_NOAUTH before it is authenticated
+    cdef public int64_t paused_until    # ms, monotonic: CLIENT PAUSE
+    cdef public bint paused_writes_only
+    cdef list holding                   # numbers of the stripes that hold() took
+
+    def __cinit__(self, Table table not None, dict commands, bint impatient=True):
+        cdef uint32_t i
+        cdef name_t* slot
+        cdef bytes encoded
+        self.table = table
+        self.mapping = table.mapping
+        self.s = table.ready()
+        self.names = []
+        self.read_buffer = <uint8_t*>malloc(READ_BYTES)
+        self.room = 64
+        self.argv = <const uint8_t**>malloc(self.room * sizeof(void*))
+        self.argl = <size_t*>malloc(self.room * sizeof(size_t))
+        self.room_scratch = 1024
+        self.scratch = <uint8_t*>malloc(self.room_scratch)
+        if self.read_buffer == NULL or self.argv == NULL or self.argl == NULL or self.scratch == NULL:
+            raise MemoryError
+        memset(self.slots, 0, sizeof(self.slots))
+        for name, (arity, flags, run) in commands.items():
+            encoded = name.encode()
+            if not 0 < len(encoded) < NAME_MAX or len(commands) > TABLE_SLOTS // 2:
+                raise ValueError(f"{name!r}: too long a name, or too many commands")
+            i = shm_name_hash(encoded, len(encoded)) & (TABLE_SLOTS - 1)
+            while self.slots[i].n:
+                i = (i + 1) & (TABLE_SLOTS - 1)
+            slot = &self.slots[i]
+            memcpy(slot.name, PyBytes_AS_STRING(encoded), len(encoded))
+            slot.n = <uint32_t>len(encoded)
+            slot.index = len(self.names)
+            slot.kind = COMPILED.get(name, C_PYTHON) if run is None else C_PYTHON
+            slot.arity = arity
+            slot.flags = flags
+            if run is None and slot.kind == C_PYTHON:
+                raise ValueError(f"{name!r} is not compiled, and there is no callable for it")
+            self.names.append((name, run))
+        self.calls = [0] * len(self.names)
+        table.impatient = impatient
+        self.clock()
+
+    def __dealloc__(self):
+        free(self.read_buffer)
+        free(self.argv)
+        free(self.argl)
+        free(self.scratch)
+
+    def __getbuffer__(self, Py_buffer* view, int flags):
+        PyBuffer_FillInfo(view, self, self.read_buffer, READ_BYTES, False, flags)
+
+    cdef inline void clock(self) noexcept:
+        cdef int64_t offset = <int64_t>wall_ms() - <int64_t>now_ms(self.s)
+        if offset - self.offset > 1 or offset - self.offset < -1:
+            self.offset = offset
+
+    cdef inline int64_t unix_ms(self) noexcept:
+        self.clock()
+        return <int64_t>now_ms(self.s) + self.offset
+
+    cdef inline uint64_t expiry_of(self, int64_t unix_ms) noexcept:
+        """The segment's time at this unix time; what is over is 1, for 0 is never."""
+        self.clock()
+        return <uint64_t>(unix_ms - self.offset) if unix_ms > self.offset else 1
+
+    cdef inline int64_t unix_of(self, uint64_t expiry_ms) noexcept:
+        self.clock()
+        return <int64_t>expiry_ms + self.offset
+
+    cdef name_t* find(self, const uint8_t* p, size_t n) noexcept:
+        cdef uint32_t i = shm_name_hash(p, n) & (TABLE_SLOTS - 1)
+        while self.slots[i].n:
+            if self.slots[i].n == n and shm_same_name(p, self.slots[i].name, n):
+                return &self.slots[i]
+            i = (i + 1) & (TABLE_SLOTS - 1)
+        return NULL
+
+    cdef int grow_args(self, size_t n) except -1:
+        cdef const uint8_t** argv
+        cdef size_t* argl
+        cdef size_t room = self.room
+        if n <= room:
+            return 0
+        while room < n:
+            room *= 2
+        argv = <const uint8_t**>realloc(self.argv, room * sizeof(void*))
+        if argv == NULL:
+            raise MemoryError
+        self.argv = argv
+        argl = <size_t*>realloc(self.argl, room * sizeof(size_t))
+        if argl == NULL:
+            raise MemoryError
+        self.argl = argl
+        self.room = room
+        return 0
+
+    cdef int grow_scratch(self, uint64_t n) except -1:
+        cdef uint8_t* larger
+        if n > self.room_scratch:
+            larger = <uint8_t*>realloc(self.scratch, n)
+            if larger == NULL:
+                raise MemoryError
+            self.scratch = larger
+            self.room_scratch = n
+        return 0
+
+    cdef void shrink(self) noexcept:
+        """After a command: memory that a large one needed is given back."""
+        cdef void* smaller
+        if self.room_scratch > 1 << 20:
+            free(self.scratch)
+            self.room_scratch = 1024
+            self.scratch = <uint8_t*>malloc(self.room_scratch)
+            if self.scratch == NULL:
+                self.room_scratch = 0
+        if self.room > 65536:
+            self.room = 64
+            smaller = realloc(self.argv, self.room * sizeof(void*))
+            if smaller != NULL:
+                self.argv = <const uint8_t**>smaller
+            smaller = realloc(self.argl, self.room * sizeof(size_t))
+            if smaller != NULL:
+                self.argl = <size_t*>smaller
+
+    # -- for commands in Python: values as Redis shows them, times as unix milliseconds
+
+    def now(self):
+        """Unix time in ms, as expiry is judged by."""
+        return self.unix_ms()
+
+    def read(self, bytes key not None):
+        """(value, version, unix ms at which it expires, or 0, codec), or None."""
+        cdef raw_t raw
+        cdef const uint8_t* k = <const uint8_t*>PyBytes_AS_STRING(key)
+        if not look(self, k, PyBytes_GET_SIZE(key), &raw, True):
+            return None
+        return (PyBytes_FromStringAndSize(<char*>raw.value, <Py_ssize_t>raw.n), raw.version,
+                self.unix_of(raw.expiry_ms) if raw.expiry_ms else 0, raw.codec)
+
+    def write(self, bytes key not None, bytes value not None, int64_t expires_ms, *, version=None, bint absent=False, int codec=CODEC_BYTES):
+        """Store a value: True if it was. expires_ms: unix time; 0: never. version: if the key still has it; absent: if it is not there.
+        codec: read()'s, of the value that this one is a copy of."""
+        cdef int64_t n = 0
+        cdef const uint8_t* k = <const uint8_t*>PyBytes_AS_STRING(key)
+        cdef const uint8_t* v = <const uint8_t*>PyBytes_AS_STRING(value)
+        cdef size_t size = PyBytes_GET_SIZE(value)
+        if codec == CODEC_INT:
+            if not shm_number(v, size, &n):
+                raise ValueError("not a number")
+            v = <const uint8_t*>&n
+            size = 8
+        return put_value(self, k, PyBytes_GET_SIZE(key), v, size, codec, self.expiry_of(expires_ms) if expires_ms else 0,
+                         IF_VERSION if version is not None else IF_ABSENT if absent else ALWAYS, 0 if version is None else version) == OK
+
+    def remove(self, bytes key not None, uint64_t version=0):
+        """Delete a key (of this version): True if it was there."""
+        return remove_key(self, <const uint8_t*>PyBytes_AS_STRING(key), PyBytes_GET_SIZE(key), version) == OK
+
+
+    # -- several keys at once
+
+    def hold(self, keys):
+        """Take the stripes of these keys, ascending: from here to release() what this thread does to them is one step for all who write.
+        Readers never wait: they may see one key before and the next after. Raises: WouldWait; StripeBusy: nothing is held then."""
+        cdef seg_t* s = self.s
+        cdef uint32_t i, taken = 0
+        cdef int rc = OK
+        cdef list stripes
+        cdef uint64_t h
+        cdef bytes key
+        found = set()
+        for key in keys:
+            if 0 < len(key) <= MAX_KEY:
+                h = siphash13(<const uint8_t*>PyBytes_AS_STRING(key), len(key), s.k0, s.k1)
+                found.add(stripe_of(s, bucket_of(s, h)) - s.stripes)
+        stripes = sorted(found)
+        self.table.room_in_log(s, self.mapping)
+        if not HOLDING.acquire(not self.table.impatient):
+            raise WouldWait
+        try:
+            for number in stripes:
+                i = number
+                rc = stripe_take(s, &s.stripes[i], 0)
+                while rc != OK and not self.table.impatient:
+                    with nogil:
+                        rc = stripe_take(s, &s.stripes[i], s.limit_ns)
+                    if rc != INTR:
+                        break
+                if rc != OK:
+                    break
+                taken += 1
+            if rc == OK:
+                memset(s.held, 0, sizeof(s.held))
+                for number in stripes:
+                    i = number
+                    s.held[i >> 6] |= <uint64_t>1 << (i & 63)
+                s.holder = pthread_self()
+                self.holding = stripes
+                return
+            for number in stripes[:taken]:
+                i = number
+                stripe_release(s, &s.stripes[i])
+        except BaseException:
+            HOLDING.release()
+            raise
+        HOLDING.release()
+        if self.table.impatient:
+            raise WouldWait
+        raise errors.StripeBusy("a living process holds a lock that this call needs and does not run: try again")
+
+    def release(self):
+        """Let go of what hold() took."""
+        cdef seg_t* s = self.s
+        cdef uint32_t i
+        s.holder = 0
+        for number in self.holding:
+            i = number
+            stripe_release(s, &s.stripes[i])
+        self.holding = None
+        HOLDING.release()
+
+    @property
+    def holds(self):
+        """Does this thread hold stripes?"""
+        return self.s.holder == pthread_self()
+
+    def reset(self):
+        """The counts begin anew."""
+        self.calls = [0] * len(self.names)
+        self.commands = self.bytes_in = self.bytes_out = 0
+
+    @property
+    def impatient(self):
+        """May its calls not wait? (False also while stripes are held: who holds them ends what he began.)"""
+        return self.table.impatient
+
+    @impatient.setter
+    def impatient(self, bint on):
+        self.table.impatient = on
+
+    # -- all keys
+
+    @property
+    def n_buckets(self):
+        return self.s.n_buckets
+
+    def keys(self, uint64_t bucket):
+        """The keys of one bucket, at one instant."""
+        cdef seg_t* s = self.s
+        cdef uint32_t used = 0, at = 0, n
+        cdef int rc
+        cdef list found = []
+        if bucket >= s.n_buckets:
+            return found
+        while True:
+            rc = next_keys(s, bucket, self.scratch, <uint32_t>min(self.room_scratch, <uint64_t>0xffffffff), &used,
+                           0 if self.table.impatient else s.limit_ns)
+            if rc == NO_ROOM:
+                self.grow_scratch(2 * self.room_scratch)
+            elif rc == INTR:
+                continue
+            elif rc == OK:
+                break
+            elif self.table.impatient:
+                raise WouldWait
+            else:
+                raise errors.StripeBusy("a living process holds a lock that this call needs and does not run: try again")
+        while at < used:
+            n = self.scratch[at] | <uint32_t>self.scratch[at + 1] << 8
+            found.append(PyBytes_FromStringAndSize(<char*>self.scratch + at + 2, n))
+            at += 2 + n
+        return found
+
+    def version(self, bytes key not None):
+        """The key's version, 0 if it is not there."""
+        cdef raw_t raw
+        return raw.version if look(self, <const uint8_t*>PyBytes_AS_STRING(key), PyBytes_GET_SIZE(key), &raw, False) else 0
+
+    def expire(self, bytes key not None, int64_t expires_ms):
+        """Change when a key expires: unix ms, 0: never. True if it is there."""
+        cdef log_t log
+        cdef const uint8_t* k = <const uint8_t*>PyBytes_AS_STRING(key)
+        cdef size_t n = PyBytes_GET_SIZE(key)
+        if n == 0 or n > MAX_KEY:
+            return False
+        log.end = 0
+        rc = self.table.change_expiry_view(self.s, self.mapping, k, n, siphash13(k, n, self.s.k0, self.s.k1),
+                                           self.expiry_of(expires_ms) if expires_ms else 0, &log)
+        if log.end:
+            self.table.note_log(&log)
+        return rc == OK
+
+
+# ---- keys and values -------------------------------------------------------------------------------------------------------------
+
+ctypedef struct raw_t:
+    uint8_t* value              # in Executor.scratch, as text if it is an int
+    uint64_t n
+    uint64_t version
+    uint64_t expiry_ms          # the segment's time; 0: never
+    int codec
+
+
+cdef bint look(Executor ex, const uint8_t* key, size_t n, raw_t* raw, bint whole) except -1:
+    """Read a key into the scratch (whole; else what is known of it without its bytes): False if it is not there."""
+    cdef seg_t* s = ex.s
+    cdef read_t r
+    cdef uint64_t h
+    cdef int rc, tries
+    if n == 0 or n > MAX_KEY:
+        return False
+    h = siphash13(key, n, s.k0, s.k1)
+    for tries in range(RESTARTS):
+        rc = read_begin(s, key, n, h, &r)
+        if rc == ABSENT:
+            s.row.misses += 1
+            if r.expired:
+                ex.table.remove_view(s, ex.mapping, key, n, h, 0, True, NULL)
+            return False
+        if rc == OK:
+            raw.n = r.value_bytes
+            if whole or r.codec == CODEC_INT:
+                ex.grow_scratch(max(<uint64_t>64, r.value_bytes))
+                read_copy(s, &r, ex.scratch)
+            if read_end(s, &r) == OK:
+                if r.damaged:
+                    raise errors.DamageError("a page of this value belongs to somebody else: delete the key")
+                finish_raw(ex, &r, raw)
+                s.row.hits += 1
+                return True
+        s.row.retries += 1
+    return look_locked(ex, key, n, h, raw)
+
+
+cdef void finish_raw(Executor ex, read_t* r, raw_t* raw) noexcept:
+    cdef int64_t number
+    raw.value = ex.scratch
+    raw.version = r.cas
+    raw.expiry_ms = r.expiry_ms
+    raw.codec = r.codec
+    if r.codec == CODEC_INT and raw.n == 8:
+        memcpy(&number, ex.scratch, 8)
+        raw.n = shm_digits(<char*>ex.scratch, number)
+
+
+cdef bint look_locked(Executor ex, const uint8_t* key, size_t n, uint64_t h, raw_t* raw) except -1:
+    """After so many reads that writes overtook: under the stripe, if it is free now."""
+    cdef seg_t* s = ex.s
+    cdef read_t r
+    cdef int rc
+    ex.grow_scratch(s.max_value_bytes if s.max_value_bytes < 1 << 20 else 1 << 20)
+    rc = stripe_take(s, stripe_of(s, bucket_of(s, h)), 0 if ex.table.impatient else s.limit_ns)
+    if rc != OK:
+        if ex.table.impatient:
+            raise ex.table.would_wait()
+        raise errors.StripeBusy("a living process holds a lock that this call needs and does not run: try again")
+    rc = read_begin(s, key, n, h, &r)
+    if rc == OK and r.value_bytes <= ex.room_scratch:
+        read_copy(s, &r, ex.scratch)
+        read_end(s, &r)
+    stripe_release(s, stripe_of(s, bucket_of(s, h)))
+    if rc == OK:
+        if r.value_bytes > ex.room_scratch:
+            ex.grow_scratch(r.value_bytes)
+            return look(ex, key, n, raw, True)
+        raw.n = r.value_bytes
+        finish_raw(ex, &r, raw)
+    return rc == OK
+
+
+cdef int check_key(size_t n) except -1:
+    if n == 0 or n > MAX_KEY:
+        raise errors.InvalidKey(f"a key has 1 to {MAX_KEY} bytes, this one {n}")
+    return 0
+
+
+cdef int put_value(Executor ex, const uint8_t* key, size_t n, const uint8_t* value, uint64_t size, int codec, uint64_t expiry_ms,
+                   int when, uint64_t version) except -100:
+    """OK, EXISTS, ABSENT or MISMATCH. expiry_ms: the segment's time, 0: its default."""
+    cdef seg_t* s = ex.s
+    cdef put_t op
+    cdef int rc
+    check_key(n)
+    if size > s.max_value_bytes:
+        raise errors.ValueTooLarge("string exceeds maximum allowed size (proto-max-bulk-len)")
+    op.key = key
+    op.key_bytes = n
+    op.hash = siphash13(key, n, s.k0, s.k1)
+    prefetch(&s.buckets[bucket_of(s, op.hash)])
+    op.value = value
+    op.value_bytes = size
+    op.codec = <uint8_t>codec
+    op.flags = 0
+    op.refs = 0
+    op.chunk = 0
+    op.when = when
+    op.version = version
+    op.expiry_ms = expiry_ms
+    if expiry_ms == 0 and s.default_ttl_ms:
+        op.expiry_ms = now_ms(s) + s.default_ttl_ms
+    rc = ex.table.put_view(s, &op)
+    if unlikely(op.log.end != 0):
+        ex.table.note_log(&op.log)
+    if unlikely(expiry_ms == 1) and rc == OK:       # it is over already
+        ex.table.remove_view(s, ex.mapping, key, n, op.hash, 0, True, NULL)
+    return rc
+
+
+cdef int remove_key(Executor ex, const uint8_t* key, size_t n, uint64_t version) except -100:
+    cdef seg_t* s = ex.s
+    cdef log_t log
+    cdef int rc
+    if n == 0 or n > MAX_KEY:
+        return ABSENT
+    log.end = 0
+    rc = ex.table.remove_view(s, ex.mapping, key, n, siphash13(key, n, s.k0, s.k1), version, False, &log)
+    if unlikely(log.end != 0):
+        ex.table.note_log(&log)
+    return rc
+
+
+# ---- a connection ----------------------------------------------------------------------------------------------------------------
+
+cdef class Client:
+    """One connection: what it sent and is not executed, what it is to be sent, and its state. A protocol of the event loop.
+
+    A subclass gives it life: opened(), closed(), overflow() are called here.
+    """
+    cdef readonly Executor home         # of its event loop
+    cdef readonly Executor ex           # that runs its command: a thread's of the pool, while it is blocked by one
+    cdef uint8_t* pending               # what was read and is not executed
+    cdef uint64_t n_pending
+    cdef uint64_t room_pending
+    cdef uint64_t need                  # bytes of it before there is anything new to find
+    cdef arg_t* args                    # of the command that is being read
+    cdef uint64_t n_args
+    cdef uint64_t room_args
+    cdef int64_t left                   # arguments of it that are not there yet; -1: its first line is not
+    cdef uint64_t scanned               # of `pending`: where the next argument begins
+    cdef uint8_t* out
+    cdef uint64_t n_out
+    cdef uint64_t room_out
+    cdef uint64_t carry                 # of a command that is run again: what its earlier part has counted,
+    cdef size_t carry_at                # and where it goes on
+    cdef public int protocol            # 2 or 3
+    cdef public bint authenticated
+    cdef public bint blocked            # a command is being run elsewhere: nothing more is executed, what comes is kept
+    cdef public bint closing            # after what is in `out`
+    cdef public bint in_multi
+    cdef public bint in_pubsub
+    cdef public bint silent             # CLIENT REPLY OFF
+    cdef public int skip                # CLIENT REPLY SKIP: replies of so many commands are dropped
+    cdef public object transport
+    cdef public int fd                  # -1: what is sent goes through the transport
+    cdef public bint writing            # the transport has something to write
+    cdef public bint full               # so much that nothing more is executed till it is gone
+    cdef public uint64_t commands
+    cdef public uint64_t bytes_in
+    cdef public int64_t last_ms         # of the segment's clock, when it last sent something
+    cdef public int last_command        # index of it
+    cdef public list retried            # arguments of the command that the pool runs
+    cdef uint64_t retry_end             # the same, of what a thread of the pool has done
+    cdef readonly uint64_t log_end      # its replies leave when the ring is durable up to here
+    cdef object __weakref__
+
+    def __cinit__(self, Executor ex not None, *args, **kwargs):
+        self.home = self.ex = ex
+        self.protocol = 2
+        self.authenticated = not ex.locked
+        self.fd = -1
+        self.left = -1
+        self.last_command = -1
+        self.last_ms = <int64_t>now_ms(ex.s)
+
+    def __dealloc__(self):
+        free(self.pending)
+        free(self.args)
+        free(self.out)
+
+    # -- the event loop's side
+
+    def get_buffer(self, Py_ssize_t hint):
+        """Where to read to: the loop's one buffer."""
+        return self.home
+
+    def buffer_updated(self, Py_ssize_t n):
+        self.home.bytes_in += n
+        self.bytes_in += n
+        self.last_ms = <int64_t>now_ms(self.home.s)
+        if self.n_pending == 0 and not self.blocked:
+            self.run(self.home.read_buffer, n)
+        else:
+            self.keep(self.home.read_buffer, n)
+            if not self.blocked and self.n_pending >= self.need:
+                self.run(self.pending, self.n_pending)
+        self.flush()
+
+    def feed(self, const uint8_t[:] data not None):
+        """As if this had been read."""
+        if self.n_pending == 0 and not self.blocked and data.shape[0]:
+            self.run(&data[0], data.shape[0])
+        elif data.shape[0]:
+            self.keep(&data[0], data.shape[0])
+            if not self.blocked and self.n_pending >= self.need:
+                self.run(self.pending, self.n_pending)
+
+    def resume(self):
+        """A command that was run elsewhere is over: go on with what came meanwhile."""
+        self.blocked = False
+        self.ex = self.home
+        if self.retry_end:
+            self.log_end = self.retry_end
+            self.home.held(self, self.retry_end)
+            self.retry_end = 0
+        if self.n_pending and not self.closing:
+            self.run(self.pending, self.n_pending)
+        if not self.blocked:
+            self.flush()
+
+    cdef int keep(self, const uint8_t* data, uint64_t n) except -1:
+        """Append to what is not executed yet."""
+        cdef uint64_t room = self.room_pending
+        cdef uint8_t* larger
+        if self.n_pending + n > room:
+            room = max(self.n_pending + n, 2 * room if room < 1 << 24 else room + (1 << 24))
+            if self.need > room:
+                room = self.need if self.need < self.n_pending + (64 << 20) else self.n_pending + (64 << 20)
+            larger = <uint8_t*>realloc(self.pending, room)
+            if larger == NULL:
+                raise MemoryError
+            self.pending = larger
+            self.room_pending = room
+        memcpy(self.pending + self.n_pending, data, n)
+        self.n_pending += n
+        if self.blocked and self.n_pending > self.need + (1 << 20):
+            self.overflow()
+        return 0
+
+    def overflow(self):
+        """More came than is kept while a command runs elsewhere."""
+
+    def writing_now(self):
+        """Has the transport something to send, or waits a reply for the disk?"""
+        return self.log_end != 0 or (self.writing and self.transport.get_write_buffer_size() > 0)
+
+    @property
+    def idle_ms(self):
+        """Since it sent something."""
+        return <int64_t>now_ms(self.home.s) - self.last_ms
+
+    @property
+    def buffered(self):
+        """(bytes not executed, bytes not sent)."""
+        return self.n_pending, self.n_out
+
+    @property
+    def memory(self):
+        """Bytes of its buffers."""
+        return self.room_pending + self.room_out + self.room_args * sizeof(arg_t)
+
+    def take(self):
+        """What is to be sent, which is then this caller's to send."""
+        cdef bytes data = PyBytes_FromStringAndSize(<char*>self.out, <Py_ssize_t>self.n_out)
+        self.n_out = 0
+        return data
+
+    def flush(self):
+        """Send what there is; or, with the log's policy always, when it is durable."""
+        cdef uint64_t at = 0
+        cdef ssize_t n
+        if unlikely(self.table_log()):
+            return
+        if self.n_out == 0:
+            self.rest()
+            return
+        self.home.bytes_out += self.n_out
+        if self.writing and self.transport.get_write_buffer_size() == 0:
+            self.writing = False
+        if self.fd >= 0 and not self.writing:
+            while at < self.n_out:
+                n = send(self.fd, self.out + at, self.n_out - at, MSG_DONTWAIT | MSG_NOSIGNAL)
+                if n < 0 and errno == EINTR:
+                    continue
+                if n <= 0:
+                    break
+                at += n
+        if at < self.n_out:
+            self.writing = True
+            self.transport.write(PyBytes_FromStringAndSize(<char*>self.out + at, <Py_ssize_t>(self.n_out - at)))
+        self.n_out = 0
+        self.rest()
+
+    cdef bint table_log(self) except -1:
+        """Is something of what is to be sent not durable yet? Then it is somebody's to call sent_when_durable()."""
+        cdef uint64_t end = self.home.table.take_log()
+        if end:
+            self.log_end = end
+        if self.log_end:
+            if end:
+                self.home.held(self, end)
+            return True
+        return False
+
+    def durable(self, uint64_t end):
+        """The ring is durable up to here: send what waited for it."""
+        if self.log_end <= end:
+            self.log_end = 0
+            self.flush()
+
+    cdef int rest(self) except -1:
+        """Nothing is to be sent: an idle connection keeps no buffers."""
+        if self.room_out > OUT_KEPT or (self.room_out and self.n_pending == 0):
+            free(self.out)
+            self.out = NULL
+            self.room_out = 0
+        if self.n_pending == 0 and self.room_pending:
+            free(self.pending)
+            self.pending = NULL
+            self.room_pending = 0
+        if self.closing and not self.blocked and self.transport is not None:
+            self.transport.close()
+        return 0
+
+    # -- parsing
+
+    cdef int run(self, const uint8_t* data, uint64_t n) except -1:
+        """Execute what is whole; the rest is kept."""
+        cdef uint64_t at = 0
+        cdef int64_t step
+        while at < n and not self.blocked and not self.closing and not self.full:
+            try:
+                if data[at] == 42 or self.left >= 0:        # *
+                    step = self.parse(data + at, n - at)
+                else:
+                    step = self.parse_line(data + at, n - at)
+            except ProtocolError as e:
+                self.add(b"-ERR Protocol error: " + e.args[0] + b"\r\n")
+                self.closing = True
+                break
+            if step < 0:
+                break
+            at += step
+            if self.ex.argc:
+                self.execute()
+                if self.n_out > OUT_MOST:       # who does not read what he is sent is not served more
+                    self.flush()
+        if self.closing:
+            at = n
+        if data == self.pending:
+            if at:
+                memmove(self.pending, self.pending + at, n - at)
+                self.n_pending = n - at
+        elif at < n:
+            self.keep(data + at, n - at)
+        if self.n_pending == 0:
+            self.need = 0
+        return 0
+
+    cdef int64_t parse(self, const uint8_t* data, uint64_t n) except -2:
+        """A command in RESP: how many bytes it has, and Executor.argv points to its arguments; -1: it is not whole, and `need` says
+        how much there has to be before it is worth to look again."""
+        cdef Executor ex = self.ex
+        cdef uint64_t at, i, room
+        cdef const uint8_t* end
+        cdef int64_t number = 0
+        cdef arg_t* larger
+        ex.argc = 0
+        if self.left < 0:
+            end = <const uint8_t*>memchr(data, 13, n)
+            if end == NULL:
+                if n > INLINE_MAX:
+                    raise ProtocolError(b"too big mbulk count string")
+                self.need = n + 1
+                return -1
+            at = end - data
+            if at + 2 > n:
+                self.need = at + 2
+                return -1
+            if not shm_number(data + 1, at - 1, &number) or number > 2147483647:
+                raise ProtocolError(b"invalid multibulk length")
+            if number > 10 and not self.authenticated:
+                raise ProtocolError(b"unauthenticated multibulk length")
+            if number > MOST_ARGS:
+                raise ProtocolError(b"invalid multibulk length")
+            if number <= 0:
+                return at + 2
+            self.left = number
+            self.n_args = 0
+            self.scanned = at + 2
+        while self.left:
+            at = self.scanned
+            if at >= n:
+                self.need = at + 1
+                return -1
+            end = <const uint8_t*>memchr(data + at, 13, n - at)
+            if end == NULL:
+                if n - at > INLINE_MAX:
+                    raise ProtocolError(b"too big bulk count string")
+                self.need = n + 1
+                return -1
+            if <uint64_t>(end - data) + 2 > n:
+                self.need = (end - data) + 2
+                return -1
+            if data[at] != 36:      # $
+                raise ProtocolError(b"expected '$', got '" + (bytes([data[at]]) if data[at] not in (10, 13) else b" ") + b"'")
+            if not shm_number(data + at + 1, end - data - at - 1, &number) or number < 0 or <uint64_t>number > ex.s.max_value_bytes and number > 65536:
+                raise ProtocolError(b"invalid bulk length")
+            if number > 16384 and not self.authenticated:
+                raise ProtocolError(b"unauthenticated bulk length")
+            at = (end - data) + 2
+            if at + number + 2 > n:
+                self.need = at + number + 2
+                return -1
+            if self.n_args == self.room_args:
+                room = 2 * self.room_args if self.room_args else 8
+                larger = <arg_t*>realloc(self.args, room * sizeof(arg_t))
+                if larger == NULL:
+                    raise MemoryError
+                self.args = larger
+                self.room_args = room
+            self.args[self.n_args].at = at
+            self.args[self.n_args].n = number
+            self.n_args += 1
+            self.left -= 1
+            self.scanned = at + number + 2
+        ex.grow_args(self.n_args)
+        for i in range(self.n_args):
+            ex.argv[i] = data + self.args[i].at
+            ex.argl[i] = self.args[i].n
+        ex.argc = self.n_args
+        self.left = -1
+        if self.room_args > 8:
+            free(self.args)
+            self.args = NULL
+            self.room_args = 0
+        return self.scanned
+
+    cdef int64_t parse_line(self, const uint8_t* data, uint64_t n) except -2:
+        """An inline command."""
+        cdef const uint8_t* end = <const uint8_t*>memchr(data, 10, n)
+        cdef uint64_t size
+        cdef Executor ex = self.ex
+        cdef list words
+        ex.argc = 0
+        if end == NULL:
+            if n > INLINE_MAX:
+                raise ProtocolError(b"too big inline request")
+            self.need = n + 1
+            return -1
+        size = end - data
+        words = split_line(PyBytes_FromStringAndSize(<char*>data, <Py_ssize_t>(size - (size and data[size - 1] == 13))))
+        if words:
+            self.retried = words        # keeps them alive
+            ex.grow_args(len(words))
+            self.point(words)
+        return size + 1
+
+    cdef int point(self, list words) except -1:
+        cdef Executor ex = self.ex
+        cdef Py_ssize_t i
+        ex.grow_args(len(words))
+        for i in range(len(words)):
+            ex.argv[i] = <const uint8_t*>PyBytes_AS_STRING(words[i])
+            ex.argl[i] = PyBytes_GET_SIZE(words[i])
+        ex.argc = len(words)
+        return 0
+
+    cdef list arguments(self, size_t first):
+        cdef Executor ex = self.ex
+        cdef size_t i
+        cdef list found = []
+        for i in range(first, ex.argc):
+            found.append(PyBytes_FromStringAndSize(<char*>ex.argv[i], <Py_ssize_t>ex.argl[i]))
+        return found
+
+    # -- replies
+
+    cdef inline uint8_t* space(self, uint64_t n) except NULL:
+        """Room for n more bytes of output."""
+        cdef uint64_t room
+        cdef uint8_t* larger
+        if unlikely(self.n_out + n > self.room_out):
+            room = max(self.n_out + n, min(2 * self.room_out, self.room_out + (1 << 22)), <uint64_t>1024)
+            larger = <uint8_t*>realloc(self.out, room)
+            if larger == NULL:
+                raise MemoryError
+            self.out = larger
+            self.room_out = room
+        return self.out + self.n_out
+
+    cdef inline int raw(self, const void* data, uint64_t n) except -1:
+        memcpy(self.space(n), data, n)
+        self.n_out += n
+        return 0
+
+    def add(self, bytes data not None):
+        """Append a reply."""
+        self.raw(PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
+
+    cdef inline int ok(self) except -1:
+        return self.raw(<const char*>b"+OK\r\n", 5)
+
+    cdef inline int nil(self) except -1:
+        return self.raw(<const char*>b"_\r\n", 3) if self.protocol == 3 else self.raw(<const char*>b"$-1\r\n", 5)
+
+    cdef inline int header(self, char kind, int64_t n) except -1:
+        cdef char* to = <char*>self.space(32)
+        cdef int k = 1 + shm_digits(to + 1, n)
+        to[0] = kind
+        to[k] = 13
+        to[k + 1] = 10
+        self.n_out += k + 2
+        return 0
+
+    cdef inline int integer(self, int64_t n) except -1:
+        return self.header(58, n)
+
+    cdef inline int bulk(self, const void* data, uint64_t n) except -1:
+        self.header(36, n)
+        self.raw(data, n)
+        return self.raw(<const char*>b"\r\n", 2)
+
+    cdef int error(self, bytes text) except -1:
+        self.add(b"-" + text + b"\r\n")
+        return 0
+
+    # -- executing
+
+    cdef int execute(self) except -1:
+        """The command in Executor.argv."""
+        cdef Executor ex = self.ex
+        cdef uint64_t began = 0, out = self.n_out
+        cdef name_t* command = ex.find(ex.argv[0], ex.argl[0])
+        self.commands += 1
+        ex.commands += 1
+        if unlikely(command == NULL):
+            return self.refuse(b"ERR unknown command '" + clean(ex.argv[0], min(ex.argl[0], <size_t>128)) +
+                               b"', with args beginning with: " + self.beginning())
+        self.last_command = command.index
+        if unlikely(ex.argc != <size_t>command.arity if command.arity > 0 else ex.argc < <size_t>(-command.arity)):
+            return self.refuse(b"ERR wrong number of arguments for '" + command.name[:command.n] + b"' command")
+        if unlikely(not self.authenticated and not command.flags & F_NOAUTH):
+            return self.refuse(b"NOAUTH Authentication required.")
+        if unlikely(self.in_multi or self.in_pubsub or ex.watched or ex.timed or ex.paused_until):
+            if self.unusual(command):
+                return 0
+            if ex.timed:
+                began = mono_ns()
+        self.carry = self.carry_at = 0
+        self.perform(command)
+        if unlikely(began) and mono_ns() - began >= ex.slower_than_ns and not self.blocked:
+            ex.slow(self, self.arguments(0), mono_ns() - began)
+        if unlikely(self.silent or self.skip):
+            self.n_out = out
+            self.skip -= self.skip > 0
+        return 0
+
+    cdef int perform(self, name_t* command) except -1:
+        """Run it, here or in the pool. What it raises becomes its reply."""
+        cdef Executor ex = self.ex
+        cdef uint64_t out = self.n_out
+        ex.calls[command.index] += 1
+        try:
+            if command.kind == C_PYTHON:
+                reply = ex.names[command.index][1](self, self.arguments(1))
+                if reply is not None:
+                    self.add(reply)
+            else:
+                self.compiled(command.kind)
+        except Exception as e:
+            self.n_out = out
+            if type(e) is WouldWait:
+                self.retried = self.arguments(0)
+                self.blocked = True
+                ex.defer(self)
+            else:
+                self.error(error_text(e))
+        ex.shrink()
+        return 0
+
+    cdef int refuse(self, bytes text) except -1:
+        """A command that is not run; one that was to be queued breaks its transaction."""
+        self.refused()
+        return self.error(text)
+
+    def refused(self):
+        """A command was refused before it ran."""
+
+    cdef bint unusual(self, name_t* command) except -1:
+        """True: the command is not to be run now."""
+        return self.before(command.name[:command.n].decode(), command.flags, self.arguments(0))
+
+    def before(self, str name, int flags, list arguments):
+        """Called before a command that is in a transaction, on a subscribed connection, watched, or paused: True if it is not to run."""
+        return False
+
+    def call(self, list arguments):
+        """Run a command from its arguments, as part of another one: its reply is appended. None is refused for its arity here."""
+        cdef name_t* command
+        cdef Executor ex = self.ex
+        self.point(arguments)
+        command = ex.find(ex.argv[0], ex.argl[0])
+        self.carry = self.carry_at = 0
+        self.perform(command)
+
+    def retry(self, Executor patient not None):
+        """Run the command that would have had to wait, in a thread that may, with an executor of its own. Then resume() in the loop."""
+        self.ex = patient
+        self.point(self.retried)
+        self.perform(patient.find(patient.argv[0], patient.argl[0]))
+        self.retry_end = patient.table.take_log()
+
+    cdef bytes beginning(self):
+        cdef Executor ex = self.ex
+        cdef size_t i
+        cdef bytes text = b""
+        for i in range(1, ex.argc):
+            if len(text) >= 128:
+                break
+            text += b"'" + clean(ex.argv[i], min(ex.argl[i], 128 - <size_t>len(text))) + b"' "
+        return text
+
+    # -- the commands
+
+    cdef int compiled(self, int kind) except -1:
+        cdef Executor ex = self.ex
+        cdef size_t i
+        cdef int64_t n = 0
+        if kind == C_GET:
+            return self.get_one(ex.argv[1], ex.argl[1])
+        if kind == C_SET:
+            return self.set_one()
+        if kind == C_MGET:
+            return self.get_many()
+        if kind == C_MSET:
+            if not ex.argc & 1:
+                return self.error(b"ERR wrong number of arguments for 'mset' command")
+            for i in range(1, ex.argc, 2):
+                check_key(ex.argl[i])
+            for i in range(1, ex.argc, 2):
+                put_value(ex, ex.argv[i], ex.argl[i], ex.argv[i + 1], ex.argl[i + 1], CODEC_BYTES, 0, ALWAYS, 0)
+            return self.ok()
+        if kind == C_INCR:
+            return self.incr(1)
+        if kind == C_DECR:
+            return self.incr(-1)
+        if kind == C_INCRBY or kind == C_DECRBY:
+            if not shm_number(ex.argv[2], ex.argl[2], &n):
+                return self.error(b"ERR value is not an integer or out of range")
+            if kind == C_DECRBY:
+                if n == <int64_t>(<uint64_t>1 << 63):
+                    return self.error(b"ERR decrement would overflow")
+                n = -n
+            return self.incr(n)
+        if kind == C_DEL:
+            return self.delete()
+        if kind == C_EXISTS:
+            return self.exists()
+        if kind == C_PING:
+            return self.ping()
+        if kind == C_ECHO:
+            return self.bulk(ex.argv[1], ex.argl[1])
+        if kind == C_SETNX:
+            return self.integer(put_value(ex, ex.argv[1], ex.argl[1], ex.argv[2], ex.argl[2], CODEC_BYTES, 0, IF_ABSENT, 0) == OK)
+        if kind == C_SETEX or kind == C_PSETEX:
+            if not self.lifetime(2, kind == C_PSETEX, True, b"setex" if kind == C_SETEX else b"psetex", &n):
+                return 0
+            put_value(ex, ex.argv[1], ex.argl[1], ex.argv[3], ex.argl[3], CODEC_BYTES, ex.expiry_of(n), ALWAYS, 0)
+            return self.ok()
+        if kind == C_GETSET:
+            return self.swap(0, ALWAYS)
+        if kind == C_GETDEL:
+            return self.take_out()
+        if kind == C_GETEX:
+            return self.get_and_expire()
+        if kind == C_STRLEN:
+            return self.length()
+        if kind == C_APPEND:
+            return self.append()
+        if kind == C_GETRANGE:
+            return self.get_range()
+        if kind == C_SETRANGE:
+            return self.set_range()
+        if kind == C_GETBIT or kind == C_SETBIT:
+            return self.bit(kind == C_SETBIT)
+        if kind == C_TTL or kind == C_PTTL or kind == C_EXPIRETIME or kind == C_PEXPIRETIME:
+            return self.lifetime_left(kind)
+        if kind == C_EXPIRE or kind == C_PEXPIRE or kind == C_EXPIREAT or kind == C_PEXPIREAT:
+            return self.expire(kind)
+        if kind == C_PERSIST:
+            return self.persist()
+        if kind == C_TYPE:
+            return self.type_of()
+        raise AssertionError("a command without code")
+
+    cdef int get_one(self, const uint8_t* key, size_t n) except -1:
+        """The value, straight into the output buffer."""
+        cdef Executor ex = self.ex
+        cdef seg_t* s = ex.s
+        cdef read_t r
+        cdef uint64_t h, at = self.n_out
+        cdef int rc, tries
+        cdef raw_t raw
+        if unlikely(n == 0 or n > MAX_KEY):
+            return self.nil()
+        h = siphash13(key, n, s.k0, s.k1)
+        for tries in range(RESTARTS):
+            rc = read_begin(s, key, n, h, &r)
+            if rc == ABSENT:
+                s.row.misses += 1
+                if unlikely(r.expired):
+                    ex.table.remove_view(s, ex.mapping, key, n, h, 0, True, NULL)
+                return self.nil()
+            if rc == OK and r.codec == CODEC_INT:
+                break
+            if rc == OK:
+                self.header(36, r.value_bytes)
+                self.space(r.value_bytes + 2)
+                read_copy(s, &r, self.out + self.n_out)
+                if likely(read_end(s, &r) == OK):
+                    if unlikely(r.damaged):
+                        raise errors.DamageError("a page of this value belongs to somebody else: delete the key")
+                    self.n_out += r.value_bytes
+                    self.out[self.n_out] = 13
+                    self.out[self.n_out + 1] = 10
+                    self.n_out += 2
+                    s.row.hits += 1
+                    return 0
+                self.n_out = at
+            s.row.retries += 1
+        if not look(ex, key, n, &raw, True):
+            return self.nil()
+        return self.bulk(raw.value, raw.n)
+
+    cdef int get_many(self) except -1:
+        cdef Executor ex = self.ex
+        cdef seg_t* s = ex.s
+        cdef size_t at, i, end
+        cdef uint64_t h[16]
+        self.header(42, ex.argc - 1)
+        for at in range(1, ex.argc, 16):
+            end = min(<size_t>16, ex.argc - at)
+            for i in range(end):
+                h[i] = siphash13(ex.argv[at + i], min(ex.argl[at + i], <size_t>MAX_KEY), s.k0, s.k1)
+                prefetch(&s.buckets[bucket_of(s, h[i])])
+            for i in range(end):
+                prefetch_item(s, h[i])
+            for i in range(end):
+                self.get_one(ex.argv[at + i], ex.argl[at + i])
+        return 0
+
+    cdef bint word(self, size_t i, const char* name) noexcept:
+        cdef size_t n = 0
+        while name[n]:
+            n += 1
+        return self.ex.argl[i] == n and shm_same_name(self.ex.argv[i], name, n)
+
+    cdef bint lifetime(self, size_t i, bint in_ms, bint relative, bytes command, int64_t* unix_ms) except -1:
+        """The unix time, ms, that an argument gives: False, and the error is the reply, if it does not."""
+        cdef int64_t n = 0, now
+        if not shm_number(self.ex.argv[i], self.ex.argl[i], &n):
+            self.error(b"ERR value is not an integer or out of range")
+            return False
+        now = self.ex.unix_ms() if relative else 0
+        if n <= 0 or (not in_ms and n > 0x7fffffffffffffff // 1000) or \
+                (relative and (n if in_ms else n * 1000) > 0x7fffffffffffffff - now):
+            self.error(b"ERR invalid expire time in '" + command + b"' command")
+            return False
+        unix_ms[0] = (n if in_ms else n * 1000) + now
+        return True
+
+    cdef int set_one(self) except -1:
+        cdef Executor ex = self.ex
+        cdef size_t i = 3
+        cdef int64_t unix_ms = 0
+        cdef uint64_t expiry = 0
+        cdef bint nx = False, xx = False, get = False, keep = False
+        cdef int unit = 0           # 1 EX, 2 PX, 3 EXAT, 4 PXAT
+        cdef size_t time_at = 0
+        cdef int when, rc
+        cdef raw_t raw
+        if likely(ex.argc == 3):
+            put_value(ex, ex.argv[1], ex.argl[1], ex.argv[2], ex.argl[2], CODEC_BYTES, 0, ALWAYS, 0)
+            return self.ok()
+        while i < ex.argc:
+            if self.word(i, b"nx") and not xx:
+                nx = True
+            elif self.word(i, b"xx") and not nx:
+                xx = True
+            elif self.word(i, b"get"):
+                get = True
+            elif self.word(i, b"keepttl") and not unit:
+                keep = True
+            elif i + 1 < ex.argc and not keep and not unit and (
+                    self.word(i, b"ex") or self.word(i, b"px") or self.word(i, b"exat") or self.word(i, b"pxat")):
+                unit = (1 if self.word(i, b"ex") else 2) if ex.argl[i] == 2 else (3 if self.word(i, b"exat") else 4)
+                i += 1
+                time_at = i
+            else:
+                return self.error(b"ERR syntax error")
+            i += 1
+        if unit:
+            if not self.lifetime(time_at, unit == 2 or unit == 4, unit <= 2, b"set", &unix_ms):
+                return 0
+            expiry = ex.expiry_of(unix_ms)
+        when = IF_ABSENT if nx else IF_PRESENT if xx else ALWAYS
+        if get or keep:
+            return self.set_knowing(expiry, when, get, keep)
+        rc = put_value(ex, ex.argv[1], ex.argl[1], ex.argv[2], ex.argl[2], CODEC_BYTES, expiry, when, 0)
+        return self.ok() if rc == OK else self.nil()
+
+    cdef int swap(self, uint64_t expiry, int when) except -1:
+        return self.set_knowing(expiry, when, True, False)
+
+    cdef int set_knowing(self, uint64_t expiry, int when, bint get, bint keep) except -1:
+        """A set that has to know what it replaces: again until nobody came between."""
+        cdef Executor ex = self.ex
+        cdef raw_t raw
+        cdef bint there
+        cdef int rc
+        while True:
+            there = look(ex, ex.argv[1], ex.argl[1], &raw, get)
+            if (when == IF_ABSENT and there) or (when == IF_PRESENT and not there):
+                rc = EXISTS
+                break
+            rc = put_value(ex, ex.argv[1], ex.argl[1], ex.argv[2], ex.argl[2], CODEC_BYTES,
+                           raw.expiry_ms if keep and there else expiry, IF_VERSION if there else IF_ABSENT, raw.version if there else 0)
+            if rc == OK:
+                break
+        if get:
+            return self.bulk(raw.value, raw.n) if there else self.nil()
+        return self.ok() if rc == OK else self.nil()
+
+    cdef int take_out(self) except -1:
+        cdef Executor ex = self.ex
+        cdef raw_t raw
+        while True:
+            if not look(ex, ex.argv[1], ex.argl[1], &raw, True):
+                return self.nil()
+            if remove_key(ex, ex.argv[1], ex.argl[1], raw.version) == OK:
+                return self.bulk(raw.value, raw.n)
+
+    cdef int get_and_expire(self) except -1:
+        cdef Executor ex = self.ex
+        cdef raw_t raw
+        cdef int64_t unix_ms = 0
+        cdef int unit = 0
+        cdef bint persist = False
+        cdef size_t i = 2
+        while i < ex.argc:
+            if self.word(i, b"persist") and not unit:
+                persist = True
+            elif i + 1 < ex.argc and not persist and not unit and (
+                    self.word(i, b"ex") or self.word(i, b"px") or self.word(i, b"exat") or self.word(i, b"pxat")):
+                unit = (1 if self.word(i, b"ex") else 2) if ex.argl[i] == 2 else (3 if self.word(i, b"exat") else 4)
+                i += 1
+            else:
+                return self.error(b"ERR syntax error")
+            i += 1
+        if unit and not self.lifetime(ex.argc - 1, unit == 2 or unit == 4, unit <= 2, b"getex", &unix_ms):
+            return 0
+        while True:
+            if not look(ex, ex.argv[1], ex.argl[1], &raw, True):
+                return self.nil()
+            if unit and ex.expiry_of(unix_ms) <= now_ms(ex.s):
+                if remove_key(ex, ex.argv[1], ex.argl[1], raw.version) != OK:
+                    continue
+            elif unit:
+                self.change_expiry(ex.expiry_of(unix_ms))
+            elif persist and raw.expiry_ms:
+                self.change_expiry(0)
+            return self.bulk(raw.value, raw.n)
+
+    cdef int change_expiry(self, uint64_t expiry_ms) except -100:
+        """Of argv[1]: OK or ABSENT."""
+        cdef Executor ex = self.ex
+        cdef log_t log
+        cdef int rc
+        log.end = 0
+        rc = ex.table.change_expiry_view(ex.s, ex.mapping, ex.argv[1], ex.argl[1], siphash13(ex.argv[1], ex.argl[1], ex.s.k0, ex.s.k1),
+                                         expiry_ms, &log)
+        if unlikely(log.end != 0):
+            ex.table.note_log(&log)
+        return rc
+
+    cdef int incr(self, int64_t by) except -1:
+        cdef Executor ex = self.ex
+        cdef const uint8_t* key = ex.argv[1]
+        cdef size_t n = ex.argl[1]
+        cdef seg_t* s = ex.s
+        cdef int64_t number = 0, out = 0
+        cdef raw_t raw
+        cdef log_t log
+        cdef int rc
+        check_key(n)
+        while True:
+            log.end = 0
+            rc = ex.table.add_view(s, ex.mapping, key, n, siphash13(key, n, s.k0, s.k1), by, &out, &log)
+            if unlikely(log.end != 0):
+                ex.table.note_log(&log)
+            if rc == OK:
+                s.row.sets += 1
+                return self.integer(out)
+            if rc == OVERFLOW:
+                return self.error(b"ERR increment or decrement would overflow")
+            if rc == ABSENT:
+                if put_value(ex, key, n, <const uint8_t*>&by, 8, CODEC_INT, 0, IF_ABSENT, 0) == OK:
+                    return self.integer(by)
+                continue
+            if not look(ex, key, n, &raw, True):
+                continue
+            if not shm_number(raw.value, raw.n, &number):
+                return self.error(b"ERR value is not an integer or out of range")
+            if (by > 0 and number > 0x7fffffffffffffff - by) or (by < 0 and number < -0x7fffffffffffffff - 1 - by):
+                return self.error(b"ERR increment or decrement would overflow")
+            number += by
+            if put_value(ex, key, n, <const uint8_t*>&number, 8, CODEC_INT, raw.expiry_ms, IF_VERSION, raw.version) == OK:
+                return self.integer(number)
+
+    cdef int delete(self) except -1:
+        cdef Executor ex = self.ex
+        cdef size_t i
+        for i in range(max(<size_t>1, self.carry_at), ex.argc):
+            self.carry_at = i       # if it would have to wait: it goes on here
+            self.carry += remove_key(ex, ex.argv[i], ex.argl[i], 0) == OK
+        return self.integer(self.carry)
+
+    cdef int exists(self) except -1:
+        cdef Executor ex = self.ex
+        cdef size_t i
+        cdef raw_t raw
+        cdef int64_t n = 0
+        for i in range(1, ex.argc):
+            n += look(ex, ex.argv[i], ex.argl[i], &raw, False)
+        return self.integer(n)
+
+    cdef int ping(self) except -1:
+        cdef Executor ex = self.ex
+        if ex.argc > 2:
+            return self.error(b"ERR wrong number of arguments for 'ping' command")
+        if unlikely(self.in_pubsub and self.protocol == 2):
+            self.raw(<const char*>b"*2\r\n$4\r\npong\r\n", 14)
+            return self.bulk(ex.argv[1], ex.argl[1]) if ex.argc == 2 else self.bulk(<const char*>b"", 0)
+        if ex.argc == 2:
+            return self.bulk(ex.argv[1], ex.argl[1])
+        return self.raw(<const char*>b"+PONG\r\n", 7)
+
+    cdef int length(self) except -1:
+        cdef raw_t raw
+        return self.integer(<int64_t>raw.n if look(self.ex, self.ex.argv[1], self.ex.argl[1], &raw, False) else 0)
+
+    cdef int append(self) except -1:
+        cdef Executor ex = self.ex
+        cdef raw_t raw
+        cdef uint64_t more = ex.argl[2]
+        while True:
+            if not look(ex, ex.argv[1], ex.argl[1], &raw, True):
+                if put_value(ex, ex.argv[1], ex.argl[1], ex.argv[2], more, CODEC_BYTES, 0, IF_ABSENT, 0) == OK:
+                    return self.integer(more)
+                continue
+            ex.grow_scratch(raw.n + more)
+            memcpy(ex.scratch + raw.n, ex.argv[2], more)
+            if put_value(ex, ex.argv[1], ex.argl[1], ex.scratch, raw.n + more, CODEC_BYTES, raw.expiry_ms, IF_VERSION, raw.version) == OK:
+                return self.integer(raw.n + more)
+
+    cdef int get_range(self) except -1:
+        cdef Executor ex = self.ex
+        cdef raw_t raw
+        cdef int64_t first = 0, last = 0, n
+        if not shm_number(ex.argv[2], ex.argl[2], &first) or not shm_number(ex.argv[3], ex.argl[3], &last):
+            return self.error(b"ERR value is not an integer or out of range")
+        if not look(ex, ex.argv[1], ex.argl[1], &raw, True):
+            return self.bulk(<const char*>b"", 0)
+        n = raw.n
+        if first < 0 and last < 0 and first > last:
+            return self.bulk(<const char*>b"", 0)
+        first = max(first + n, 0) if first < 0 else first
+        last = max(last + n, 0) if last < 0 else last
+        last = min(last, n - 1)
+        if first > last or n == 0:
+            return self.bulk(<const char*>b"", 0)
+        return self.bulk(raw.value + first, last - first + 1)
+
+    cdef int set_range(self) except -1:
+        cdef Executor ex = self.ex
+        cdef raw_t raw
+        cdef int64_t offset = 0
+        cdef uint64_t size
+        cdef bint there
+        if not shm_number(ex.argv[2], ex.argl[2], &offset):
+            return self.error(b"ERR value is not an integer or out of range")
+        if offset < 0:
+            return self.error(b"ERR offset is out of range")
+        while True:
+            there = look(ex, ex.argv[1], ex.argl[1], &raw, True)
+            if not there:
+                raw.n = raw.expiry_ms = 0
+            if ex.argl[3] == 0:
+                return self.integer(raw.n)
+            if <uint64_t>offset + ex.argl[3] > ex.s.max_value_bytes:
+                return self.error(b"ERR string exceeds maximum allowed size (proto-max-bulk-len)")
+            size = max(raw.n, <uint64_t>offset + ex.argl[3])
+            ex.grow_scratch(size)
+            if <uint64_t>offset > raw.n:
+                memset(ex.scratch + raw.n, 0, <uint64_t>offset - raw.n)
+            memcpy(ex.scratch + offset, ex.argv[3], ex.argl[3])
+            if put_value(ex, ex.argv[1], ex.argl[1], ex.scratch, size, CODEC_BYTES, raw.expiry_ms,
+                         IF_VERSION if there else IF_ABSENT, raw.version if there else 0) == OK:
+                return self.integer(size)
+
+    cdef int bit(self, bint setting) except -1:
+        cdef Executor ex = self.ex
+        cdef raw_t raw
+        cdef int64_t offset = 0, on = 0
+        cdef uint64_t at, size
+        cdef int was
+        cdef bint there
+        if not shm_number(ex.argv[2], ex.argl[2], &offset) or offset < 0 or <uint64_t>offset >> 3 >= ex.s.max_value_bytes:
+            return self.error(b"ERR bit offset is not an integer or out of range")
+        if setting and (not shm_number(ex.argv[3], ex.argl[3], &on) or on & ~<int64_t>1):
+            return self.error(b"ERR bit is not an integer or out of range")
+        at = <uint64_t>offset >> 3
+        while True:
+            there = look(ex, ex.argv[1], ex.argl[1], &raw, True)
+            if not there:
+                raw.n = raw.expiry_ms = 0
+            was = ex.scratch[at] >> (7 - (offset & 7)) & 1 if at < raw.n else 0
+            if not setting:
+                return self.integer(was)
+            size = max(raw.n, at + 1)
+            ex.grow_scratch(size)
+            memset(ex.scratch + raw.n, 0, size - raw.n)
+            ex.scratch[at] = <uint8_t>(ex.scratch[at] & ~(1 << (7 - (offset & 7))) | on << (7 - (offset & 7)))
+            if put_value(ex, ex.argv[1], ex.argl[1], ex.scratch, size, CODEC_BYTES, raw.expiry_ms,
+                         IF_VERSION if there else IF_ABSENT, raw.version if there else 0) == OK:
+                return self.integer(was)
+
+    cdef int lifetime_left(self, int kind) except -1:
+        cdef Executor ex = self.ex
+        cdef raw_t raw
+        cdef int64_t at, left
+        if not look(ex, ex.argv[1], ex.argl[1], &raw, False):
+            return self.integer(-2)
+        if raw.expiry_ms == 0:
+            return self.integer(-1)
+        at = ex.unix_of(raw.expiry_ms)
+        left = max(<int64_t>0, at - ex.unix_ms())
+        if kind == C_TTL:
+            return self.integer((left + 500) // 1000)
+        if kind == C_PTTL:
+            return self.integer(left)
+        return self.integer((at + 500) // 1000 if kind == C_EXPIRETIME else at)
+
+    cdef int expire(self, int kind) except -1:
+        cdef Executor ex = self.ex
+        cdef bint in_ms = kind == C_PEXPIRE or kind == C_PEXPIREAT, relative = kind == C_EXPIRE or kind == C_PEXPIRE
+        cdef bint nx = False, xx = False, gt = False, lt = False
+        cdef int64_t when = 0, now, old
+        cdef size_t i
+        cdef raw_t raw
+        for i in range(3, ex.argc):
+            if self.word(i, b"nx"):
+                nx = True
+            elif self.word(i, b"xx"):
+                xx = True
+            elif self.word(i, b"gt"):
+                gt = True
+            elif self.word(i, b"lt"):
+                lt = True
+            else:
+                return self.error(b"ERR Unsupported option " + clean(ex.argv[i], ex.argl[i]))
+        if nx and (xx or gt or lt):
+            return self.error(b"ERR NX and XX, GT or LT options at the same time are not compatible")
+        if gt and lt:
+            return self.error(b"ERR GT and LT options at the same time are not compatible")
+        if not shm_number(ex.argv[2], ex.argl[2], &when):
+            return self.error(b"ERR value is not an integer or out of range")
+        now = ex.unix_ms()
+        if (not in_ms and (when > 0x7fffffffffffffff // 1000 or when < -0x7fffffffffffffff // 1000)) or \
+                (relative and (when if in_ms else when * 1000) > 0x7fffffffffffffff - now):
+            return self.error(b"ERR invalid expire time in '" + (<bytes>b"p" if in_ms else b"") +
+                              (<bytes>b"expire" if relative else b"expireat") + b"' command")
+        when = (when if in_ms else when * 1000) + (now if relative else 0)
+        while True:
+            if not look(ex, ex.argv[1], ex.argl[1], &raw, False):
+                return self.integer(0)
+            old = ex.unix_of(raw.expiry_ms) if raw.expiry_ms else -1
+            if (nx and old >= 0) or (xx and old < 0) or (gt and (old < 0 or when <= old)) or (lt and old >= 0 and when >= old):
+                return self.integer(0)
+            if when <= now:
+                if remove_key(ex, ex.argv[1], ex.argl[1], raw.version) == OK:
+                    return self.integer(1)
+            elif self.change_expiry(ex.expiry_of(when)) == OK:
+                return self.integer(1)
+
+    cdef int persist(self) except -1:
+        cdef Executor ex = self.ex
+        cdef raw_t raw
+        if not look(ex, ex.argv[1], ex.argl[1], &raw, False) or raw.expiry_ms == 0:
+            return self.integer(0)
+        return self.integer(self.change_expiry(0) == OK)
+
+    cdef int type_of(self) except -1:
+        cdef raw_t raw
+        if look(self.ex, self.ex.argv[1], self.ex.argl[1], &raw, False):
+            return self.raw(<const char*>b"+string\r\n", 9)
+        return self.raw(<const char*>b"+none\r\n", 7)
+
+
+# ---- text -----------------------------------------------------------------------------------------------------------------------
+
+cdef bytes clean(const uint8_t* p, size_t n):
+    """For an error's line: no line ends, and up to the first zero byte, as C prints a string."""
+    return PyBytes_FromStringAndSize(<char*>p, <Py_ssize_t>n).split(b"\0")[0].replace(b"\r", b" ").replace(b"\n", b" ")
+
+
+def error_text(e):
+    """A reply for what a command raised."""
+    if isinstance(e, CommandError):
+        return e.args[0]
+    if isinstance(e, errors.NoRoom):
+        return b"OOM command not allowed when used memory > 'maxmemory'."
+    if isinstance(e, errors.StripeBusy):
+        return b"TRYAGAIN a process that does not run holds a lock that this command needs; nothing was changed"
+    if isinstance(e, (errors.LogFull, errors.NotDurable)):
+        return b"MISCONF " + str(e).encode()
+    if isinstance(e, errors.ShmcacheError):
+        return b"ERR " + " ".join(str(e).split()).encode("utf-8", "replace")
+    raise e
+
+
+def number(bytes text not None):
+    """The 64-bit number that a text spells in the canonical way; None: it does not."""
+    cdef int64_t n = 0
+    if not shm_number(<const uint8_t*>PyBytes_AS_STRING(text), PyBytes_GET_SIZE(text), &n):
+        return None
+    return n
+
+
+def add_floats(bytes a not None, bytes b not None):
+    """The sum of two numbers' texts as INCRBYFLOAT writes it: 17 digits of a C long double, without zeros at the end. Raises: ValueError: one
+    is not a number; ArithmeticError: the sum is not."""
+    cdef char out[6000]
+    cdef long double x, sum = 0
+    cdef int n
+    for text in (a, b):
+        if not float_of(text, len(text), &x):
+            raise ValueError
+        sum += x
+    if shm_not_finite(sum):
+        raise ArithmeticError
+    n = shm_print_float(out, sizeof(out), sum)
+    return PyBytes_FromStringAndSize(out, n)
+
+
+cdef bint float_of(bytes text, size_t n, long double* x):
+    return n and n < 256 and shm_float(PyBytes_AS_STRING(text), n, x)
+
+
+def longest_common(const uint8_t[:] a not None, const uint8_t[:] b not None):
+    """The longest common subsequence of two strings: (itself, [((first, last) in a, (first, last) in b)] of its runs from the end, length).
+    By the table of lengths of all prefixes, 4 bytes each: the caller bounds it."""
+    cdef size_t n = a.shape[0], m = b.shape[0], i, j
+    cdef uint32_t* table = <uint32_t*>malloc((n + 1) * (m + 1) * sizeof(uint32_t))
+    cdef size_t width = m + 1
+    cdef int64_t a0 = -1, a1 = 0, b0 = 0, b1 = 0
+    cdef bytearray common = bytearray()
+    cdef list runs = []
+    cdef uint32_t size
+    if table == NULL:
+        raise MemoryError
+    try:
+        with nogil:
+            for j in range(m + 1):
+                table[j] = 0
+            for i in range(1, n + 1):
+                table[i * width] = 0
+                for j in range(1, m + 1):
+                    if a[i - 1] == b[j - 1]:
+                        table[i * width + j] = table[(i - 1) * width + j - 1] + 1
+                    else:
+                        table[i * width + j] = max(table[(i - 1) * width + j], table[i * width + j - 1])
+        size = table[n * width + m]
+        i, j = n, m
+        while i and j:
+            if a[i - 1] == b[j - 1]:
+                common.append(a[i - 1])
+                if a0 == <int64_t>i and b0 == <int64_t>j:
+                    a0 -= 1
+                    b0 -= 1
+                else:
+                    if a0 >= 0:
+                        runs.append(((a0, a1), (b0, b1)))
+                    a0 = a1 = <int64_t>i - 1
+                    b0 = b1 = <int64_t>j - 1
+                i -= 1
+                j -= 1
+            elif table[(i - 1) * width + j] > table[i * width + j - 1]:
+                i -= 1
+            else:
+                j -= 1
+        if a0 >= 0:
+            runs.append(((a0, a1), (b0, b1)))
+    finally:
+        free(table)
+    common.reverse()
+    return bytes(common), runs, size
+
+
+def crc64(const uint8_t[:] data, uint64_t crc=0):
+    """CRC-64 of the Jones polynomial, reflected, as DUMP's payloads end with."""
+    cdef Py_ssize_t i
+    for i in range(data.shape[0]):
+        crc = CRC64[(crc ^ data[i]) & 0xff] ^ (crc >> 8)
+    return crc
+
+
+cdef uint64_t CRC64[256]
+
+cdef void make_crc64() noexcept:
+    cdef int i, k
+    cdef uint64_t crc
+    for i in range(256):
+        crc = i
+        for k in range(8):
+            crc = (crc >> 1) ^ (0x95ac9329ac4bc9b5 if crc & 1 else 0)
+        CRC64[i] = crc
+
+make_crc64()
+
+
+class CommandError(Exception):
+    """A command's error reply, without its minus sign: CommandError(b"ERR syntax error")."""
+
+
+cdef dict ESCAPES = {110: 10, 114: 13, 116: 9, 98: 8, 97: 7}
+
+
+def split_line(const uint8_t[:] line not None):
+    """The words of an inline command. Quotes and escapes as redis-cli's. Raises: ProtocolError."""
+    cdef list words = []
+    cdef Py_ssize_t i = 0, n = line.shape[0]
+    cdef uint8_t quote
+    cdef bytearray word
+    while True:
+        while i < n and (line[i] == 32 or 9 <= line[i] <= 13 or line[i] == 0):
+            if line[i] == 0:
+                return words
+            i += 1
+        if i == n:
+            return words
+        word = bytearray()
+        while i < n and not (line[i] == 32 or line[i] in (9, 10, 13, 0)):
+            if line[i] != 34 and line[i] != 39:
+                word.append(line[i])
+                i += 1
+                continue
+            quote = line[i]
+            i += 1
+            while True:
+                if i == n:
+                    raise ProtocolError(b"unbalanced quotes in request")
+                if quote == 34 and line[i] == 92 and i + 3 < n and line[i + 1] == 120 and is_hex(line[i + 2]) and is_hex(line[i + 3]):
+                    word.append(int(bytes(line[i + 2:i + 4]), 16))
+                    i += 4
+                elif quote == 34 and line[i] == 92 and i + 1 < n:
+                    word.append(ESCAPES.get(line[i + 1], line[i + 1]))
+                    i += 2
+                elif quote == 39 and line[i] == 92 and i + 1 < n and line[i + 1] == 39:
+                    word.append(39)
+                    i += 2
+                elif line[i] == quote:
+                    i += 1
+                    if i < n and not (line[i] == 32 or 9 <= line[i] <= 13 or line[i] == 0):
+                        raise ProtocolError(b"unbalanced quotes in request")
+                    break
+                else:
+                    word.append(line[i])
+                    i += 1
+            break
+        words.append(bytes(word))
+
+
+cdef bint is_hex(uint8_t c) noexcept:
+    return 48 <= c <= 57 or 65 <= c <= 70 or 97 <= c <= 102

@@ -1,0 +1,238 @@
+"""`shmcache serve`: a supervisor and so many workers as child processes, watched.
+
+    parent       opens the unix socket and hands it on; starts, watches and ends the others; answers systemd
+    supervisor   `shmcache supervise`: makes or restores the segment, works ahead of the writers, snapshots, log
+    workers      worker.py, one event loop each, on one port (SO_REUSEPORT) and the one unix socket
+
+Who dies is started again, at once, then after longer and longer waits if it dies at once again. The children end when the parent does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from shmcache import cache as cache_module
+from shmcache import errors
+from shmcache.sidecar import server
+
+START_LIMIT = 60.0  # seconds for a worker to be ready
+STOP_LIMIT = 15.0  # seconds for a worker to drain
+LONGEST_WAIT = 5.0  # seconds before another start of what dies at once
+STEADY = 5.0  # seconds of life after which a death is the first again
+
+
+@dataclass
+class Child:
+    what: str
+    argv: list[str]
+    fds: tuple[int, ...] = ()
+    process: subprocess.Popen[bytes] | None = None
+    began: float = 0.0
+    wait: float = 0.0
+    start_at: float = 0.0
+    starts: int = 0
+
+
+@dataclass
+class Service:
+    """Args: supervise: arguments of `shmcache supervise` after its name. bind, port (0: no TCP), unix, settings, tls: of worker.py."""
+
+    name: str
+    supervise: list[str]
+    workers: int = 1
+    bind: list[str] = field(default_factory=lambda: ["127.0.0.1"])
+    port: int = 6379
+    unix: str | None = None
+    unix_mode: int = 0o700
+    settings: dict[str, str] = field(default_factory=dict)
+    tls: dict[str, str] | None = None
+    quiet: bool = False
+
+    def run(self) -> int:
+        """Till SIGTERM or SIGINT. Raises: OSError: an address is not to be had; ShmcacheError: the supervisor does not begin."""
+        if not 1 <= self.workers <= 64:
+            raise errors.UsageError("--workers is 1 to 64")
+        if not self.port and self.unix is None:
+            raise errors.UsageError("nothing to listen on: say --port or --unix")
+        self.stopping = False
+        wake_r, wake_w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self.wake = wake_r
+        signal.set_wakeup_fd(wake_w, warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.stop)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        self.children: list[Child] = []
+        with contextlib.ExitStack() as stack:
+            if self.port:  # nobody else's; workers of ours share it
+                reserved = [stack.enter_context(contextlib.closing(reserve(host, self.port))) for host in self.bind]
+                del reserved
+            self.listening: socket.socket | None = None
+            if self.unix is not None:
+                self.listening = stack.enter_context(contextlib.closing(server.listen_unix(self.unix, self.unix_mode)))
+                stack.callback(remove, self.unix)
+            stack.callback(self.end_all)
+            self.start_supervisor()
+            for i in range(self.workers):
+                if not self.stopping:
+                    self.start_worker(i)
+            if not self.stopping:
+                notify("READY=1\nSTATUS=serving " + self.name)
+                if not self.quiet:
+                    print(f"serving {self.name} on {self.places()}", file=sys.stderr, flush=True)
+            while not self.stopping:
+                self.watch()
+            notify("STOPPING=1")
+        return 0
+
+    def places(self) -> str:
+        found = [f"{host}:{self.port}" for host in self.bind] if self.port else []
+        return ", ".join([*found, *([self.unix] if self.unix else [])])
+
+    def stop(self, *_: object) -> None:
+        self.stopping = True
+
+    # -- children
+
+    def start_supervisor(self) -> None:
+        argv = [sys.executable, "-m", "shmcache.cli", "supervise", "--quiet", "--parent", str(os.getpid()), *self.supervise, self.name]
+        child = Child("the supervisor", argv)
+        self.children.append(child)
+        self.start(child)
+        assert child.process is not None
+        while not self.stopping:
+            with (
+                contextlib.suppress(errors.SegmentNotFound, errors.NotASegment, errors.SegmentTruncated),
+                cache_module.attach(self.name) as cache,
+            ):
+                if cache.supervisor()["pid"] == child.process.pid:
+                    return
+            if child.process.poll() is not None:
+                raise errors.ShmcacheError(f"the supervisor of {self.name!r} ended at once with exit code {child.process.returncode}")
+            self.pause(0.02)
+
+    def start_worker(self, i: int) -> None:
+        child = Child(f"worker {i}", [])
+        self.children.append(child)
+        self.launch(child, i, wait=True)
+
+    def launch(self, child: Child, i: int, wait: bool) -> None:
+        ready_r, ready_w = os.pipe2(os.O_CLOEXEC)
+        try:
+            fds = [self.listening.fileno()] if self.listening is not None else []
+            options: dict[str, Any] = {
+                "name": self.name, "settings": self.settings, "worker": i, "workers": self.workers, "parent": os.getpid(), "sockets": fds,
+                "port": self.port, "bind": self.bind, "tls": self.tls, "ready_fd": ready_w,
+            }  # fmt: skip
+            child.argv = [sys.executable, "-m", "shmcache.sidecar.worker", json.dumps(options)]
+            child.fds = (*fds, ready_w)
+            self.start(child)
+            os.close(ready_w)
+            ready_w = -1
+            deadline = time.monotonic() + START_LIMIT
+            while wait and not self.stopping:
+                if select.select([ready_r, self.wake], [], [], 0.5)[0] and self.drained(ready_r):
+                    return
+                assert child.process is not None
+                if child.process.poll() is not None:
+                    raise errors.ShmcacheError(f"{child.what} of {self.name!r} ended at once with exit code {child.process.returncode}")
+                if time.monotonic() > deadline:
+                    raise errors.ShmcacheError(f"{child.what} of {self.name!r} did not begin within {START_LIMIT:.0f} s")
+        finally:
+            os.close(ready_r)
+            if ready_w >= 0:
+                os.close(ready_w)
+
+    def drained(self, ready: int) -> bool:
+        with contextlib.suppress(BlockingIOError):
+            os.read(self.wake, 512)
+        return bool(select.select([ready], [], [], 0)[0]) and os.read(ready, 1) == b"r"
+
+    def start(self, child: Child) -> None:
+        child.began = time.monotonic()
+        child.starts += 1
+        child.process = subprocess.Popen(child.argv, stdin=subprocess.DEVNULL, pass_fds=child.fds)
+
+    def watch(self) -> None:
+        """Wait for a signal, and start again who has ended."""
+        now = time.monotonic()
+        self.pause(max(0.0, min([1.0, *(c.start_at - now for c in self.children if c.process is None)])))
+        for i, child in enumerate(self.children):
+            if child.process is not None and child.process.poll() is not None:
+                if self.stopping:
+                    return
+                lived = time.monotonic() - child.began
+                child.wait = 0.0 if lived > STEADY else min(LONGEST_WAIT, max(0.1, 2 * child.wait))
+                print(
+                    f"shmcache: {child.what} of {self.name} ended with {child.process.returncode}: started again",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                child.process = None
+                child.start_at = time.monotonic() + child.wait
+            if child.process is None and time.monotonic() >= child.start_at and not self.stopping:
+                if i == 0:
+                    self.start(child)
+                else:
+                    self.launch(child, i - 1, wait=False)
+
+    def pause(self, seconds: float) -> None:
+        """Till a signal comes, or so long."""
+        if select.select([self.wake], [], [], seconds)[0]:
+            with contextlib.suppress(BlockingIOError):
+                os.read(self.wake, 512)
+
+    def end_all(self) -> None:
+        """Workers first: what they have acknowledged is in the supervisor's last snapshot."""
+        for group in (self.children[1:], self.children[:1]):
+            for child in group:
+                if child.process is not None:
+                    child.process.terminate()
+            for child in group:
+                if child.process is None:
+                    continue
+                try:
+                    child.process.wait(None if child is self.children[0] else STOP_LIMIT)  # its last snapshot may take long
+                except subprocess.TimeoutExpired:
+                    child.process.kill()
+                    child.process.wait()
+
+
+def remove(path: str) -> None:
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+
+
+def reserve(host: str, port: int) -> socket.socket:
+    """Hold an address, without listening, so that only sockets of this user get it."""
+    with contextlib.closing(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind((host, port))  # somebody else's, that does not share it
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((host, port))
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def notify(text: str) -> None:
+    """Tell systemd, if it asked (NOTIFY_SOCKET)."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)) as sock, contextlib.suppress(OSError):
+        sock.connect("\0" + address[1:] if address.startswith("@") else address)
+        sock.sendall(text.encode())

@@ -1,0 +1,400 @@
+"""One event loop that serves one segment: connections, the pool of threads for what may wait, and what is measured.
+
+    the loop       reads, executes, sends; it never waits
+    the queue      Client.retry of what would have to (a busy lock, a full log, a walk over all keys, ...), bounded
+    the pool       threads, each with an executor of its own, that take from it
+    the watcher    with the log's policy `always`: waits for the disk, for all connections together, and lets replies go
+
+A connection's commands stay in order: while one of them is in the pool nothing more of that connection is executed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import os
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+from shmcache import cache as cache_module
+from shmcache.core import _resp
+from shmcache.sidecar import commands as command_table
+from shmcache.sidecar import replies
+
+if TYPE_CHECKING:
+    from shmcache.cache import Cache
+
+POOL_THREADS = 4
+CRON_EVERY = 0.1  # seconds
+WRITE_HIGH = 1 << 20  # bytes that the transport holds before its connection is paused
+SLOW_LIMIT = 60.0  # seconds that a connection may be paused before it is dropped
+MOST_INPUT = 1 << 30  # bytes of one connection that are kept, above what its command needs
+
+
+class Connection(_resp.Client):
+    """A client: what of its state the compiled half does not need."""
+
+    def __init__(self, executor: _resp.Executor, server: Server) -> None:
+        self.server = server
+        self.id = 0
+        self.name = b""
+        self.user = "default"
+        self.lib_name = b""
+        self.lib_ver = b""
+        self.address = ""
+        self.local_address = ""
+        self.began = time.time()
+        self.queue: list[list[bytes]] = []  # of MULTI
+        self.broken = False  # its EXEC will fail
+        self.watching: dict[bytes, int] = {}  # key: the version it had, 0: absent
+        self.channels: dict[bytes, None] = {}
+        self.patterns: dict[bytes, None] = {}
+        self.no_evict = False
+        self.monitoring = False
+        self.full_since = 0.0
+        self.retried_by_pause: list[bytes] | None = None  # what CLIENT PAUSE keeps
+
+    # -- of the event loop
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        self.transport = transport
+        transport.set_write_buffer_limits(WRITE_HIGH, 0)
+        sock = transport.get_extra_info("socket")
+        if transport.get_extra_info("sslcontext") is None and sock is not None:
+            self.fd = sock.fileno()
+        self.server.opened(self, sock)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.closing = True
+        self.fd = -1
+        self.server.closed(self)
+
+    def eof_received(self) -> bool:
+        return False
+
+    def pause_writing(self) -> None:
+        self.full = True
+        self.full_since = time.monotonic()
+        self.transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        self.full = False
+        self.full_since = 0.0
+        if not self.closing:
+            self.transport.resume_reading()
+            if not self.blocked:
+                self.resume()
+
+    def overflow(self) -> None:
+        if self.transport is not None and self.buffered[0] > MOST_INPUT:
+            self.transport.abort()
+        elif self.transport is not None:
+            self.transport.pause_reading()
+            self.server.paused.add(self)
+
+    # -- of commands
+
+    def refused(self) -> None:
+        if self.in_multi:
+            self.broken = True
+
+    def before(self, name: str, flags: int, arguments: list[bytes]) -> bool:
+        return command_table.before(self, name, flags, arguments)
+
+    def drop(self) -> None:
+        """Close it now, whatever it has not read."""
+        self.closing = True
+        if self.transport is not None:
+            self.transport.abort()
+
+
+class Server:
+    """Args: name: of a live segment. settings: CONFIG's, by name (commands.SETTINGS). Within a running loop: await start()."""
+
+    def __init__(self, name: str, settings: dict[str, str] | None = None, *, worker: int = 0, of_workers: int = 1) -> None:
+        self.name = name
+        self.worker, self.of_workers = worker, of_workers
+        self.settings = {**command_table.SETTINGS, **(settings or {})}
+        self.cache = cache_module.attach(name)
+        if "maxmemory" not in (settings or {}):
+            self.settings["maxmemory"] = str(int(self.cache.segment.header["size_bytes"]))
+        self.settings["proto-max-bulk-len"] = str(int(self.cache.segment.header["max_value_bytes"]))
+        self.handles: list[Cache] = [self.cache]
+        self.commands = command_table.table()
+        self.executor = _resp.Executor(self.cache, self.commands)
+        self.executor.locked = bool(self.settings["requirepass"])
+        self.executor.defer = self.defer
+        self.executor.held = self.hold
+        self.executor.slow = self.slow
+        self.set_slowlog()
+        self.clients: dict[int, Connection] = {}
+        self.next_id = worker + 1
+        self.accepted = self.refused = 0
+        self.began = time.time()
+        self.slowlog: deque[tuple[int, float, int, list[bytes], str, bytes]] = deque(maxlen=int(self.settings["slowlog-max-len"]))
+        self.slow_number = 0
+        self.rates: deque[tuple[float, int]] = deque([(0.0, 0)], maxlen=10)
+        self.lag = 0.0  # of the loop: how late the last tick came, seconds
+        self.worst_lag = 0.0
+        self.paused: set[Connection] = set()
+        self.subscribers: dict[bytes, dict[Connection, None]] = {}
+        self.pattern_subscribers: dict[bytes, dict[Connection, None]] = {}
+        self.monitors: dict[Connection, None] = {}
+        self.waiting: deque[tuple[int, Connection]] = deque()  # (ring's end, whose replies wait for it)
+        self.wake = threading.Event()
+        self.ended = False
+        self.local = threading.local()
+        self.pool = ThreadPoolExecutor(POOL_THREADS, thread_name_prefix="pool")
+        self.in_pool = 0
+        self.servers: list[asyncio.AbstractServer] = []
+        self.on_shutdown: Callable[[], None] = lambda: None
+        self.publish_elsewhere: Callable[[bytes, bytes], int] = lambda channel, message: 0
+
+    # -- life
+
+    async def start(self, *, sockets: list[socket.socket], tls: Any = None) -> None:
+        """Serve on these listening sockets; tls: an SSLContext for those of TCP."""
+        self.loop = asyncio.get_running_loop()
+        for sock in sockets:
+            if sock.family == socket.AF_UNIX:
+                server = await self.loop.create_unix_server(self.connection, sock=sock, backlog=511)
+            else:
+                server = await self.loop.create_server(self.connection, sock=sock, backlog=511, ssl=tls)
+            self.servers.append(server)
+        self.watcher = threading.Thread(target=self.watch, name="durable", daemon=True)
+        self.watcher.start()
+        self.ticker = self.loop.call_later(CRON_EVERY, self.cron, self.loop.time() + CRON_EVERY)
+
+    def connection(self) -> asyncio.BaseProtocol:
+        return Connection(self.executor, self)  # type: ignore[return-value]  # it has a protocol's methods
+
+    async def stop(self, grace: float = 5.0) -> None:
+        """Take no more connections, let what is being executed end and its replies go, close."""
+        for server in self.servers:
+            server.close()
+        deadline = self.loop.time() + grace
+        while self.loop.time() < deadline and any(c.blocked or c.buffered[1] or c.writing_now() for c in self.clients.values()):
+            await asyncio.sleep(0.01)
+        self.ticker.cancel()
+        for client in list(self.clients.values()):
+            client.drop()
+        await asyncio.sleep(0)
+        self.ended = True
+        self.wake.set()
+        self.watcher.join()
+        self.pool.shutdown(wait=True)
+        self.clients.clear()
+        del self.executor
+        self.local = threading.local()
+        for handle in self.handles:
+            handle.close()
+
+    def cron(self, due: float) -> None:
+        now = self.loop.time()
+        self.lag = max(0.0, now - due)
+        self.worst_lag = max(self.worst_lag, self.lag)
+        self.ticker = self.loop.call_later(CRON_EVERY, self.cron, now + CRON_EVERY)
+        self.rates.append((now, self.executor.commands))
+        idle_limit = int(self.settings["timeout"])
+        clock = time.monotonic()
+        if idle_limit or any(c.full_since for c in self.clients.values()):
+            for client in list(self.clients.values()):
+                if (client.full_since and clock - client.full_since > SLOW_LIMIT) or (
+                    idle_limit and client.idle_ms > idle_limit * 1000 and not client.in_pubsub and not client.blocked
+                ):
+                    client.drop()
+        if self.executor.paused_until and self.executor.paused_until <= clock * 1000:
+            command_table.unpause(self)
+
+    # -- connections
+
+    def opened(self, client: Connection, sock: Any) -> None:
+        self.accepted += 1
+        if len(self.clients) >= int(self.settings["maxclients"]):
+            self.refused += 1
+            client.add(b"-ERR max number of clients reached\r\n")
+            client.closing = True
+            client.flush()
+            return
+        client.id = self.next_id
+        self.next_id += self.of_workers
+        self.clients[client.id] = client
+        if sock is not None and sock.family == socket.AF_UNIX:
+            client.address = f"{sock.getsockname()}:0"
+            client.local_address = client.address
+            return
+        peer = client.transport.get_extra_info("peername")
+        mine = client.transport.get_extra_info("sockname")
+        client.address = f"{peer[0]}:{peer[1]}" if peer else "?:0"
+        client.local_address = f"{mine[0]}:{mine[1]}" if mine else "?:0"
+        if not self.settings["requirepass"] and self.settings["protected-mode"] == "yes" and peer and not _loopback(peer[0]):
+            client.add(
+                b"-DENIED this server has no password and is in protected mode: it serves the loopback interface only. Set a password "
+                b"(--password-file), or say --protected-mode no\r\n"
+            )
+            client.closing = True
+            client.flush()
+
+    def closed(self, client: Connection) -> None:
+        self.clients.pop(client.id, None)
+        self.paused.discard(client)
+        command_table.forget(client)
+
+    def password_is(self, password: bytes) -> bool:
+        return hmac.compare_digest(password, self.settings["requirepass"].encode())
+
+    # -- the pool
+
+    def defer(self, client: Connection) -> None:
+        """Run the client's command in a thread that may wait."""
+        if self.in_pool >= int(self.settings["maxclients"]):
+            client.add(b"-BUSY too many commands wait: try again\r\n")
+            client.resume()
+            return
+        self.in_pool += 1
+        self.pool.submit(self.in_thread, client)
+
+    def in_thread(self, client: Connection) -> None:
+        try:
+            client.retry(self.patient())
+        except Exception as e:  # a fault of ours: this client's connection ends, the others go on
+            self.loop.call_soon_threadsafe(self.failed, client, e)
+            return
+        self.loop.call_soon_threadsafe(self.done, client)
+
+    def patient(self) -> _resp.Executor:
+        """This thread's executor."""
+        if not hasattr(self.local, "executor"):
+            handle = cache_module.attach(self.name)
+            self.handles.append(handle)
+            self.local.executor = _resp.Executor(handle, self.commands, impatient=False)
+        executor: _resp.Executor = self.local.executor
+        return executor
+
+    def done(self, client: Connection) -> None:
+        self.in_pool -= 1
+        if client in self.paused:
+            self.paused.discard(client)
+            if not client.closing:
+                client.transport.resume_reading()
+        client.resume()
+
+    def failed(self, client: Connection, error: Exception) -> None:
+        self.in_pool -= 1
+        self.loop.call_exception_handler({"message": f"a command of {client.address} failed", "exception": error})
+        client.drop()
+
+    # -- durability
+
+    def hold(self, client: Connection, end: int) -> None:
+        """The client's replies wait until the ring is durable up to its end."""
+        self.waiting.append((end, client))
+        self.wake.set()
+
+    def watch(self) -> None:
+        while True:
+            self.wake.wait()
+            self.wake.clear()
+            if self.ended:
+                return
+            while self.waiting:
+                end = self.waiting[-1][0]
+                durable = self.cache.wait_durable(end)
+                group = []
+                while self.waiting and self.waiting[0][0] <= end:
+                    group.append(self.waiting.popleft())
+                self.loop.call_soon_threadsafe(self.let_go, group, durable)
+
+    def let_go(self, group: list[tuple[int, Connection]], durable: bool) -> None:
+        for end, client in group:
+            if durable:
+                client.durable(end)
+            else:  # what it was told is done is not known to be on the disk: it is not told
+                client.drop()
+
+    # -- what is seen
+
+    def set_slowlog(self) -> None:
+        limit = int(self.settings["slowlog-log-slower-than"])
+        self.executor.timed = limit >= 0
+        self.executor.slower_than_ns = max(0, limit) * 1000
+
+    def resize_slowlog(self) -> None:
+        most = int(self.settings["slowlog-max-len"])
+        if most != self.slowlog.maxlen:
+            self.slowlog = deque(list(self.slowlog)[:most], maxlen=most)
+
+    def reset_stats(self) -> None:
+        self.accepted = self.refused = 0
+        self.worst_lag = 0.0
+        self.executor.reset()
+
+    def rate(self) -> int:
+        """Commands per second, over the last second or so."""
+        (then, before), (now, after) = self.rates[0], (self.loop.time(), self.executor.commands)
+        return int((after - before) / max(0.001, now - then))
+
+    def slow(self, client: Connection, arguments: list[bytes], ns: int) -> None:
+        words = arguments[:31] if len(arguments) > 32 else arguments
+        words = [w if len(w) <= 128 else w[:128] + b"... (%d more bytes)" % (len(w) - 128) for w in words]
+        if len(arguments) > 32:
+            words.append(b"... (%d more arguments)" % (len(arguments) - 31))
+        self.slowlog.appendleft((self.slow_number, time.time(), ns // 1000, words, client.address, client.name))
+        self.slow_number += 1
+
+
+def _loopback(host: str) -> bool:
+    return host.startswith("127.") or host in ("::1", "::ffff:127.0.0.1")
+
+
+def listen(host: str, port: int, shared: bool = True) -> list[socket.socket]:
+    """Listening sockets for an address; shared: others of this user may listen on it, too (SO_REUSEPORT)."""
+    found: list[socket.socket] = []
+    try:
+        for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE):
+            sock = socket.socket(family, kind, protocol)
+            found.append(sock)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if shared:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            if family == socket.AF_INET6:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            sock.bind(address)
+            sock.setblocking(False)
+            sock.listen(511)
+    except OSError:
+        for sock in found:
+            sock.close()
+        raise
+    return found
+
+
+def listen_unix(path: str, mode: int = 0o700) -> socket.socket:
+    """A listening unix socket; what an ended server left there is replaced, a living one's is not. Raises: OSError."""
+    sock = socket.socket(socket.AF_UNIX)
+    try:
+        with contextlib.closing(socket.socket(socket.AF_UNIX)) as probe:
+            try:
+                probe.connect(path)
+                raise OSError(98, "somebody listens on it", path)
+            except ConnectionRefusedError:
+                os.unlink(path)
+            except FileNotFoundError:
+                pass
+        sock.bind(path)
+        os.chmod(path, mode)
+        sock.setblocking(False)
+        sock.listen(511)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+__all__ = ["Connection", "Server", "listen", "listen_unix", "replies"]

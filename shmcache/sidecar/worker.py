@@ -1,0 +1,79 @@
+"""One process with one event loop: python -m shmcache.sidecar.worker '{"name": ..., ...}', started by serve.py."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import os
+import signal
+import socket
+import ssl
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from shmcache.sidecar import server as server_module
+from shmcache.sidecar.server import Server
+
+
+def run(coroutine: Any) -> None:
+    """In uvloop's loop, if it is there."""
+    try:
+        import uvloop
+    except ImportError:
+        asyncio.run(coroutine)
+    else:
+        uvloop.run(coroutine)
+
+
+async def serve(options: dict[str, Any], ready: Callable[[], None]) -> None:
+    """Serve till SIGTERM or SIGINT, or till the process that started this one has ended."""
+    loop = asyncio.get_running_loop()
+    end = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, end.set)
+    server = Server(options["name"], options["settings"], worker=options["worker"], of_workers=options["workers"])
+    parent = options["parent"]
+    server.on_shutdown = lambda: os.kill(parent, signal.SIGTERM)
+    sockets = [socket.socket(fileno=fd) for fd in options["sockets"]]
+    if options["port"]:
+        for host in options["bind"]:
+            sockets += server_module.listen(host, options["port"])
+    await server.start(sockets=sockets, tls=context_of(options["tls"]))
+    gc.freeze()
+    ready()
+    while not end.is_set():
+        if os.getppid() != parent:
+            break
+        try:
+            await asyncio.wait_for(end.wait(), 1.0)
+        except TimeoutError:
+            pass
+    await server.stop()
+
+
+def context_of(tls: dict[str, str] | None) -> ssl.SSLContext | None:
+    if not tls:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tls["cert"], tls["key"])
+    if tls.get("ca"):
+        context.load_verify_locations(tls["ca"])
+        context.verify_mode = ssl.CERT_REQUIRED
+    return context
+
+
+def main() -> int:
+    options = json.loads(sys.argv[1])
+
+    def ready() -> None:
+        os.write(options["ready_fd"], b"r")
+        os.close(options["ready_fd"])
+
+    run(serve(options, ready))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
