@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -118,6 +119,11 @@ def shmcache_server(*options: str, size: str = "64M") -> Iterator[Server]:
     finally:
         with contextlib.suppress(shmcache.SegmentNotFound):
             shmcache.unlink(name)
+
+
+def end_on_sigterm() -> None:
+    """For programs: SIGTERM runs what is to be done at the end, too."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
 
 def address(text: str) -> tuple[str, int]:
