@@ -328,7 +328,6 @@ def main(argv: list[str] | None = None) -> int:
         args.groups = chosen(args.only, args.skip)
     except ValueError as e:
         arguments.error(str(e))
-    servers.end_on_sigterm()
     try:
         with contextlib.ExitStack() as stack:
             start = lambda: servers.redis_server("--databases", args.databases)  # noqa: E731
@@ -354,4 +353,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    servers.end_on_sigterm()
     sys.exit(main())
