@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from tests.redis.resp import Connection, parse
+
 READY = 30.0  # seconds that a server may take to answer PING
 counter = itertools.count()
 Server = tuple[str, int, int]  # host, port, pid
@@ -100,6 +102,20 @@ def redis_server(*options: str) -> Iterator[Server]:
 
     with running(argv) as server:
         yield server
+
+
+def lean() -> list[str]:
+    """Options that leave a redis-server strings, keys, expiry, transactions and messages: what a server of strings has."""
+    with redis_server() as (host, port, _):
+        connection = Connection((host, port), 10.0)
+        groups = (b"list", b"hash", b"set", b"sortedset", b"stream", b"geo", b"hyperloglog", b"scripting")
+        lists = [parse(connection.call(b"COMMAND", b"LIST", b"FILTERBY", b"ACLCAT", group)) for group in groups]
+        connection.close()
+    gone = {item.value.decode() for found in lists if found for item in found[0].value if b"|" not in item.value}
+    gone |= {"sort", "sort_ro", "replicaof", "slaveof", "sync", "psync", "module", "cluster", "failover", "wait", "migrate"}
+    gone |= {"save", "bgsave", "bgrewriteaof"}
+    gone.discard("function")  # the suite calls FUNCTION FLUSH before every unit
+    return [option for command in sorted(gone) for option in ("--rename-command", command, "")]
 
 
 @contextlib.contextmanager
