@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-# These cannot pass where strings are the only type, and there is neither replication nor scripting nor saving by command. They pass
-# in no other way: redis-server without those commands fails these and no others (suite.py --lean).
+# These cannot pass where strings are the only type, and there is neither replication nor scripting nor saving by command. A redis-server
+# that lacks those commands passes all others (suite.py --lean).
 DENIED: dict[str, dict[str, str]] = {
     "unit/type/string": {
         "MGET against non-string key": "needs sets",
@@ -135,8 +135,12 @@ NEEDS: dict[str, dict[str, str]] = {
         "Keyspace notifications: general events test": "CONFIG SET notify-keyspace-events, PSUBSCRIBE",
         "Keyspace notifications: expired events (triggered expire)": "CONFIG SET notify-keyspace-events, PSUBSCRIBE",
         "Keyspace notifications: expired events (background expire)": "CONFIG SET notify-keyspace-events, PSUBSCRIBE",
-        "Keyspace notifications: evicted events": "CONFIG SET maxmemory-policy, CONFIG SET maxmemory, CONFIG SET notify-keyspace-events, PSUBSCRIBE",
-        "Keyspace notifications: test CONFIG GET/SET of event flags": "CONFIG GET notify-keyspace-events, CONFIG SET notify-keyspace-events",
+        "Keyspace notifications: evicted events": (
+            "CONFIG SET maxmemory-policy, CONFIG SET maxmemory, CONFIG SET notify-keyspace-events, PSUBSCRIBE"
+        ),
+        "Keyspace notifications: test CONFIG GET/SET of event flags": (
+            "CONFIG GET notify-keyspace-events, CONFIG SET notify-keyspace-events"
+        ),
         "Keyspace notifications: new key test": "CONFIG SET notify-keyspace-events, PSUBSCRIBE",
     },
     "unit/protocol": {
@@ -166,8 +170,12 @@ NEEDS: dict[str, dict[str, str]] = {
         "After CLIENT SETNAME, connection can still be closed": "CLIENT LIST, CLIENT SETNAME",
         "CONFIG sanity": "CONFIG GET *, CONFIG SET of every setting, to the value it has",
         "CONFIG SET with multiple args": "CONFIG GET maxmemory, CONFIG GET repl-backlog-size, CONFIG GET save, CONFIG SET maxmemory",
-        "CONFIG SET rollback on set error": "CONFIG GET client-query-buffer-limit, CONFIG GET maxmemory, CONFIG GET maxmemory-clients, CONFIG SET maxmemory",
-        "CONFIG SET rollback on apply error": "CONFIG GET client-query-buffer-limit, CONFIG GET maxmemory, CONFIG GET port, CONFIG SET maxmemory",
+        "CONFIG SET rollback on set error": (
+            "CONFIG GET client-query-buffer-limit, CONFIG GET maxmemory, CONFIG GET maxmemory-clients, CONFIG SET maxmemory"
+        ),
+        "CONFIG SET rollback on apply error": (
+            "CONFIG GET client-query-buffer-limit, CONFIG GET maxmemory, CONFIG GET port, CONFIG SET maxmemory"
+        ),
         "CONFIG SET duplicate configs": "CONFIG SET maxmemory",
         "CONFIG SET set immutable": "CONFIG SET daemonize",
         "CONFIG GET hidden configs": "CONFIG GET *, CONFIG GET key-load-delay",

@@ -83,12 +83,14 @@ def c(*args: str | bytes | int | Iterable[bytes]) -> Command:
 
 INTEGERS = [b"0", b"1", b"-1", b"7", b"42", b"9999", b"10000", b"-10000", b"2147483647", b"2147483648", b"-2147483649", b"4294967296",
             b"9223372036854775806", b"9223372036854775807", b"-9223372036854775807", b"-9223372036854775808"]  # fmt: skip
-NO_INTEGERS = [b"", b" 1", b"1 ", b"+1", b"01", b"-0", b"00", b"1.0", b"1e3", b"0x10", b"abc", b"9223372036854775808", b"-9223372036854775809",
-               b"18446744073709551615", b"18446744073709551616", b"99999999999999999999999", b"1\x00", b"--1", b"-", b"1_0"]  # fmt: skip
-FLOATS = [b"0.1", b"1.5", b"-1.5", b"3", b"1e3", b"5.0e3", b"3.0e-5", b"-0", b"-0.0", b".5", b"5.", b"+5", b"0x10", b"0x1p4", b"10.50000",
-          b"1e17", b"1e18", b"123456789.123456789", b"0.000001", b"1e-17", b"1e-30", b"1e300", b"-1e300", b"2.2250738585072014e-308"]  # fmt: skip
-NO_FLOATS = [b"", b" 1.5", b"1.5 ", b"inf", b"-inf", b"+inf", b"infinity", b"nan", b"-nan", b"1e5000", b"-1e5000", b"abc", b"1,5", b"1.5.5",
-             b"1e", b"1_0", b"1.5\x00", b"0x", b"1e-5000"]  # fmt: skip
+NO_INTEGERS = [b"", b" 1", b"1 ", b"+1", b"01", b"-0", b"00", b"1.0", b"1e3", b"0x10", b"abc", b"9223372036854775808",
+               b"-9223372036854775809", b"18446744073709551615", b"18446744073709551616",
+               b"99999999999999999999999", b"1\x00", b"--1", b"-", b"1_0"]  # fmt: skip
+FLOATS = [b"0.1", b"1.5", b"-1.5", b"3", b"1e3", b"5.0e3", b"3.0e-5", b"-0", b"-0.0", b".5", b"5.", b"+5", b"0x10", b"0x1p4",
+          b"10.50000", b"1e17", b"1e18", b"123456789.123456789", b"0.000001", b"1e-17", b"1e-30",
+          b"1e300", b"-1e300", b"2.2250738585072014e-308"]  # fmt: skip
+NO_FLOATS = [b"", b" 1.5", b"1.5 ", b"inf", b"-inf", b"+inf", b"infinity", b"nan", b"-nan", b"1e5000", b"-1e5000", b"abc", b"1,5",
+             b"1.5.5", b"1e", b"1_0", b"1.5\x00", b"0x", b"1e-5000"]  # fmt: skip
 SIZES = (0, 1, 2, 7, 8, 11, 20, 21, 43, 44, 45, 46, 63, 64, 65, 100, 255, 256, 1000)
 KEYS = [b"k1", b"k2", b"k3", b"k:4", b"hello", b"hallo", b"", b"bin\x00\r\n\xff", b"a" * 44, b"long" * 40, b"[x]", b"k*", b"\xd0\xba"]
 PATTERNS = [b"*", b"k*", b"k?", b"k[1-2]", b"k[^1]", b"h[ae]llo", b"h*llo", b"\\*", b"k\\*", b"[", b"k[", b"[[]x]", b"", b"**", b"*\x00*",
@@ -122,9 +124,6 @@ class Grammar:
         self.weights = [p.production[1] * (4 if p.production[0] in chosen else 1) for p in self.productions]
 
     # ---- arguments --------------------------------------------------------------------------------------------------------------
-
-    def one(self, *of: object) -> object:
-        return self.rng.choice(of)
 
     def some(self, make: Callable[[], bytes], least: int = 1, most: int = 4) -> list[bytes]:
         return [make() for _ in range(self.rng.randint(least, most))]
@@ -160,7 +159,16 @@ class Grammar:
         if r < 0.75:
             return b"%d" % self.rng.choice([0, 1, 7, 8, 9, 15, 31, 32, 63, 64, 100, 1000, self.rng.randint(0, 16_000 if bits else 2000)])
         # 2**29 bytes and 2**32 bits are the limits
-        return self.rng.choice([b"-1", b"-100", b"4294967296", b"536870913" if not bits else b"4294967297", b"9223372036854775807", self.rng.choice(NO_INTEGERS)])
+        return self.rng.choice(
+            [
+                b"-1",
+                b"-100",
+                b"4294967296",
+                b"536870913" if not bits else b"4294967297",
+                b"9223372036854775807",
+                self.rng.choice(NO_INTEGERS),
+            ]
+        )
 
     def index(self) -> bytes:
         if self.rng.random() < 0.9:
@@ -190,7 +198,8 @@ class Grammar:
 
     def no_time(self) -> bytes:
         self.sequence.expiring += 1
-        return self.rng.choice([b"0", b"-1", b"-1000", b"9223372036854775807", b"-9223372036854775808", b"9223372036854775", *NO_INTEGERS[:1],
+        return self.rng.choice([b"0", b"-1", b"-1000", b"9223372036854775807", b"-9223372036854775808", b"9223372036854775",
+                                *NO_INTEGERS[:1],
                                 b"abc", b"1.5", b"99999999999999999999", b"-9223372036854775", b"9223372036854776"])  # fmt: skip
 
     def expiry(self, *more: bytes) -> list[bytes]:
@@ -305,7 +314,11 @@ class Grammar:
 
     @production("bits", 2.5)
     def bitcount(self) -> Command:
-        return c("BITCOUNT", self.key(), self.rng.choice([[], [self.index()], [self.index(), self.index(), *self.unit()], [self.index(), self.index(), *self.unit()]]))
+        return c(
+            "BITCOUNT",
+            self.key(),
+            self.rng.choice([[], [self.index()], [self.index(), self.index(), *self.unit()], [self.index(), self.index(), *self.unit()]]),
+        )
 
     @production("bits", 3)
     def bitpos(self) -> Command:
@@ -322,9 +335,17 @@ class Grammar:
     def bitfield(self) -> Command:
         args: list[bytes] = []
         for _ in range(self.rng.randint(0, 4)):
-            kind = self.rng.choice([b"u1", b"u8", b"i8", b"u5", b"i16", b"u32", b"i64", b"u63", b"i5", b"I8", b"u64", b"i65", b"u0", b"x8", b"i", b"8"][: 10 if self.rng.random() < 0.9 else 16])
-            at = self.rng.choice([b"%d" % self.rng.randint(0, 200), b"#%d" % self.rng.randint(0, 20), b"0", b"#0", self.offset(bits=True), b"#-1", b"#x"])
-            operation = self.rng.choice(["GET", "GET", "SET", "SET", "INCRBY", "INCRBY", "OVERFLOW", "get", "foo" if self.rng.random() < 0.1 else "GET"])
+            kind = self.rng.choice(
+                [b"u1", b"u8", b"i8", b"u5", b"i16", b"u32", b"i64", b"u63", b"i5", b"I8", b"u64", b"i65", b"u0", b"x8", b"i", b"8"][
+                    : 10 if self.rng.random() < 0.9 else 16
+                ]
+            )
+            at = self.rng.choice(
+                [b"%d" % self.rng.randint(0, 200), b"#%d" % self.rng.randint(0, 20), b"0", b"#0", self.offset(bits=True), b"#-1", b"#x"]
+            )
+            operation = self.rng.choice(
+                ["GET", "GET", "SET", "SET", "INCRBY", "INCRBY", "OVERFLOW", "get", "foo" if self.rng.random() < 0.1 else "GET"]
+            )
             if operation == "OVERFLOW":
                 args += c("OVERFLOW", self.rng.choice([b"WRAP", b"SAT", b"FAIL", b"sat", b"WRAP", b"FAIL", b"foo"]))
             elif operation in ("GET", "get", "foo"):
@@ -335,13 +356,21 @@ class Grammar:
 
     @production("bitfield", 2)
     def bitfield_ro(self) -> Command:
-        gets = [x for _ in range(self.rng.randint(0, 3)) for x in c("GET", self.rng.choice(["u8", "i8", "u4", "i64", "u63", "u64"]), self.offset(bits=True))]
+        gets = [
+            x
+            for _ in range(self.rng.randint(0, 3))
+            for x in c("GET", self.rng.choice(["u8", "i8", "u4", "i64", "u63", "u64"]), self.offset(bits=True))
+        ]
         return c("BITFIELD_RO", self.key(), gets, self.maybe(0.1, *c("SET", "u8", 0, 1)))
 
     @production("lcs", 4)
     def lcs(self) -> Command:
         options = [*self.maybe(0.3, self.cased("LEN")), *self.maybe(0.5, self.cased("IDX"))]
-        options += [*self.maybe(0.3, self.cased("MINMATCHLEN"), self.integer(0.9)), *self.maybe(0.4, self.cased("WITHMATCHLEN")), *self.maybe(0.03, b"foo")]
+        options += [
+            *self.maybe(0.3, self.cased("MINMATCHLEN"), self.integer(0.9)),
+            *self.maybe(0.4, self.cased("WITHMATCHLEN")),
+            *self.maybe(0.03, b"foo"),
+        ]
         return c("LCS", self.key(), self.key(), options)
 
     @production("lcs", 2)
@@ -381,7 +410,10 @@ class Grammar:
 
     @production("keys", 0.4)
     def flush(self) -> Command:
-        return c(self.rng.choice(["FLUSHDB", "FLUSHALL"]), self.rng.choice([[], [], [b"ASYNC"], [b"SYNC"], [b"sync"], [b"foo"], [b"SYNC", b"ASYNC"]]))
+        return c(
+            self.rng.choice(["FLUSHDB", "FLUSHALL"]),
+            self.rng.choice([[], [], [b"ASYNC"], [b"SYNC"], [b"sync"], [b"foo"], [b"SYNC", b"ASYNC"]]),
+        )
 
     @production("expiry", 5)
     def expire(self) -> Command:
@@ -405,27 +437,53 @@ class Grammar:
 
     @production("object", 0.5)
     def object_odd(self) -> Command:
-        return self.rng.choice([c("OBJECT", "HELP"), c("OBJECT", "FOO"), c("OBJECT"), c("OBJECT", "ENCODING"), c("OBJECT", "FOO", self.key()), c("OBJECT", "HELP", "x")])
+        return self.rng.choice(
+            [
+                c("OBJECT", "HELP"),
+                c("OBJECT", "FOO"),
+                c("OBJECT"),
+                c("OBJECT", "ENCODING"),
+                c("OBJECT", "FOO", self.key()),
+                c("OBJECT", "HELP", "x"),
+            ]
+        )
 
     @production("dump", 2)
     def dump(self) -> Command | list[Step]:
         if self.multi[self.at] or self.rng.random() < 0.2:
             return c("DUMP", self.key())
         key, to = self.key(), self.key()
-        return [self.step(c("DUMP", key)), self.step(self.restore_of(to, DUMPED)), self.step(c("GET", to)), *([self.step(c("PTTL", to))] if "expiry" in self.groups else [])]
+        return [
+            self.step(c("DUMP", key)),
+            self.step(self.restore_of(to, DUMPED)),
+            self.step(c("GET", to)),
+            *([self.step(c("PTTL", to))] if "expiry" in self.groups else []),
+        ]
 
     def restore_of(self, key: bytes, payload: bytes) -> Command:
-        time = b"0" if self.rng.random() < 0.6 or "expiry" not in self.groups else b"-1" if self.rng.random() < 0.1 else b"%d" % (next(self.times) * 10_000)
+        time = (
+            b"0"
+            if self.rng.random() < 0.6 or "expiry" not in self.groups
+            else b"-1"
+            if self.rng.random() < 0.1
+            else b"%d" % (next(self.times) * 10_000)
+        )
         options = [*self.maybe(0.6, self.cased("REPLACE"))]
         if self.rng.random() < 0.2 and "expiry" in self.groups:
             time = self.moment(1000)
             options += [b"ABSTTL"]
-        options += [*self.maybe(0.1, b"IDLETIME", self.rng.choice([b"10", b"-1", b"x"])), *self.maybe(0.1, b"FREQ", self.rng.choice([b"10", b"256", b"x"])), *self.maybe(0.03, b"foo")]
+        options += [
+            *self.maybe(0.1, b"IDLETIME", self.rng.choice([b"10", b"-1", b"x"])),
+            *self.maybe(0.1, b"FREQ", self.rng.choice([b"10", b"256", b"x"])),
+            *self.maybe(0.03, b"foo"),
+        ]
         return c("RESTORE", key, time, payload, options)
 
     @production("dump", 0.6)
     def restore(self) -> Command:
-        return self.restore_of(self.key(), self.rng.choice([b"", b"foo", b"\x00\x03abc\x0a\x00" + bytes(8), self.rng.randbytes(20), b"\x00" * 11]))
+        return self.restore_of(
+            self.key(), self.rng.choice([b"", b"foo", b"\x00\x03abc\x0a\x00" + bytes(8), self.rng.randbytes(20), b"\x00" * 11])
+        )
 
     # ---- scan -------------------------------------------------------------------------------------------------------------------
 
@@ -433,7 +491,11 @@ class Grammar:
     def scan(self) -> Command | list[Step]:
         count = self.rng.choice([b"1", b"2", b"10", b"1000", b"0", b"-1", b"abc"][: 4 if self.rng.random() < 0.8 else 7])
         kind = self.rng.choice([b"string", b"STRING", b"list", b"hash", b"foo"])
-        options = [*self.maybe(0.4, self.cased("MATCH"), self.rng.choice(PATTERNS)), *self.maybe(0.5, self.cased("COUNT"), count), *self.maybe(0.2, self.cased("TYPE"), kind)]
+        options = [
+            *self.maybe(0.4, self.cased("MATCH"), self.rng.choice(PATTERNS)),
+            *self.maybe(0.5, self.cased("COUNT"), count),
+            *self.maybe(0.2, self.cased("TYPE"), kind),
+        ]
         options += self.maybe(0.04, self.rng.choice([b"foo", b"MATCH", b"COUNT"]))
         if self.multi[self.at]:
             return c("SCAN", 0, "COUNT", 1000)
@@ -459,7 +521,16 @@ class Grammar:
 
     @production("multi", 1)
     def watch(self) -> Command:
-        return self.rng.choice([c("WATCH", self.some(self.key, 1, 2)), c("WATCH", self.some(self.key, 1, 2)), c("UNWATCH"), c("WATCH"), c("MULTI", "x"), c("EXEC", "x")])
+        return self.rng.choice(
+            [
+                c("WATCH", self.some(self.key, 1, 2)),
+                c("WATCH", self.some(self.key, 1, 2)),
+                c("UNWATCH"),
+                c("WATCH"),
+                c("MULTI", "x"),
+                c("EXEC", "x"),
+            ]
+        )
 
     @production("multi", 2)
     def transaction(self) -> list[Step]:
@@ -475,7 +546,11 @@ class Grammar:
         for _ in range(self.rng.randint(0, 4)):
             steps += self.plain()
         if self.rng.random() < 0.2:
-            steps.append(self.step(self.rng.choice([c("GET"), c("FOO", "bar"), c("MULTI"), c("WATCH", self.key()), c("SET", "a"), c("INCR", "x", "y")])))
+            steps.append(
+                self.step(
+                    self.rng.choice([c("GET"), c("FOO", "bar"), c("MULTI"), c("WATCH", self.key()), c("SET", "a"), c("INCR", "x", "y")])
+                )
+            )
         steps += self.meanwhile(here)
         self.multi[here] = False
         return [*steps, self.step(c(self.rng.choice(["EXEC", "EXEC", "EXEC", "DISCARD"])))]
@@ -492,7 +567,9 @@ class Grammar:
 
     @production("connection", 1.5)
     def ping(self) -> Command:
-        return self.rng.choice([c("PING"), c("PING", self.value()), c("PING", "a", "b"), c("ECHO", self.value()), c("ECHO"), c("TIME"), c("ping")])
+        return self.rng.choice(
+            [c("PING"), c("PING", self.value()), c("PING", "a", "b"), c("ECHO", self.value()), c("ECHO"), c("TIME"), c("ping")]
+        )
 
     @production("connection", 0.7)
     def select(self) -> Command:
@@ -502,7 +579,23 @@ class Grammar:
     def hello(self) -> Command | list[Step]:
         if self.multi[self.at]:
             return c("PING")
-        return c("HELLO", self.rng.choice([[], [b"2"], [b"3"], [b"4"], [b"1"], [b"abc"], [b"3", b"SETNAME", b"n"], [b"2", b"SETNAME", b"a b"], [b"3", b"foo"], [b"2", b"SETNAME"]]))
+        return c(
+            "HELLO",
+            self.rng.choice(
+                [
+                    [],
+                    [b"2"],
+                    [b"3"],
+                    [b"4"],
+                    [b"1"],
+                    [b"abc"],
+                    [b"3", b"SETNAME", b"n"],
+                    [b"2", b"SETNAME", b"a b"],
+                    [b"3", b"foo"],
+                    [b"2", b"SETNAME"],
+                ]
+            ),
+        )
 
     @production("connection", 0.3)
     def leave(self) -> Command | list[Step]:
@@ -520,8 +613,10 @@ class Grammar:
             commands += [c("GET", self.key()), c("CLIENT", "REPLY", "ON")] if mute != b"SKIP" else []
             return [Step(self.at, (), b"".join(map(encode, [*commands, c("PING", "after")])), 1 if mute == b"SKIP" else 2)]
         return c("CLIENT", self.rng.choice([
-            [b"ID"], [b"ID"], [b"GETNAME"], [b"GETNAME"], [b"SETNAME", b"n%d" % self.rng.randint(0, 9)], [b"SETNAME", b""], [b"SETNAME", b"a b"],
-            [b"SETNAME", b"a\nb"], [b"SETNAME"], [b"SETINFO", b"LIB-NAME", b"x"], [b"REPLY", b"ON"], [b"REPLY", b"foo"], [b"REPLY"], [b"FOO"], [], [b"getname"],
+            [b"ID"], [b"ID"], [b"GETNAME"], [b"GETNAME"], [b"SETNAME", b"n%d" % self.rng.randint(0, 9)], [b"SETNAME", b""],
+            [b"SETNAME", b"a b"],
+            [b"SETNAME", b"a\nb"], [b"SETNAME"], [b"SETINFO", b"LIB-NAME", b"x"], [b"REPLY", b"ON"], [b"REPLY", b"foo"],
+            [b"REPLY"], [b"FOO"], [], [b"getname"],
         ]))  # fmt: skip
 
     @production("connection", 0.8)
@@ -534,9 +629,12 @@ class Grammar:
     @production("protocol", 1.5)
     def inline(self) -> list[Step]:
         raw, replies = self.rng.choice([
-            (b"PING\r\n", 1), (b"PING\n", 1), (b"  PING  \r\n", 1), (b"\r\nPING\r\n", 1), (b"\r\n\r\n\nPING\r\n", 1), (b'PING "a b"\r\n', 1),
-            (b"PING 'it\\'s'\r\n", 1), (b'PING "\\x41\\n\\t\\"\\\\\\q"\r\n', 1), (b"PING ''\r\n", 1), (b"ping\tx\r\n", 1), (b"FOO bar\r\n", 1),
-            (b"PING a\r\nPING b\r\n", 2), (b"*0\r\nPING\r\n", 1), (b"*-1\r\nPING\r\n", 1), (b"*1\r\n$4\r\nPING\r\nPING x\r\n", 2), (b"PING \xff\x01y\r\n", 1),
+            (b"PING\r\n", 1), (b"PING\n", 1), (b"  PING  \r\n", 1), (b"\r\nPING\r\n", 1), (b"\r\n\r\n\nPING\r\n", 1),
+            (b'PING "a b"\r\n', 1),
+            (b"PING 'it\\'s'\r\n", 1), (b'PING "\\x41\\n\\t\\"\\\\\\q"\r\n', 1), (b"PING ''\r\n", 1), (b"ping\tx\r\n", 1),
+            (b"FOO bar\r\n", 1),
+            (b"PING a\r\nPING b\r\n", 2), (b"*0\r\nPING\r\n", 1), (b"*-1\r\nPING\r\n", 1),
+            (b"*1\r\n$4\r\nPING\r\nPING x\r\n", 2), (b"PING \xff\x01y\r\n", 1),
             (b"get " + b"k" * 3000 + b"\r\n", 1), (b"*2\r\n$4\r\nPING\r\n$0\r\n\r\n", 1), (b"*1\r\n$0\r\n\r\n", 1),
         ])  # fmt: skip
         return [Step(self.at, (), raw, replies, pieces=self.rng.choice([1, 1, 2, 5]))]
@@ -545,9 +643,12 @@ class Grammar:
     def broken(self) -> list[Step]:
         self.multi[self.at] = False
         bad = self.rng.choice([
-            b"*3\r\n$3\r\nSET\r\n$1\r\nx\r\nfooz\r\n", b"*1\r\nPING\r\n", b"*1\r\n+PING\r\n", b"*1\r\n:4\r\n", b"*1\r\n$-1\r\n", b"*1\r\n$-10\r\n", b"*1\r\n$abc\r\n",
-            b"*1\r\n$\r\n", b"*1\r\n$1.5\r\n", b"*1\r\n$536870913\r\n", b"*1\r\n$9223372036854775808\r\n", b"*abc\r\n", b"*1 \r\n", b"*2147483648\r\n",
-            b"*99999999999999999999\r\n", b"*\r\n", b'SET k "unbalanced\r\n', b"SET k 'unbalanced\r\n", b'GET "a"b\r\n', b"GET 'a'b\r\n", b'"\r\n', b"*1\r\n\r\n",
+            b"*3\r\n$3\r\nSET\r\n$1\r\nx\r\nfooz\r\n", b"*1\r\nPING\r\n", b"*1\r\n+PING\r\n", b"*1\r\n:4\r\n",
+            b"*1\r\n$-1\r\n", b"*1\r\n$-10\r\n", b"*1\r\n$abc\r\n",
+            b"*1\r\n$\r\n", b"*1\r\n$1.5\r\n", b"*1\r\n$536870913\r\n", b"*1\r\n$9223372036854775808\r\n",
+            b"*abc\r\n", b"*1 \r\n", b"*2147483648\r\n",
+            b"*99999999999999999999\r\n", b"*\r\n", b'SET k "unbalanced\r\n', b"SET k 'unbalanced\r\n",
+            b'GET "a"b\r\n', b"GET 'a'b\r\n", b'"\r\n', b"*1\r\n\r\n",
             b"x" * 65_540, b"*" + b"1" * 65_540, b"*1\r\n$" + b"1" * 65_540,
         ])  # fmt: skip
         before = self.rng.choice([b"", b"", encode(c("PING", "before")), b"PING\r\n"])
@@ -567,7 +668,11 @@ class Grammar:
 
     def plain(self) -> list[Step]:
         """A single command of those that neither end a connection nor change what it is in."""
-        allowed = [(p, w) for p, w in zip(self.productions, self.weights, strict=True) if p.production[0] not in ("multi", "connection", "protocol", "scan", "dump")]
+        allowed = [
+            (p, w)
+            for p, w in zip(self.productions, self.weights, strict=True)
+            if p.production[0] not in ("multi", "connection", "protocol", "scan", "dump")
+        ]
         if not allowed:
             return []
         made = self.rng.choices([p for p, _ in allowed], [w for _, w in allowed])[0]()

@@ -156,5 +156,5 @@ def given_or_started(text: str | None, start: Callable[[], contextlib.AbstractCo
     if text is not None and text != "redis":
         yield address(text)
     else:
-        with (redis_server() if text == "redis" else start()) as (host, port, _):
+        with redis_server() if text == "redis" else start() as (host, port, _):
             yield host, port

@@ -53,7 +53,9 @@ def sources() -> Path:
     for found in sorted(cache().glob("redis-7.0.*/tests/test_helper.tcl")):
         return found.parent.parent
     if not shutil.which("apt-get") or not Path(KEYRING).exists():
-        raise servers.Missing(f"the tests of redis 7.0 are not in {cache()}, and without apt-get and the keys of Debian they are not to be had")
+        raise servers.Missing(
+            f"the tests of redis 7.0 are not in {cache()}, and without apt-get and the keys of Debian they are not to be had"
+        )
     cache().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache(), prefix="fetch-") as name:
         fetch(Path(name))
@@ -173,7 +175,9 @@ def run(source: Path, unit: str, host: str, port: int, denied: dict[str, str], o
         output = folder / "output"
         with output.open("wb") as out:
             env = {**os.environ, "TERM": "dumb"}  # no colours
-            process = subprocess.Popen(argv, cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+            process = subprocess.Popen(
+                argv, cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+            )
             try:
                 process.wait(options.longest)
                 late = None
@@ -200,7 +204,8 @@ def show(results: list[Result]) -> None:
             print(f"NO SUCH TEST {r.unit}: {test}")
     print(f"{'unit':24}{'passed':>8}{'failed':>8}{'denied':>8}{'ignored':>9}")
     for r in results:
-        print(f"{r.unit:24}{len(r.passed):8}{len(r.failed):8}{len(r.denied):8}{len(r.ignored):9}{'  ABORTED' if r.aborted is not None else ''}")
+        aborted = "" if r.aborted is None else "  ABORTED"
+        print(f"{r.unit:24}{len(r.passed):8}{len(r.failed):8}{len(r.denied):8}{len(r.ignored):9}{aborted}")
     whys = [(r.unit, test, why) for r in results for test, why in r.denied.items()]
     for unit, test, why in whys:
         print(f"denied {unit}: {test}: {why}")
@@ -220,7 +225,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, help="of the server; else `shmcache serve` is started")
     parser.add_argument("--redis", action="store_true", help="start redis-server")
-    parser.add_argument("--lean", action="store_true", help="start redis-server without its other types: all that is not left out has to pass")
+    parser.add_argument(
+        "--lean", action="store_true", help="start redis-server without its other types: all that is not left out has to pass"
+    )
     parser.add_argument("--unit", action="append", help="such as unit/type/string; may be repeated; else all")
     parser.add_argument("--only", action="append", default=[], help="a test, or /pattern; may be repeated")
     parser.add_argument("--all", action="store_true", help="leave nothing out that expected.py has")

@@ -42,7 +42,9 @@ def test_output():
     assert not result.good
 
 
-@pytest.mark.parametrize("end", ["", "[exception]: Executing test client: I/O error\n    while executing\n", "[TIMEOUT]: clients state report follows.\n"])
+@pytest.mark.parametrize(
+    "end", ["", "[exception]: Executing test client: I/O error\n    while executing\n", "[TIMEOUT]: clients state report follows.\n"]
+)
 def test_a_unit_that_does_not_end(end):
     result = suite.read("unit/x", OUTPUT[: OUTPUT.index("[err]")] + end, {})
     assert result.aborted is not None
@@ -62,7 +64,9 @@ def sources(monkeypatch):
     monkeypatch.setattr(suite, "become_reaper", lambda: None)  # that would stay so for this process
 
 
-@pytest.mark.parametrize(("options", "code", "figures"), [(["--lean"], 0, (23, 0, 2)), (["--lean", "--all"], 1, (23, 2, 0)), (["--port=1"], 1, (0, 0, 0))])
+@pytest.mark.parametrize(
+    ("options", "code", "figures"), [(["--lean"], 0, (23, 0, 2)), (["--lean", "--all"], 1, (23, 2, 0)), (["--port=1"], 1, (0, 0, 0))]
+)
 def test_a_unit(sources, capsys, options, code, figures):
     assert suite.main([*options, "--unit=unit/type/incr", "--json"]) == code
     report = json.loads(capsys.readouterr().out)["units"][0]

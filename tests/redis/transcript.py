@@ -188,7 +188,9 @@ class Comparison:
                     side.close(number)
         return None
 
-    def compare(self, step: Step, ours: list[bytes], reference: list[bytes], queue: list[Command], expiring: int) -> tuple[str, bytes, bytes] | None:
+    def compare(
+        self, step: Step, ours: list[bytes], reference: list[bytes], queue: list[Command], expiring: int
+    ) -> tuple[str, bytes, bytes] | None:
         """What differs, and both; keeps the queue of the connection's transaction."""
         if reference and reference[-1].endswith(SILENT):  # then the grammar is wrong, or --timeout is short
             return step.label, b"".join(ours), b"".join(reference)
