@@ -370,10 +370,14 @@ cdef class Executor:
         cdef list stripes
         cdef uint64_t h
         cdef bytes key
+        cdef const uint8_t* k
+        cdef size_t n
         found = set()
         for key in keys:
-            if 0 < len(key) <= MAX_KEY:
-                h = siphash13(<const uint8_t*>PyBytes_AS_STRING(key), len(key), s.k0, s.k1)
+            k = <const uint8_t*>PyBytes_AS_STRING(key)
+            n = PyBytes_GET_SIZE(key)
+            if fits(&k, &n):
+                h = siphash13(k, n, s.k0, s.k1)
                 found.add(stripe_of(s, bucket_of(s, h)) - s.stripes)
         stripes = sorted(found)
         self.table.room_in_log(s, self.mapping)
@@ -446,14 +450,20 @@ cdef class Executor:
     def n_buckets(self):
         return self.s.n_buckets
 
-    def keys(self, uint64_t bucket):
-        """The keys of one bucket, at one instant."""
+    def keys(self, uint64_t at, uint64_t end, size_t enough=<size_t>-1):
+        """(the bucket to go on with, the keys of those before it): from bucket `at` up to `end`, or till there are enough. Those of a bucket are
+        of one instant."""
+        cdef list found = []
+        end = min(end, self.s.n_buckets)
+        while at < end and <size_t>len(found) < enough:
+            self.keys_of(at, found)
+            at += 1
+        return at, found
+
+    cdef int keys_of(self, uint64_t bucket, list found) except -1:
         cdef seg_t* s = self.s
         cdef uint32_t used = 0, at = 0, n
         cdef int rc
-        cdef list found = []
-        if bucket >= s.n_buckets:
-            return found
         while True:
             rc = next_keys(s, bucket, self.scratch, <uint32_t>min(self.room_scratch, <uint64_t>0xffffffff), &used,
                            0 if self.table.impatient else s.limit_ns)
@@ -469,9 +479,10 @@ cdef class Executor:
                 raise errors.StripeBusy("a living process holds a lock that this call needs and does not run: try again")
         while at < used:
             n = self.scratch[at] | <uint32_t>self.scratch[at + 1] << 8
-            found.append(PyBytes_FromStringAndSize(<char*>self.scratch + at + 2, n))
+            key = PyBytes_FromStringAndSize(<char*>self.scratch + at + 2, n)
+            found.append(b"" if key == EMPTY_KEY else key)
             at += 2 + n
-        return found
+        return 0
 
     def version(self, bytes key not None):
         """The key's version, 0 if it is not there."""
@@ -483,7 +494,7 @@ cdef class Executor:
         cdef log_t log
         cdef const uint8_t* k = <const uint8_t*>PyBytes_AS_STRING(key)
         cdef size_t n = PyBytes_GET_SIZE(key)
-        if n == 0 or n > MAX_KEY:
+        if not fits(&k, &n):
             return False
         log.end = 0
         rc = self.table.change_expiry_view(self.s, self.mapping, k, n, siphash13(k, n, self.s.k0, self.s.k1),
@@ -503,13 +514,24 @@ ctypedef struct raw_t:
     int codec
 
 
+# Redis has a key of no bytes, a segment has none: it is stored under this one.
+cdef bytes EMPTY_KEY = b"\0the empty key\0"
+
+cdef inline bint fits(const uint8_t** key, size_t* n) noexcept:
+    """Can there be such a key? The empty one becomes another."""
+    if unlikely(n[0] == 0):
+        key[0] = <const uint8_t*>PyBytes_AS_STRING(EMPTY_KEY)
+        n[0] = PyBytes_GET_SIZE(EMPTY_KEY)
+    return n[0] <= MAX_KEY
+
+
 cdef bint look(Executor ex, const uint8_t* key, size_t n, raw_t* raw, bint whole) except -1:
     """Read a key into the scratch (whole; else what is known of it without its bytes): False if it is not there."""
     cdef seg_t* s = ex.s
     cdef read_t r
     cdef uint64_t h
     cdef int rc, tries
-    if n == 0 or n > MAX_KEY:
+    if not fits(&key, &n):
         return False
     h = siphash13(key, n, s.k0, s.k1)
     for tries in range(RESTARTS):
@@ -570,9 +592,9 @@ cdef bint look_locked(Executor ex, const uint8_t* key, size_t n, uint64_t h, raw
     return rc == OK
 
 
-cdef int check_key(size_t n) except -1:
-    if n == 0 or n > MAX_KEY:
-        raise errors.InvalidKey(f"a key has 1 to {MAX_KEY} bytes, this one {n}")
+cdef int check_key(const uint8_t** key, size_t* n) except -1:
+    if unlikely(not fits(key, n)):
+        raise errors.InvalidKey(f"a key has at most {MAX_KEY} bytes, this one {n[0]}")
     return 0
 
 
@@ -582,7 +604,7 @@ cdef int put_value(Executor ex, const uint8_t* key, size_t n, const uint8_t* val
     cdef seg_t* s = ex.s
     cdef put_t op
     cdef int rc
-    check_key(n)
+    check_key(&key, &n)
     if size > s.max_value_bytes:
         raise errors.ValueTooLarge("string exceeds maximum allowed size (proto-max-bulk-len)")
     op.key = key
@@ -612,7 +634,7 @@ cdef int remove_key(Executor ex, const uint8_t* key, size_t n, uint64_t version)
     cdef seg_t* s = ex.s
     cdef log_t log
     cdef int rc
-    if n == 0 or n > MAX_KEY:
+    if not fits(&key, &n):
         return ABSENT
     log.end = 0
     rc = ex.table.remove_view(s, ex.mapping, key, n, siphash13(key, n, s.k0, s.k1), version, False, &log)
@@ -1023,7 +1045,7 @@ cdef class Client:
         return self.raw(<const char*>b"\r\n", 2)
 
     cdef int error(self, bytes text) except -1:
-        self.add(b"-" + text + b"\r\n")
+        self.add(b"-" + text.rstrip(b"\r\n").replace(b"\r", b" ").replace(b"\n", b" ") + b"\r\n")
         return 0
 
     # -- executing
@@ -1037,12 +1059,12 @@ cdef class Client:
         ex.commands += 1
         if unlikely(command == NULL):
             return self.refuse(b"ERR unknown command '" + clean(ex.argv[0], min(ex.argl[0], <size_t>128)) +
-                               b"', with args beginning with: " + self.beginning())
+                               b"', with args beginning with: " + self.beginning(), NULL)
         self.last_command = command.index
         if unlikely(ex.argc != <size_t>command.arity if command.arity > 0 else ex.argc < <size_t>(-command.arity)):
-            return self.refuse(b"ERR wrong number of arguments for '" + command.name[:command.n] + b"' command")
+            return self.refuse(b"ERR wrong number of arguments for '" + command.name[:command.n] + b"' command", command)
         if unlikely(not self.authenticated and not command.flags & F_NOAUTH):
-            return self.refuse(b"NOAUTH Authentication required.")
+            return self.refuse(b"NOAUTH Authentication required.", command)
         if unlikely(self.in_multi or self.in_pubsub or ex.watched or ex.timed or ex.paused_until):
             if self.unusual(command):
                 return 0
@@ -1080,13 +1102,13 @@ cdef class Client:
         ex.shrink()
         return 0
 
-    cdef int refuse(self, bytes text) except -1:
+    cdef int refuse(self, bytes text, name_t* command) except -1:
         """A command that is not run; one that was to be queued breaks its transaction."""
-        self.refused()
-        return self.error(text)
+        return self.error(self.refused(text, "" if command == NULL else command.name[:command.n].decode()))
 
-    def refused(self):
-        """A command was refused before it ran."""
+    def refused(self, bytes text, str name):
+        """A command was refused before it ran: the error to reply."""
+        return text
 
     cdef bint unusual(self, name_t* command) except -1:
         """True: the command is not to be run now."""
@@ -1138,7 +1160,7 @@ cdef class Client:
             if not ex.argc & 1:
                 return self.error(b"ERR wrong number of arguments for 'mset' command")
             for i in range(1, ex.argc, 2):
-                check_key(ex.argl[i])
+                check_key(&ex.argv[i], &ex.argl[i])
             for i in range(1, ex.argc, 2):
                 put_value(ex, ex.argv[i], ex.argl[i], ex.argv[i + 1], ex.argl[i + 1], CODEC_BYTES, 0, ALWAYS, 0)
             return self.ok()
@@ -1203,7 +1225,7 @@ cdef class Client:
         cdef uint64_t h, at = self.n_out
         cdef int rc, tries
         cdef raw_t raw
-        if unlikely(n == 0 or n > MAX_KEY):
+        if unlikely(not fits(&key, &n)):
             return self.nil()
         h = siphash13(key, n, s.k0, s.k1)
         for tries in range(RESTARTS):
@@ -1257,6 +1279,10 @@ cdef class Client:
             n += 1
         return self.ex.argl[i] == n and shm_same_name(self.ex.argv[i], name, n)
 
+    cdef int unit_at(self, size_t i) noexcept:
+        """1 EX, 2 PX, 3 EXAT, 4 PXAT; 0: none of them."""
+        return 1 if self.word(i, b"ex") else 2 if self.word(i, b"px") else 3 if self.word(i, b"exat") else 4 if self.word(i, b"pxat") else 0
+
     cdef bint lifetime(self, size_t i, bint in_ms, bint relative, bytes command, int64_t* unix_ms) except -1:
         """The unix time, ms, that an argument gives: False, and the error is the reply, if it does not."""
         cdef int64_t n = 0, now
@@ -1293,9 +1319,8 @@ cdef class Client:
                 get = True
             elif self.word(i, b"keepttl") and not unit:
                 keep = True
-            elif i + 1 < ex.argc and not keep and not unit and (
-                    self.word(i, b"ex") or self.word(i, b"px") or self.word(i, b"exat") or self.word(i, b"pxat")):
-                unit = (1 if self.word(i, b"ex") else 2) if ex.argl[i] == 2 else (3 if self.word(i, b"exat") else 4)
+            elif i + 1 < ex.argc and not keep and self.unit_at(i) and unit in (0, self.unit_at(i)):
+                unit = self.unit_at(i)
                 i += 1
                 time_at = i
             else:
@@ -1352,18 +1377,17 @@ cdef class Client:
         while i < ex.argc:
             if self.word(i, b"persist") and not unit:
                 persist = True
-            elif i + 1 < ex.argc and not persist and not unit and (
-                    self.word(i, b"ex") or self.word(i, b"px") or self.word(i, b"exat") or self.word(i, b"pxat")):
-                unit = (1 if self.word(i, b"ex") else 2) if ex.argl[i] == 2 else (3 if self.word(i, b"exat") else 4)
+            elif i + 1 < ex.argc and not persist and self.unit_at(i) and unit in (0, self.unit_at(i)):
+                unit = self.unit_at(i)
                 i += 1
             else:
                 return self.error(b"ERR syntax error")
             i += 1
-        if unit and not self.lifetime(ex.argc - 1, unit == 2 or unit == 4, unit <= 2, b"getex", &unix_ms):
-            return 0
         while True:
             if not look(ex, ex.argv[1], ex.argl[1], &raw, True):
                 return self.nil()
+            if unit and not unix_ms and not self.lifetime(ex.argc - 1, unit == 2 or unit == 4, unit <= 2, b"getex", &unix_ms):
+                return 0
             if unit and ex.expiry_of(unix_ms) <= now_ms(ex.s):
                 if remove_key(ex, ex.argv[1], ex.argl[1], raw.version) != OK:
                     continue
@@ -1378,6 +1402,8 @@ cdef class Client:
         cdef Executor ex = self.ex
         cdef log_t log
         cdef int rc
+        if not fits(&ex.argv[1], &ex.argl[1]):
+            return ABSENT
         log.end = 0
         rc = ex.table.change_expiry_view(ex.s, ex.mapping, ex.argv[1], ex.argl[1], siphash13(ex.argv[1], ex.argl[1], ex.s.k0, ex.s.k1),
                                          expiry_ms, &log)
@@ -1394,7 +1420,7 @@ cdef class Client:
         cdef raw_t raw
         cdef log_t log
         cdef int rc
-        check_key(n)
+        check_key(&key, &n)
         while True:
             log.end = 0
             rc = ex.table.add_view(s, ex.mapping, key, n, siphash13(key, n, s.k0, s.k1), by, &out, &log)
@@ -1612,8 +1638,8 @@ cdef class Client:
 # ---- text -----------------------------------------------------------------------------------------------------------------------
 
 cdef bytes clean(const uint8_t* p, size_t n):
-    """For an error's line: no line ends, and up to the first zero byte, as C prints a string."""
-    return PyBytes_FromStringAndSize(<char*>p, <Py_ssize_t>n).split(b"\0")[0].replace(b"\r", b" ").replace(b"\n", b" ")
+    """For an error: up to the first zero byte, as C prints a string."""
+    return PyBytes_FromStringAndSize(<char*>p, <Py_ssize_t>n).split(b"\0")[0]
 
 
 def error_text(e):
@@ -1656,7 +1682,7 @@ def add_floats(bytes a not None, bytes b not None):
 
 
 cdef bint float_of(bytes text, size_t n, long double* x):
-    return n and n < 256 and shm_float(PyBytes_AS_STRING(text), n, x)
+    return n and n < 5120 and shm_float(PyBytes_AS_STRING(text), n, x)
 
 
 def longest_common(const uint8_t[:] a not None, const uint8_t[:] b not None):

@@ -52,4 +52,4 @@ def _set(pattern: bytes, i: int) -> tuple[int, bytes]:
 
 
 def matches(pattern: bytes, data: bytes) -> bool:
-    return pattern == b"*" or compiled(pattern).fullmatch(data) is not None
+    return pattern == b"*" or (compiled(pattern).fullmatch(data) is not None if data else not pattern)

@@ -100,9 +100,12 @@ class Connection(_resp.Client):
 
     # -- of commands
 
-    def refused(self) -> None:
-        if self.in_multi:
-            self.broken = True
+    def refused(self, text: bytes, name: str) -> bytes:
+        if name == "exec":
+            command_table.discard_transaction(self)
+            return b"EXECABORT Transaction discarded because of: " + text.removeprefix(b"ERR ")
+        self.broken = self.broken or self.in_multi
+        return text
 
     def before(self, name: str, flags: int, arguments: list[bytes]) -> bool:
         return command_table.before(self, name, flags, arguments)

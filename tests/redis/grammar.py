@@ -615,7 +615,7 @@ class Grammar:
         return c("CLIENT", self.rng.choice([
             [b"ID"], [b"ID"], [b"GETNAME"], [b"GETNAME"], [b"SETNAME", b"n%d" % self.rng.randint(0, 9)], [b"SETNAME", b""],
             [b"SETNAME", b"a b"],
-            [b"SETNAME", b"a\nb"], [b"SETNAME"], [b"SETINFO", b"LIB-NAME", b"x"], [b"REPLY", b"ON"], [b"REPLY", b"foo"],
+            [b"SETNAME", b"a\nb"], [b"SETNAME"], [b"REPLY", b"ON"], [b"REPLY", b"foo"],
             [b"REPLY"], [b"FOO"], [], [b"getname"],
         ]))  # fmt: skip
 
