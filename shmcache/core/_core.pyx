@@ -1023,7 +1023,7 @@ cdef class Table:
         elif op.chunk:
             give_up(s, op)
         if rc == OK:
-            if op.flags == 0:
+            if not op.flags & FLAG_CLAIM:
                 s.row.sets += 1
         elif rc != EXISTS and rc != ABSENT and rc != MISMATCH:
             fail(rc)

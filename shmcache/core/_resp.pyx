@@ -23,7 +23,7 @@ from shmcache.core._core cimport Mapping, Table
 from shmcache.core.atomics cimport likely, prefetch, unlikely
 from shmcache.core.bucket cimport bucket_of, pthread_self, stripe_of, stripe_release, stripe_take
 from shmcache.core.clock cimport now_ms
-from shmcache.core.layout cimport MAX_KEY, seg_t
+from shmcache.core.layout cimport FLAG_RAW, MAX_KEY, seg_t
 from shmcache.core.ring cimport log_t
 from shmcache.core.siphash cimport siphash13
 from shmcache.core.table cimport (
@@ -121,6 +121,7 @@ cdef enum:
     CODEC_BYTES = 0
     CODEC_STR = 1
     CODEC_INT = 2
+    RAW = 256                   # with a codec: FLAG_RAW
 
 # what a command is: executed here, or in Python
 cdef enum:
@@ -561,7 +562,7 @@ cdef void finish_raw(Executor ex, read_t* r, raw_t* raw) noexcept:
     raw.value = ex.scratch
     raw.version = r.cas
     raw.expiry_ms = r.expiry_ms
-    raw.codec = r.codec
+    raw.codec = r.codec | (RAW if r.flags & FLAG_RAW else 0)
     if r.codec == CODEC_INT and raw.n == 8:
         memcpy(&number, ex.scratch, 8)
         raw.n = shm_digits(<char*>ex.scratch, number)
@@ -614,7 +615,7 @@ cdef int put_value(Executor ex, const uint8_t* key, size_t n, const uint8_t* val
     op.value = value
     op.value_bytes = size
     op.codec = <uint8_t>codec
-    op.flags = 0
+    op.flags = FLAG_RAW if codec & RAW else 0
     op.refs = 0
     op.chunk = 0
     op.when = when
@@ -1488,7 +1489,7 @@ cdef class Client:
                 continue
             ex.grow_scratch(raw.n + more)
             memcpy(ex.scratch + raw.n, ex.argv[2], more)
-            if put_value(ex, ex.argv[1], ex.argl[1], ex.scratch, raw.n + more, CODEC_BYTES, raw.expiry_ms, IF_VERSION, raw.version) == OK:
+            if put_value(ex, ex.argv[1], ex.argl[1], ex.scratch, raw.n + more, CODEC_BYTES | RAW, raw.expiry_ms, IF_VERSION, raw.version) == OK:
                 return self.integer(raw.n + more)
 
     cdef int get_range(self) except -1:
@@ -1532,7 +1533,7 @@ cdef class Client:
             if <uint64_t>offset > raw.n:
                 memset(ex.scratch + raw.n, 0, <uint64_t>offset - raw.n)
             memcpy(ex.scratch + offset, ex.argv[3], ex.argl[3])
-            if put_value(ex, ex.argv[1], ex.argl[1], ex.scratch, size, CODEC_BYTES, raw.expiry_ms,
+            if put_value(ex, ex.argv[1], ex.argl[1], ex.scratch, size, CODEC_BYTES | RAW, raw.expiry_ms,
                          IF_VERSION if there else IF_ABSENT, raw.version if there else 0) == OK:
                 return self.integer(size)
 
@@ -1553,13 +1554,13 @@ cdef class Client:
             if not there:
                 raw.n = raw.expiry_ms = 0
             was = ex.scratch[at] >> (7 - (offset & 7)) & 1 if at < raw.n else 0
-            if not setting:
+            if not setting or (there and was == on and at < raw.n):
                 return self.integer(was)
             size = max(raw.n, at + 1)
             ex.grow_scratch(size)
             memset(ex.scratch + raw.n, 0, size - raw.n)
             ex.scratch[at] = <uint8_t>(ex.scratch[at] & ~(1 << (7 - (offset & 7))) | on << (7 - (offset & 7)))
-            if put_value(ex, ex.argv[1], ex.argl[1], ex.scratch, size, CODEC_BYTES, raw.expiry_ms,
+            if put_value(ex, ex.argv[1], ex.argl[1], ex.scratch, size, CODEC_BYTES | RAW, raw.expiry_ms,
                          IF_VERSION if there else IF_ABSENT, raw.version if there else 0) == OK:
                 return self.integer(was)
 
@@ -1655,6 +1656,73 @@ def error_text(e):
     if isinstance(e, errors.ShmcacheError):
         return b"ERR " + " ".join(str(e).split()).encode("utf-8", "replace")
     raise e
+
+
+def matches(bytes pattern not None, bytes data not None):
+    """Redis' patterns: * any bytes, ? one, [abc] [a-z] [^a] one of a set, \\x the byte x itself; an unclosed set ends with the pattern.
+
+    At most len(pattern) * len(data) steps: of several stars only the last is ever gone back to.
+    """
+    cdef const uint8_t* p = <const uint8_t*>PyBytes_AS_STRING(pattern)
+    cdef const uint8_t* s = <const uint8_t*>PyBytes_AS_STRING(data)
+    cdef size_t np = len(pattern), ns = len(data), i = 0, k = 0, star = 0, from_k = 0, after = 0
+    cdef bint starred = False
+    if ns == 0:
+        return np == 0 or pattern == b"*"
+    while k < ns:
+        if i < np and p[i] == 42:
+            while i < np and p[i] == 42:
+                i += 1
+            if i == np:
+                return True
+            starred = True
+            star = i
+            from_k = k
+        elif i < np and one_matches(p, np, i, s[k], &after):
+            i = after
+            k += 1
+        elif starred:
+            from_k += 1
+            k = from_k
+            i = star
+        else:
+            return False
+    while i < np and p[i] == 42:
+        i += 1
+    return i == np
+
+
+cdef bint one_matches(const uint8_t* p, size_t n, size_t i, uint8_t c, size_t* after) noexcept:
+    """Does the part of the pattern at i, which is no star, match this byte? after: what is behind it."""
+    cdef bint negated = False, found = False
+    cdef uint8_t low, high
+    if p[i] == 63:              # ?
+        after[0] = i + 1
+        return True
+    if p[i] == 92 and i + 1 < n:
+        after[0] = i + 2
+        return p[i + 1] == c
+    if p[i] != 91:              # [
+        after[0] = i + 1
+        return p[i] == c
+    i += 1
+    if i < n and p[i] == 94:
+        negated = True
+        i += 1
+    while i < n and p[i] != 93:
+        if p[i] == 92 and i + 1 < n:
+            found = found or p[i + 1] == c
+            i += 2
+        elif i + 2 < n and p[i + 1] == 45:
+            low = min(p[i], p[i + 2])
+            high = max(p[i], p[i + 2])
+            found = found or low <= c <= high
+            i += 3
+        else:
+            found = found or p[i] == c
+            i += 1
+    after[0] = min(i + 1, n)
+    return found != negated
 
 
 def number(bytes text not None):

@@ -233,13 +233,14 @@ ctypedef struct item_t:     # 48 bytes, then the key, zero to seven bytes of pad
     uint32_t epoch          # of the header when it was stored; another one = cleared
     uint16_t key_bytes
     uint8_t codec           # codec.py
-    uint8_t flags           # FLAG_BIG
+    uint8_t flags           # FLAG_*
     uint32_t link           # FREE: chunk index + 1 of the next on the page's list
 
 cdef enum:
     FLAG_BIG = 1            # instead of the value: u32 page indexes, then the rest of the value
     FLAG_CLAIM = 2          # no value: somebody computes it, or holds this lock. Value: u64 owner's token, u64 thread
     FLAG_LOCK = 4           # a claim that clear() leaves alone
+    FLAG_RAW = 8            # for the sidecar: in Redis the value would be of the encoding raw, even if it spells a number. Not in snapshots
 
 # ---- a process's own view, outside the segment ------------------------------------------------------------------------
 

@@ -280,7 +280,7 @@ ctypedef struct put_t:
     uint64_t value_bytes
     uint64_t expiry_ms
     uint8_t codec
-    uint8_t flags           # FLAG_CLAIM, FLAG_LOCK; 0: a value
+    uint8_t flags           # FLAG_CLAIM, FLAG_LOCK; else a value: FLAG_RAW or 0
     int when                # ALWAYS, IF_ABSENT, IF_PRESENT, IF_VERSION, IF_UNCLAIMED, IF_CLAIM
     uint64_t version        # for IF_VERSION and IF_CLAIM; RESTORED: that it had
     uint32_t epoch          # RESTORED: of the segment when the restore began

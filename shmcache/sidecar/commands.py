@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import shmcache
 from shmcache.core import _core, _resp
+from shmcache.core._resp import matches
 from shmcache.sidecar import replies
-from shmcache.sidecar.glob import matches
 from shmcache.sidecar.replies import OK, array, bulk, integer, map_, nil, nil_array
 
 if TYPE_CHECKING:
@@ -53,6 +53,8 @@ class Error(_resp.CommandError):
         super().__init__(text.encode("utf-8", "surrogateescape"))
 
 
+RAW = 256  # _resp's, with a codec
+SCAN_BUCKETS = 1 << 16  # that one SCAN may look at, if they are empty
 SYNTAX = "ERR syntax error"
 NOT_AN_INTEGER = "ERR value is not an integer or out of range"
 TOO_LARGE = "ERR string exceeds maximum allowed size (proto-max-bulk-len)"
@@ -671,6 +673,8 @@ def bitcount(client: Connection, arguments: list[bytes]) -> bytes:
     first, last, in_bits = 0, -1, False
     if len(arguments) > 1:
         first, last = integer_of(arguments[1]), integer_of(arguments[2])
+        if first < 0 and last < 0 and first > last:
+            return integer(0)
         in_bits = len(arguments) == 4 and unit(arguments[3])
     value = found[0]
     low, high = bit_range(value, first, last, in_bits)
@@ -730,7 +734,7 @@ def bitop(client: Connection, arguments: list[bytes]) -> bytes:
             result = result & n if operation == b"and" else result | n if operation == b"or" else result ^ n
         if operation == b"not":
             result ^= (1 << 8 * size) - 1
-        ex.write(to, result.to_bytes(size, "big"), 0)
+        ex.write(to, result.to_bytes(size, "big"), 0, codec=RAW)
     return integer(size)
 
 
@@ -804,7 +808,9 @@ def bitfield_run(client: Connection, arguments: list[bytes], read_only: bool) ->
             whole = whole & ~(((1 << bits) - 1) << shift) | (new & (1 << bits) - 1) << shift
             data[offset >> 3 : end] = whole.to_bytes(end - (offset >> 3), "big")
             out.append(integer(number if word == b"set" else new))
-        if not writes or ex.write(key, bytes(data), expires_ms, version=version, absent=version is None):
+        if not writes or (found is not None and data == value):
+            return array(out)
+        if ex.write(key, bytes(data), expires_ms, version=version, absent=version is None, codec=RAW):
             return array(out)
 
 
@@ -843,8 +849,11 @@ command("flushdb", -1, WRITE, group="server")(flush)
 def keys(client: Connection, arguments: list[bytes]) -> bytes:
     in_pool(client)
     pattern, ex = arguments[0], client.ex
-    _, found = ex.keys(0, ex.n_buckets)
-    return array(bulk(key) for key in found if matches(pattern, key))
+    at, found = 0, []
+    while at < ex.n_buckets:  # in parts: the loop's thread gets its turns
+        at, some = ex.keys(at, at + 1024)
+        found += [bulk(key) for key in some if matches(pattern, key)]
+    return array(found)
 
 
 @command("scan", -2)
@@ -869,7 +878,7 @@ def scan(client: Connection, arguments: list[bytes]) -> bytes:
     if count > 1000:
         in_pool(client)
     ex, at = client.ex, int(cursor) % (1 << 64)
-    at, found = ex.keys(at, at + 10 * count, count)
+    at, found = ex.keys(at, at + max(10 * count, SCAN_BUCKETS), count)
     found = [bulk(key) for key in found if kind == b"string" and matches(pattern, key)]
     return array((bulk(b"%d" % (at if at < ex.n_buckets else 0)), array(found)))
 
@@ -893,6 +902,8 @@ def randomkey(client: Connection, arguments: list[bytes]) -> bytes:
 
 
 def encoding(value: bytes, codec: int) -> str:
+    if codec & RAW:
+        return "raw"
     if codec == 2 or (len(value) <= 20 and _resp.number(value) is not None):
         return "int"
     return "embstr" if len(value) <= 44 else "raw"

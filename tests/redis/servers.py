@@ -126,7 +126,7 @@ def shmcache_server(*options: str, size: str = "64M") -> Iterator[Server]:
     name = f"redis-{os.getpid()}-{next(counter)}"
 
     def argv(port: int, folder: str) -> list[str]:
-        fixed = ["--size", size, "--port", str(port), "--bind", "127.0.0.1", "--workers", "1"]
+        fixed = ["--size", size, "--port", str(port), "--bind", "127.0.0.1", "--workers", "1", "--enable-debug-command"]
         return [sys.executable, "-m", "shmcache.cli", "serve", name, *fixed, *options]
 
     try:
