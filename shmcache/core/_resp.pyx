@@ -201,6 +201,7 @@ cdef class Executor:
     cdef public object defer            # called with (client): run its command in the pool
     cdef public object held             # called with (client, end): keep its replies until the ring is durable up to end
     cdef public bint locked             # no client may run anything but F_NOAUTH before it is authenticated
+    cdef readonly int64_t tick_ms       # the segment's clock at the last tick(): as fine as idle times have to be
     cdef public int64_t paused_until    # ms, monotonic: CLIENT PAUSE
     cdef public bint paused_writes_only
     cdef list holding                   # numbers of the stripes that hold() took
@@ -242,6 +243,11 @@ cdef class Executor:
         self.calls = [0] * len(self.names)
         table.impatient = impatient
         self.clock()
+        self.tick()
+
+    def tick(self):
+        """The loop's timer: a tenth of a second has gone."""
+        self.tick_ms = <int64_t>now_ms(self.s)
 
     def __dealloc__(self):
         free(self.read_buffer)
@@ -695,7 +701,7 @@ cdef class Client:
         self.fd = -1
         self.left = -1
         self.last_command = -1
-        self.last_ms = <int64_t>now_ms(ex.s)
+        self.last_ms = ex.tick_ms
 
     def __dealloc__(self):
         free(self.pending)
@@ -711,14 +717,14 @@ cdef class Client:
     def buffer_updated(self, Py_ssize_t n):
         self.home.bytes_in += n
         self.bytes_in += n
-        self.last_ms = <int64_t>now_ms(self.home.s)
+        self.last_ms = self.home.tick_ms
         if self.n_pending == 0 and not self.blocked:
             self.run(self.home.read_buffer, n)
         else:
             self.keep(self.home.read_buffer, n)
             if not self.blocked and self.n_pending >= self.need:
                 self.run(self.pending, self.n_pending)
-        self.flush()
+        self.send_out()
 
     def feed(self, const uint8_t[:] data not None):
         """As if this had been read."""
@@ -771,7 +777,7 @@ cdef class Client:
     @property
     def idle_ms(self):
         """Since it sent something."""
-        return <int64_t>now_ms(self.home.s) - self.last_ms
+        return self.home.tick_ms - self.last_ms
 
     @property
     def buffered(self):
@@ -791,13 +797,16 @@ cdef class Client:
 
     def flush(self):
         """Send what there is; or, with the log's policy always, when it is durable."""
+        self.send_out()
+
+    cdef int send_out(self) except -1:
         cdef uint64_t at = 0
         cdef ssize_t n
         if unlikely(self.table_log()):
-            return
+            return 0
         if self.n_out == 0:
             self.rest()
-            return
+            return 0
         self.home.bytes_out += self.n_out
         if self.writing and self.transport.get_write_buffer_size() == 0:
             self.writing = False
@@ -813,7 +822,7 @@ cdef class Client:
             self.writing = True
             self.transport.write(PyBytes_FromStringAndSize(<char*>self.out + at, <Py_ssize_t>(self.n_out - at)))
         self.n_out = 0
-        self.rest()
+        return self.rest()
 
     cdef bint table_log(self) except -1:
         """Is something of what is to be sent not durable yet? Then it is somebody's to call sent_when_durable()."""
@@ -868,7 +877,7 @@ cdef class Client:
             if self.ex.argc:
                 self.execute()
                 if self.n_out > OUT_MOST:       # who does not read what he is sent is not served more
-                    self.flush()
+                    self.send_out()
         if self.closing:
             at = n
         if data == self.pending:
@@ -1066,14 +1075,14 @@ cdef class Client:
             return self.refuse(b"ERR wrong number of arguments for '" + command.name[:command.n] + b"' command", command)
         if unlikely(not self.authenticated and not command.flags & F_NOAUTH):
             return self.refuse(b"NOAUTH Authentication required.", command)
-        if unlikely(self.in_multi or self.in_pubsub or ex.watched or ex.timed or ex.paused_until):
+        if unlikely(self.in_multi or self.in_pubsub or ex.watched or ex.paused_until):
             if self.unusual(command):
                 return 0
-            if ex.timed:
-                began = mono_ns()
+        if ex.timed:
+            began = mono_ns()
         self.carry = self.carry_at = 0
         self.perform(command)
-        if unlikely(began) and mono_ns() - began >= ex.slower_than_ns and not self.blocked:
+        if began and unlikely(mono_ns() - began >= ex.slower_than_ns) and not self.blocked:
             ex.slow(self, self.arguments(0), mono_ns() - began)
         if unlikely(self.silent or self.skip):
             self.n_out = out

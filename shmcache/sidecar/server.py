@@ -199,6 +199,7 @@ class Server:
             handle.close()
 
     def cron(self, due: float) -> None:
+        self.executor.tick()
         now = self.loop.time()
         self.lag = max(0.0, now - due)
         self.worst_lag = max(self.worst_lag, self.lag)
