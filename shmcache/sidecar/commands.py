@@ -1084,54 +1084,62 @@ def subscription(client: Connection, kind: str, channel: bytes | None) -> bytes:
     return replies.push((bulk(kind), name, integer(len(client.channels) + len(client.patterns))), client.protocol)
 
 
-def subscribe_to(
-    client: Connection, kind: str, names: list[bytes], mine: dict[bytes, None], all_: dict[bytes, dict[Connection, None]]
-) -> None:
+def add_subscription(client: Connection, kind: str, names: list[bytes], pattern: bool) -> None:
+    mine, everybody = of_kind(client, pattern)
     for name in names:
-        mine[name] = None
-        all_.setdefault(name, {})[client] = None
+        if name not in mine:
+            mine[name] = None
+            everybody.setdefault(name, {})[client] = None
+            client.server.link.subscribed(name, len(everybody[name]), pattern)
         client.in_pubsub = True
         client.add(subscription(client, kind, name))
 
 
-def remove_subscription(client: Connection, name: bytes, mine: dict[bytes, None], all_: dict[bytes, dict[Connection, None]]) -> None:
+def end_subscription(client: Connection, kind: str, names: list[bytes], pattern: bool) -> None:
+    mine, _ = of_kind(client, pattern)
+    names = names or list(mine)
+    for name in names:
+        remove_subscription(client, name, pattern)
+        client.in_pubsub = bool(client.channels or client.patterns)
+        client.add(subscription(client, kind, name))
+    if not names:
+        client.add(subscription(client, kind, None))
+
+
+def remove_subscription(client: Connection, name: bytes, pattern: bool) -> None:
+    mine, everybody = of_kind(client, pattern)
     if name in mine:
         del mine[name]
-        del all_[name][client]
-        if not all_[name]:
-            del all_[name]
+        del everybody[name][client]
+        client.server.link.subscribed(name, len(everybody[name]), pattern)
+        if not everybody[name]:
+            del everybody[name]
+
+
+def of_kind(client: Connection, pattern: bool) -> tuple[dict[bytes, None], dict[bytes, dict[Connection, None]]]:
+    """(this client's, all clients') channels, or patterns."""
+    server = client.server
+    return (client.patterns, server.pattern_subscribers) if pattern else (client.channels, server.subscribers)
 
 
 @command("subscribe", -2, IN_PUBSUB, group="pubsub")
 def subscribe(client: Connection, arguments: list[bytes]) -> None:
-    subscribe_to(client, "subscribe", arguments, client.channels, client.server.subscribers)
+    add_subscription(client, "subscribe", arguments, False)
 
 
 @command("psubscribe", -2, IN_PUBSUB, group="pubsub")
 def psubscribe(client: Connection, arguments: list[bytes]) -> None:
-    subscribe_to(client, "psubscribe", arguments, client.patterns, client.server.pattern_subscribers)
+    add_subscription(client, "psubscribe", arguments, True)
 
 
 @command("unsubscribe", -1, IN_PUBSUB, group="pubsub")
 def unsubscribe(client: Connection, arguments: list[bytes]) -> None:
-    if not arguments and not client.channels:
-        client.add(subscription(client, "unsubscribe", None))
-        return
-    for name in arguments or list(client.channels):
-        remove_subscription(client, name, client.channels, client.server.subscribers)
-        client.in_pubsub = bool(client.channels or client.patterns)
-        client.add(subscription(client, "unsubscribe", name))
+    end_subscription(client, "unsubscribe", arguments, False)
 
 
 @command("punsubscribe", -1, IN_PUBSUB, group="pubsub")
 def punsubscribe(client: Connection, arguments: list[bytes]) -> None:
-    if not arguments and not client.patterns:
-        client.add(subscription(client, "punsubscribe", None))
-        return
-    for name in arguments or list(client.patterns):
-        remove_subscription(client, name, client.patterns, client.server.pattern_subscribers)
-        client.in_pubsub = bool(client.channels or client.patterns)
-        client.add(subscription(client, "punsubscribe", name))
+    end_subscription(client, "punsubscribe", arguments, True)
 
 
 def deliver(server: Server, channel: bytes, message: bytes, but: Connection | None = None) -> int:
@@ -1155,7 +1163,24 @@ def deliver(server: Server, channel: bytes, message: bytes, but: Connection | No
 @command("publish", 3, group="pubsub")
 def publish(client: Connection, arguments: list[bytes]) -> bytes:
     channel, message = arguments
-    return integer(deliver(client.server, channel, message, client) + client.server.publish_elsewhere(channel, message))
+    link, n = client.server.link, deliver(client.server, channel, message, client)
+    elsewhere = [
+        count
+        for channels, patterns in link.elsewhere.values()
+        for count in (channels.get(channel, 0), *(count for pattern, count in patterns.items() if matches(pattern, channel)))
+    ]
+    if any(elsewhere):
+        link.say("publish", channel, message)
+    return integer(n + sum(elsewhere))
+
+
+def all_channels(server: Server) -> dict[bytes, int]:
+    """Subscribers of each, in all processes."""
+    found = {name: len(clients) for name, clients in server.subscribers.items()}
+    for channels, _ in server.link.elsewhere.values():
+        for name, n in channels.items():
+            found[name] = found.get(name, 0) + n
+    return found
 
 
 @command("pubsub", -2, group="pubsub")
@@ -1163,11 +1188,12 @@ def publish(client: Connection, arguments: list[bytes]) -> bytes:
 def pubsub(client: Connection, arguments: list[bytes]) -> bytes:
     word, rest, server = arguments[0].lower(), arguments[1:], client.server
     if word == b"channels" and len(rest) <= 1:
-        return array(bulk(c) for c in server.subscribers if not rest or matches(rest[0], c))
+        return array(bulk(c) for c in all_channels(server) if not rest or matches(rest[0], c))
     if word == b"numsub":
-        return array(part for c in rest for part in (bulk(c), integer(len(server.subscribers.get(c, ())))))
+        numbers = all_channels(server)
+        return array(part for c in rest for part in (bulk(c), integer(numbers.get(c, 0))))
     if word == b"numpat" and not rest:
-        return integer(len(server.pattern_subscribers))
+        return integer(len({*server.pattern_subscribers, *(p for _, patterns in server.link.elsewhere.values() for p in patterns)}))
     if word == b"shardchannels" and len(rest) <= 1:
         return replies.EMPTY
     if word == b"shardnumsub":
@@ -1178,10 +1204,9 @@ def pubsub(client: Connection, arguments: list[bytes]) -> bytes:
 def forget(client: Connection) -> None:
     """The connection is gone, or begins anew."""
     server = client.server
-    for name in list(client.channels):
-        remove_subscription(client, name, client.channels, server.subscribers)
-    for name in list(client.patterns):
-        remove_subscription(client, name, client.patterns, server.pattern_subscribers)
+    for pattern in (False, True):
+        for name in list(of_kind(client, pattern)[0]):
+            remove_subscription(client, name, pattern)
     client.in_pubsub = False
     client.watching = {}
     client.retried_by_pause = None
@@ -1241,10 +1266,8 @@ def config(client: Connection, arguments: list[bytes]) -> bytes:
                         f"{limits[1]} inclusive"
                     )
             changes[name] = value
-        server.settings.update(changes)
-        server.executor.locked = bool(server.settings["requirepass"])
-        server.set_slowlog()
-        server.resize_slowlog()
+        server.configure(changes)
+        server.link.say("config", {name: value.encode("latin-1") for name, value in changes.items()})
         return OK
     if word == b"resetstat" and not rest:
         server.reset_stats()

@@ -24,6 +24,7 @@ from typing import Any
 from shmcache import cache as cache_module
 from shmcache import errors
 from shmcache.sidecar import server
+from shmcache.sidecar.bus import Hub
 
 START_LIMIT = 60.0  # seconds for a worker to be ready
 STOP_LIMIT = 15.0  # seconds for a worker to drain
@@ -72,6 +73,7 @@ class Service:
             signal.signal(number, self.stop)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         self.children: list[Child] = []
+        self.hub = Hub()
         with contextlib.ExitStack() as stack:
             if self.port:  # nobody else's; workers of ours share it
                 reserved = [stack.enter_context(contextlib.closing(reserve(host, self.port))) for host in self.bind]
@@ -127,14 +129,15 @@ class Service:
 
     def launch(self, child: Child, i: int, wait: bool) -> None:
         ready_r, ready_w = os.pipe2(os.O_CLOEXEC)
+        link = self.hub.join(i)
         try:
             fds = [self.listening.fileno()] if self.listening is not None else []
             options: dict[str, Any] = {
                 "name": self.name, "settings": self.settings, "worker": i, "workers": self.workers, "parent": os.getpid(), "sockets": fds,
-                "port": self.port, "bind": self.bind, "tls": self.tls, "ready_fd": ready_w,
+                "port": self.port, "bind": self.bind, "tls": self.tls, "ready_fd": ready_w, "link": link.fileno(),
             }  # fmt: skip
             child.argv = [sys.executable, "-m", "shmcache.sidecar.worker", json.dumps(options)]
-            child.fds = (*fds, ready_w)
+            child.fds = (*fds, ready_w, link.fileno())
             self.start(child)
             os.close(ready_w)
             ready_w = -1
@@ -148,6 +151,7 @@ class Service:
                 if time.monotonic() > deadline:
                     raise errors.ShmcacheError(f"{child.what} of {self.name!r} did not begin within {START_LIMIT:.0f} s")
         finally:
+            link.close()
             os.close(ready_r)
             if ready_w >= 0:
                 os.close(ready_w)
@@ -178,6 +182,8 @@ class Service:
                     flush=True,
                 )
                 child.process = None
+                if i:
+                    self.hub.leave(i - 1)
                 child.start_at = time.monotonic() + child.wait
             if child.process is None and time.monotonic() >= child.start_at and not self.stopping:
                 if i == 0:
@@ -186,10 +192,18 @@ class Service:
                     self.launch(child, i - 1, wait=False)
 
     def pause(self, seconds: float) -> None:
-        """Till a signal comes, or so long."""
-        if select.select([self.wake], [], [], seconds)[0]:
-            with contextlib.suppress(BlockingIOError):
-                os.read(self.wake, 512)
+        """Till a signal comes, or so long. Meanwhile the workers talk."""
+        until = time.monotonic() + seconds
+        while True:
+            left = until - time.monotonic()
+            readers: list[Any] = [self.wake, *self.hub.readers()]
+            ready, writable, _ = select.select(readers, self.hub.writers(), [], max(0.0, left))
+            self.hub.turn(ready, writable)
+            if self.wake in ready:
+                with contextlib.suppress(BlockingIOError):
+                    os.read(self.wake, 512)
+            if self.wake in ready or left <= 0:
+                return
 
     def end_all(self) -> None:
         """Workers first: what they have acknowledged is in the supervisor's last snapshot."""

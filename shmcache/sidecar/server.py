@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any
 
 from shmcache import cache as cache_module
 from shmcache.core import _resp
+from shmcache.sidecar import bus, replies
 from shmcache.sidecar import commands as command_table
-from shmcache.sidecar import replies
 
 if TYPE_CHECKING:
     from shmcache.cache import Cache
@@ -157,13 +157,16 @@ class Server:
         self.in_pool = 0
         self.servers: list[asyncio.AbstractServer] = []
         self.on_shutdown: Callable[[], None] = lambda: None
-        self.publish_elsewhere: Callable[[bytes, bytes], int] = lambda channel, message: 0
+        self.link = bus.Link(self)
+        self.cut_off: Callable[[], None] = lambda: None  # called when the others cannot be reached any more
 
     # -- life
 
-    async def start(self, *, sockets: list[socket.socket], tls: Any = None) -> None:
-        """Serve on these listening sockets; tls: an SSLContext for those of TCP."""
+    async def start(self, *, sockets: list[socket.socket], tls: Any = None, link: socket.socket | None = None) -> None:
+        """Serve on these listening sockets; tls: an SSLContext for those of TCP; link: to the other event loops (bus.py)."""
         self.loop = asyncio.get_running_loop()
+        if link is not None:
+            await self.loop.create_connection(lambda: self.link, sock=link)
         for sock in sockets:
             if sock.family == socket.AF_UNIX:
                 server = await self.loop.create_unix_server(self.connection, sock=sock, backlog=511)
@@ -188,6 +191,9 @@ class Server:
         for client in list(self.clients.values()):
             client.drop()
         await asyncio.sleep(0)
+        self.cut_off = lambda: None
+        if self.link.transport is not None:
+            self.link.transport.close()
         self.ended = True
         self.wake.set()
         self.watcher.join()
@@ -249,6 +255,16 @@ class Server:
         self.clients.pop(client.id, None)
         self.paused.discard(client)
         command_table.forget(client)
+
+    def deliver(self, channel: bytes, message: bytes) -> int:
+        return command_table.deliver(self, channel, message)
+
+    def configure(self, changes: dict[str, str]) -> None:
+        """CONFIG SET of what was checked."""
+        self.settings.update(changes)
+        self.executor.locked = bool(self.settings["requirepass"])
+        self.set_slowlog()
+        self.resize_slowlog()
 
     def password_is(self, password: bytes) -> bool:
         return hmac.compare_digest(password, self.settings["requirepass"].encode())

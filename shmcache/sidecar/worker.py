@@ -40,7 +40,8 @@ async def serve(options: dict[str, Any], ready: Callable[[], None]) -> None:
     if options["port"]:
         for host in options["bind"]:
             sockets += server_module.listen(host, options["port"])
-    await server.start(sockets=sockets, tls=context_of(options["tls"]))
+    server.cut_off = end.set
+    await server.start(sockets=sockets, tls=context_of(options["tls"]), link=socket.socket(fileno=options["link"]))
     gc.freeze()
     ready()
     while not end.is_set():

@@ -1,0 +1,469 @@
+"""`shmcache serve` as a service: its processes, who may connect, what happens when somebody dies, and what others see."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import redis
+
+import shmcache
+from shmcache.supervisor import datadir, snapshot
+
+LIMIT = 60  # seconds, of any wait
+
+
+def until(condition):
+    deadline = time.monotonic() + LIMIT
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.01)
+    return found
+
+
+def free_port():
+    with contextlib.closing(socket.socket()) as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+class Service:
+    """A running `shmcache serve`, with its address."""
+
+    def __init__(self, name, folder, *options, size="64M"):
+        self.name, self.port, self.path = name, free_port(), str(folder / "socket")
+        argv = [sys.executable, "-m", "shmcache.cli", "serve", name, "--port", str(self.port), "--unix", self.path, *options]
+        self.log = folder / "log"
+        with open(self.log, "wb") as log:
+            self.process = subprocess.Popen([*argv, "--size", size] if size else argv, stderr=log)
+        until(lambda: "serving" in self.said() or self.process.poll() is not None)
+
+    def said(self):
+        return self.log.read_text()
+
+    def client(self, **options):
+        return redis.Redis(unix_socket_path=self.path, **options)
+
+    def workers(self):
+        """Pids of the event loops."""
+        return [int(pid) for pid in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split() if
+                b"sidecar.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]  # fmt: skip
+
+    def stop(self):
+        if self.process.poll() is None:
+            self.process.terminate()
+        return self.process.wait(LIMIT)
+
+
+@pytest.fixture
+def serve(name, tmp_path):
+    services = []
+
+    def go(*options, **more):
+        services.append(Service(name, tmp_path, *options, **more))
+        return services[-1]
+
+    yield go
+    for service in services:
+        service.stop()
+    with contextlib.suppress(shmcache.SegmentNotFound):
+        shmcache.unlink(name)
+
+
+def raw(service, *words, read=1):
+    """What a connection of its own is told."""
+    with contextlib.closing(socket.create_connection(("127.0.0.1", service.port), LIMIT)) as sock:
+        sock.sendall(b"".join(words))
+        data = b""
+        while data.count(b"\r\n") < read and (part := sock.recv(65536)):
+            data += part
+        return data
+
+
+# ---- life ---------------------------------------------------------------------------------------------------------------------------
+
+
+def test_it_ends_in_good_order_and_leaves_the_segment(serve, name):
+    service = serve()
+    service.client().set("k", "v")
+    assert service.stop() == 0
+    assert not os.path.exists(service.path)
+    with shmcache.attach(name) as cache:
+        assert cache["k"] == b"v"
+        assert cache.processes() == [p for p in cache.processes() if p["pid"] == os.getpid()]
+
+
+@pytest.mark.parametrize("who", ["worker", "supervisor"])
+def test_who_dies_is_started_again(serve, name, who):
+    service = serve()
+    client = service.client(retry=None)
+    client.set("k", "v")
+    with shmcache.attach(name) as cache:
+        first = service.workers()[0] if who == "worker" else cache.supervisor()["pid"]
+        os.kill(first, signal.SIGKILL)
+        if who == "worker":
+            until(lambda: [pid for pid in service.workers() if pid != first])
+        else:
+            until(lambda: cache.supervisor()["alive"] and cache.supervisor()["pid"] != first)
+
+    def answers():
+        with contextlib.suppress(redis.ConnectionError):
+            return service.client().get("k") == b"v"
+
+    until(answers)
+    assert "started again" in service.said()
+
+
+def test_its_children_end_when_it_is_killed(serve, name):
+    service = serve("--workers", "2")
+    workers = service.workers()
+    service.process.kill()
+    service.process.wait()
+    until(lambda: not [pid for pid in workers if os.path.exists(f"/proc/{pid}") and b"sidecar.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()])
+    with shmcache.attach(name) as cache:
+        until(lambda: not cache.supervisor()["alive"])
+
+
+def test_a_port_that_is_taken_is_named(serve, name, tmp_path):
+    with contextlib.closing(socket.socket()) as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.listen()
+        argv = [sys.executable, "-m", "shmcache.cli", "serve", name, "--size", "8M", "--port", str(sock.getsockname()[1])]
+        out = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=LIMIT)
+    assert out.returncode == 1
+    assert "Address already in use" in out.stderr
+
+
+def test_a_socket_that_somebody_listens_on_is_left_to_him(serve, name):
+    service = serve()
+    argv = [sys.executable, "-m", "shmcache.cli", "serve", name + "-b", "--size", "8M", "--port", "0", "--unix", service.path]
+    out = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=LIMIT)
+    assert out.returncode == 1
+    assert "somebody listens" in out.stderr
+    assert service.client().ping()
+
+
+def test_systemd_is_told(serve, tmp_path, monkeypatch):
+    with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)) as sock:
+        sock.bind(str(tmp_path / "notify"))
+        sock.settimeout(LIMIT)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        service = serve()
+        assert sock.recv(1000).startswith(b"READY=1")
+        service.stop()
+        assert sock.recv(1000) == b"STOPPING=1"
+
+
+def test_shutdown_ends_all(serve):
+    service = serve("--workers", "2")
+    with pytest.raises(redis.ConnectionError):
+        service.client(retry=None).execute_command("SHUTDOWN", "NOSAVE")
+    assert service.process.wait(LIMIT) == 0
+
+
+# ---- deaths under load ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seconds", [5, pytest.param(60, marks=pytest.mark.slow)])
+def test_connections_of_the_other_process_see_no_death(serve, name, seconds):
+    """One of two event loops is killed every second: clients of the other go on, and nothing that was acknowledged is lost."""
+    service = serve("--workers", "2", size="128M")
+    stop, wrong, done, interrupted = threading.Event(), [], [], []
+
+    def use(i):
+        client, n = service.client(retry=None), 0
+        while not stop.is_set():
+            key, value, pid = f"{i}:{n % 500}", f"{i}:{n}".encode(), None
+            try:
+                pid = client.info("server")["process_id"]
+                while not stop.is_set():
+                    client.set(key, value)
+                    if client.get(key) != value:
+                        wrong.append(key)
+                    n += 1
+                    key, value = f"{i}:{n % 500}", f"{i}:{n}".encode()
+            except (redis.ConnectionError, ConnectionError):
+                interrupted.append(pid)  # its own process died; None: before it said which it is
+                client = service.client(retry=None)
+        done.append(n)
+
+    threads = [threading.Thread(target=use, args=(i,)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    killed = []
+    with shmcache.attach(name) as cache:
+        until_ = time.monotonic() + seconds
+        while time.monotonic() < until_:
+            victim = service.workers()[len(killed) % 2 :][0]
+            os.kill(victim, signal.SIGKILL)
+            killed.append(victim)
+            until(lambda: len(service.workers()) == 2)
+            stop.wait(1)
+            cache.set("worker", len(killed))
+            assert int(service.client().get("worker")) == len(killed)
+        stop.set()
+        for thread in threads:
+            thread.join(LIMIT)
+        assert wrong == [] and len(done) == 6 and min(done) > 0
+        assert set(interrupted) <= {None, *killed}, "an error on a connection of a process that lived"
+        assert cache.verify() == []
+
+
+def test_what_always_has_acknowledged_is_there_after_everybody_was_killed(serve, name, tmp_path):
+    """Pipelines of several clients share the disk's syncs; replies leave when they are durable."""
+    data = tmp_path / "data"
+    service = serve("--data-dir", str(data), "--log", "always", "--snapshot-every", "1000")
+    acknowledged = [0] * 4
+
+    def use(i):
+        client, n = service.client(retry=None), 0
+        with contextlib.suppress(redis.ConnectionError, ConnectionError):
+            while True:
+                with client.pipeline(transaction=n % 2 == 0) as pipe:
+                    for k in range(20):
+                        pipe.set(f"{i}:{k}", n)
+                    pipe.incr(f"{i}:n")
+                    pipe.execute()
+                n += 1
+                acknowledged[i] = n
+
+    threads = [threading.Thread(target=use, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    until(lambda: min(acknowledged) > 20)
+    with shmcache.attach(name) as cache:
+        pids = [cache.supervisor()["pid"], *service.workers()]
+    service.process.kill()
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    for thread in threads:
+        thread.join(LIMIT)
+    until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in pids))
+    shmcache.unlink(name)
+    with datadir.take(data) as folder:
+        snapshot.restore(name, folder)
+    with shmcache.attach(name) as cache:
+        for i in range(4):
+            assert cache[f"{i}:n"] in (acknowledged[i], acknowledged[i] + 1)
+            assert all(int(cache[f"{i}:{k}"]) in (acknowledged[i] - 1, acknowledged[i]) for k in range(20))
+
+
+# ---- who may connect -------------------------------------------------------------------------------------------------------------------
+
+
+def test_password(serve, tmp_path):
+    (tmp_path / "password").write_text("secret\n")
+    service = serve("--password-file", str(tmp_path / "password"))
+    with pytest.raises(redis.AuthenticationError):
+        service.client().get("k")
+    with pytest.raises(redis.AuthenticationError):
+        service.client(password="other").get("k")
+    assert service.client(password="secret").set("k", "v")
+    assert service.client(username="default", password="secret", protocol=3).get("k") == b"v"
+    assert raw(service, b"HELLO 3\r\n").startswith(b"-NOAUTH")
+    assert b"unauthenticated" in raw(service, b"*100\r\n")
+
+
+def test_the_unix_socket_is_its_owners(serve):
+    service = serve("--unix-mode", "750")
+    assert os.stat(service.path).st_mode & 0o777 == 0o750
+
+
+def test_tls(serve, tmp_path):
+    if subprocess.run(["openssl", "version"], capture_output=True, check=False).returncode:
+        pytest.skip("no openssl to make a certificate")
+    key, cert = tmp_path / "key", tmp_path / "cert"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", cert, "-days", "2", "-subj", "/CN=localhost"],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    service = serve("--tls-cert", str(cert), "--tls-key", str(key))
+    client = redis.Redis(port=service.port, ssl=True, ssl_ca_certs=str(cert), ssl_check_hostname=False)
+    assert client.set("k", b"v" * 100_000) and client.get("k") == b"v" * 100_000
+    with pytest.raises((redis.ConnectionError, ssl.SSLError)):
+        redis.Redis(port=service.port, retry=None).ping()
+    assert service.client().get("k") == b"v" * 100_000
+
+
+def test_more_connections_than_it_takes(serve):
+    service = serve("--maxclients", "3")
+    kept = [socket.create_connection(("127.0.0.1", service.port)) for _ in range(3)]
+    try:
+        for sock in kept:
+            sock.sendall(b"PING\r\n")
+            assert sock.recv(100) == b"+PONG\r\n"
+        assert raw(service, b"PING\r\n") == b"-ERR max number of clients reached\r\n"
+    finally:
+        for sock in kept:
+            sock.close()
+    until(lambda: raw(service, b"PING\r\n") == b"+PONG\r\n")
+
+
+def test_idle_connections_are_closed(serve):
+    service = serve("--timeout", "1")
+    with contextlib.closing(socket.create_connection(("127.0.0.1", service.port), LIMIT)) as sock:
+        assert sock.recv(100) == b""
+
+
+# ---- slow and greedy clients --------------------------------------------------------------------------------------------------------------
+
+
+def test_who_does_not_read_is_not_served_more_and_holds_up_nobody(serve):
+    service = serve()
+    client = service.client()
+    client.set("big", b"x" * 1_000_000)
+    with contextlib.closing(socket.create_connection(("127.0.0.1", service.port), LIMIT)) as sock:
+        sock.sendall(b"GET big\r\n" * 2000)  # 2 GB of replies
+        until(lambda: int(client.info("stats")["total_net_output_bytes"]) > 2_000_000)
+        began = time.monotonic()
+        for i in range(100):
+            client.set(f"k{i}", i)
+        assert time.monotonic() - began < LIMIT
+        rss = client.info("memory")["used_memory_rss"]
+        assert rss < 300_000_000, "the replies are not kept for him"
+        want, got = 2000 * (1_000_000 + len("$1000000\r\n\r\n")), 0
+        while got < want:
+            part = sock.recv(1 << 20)
+            assert part
+            got += len(part)
+        assert got == want
+
+
+def test_long_commands_do_not_hold_up_the_others(serve):
+    service = serve("--enable-debug-command")
+    client, slow = service.client(), service.client()
+    thread = threading.Thread(target=lambda: slow.execute_command("DEBUG", "SLEEP", "2"))
+    began = time.monotonic()
+    thread.start()
+    n = 0
+    while thread.is_alive():
+        client.set("k", n)
+        n += 1
+    assert time.monotonic() - began >= 2 and n > 100
+    thread.join()
+
+
+# ---- what others see -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_published_to_subscribers_of_all_processes(serve):
+    service = serve("--workers", "2")
+    subscribers, pids = [], set()
+    for _ in range(200):  # till both processes have some
+        client = service.client(single_connection_client=True)
+        subscribers.append(client)
+        pids.add(client.info("server")["process_id"])
+        if len(pids) == 2 and len(subscribers) >= 4:
+            break
+    assert len(pids) == 2
+    listening = []
+    for client in subscribers:
+        pubsub = client.pubsub()
+        pubsub.subscribe("news")
+        pubsub.psubscribe("n*")
+        for _ in range(2):
+            assert pubsub.get_message(timeout=LIMIT)["type"].endswith("subscribe")
+        listening.append(pubsub)
+    publisher = service.client()
+    until(lambda: publisher.pubsub_numsub("news") == [(b"news", len(subscribers))])
+    assert publisher.publish("news", "x") == 2 * len(subscribers)
+    for pubsub in listening:
+        got = [pubsub.get_message(timeout=LIMIT) for _ in range(2)]
+        assert sorted(m["type"] for m in got) == ["message", "pmessage"] and {m["data"] for m in got} == {b"x"}
+    for pubsub in listening:
+        pubsub.close()
+    until(lambda: publisher.pubsub_channels() == [])
+    assert publisher.publish("news", "x") == 0
+
+
+def test_config_set_is_for_all_processes(serve):
+    service = serve("--workers", "2")
+    service.client().config_set("timeout", 77)
+    seen = {}
+
+    def both():
+        client = service.client()
+        seen[client.info("server")["process_id"]] = client.config_get("timeout")["timeout"]
+        return len(seen) == 2 and set(seen.values()) == {"77"}
+
+    until(both)
+
+
+def test_transfers_keep_the_sum(serve, name):
+    """EXEC is one step for all who write, over this protocol or not; readers may see its keys one by one."""
+    service = serve("--workers", "2")
+    keys = [f"account:{i}" for i in range(8)]
+    with shmcache.attach(name) as cache:
+        for key in keys:
+            cache.set(key, 1000)
+        stop = threading.Event()
+
+        def transfer(seed):
+            client, n = service.client(), seed
+            while not stop.is_set():
+                a, b = keys[n % 8], keys[(n * 5 + 3) % 8]
+                with client.pipeline(transaction=True) as pipe:
+                    pipe.decrby(a, 7)
+                    pipe.incrby(b, 7)
+                    pipe.execute()
+                n += 1
+
+        def watched():
+            client = service.client()
+            while not stop.is_set():
+                with contextlib.suppress(redis.WatchError), client.pipeline() as pipe:
+                    pipe.watch(*keys)
+                    total = sum(int(pipe.get(key)) for key in keys)
+                    pipe.multi()
+                    pipe.set("total", total)
+                    pipe.execute()
+                    totals.append(total)  # nobody came between
+
+        totals: list[int] = []
+        threads = [threading.Thread(target=transfer, args=(i,)) for i in range(3)] + [threading.Thread(target=watched)]
+        for thread in threads:
+            thread.start()
+        until(lambda: len(totals) > 20)
+        stop.set()
+        for thread in threads:
+            thread.join(LIMIT)
+        assert set(totals) == {8000}
+        assert sum(cache[key] for key in keys) == 8000
+        assert cache.verify() == []
+
+
+def test_monitor_and_slowlog(serve):
+    service = serve()
+    client = service.client()
+    client.config_set("slowlog-log-slower-than", 0)
+    client.set("seen", "x")
+    assert any(entry["command"] == b"SET seen x" for entry in client.slowlog_get())
+    with client.monitor() as monitor:
+        service.client().set("a", 'b"\n')
+        until(lambda: re.search(r'SET.*a', monitor.next_command()["command"]))
+
+
+def test_pause_and_unpause(serve):
+    service = serve()
+    client, other = service.client(), service.client()
+    client.client_pause(60_000, all=False)
+    assert other.get("k") is None
+    done = threading.Event()
+    thread = threading.Thread(target=lambda: (service.client().set("k", "v"), done.set()))
+    thread.start()
+    assert not done.wait(0.5)
+    client.client_unpause()
+    assert done.wait(LIMIT)
+    thread.join()
+    assert other.get("k") == b"v"

@@ -1,0 +1,252 @@
+"""The protocol's parser and executor, without a socket: what is fed, in whatever pieces, and what comes out."""
+
+from __future__ import annotations
+
+import random
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import shmcache
+from shmcache.core import _resp
+from shmcache.sidecar import commands
+
+
+class Link:
+    """Stands for the other event loops: there are none."""
+
+    def __init__(self):
+        self.elsewhere = {}
+
+    def subscribed(self, *_):
+        pass
+
+
+class Stub:
+    """As much of a Server as commands ask for."""
+
+    def __init__(self, cache):
+        self.cache = cache
+        self.settings = dict(commands.SETTINGS)
+        self.settings["proto-max-bulk-len"] = str(int(cache.segment.header["max_value_bytes"]))
+        self.executor = _resp.Executor(cache, commands.table())
+        self.executor.slow = lambda *_: None
+        self.link = Link()
+        self.subscribers, self.pattern_subscribers, self.monitors, self.clients = {}, {}, {}, {}
+
+
+class Client(_resp.Client):
+    def __init__(self, executor, server):
+        self.server = server
+        self.queue, self.broken, self.watching = [], False, {}
+        self.channels, self.patterns = {}, {}
+        self.id, self.name, self.user, self.monitoring, self.retried_by_pause = 1, b"", "default", False, None
+
+    def refused(self, text, name):
+        self.broken = self.broken or self.in_multi
+        return text
+
+    def before(self, name, flags, arguments):
+        return commands.before(self, name, flags, arguments)
+
+
+@pytest.fixture
+def stub(make):
+    cache = make("16M")
+    stub = Stub(cache)
+    stub.executor.defer = lambda client: patient(stub, client)
+    yield stub
+    del stub.executor
+
+
+def patient(stub, client):
+    """As the pool's thread and the loop do it, one after the other."""
+    with shmcache.attach(stub.cache.name) as handle:
+        executor = _resp.Executor(handle, commands.table(), impatient=False)
+        client.retry(executor)
+        client.resume()
+
+
+def client_of(stub):
+    return Client(stub.executor, stub)
+
+
+def say(*words):
+    return b"*%d\r\n" % len(words) + b"".join(b"$%d\r\n%b\r\n" % (len(w), w) for w in (w if isinstance(w, bytes) else str(w).encode() for w in words))
+
+
+def answer(stub, data, client=None):
+    client = client or client_of(stub)
+    client.feed(data)
+    return client.take()
+
+
+CONVERSATION = b"".join(
+    (
+        say("SET", "a", "1"), say("GET", "a"), b"PING\r\n", say("INCR", "a"), b"set b 'x y'\r\n", say("MGET", "a", "b", "c"), b"\r\n",
+        say("MULTI"), say("SET", "d", b"\x00\r\n\xff"), say("GET", "d"), say("EXEC"), say("HELLO", "3"), say("GET", "nope"), b"*0\r\n",
+        say("SETRANGE", "e", "5", "x"), say("FOO", "bar"), say("GET"), say("DEL", "a", "b", "c", "d", "e"), b'PING "\\x41\\n"\r\n',
+    )
+)  # fmt: skip
+
+
+def test_pieces_of_any_size_are_answered_alike(stub):
+    whole = answer(stub, CONVERSATION)
+    assert whole.count(b"+QUEUED") == 2 and whole.endswith(b":4\r\n$2\r\nA\n\r\n")
+    for at in range(len(CONVERSATION)):
+        client = client_of(stub)
+        client.feed(CONVERSATION[:at])
+        client.feed(CONVERSATION[at:])
+        assert client.take() == whole, at
+    client = client_of(stub)
+    for byte in CONVERSATION:
+        client.feed(bytes([byte]))
+    assert client.take() == whole
+
+
+@pytest.mark.parametrize(
+    "sent, error",
+    [
+        (b"*x\r\n", b"invalid multibulk length"),
+        (b"*3000000000\r\n", b"invalid multibulk length"),
+        (b"*1\r\n:1\r\n", b"expected '$', got ':'"),
+        (b"*1\r\n$x\r\n", b"invalid bulk length"),
+        (b"*1\r\n$-1\r\n", b"invalid bulk length"),
+        (b"*1\r\n$99999999999\r\n", b"invalid bulk length"),
+        (b"'\r\n", b"unbalanced quotes in request"),
+        (b'"a"b\r\n', b"unbalanced quotes in request"),
+        (b"x" * 70000, b"too big inline request"),
+        (b"*" + b"1" * 70000, b"too big mbulk count string"),
+        (b"*1\r\n$" + b"1" * 70000, b"too big bulk count string"),
+    ],
+)
+def test_what_is_not_the_protocol_ends_the_connection(stub, sent, error):
+    client = client_of(stub)
+    client.feed(say("PING") + sent)
+    assert client.take() == b"+PONG\r\n-ERR Protocol error: " + error + b"\r\n"
+    assert client.closing
+    client.feed(say("PING"))
+    assert client.take() == b""
+
+
+def test_before_it_has_authenticated_a_client_sends_little(stub):
+    stub.executor.locked = True
+    assert answer(stub, say("GET", "a")) == b"-NOAUTH Authentication required.\r\n"
+    assert b"unauthenticated multibulk length" in answer(stub, b"*11\r\n")
+    assert b"unauthenticated bulk length" in answer(stub, b"*1\r\n$20000\r\n")
+
+
+words = st.binary(max_size=12) | st.sampled_from(
+    [b"get", b"SET", b"a", b"b", b"EX", b"PX", b"NX", b"1", b"-1", b"0", b"9223372036854775807", b"*", b"[a-", b"GET", b"KEEPTTL", b"u8", b"#1"]
+)
+names = st.sampled_from([name.encode() for name in commands.TABLE if name not in ("shutdown", "save", "info", "debug", "client", "monitor")])
+requests = st.lists(st.tuples(names, st.lists(words, max_size=6)), max_size=8)
+
+
+@settings(max_examples=300, deadline=None)
+@given(requests, st.data())
+def test_requests_of_any_content(requests, data):
+    """Every command with any arguments, in any two pieces: each is answered, or the connection ends; nothing else happens to this process."""
+    name = f"t-resp-hypothesis-{random.getrandbits(40)}"
+    with shmcache.create(name, "8M") as cache:
+        try:
+            stub = Stub(cache)
+            stub.executor.defer = lambda client: patient(stub, client)
+            sent = b"".join(say(name, *arguments) for name, arguments in requests)
+            at = data.draw(st.integers(0, len(sent)))
+            client = client_of(stub)
+            client.feed(sent[:at])
+            client.feed(sent[at:])
+            assert (client.take() != b"") == bool(requests)
+            assert cache.verify() == []
+            del client
+            del stub.executor
+        finally:
+            shmcache.unlink(name)
+
+
+@settings(max_examples=500, deadline=None)
+@given(data=st.lists(st.binary(max_size=20) | st.sampled_from([b"*2\r\n", b"$3\r\n", b"\r\n", b"GET a\r\n", b"$-1\r\n", b"*-1\r\n"]), max_size=12))
+def test_bytes_of_any_kind(data):
+    name = f"t-resp-bytes-{random.getrandbits(40)}"
+    with shmcache.create(name, "8M") as cache:
+        try:
+            stub = Stub(cache)
+            whole, client = answer(stub, b"".join(data)), client_of(stub)
+            for piece in data:
+                client.feed(piece)
+            assert client.take() == whole
+            del client
+            del stub.executor
+        finally:
+            shmcache.unlink(name)
+
+
+# ---- the parts ------------------------------------------------------------------------------------------------------------------------
+
+
+def as_expression(pattern):
+    """A pattern without sets as a regular expression."""
+    return re.compile(b"".join(b".*" if c == b"*" else b"." if c == b"?" else re.escape(c) for c in (pattern[i : i + 1] for i in range(len(pattern)))), re.S)
+
+
+@given(st.lists(st.sampled_from([b"*", b"?", b"a", b"b"]), max_size=8), st.lists(st.sampled_from([b"a", b"b"]), min_size=1, max_size=10))
+def test_patterns_as_regular_expressions(pattern, data):
+    pattern, data = b"".join(pattern), b"".join(data)
+    assert _resp.matches(pattern, data) == (as_expression(pattern).fullmatch(data) is not None)
+
+
+@pytest.mark.parametrize(
+    "pattern, data, fits",
+    [
+        (b"h[ae]llo", b"hallo", True), (b"h[^e]llo", b"hello", False), (b"h[a-c]llo", b"hbllo", True), (b"h[c-a]llo", b"hbllo", True),
+        (b"h\\*llo", b"h*llo", True), (b"h\\*llo", b"hallo", False), (b"h[ab", b"hb", True), (b"h[\\]]", b"h]", True), (b"**", b"", False),
+        (b"*", b"", True), (b"", b"", True), (b"a", b"", False), (b"*?" * 40 + b"b", b"a" * 300, False),
+    ],
+)  # fmt: skip
+def test_patterns(pattern, data, fits):
+    assert _resp.matches(pattern, data) == fits
+
+
+def test_crc64_of_the_published_check_value():
+    assert _resp.crc64(b"123456789") == 0xE9C6D914C4B8D9CA
+
+
+@pytest.mark.parametrize(
+    "a, b, total", [(b"10.5", b"0.1", b"10.6"), (b"3.0e3", b"200", b"3200"), (b"-0.0", b"0", b"0"), (b"1", b"-1", b"0"), (b"5e-324", b"0", None)]
+)
+def test_floats_are_added_as_long_doubles(a, b, total):
+    assert _resp.add_floats(a, b) == (total if total is not None else b"0")
+
+
+@pytest.mark.parametrize("text", [b"", b" 1", b"1 ", b"x", b"nan", b"1,5", b"1e99999"])
+def test_what_is_no_float(text):
+    with pytest.raises(ValueError):
+        _resp.add_floats(text, b"1")
+
+
+@given(st.binary(max_size=30), st.binary(max_size=30))
+def test_the_longest_common_subsequence(a, b):
+    common, runs, size = _resp.longest_common(a, b)
+    assert len(common) == size == sum(a1 - a0 + 1 for (a0, a1), _ in runs)
+    assert common == b"".join(a[a0 : a1 + 1] for (a0, a1), _ in reversed(runs)) == b"".join(b[b0 : b1 + 1] for _, (b0, b1) in reversed(runs))
+    rows = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]
+    for i, x in enumerate(a):
+        for j, y in enumerate(b):
+            rows[i + 1][j + 1] = rows[i][j] + 1 if x == y else max(rows[i][j + 1], rows[i + 1][j])
+    assert rows[-1][-1] == size
+
+
+@pytest.mark.parametrize(
+    "payload, value",
+    [
+        ("00c3094064016161e057000161610a00e8a3b507b06df271", b"a" * 100),
+        ("00c07b0a0048e253e1007a67b9", b"123"),
+        ("00c2701101000a0001a408fe953095a5", b"70000"),
+        ("000b2d333030303030303030300a007cef356d39051fd1", b"-3000000000"),
+    ],
+)
+def test_what_redis_7_has_dumped_is_restored(payload, value):
+    assert commands.undumped(bytes.fromhex(payload)) == value
