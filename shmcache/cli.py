@@ -571,7 +571,7 @@ def do_serve(args: argparse.Namespace) -> int:
 
 
 def _password(path: str) -> str:
-    password = Path(path).read_text().strip()
+    password = Path(path).read_bytes().strip().decode("latin-1")
     if not password:
         raise errors.UsageError(f"{path} is empty: its first line is to be the password")
     return password

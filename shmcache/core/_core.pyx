@@ -361,9 +361,6 @@ class WouldWait(Exception):
     """A call of an impatient table would have had to wait: nothing was changed."""
 
 
-cdef object WOULD_WAIT = WouldWait()
-
-
 # ---- mapping ----------------------------------------------------------------------------------------------------------------
 
 cdef class WritableView:
@@ -625,9 +622,6 @@ cdef class Table:
         if s.me[0] == 0:
             held.revive()
         return s.me[0] != me
-
-    cdef object would_wait(self):
-        return WOULD_WAIT
 
     cdef int note_log(self, log_t* log) except -1:
         """An impatient table's durable(): its user waits, later, for what take_log() gives."""
@@ -932,7 +926,7 @@ cdef class Table:
             return 0
         if self.impatient:
             wake_drainer(s)
-            raise WOULD_WAIT
+            raise WouldWait
         if always or ld64(&ring.drained) != s.ring_stuck:
             if self.wait_ring(s, held, n, 0) == OK:
                 log.token = s.me[0]
@@ -999,7 +993,7 @@ cdef class Table:
         if self.impatient and (rc == BUSY or rc == NO_ROOM):
             if op.chunk:
                 give_up(s, op)
-            raise WOULD_WAIT
+            raise WouldWait
         if rc == BUSY or rc == NO_ROOM:
             me = s.me[0]
             self.enter(s)
@@ -1168,11 +1162,16 @@ cdef class Table:
         cdef uint64_t stored
         self.store(key, value, None, ALWAYS, 0, &stored)
 
-    cdef int room_in_log(self, seg_t* s, Mapping held) except -1:
-        """Before several stripes are held: half of the ring is free, for what will be logged meanwhile may not wait. (A small one: all of it.)"""
+    cdef int room_in_log(self, seg_t* s, Mapping held, uint64_t n) except -1:
+        """Before several stripes are held: room for n bytes of records, for what will be logged meanwhile may not wait."""
         cdef log_t log
         if s.ring_bytes and ld64(&s.header.log_policy) != LOG_OFF:
-            self.secure(s, held, &log, s.ring_bytes >> 1)
+            if n > s.ring_bytes >> 1:
+                if ld64(&s.header.log_policy) == LOG_ALWAYS:
+                    raise errors.LogFull(f"a transaction of {n:,} bytes does not fit into this segment's log buffer of {s.ring_bytes:,}: nothing "
+                                         "was changed. Make it smaller, or create the segment with a larger log_buffer")
+                n = s.ring_bytes >> 1
+            self.secure(s, held, &log, n)
             ring_release(s, &log)
         return 0
 
@@ -1208,7 +1207,7 @@ cdef class Table:
         if rc == BUSY and self.impatient:
             if only_expired:
                 return ABSENT       # nobody's duty
-            raise WOULD_WAIT
+            raise WouldWait
         if rc == BUSY:
             self.enter(s)
             try:
@@ -1440,7 +1439,7 @@ cdef class Table:
         try:
             rc = add_to(s, key, n, h, by, out, log, 0)
             if rc == BUSY and self.impatient:
-                raise WOULD_WAIT
+                raise WouldWait
             if rc == BUSY:
                 self.enter(s)
                 try:
@@ -1485,7 +1484,7 @@ cdef class Table:
         try:
             rc = set_expiry(s, key, n, h, expiry_ms, log, 0)
             if rc == BUSY and self.impatient:
-                raise WOULD_WAIT
+                raise WouldWait
             while rc == BUSY or rc == INTR:
                 self.enter(s)
                 try:

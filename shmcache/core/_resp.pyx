@@ -114,6 +114,7 @@ cdef enum:
     READ_BYTES = 65536          # of the loop's read buffer
     INLINE_MAX = 65536          # of a line that has no end yet
     MOST_ARGS = 1048576
+    OUT_LIMIT = 1 << 30         # bytes of output of one client
     OUT_MOST = 1 << 20          # bytes of output before it is sent in the middle of a pipeline
     OUT_KEPT = 16384            # a larger output buffer is freed when it is empty
     TABLE_SLOTS = 1024          # of the table of command names; a power of two
@@ -201,6 +202,7 @@ cdef class Executor:
     cdef public object defer            # called with (client): run its command in the pool
     cdef public object held             # called with (client, end): keep its replies until the ring is durable up to end
     cdef public bint locked             # no client may run anything but F_NOAUTH before it is authenticated
+    cdef public uint64_t most_pending   # bytes that are kept of what a client has sent and is not executed
     cdef readonly int64_t tick_ms       # the segment's clock at the last tick(): as fine as idle times have to be
     cdef public int64_t paused_until    # ms, monotonic: CLIENT PAUSE
     cdef public bint paused_writes_only
@@ -241,6 +243,7 @@ cdef class Executor:
                 raise ValueError(f"{name!r} is not compiled, and there is no callable for it")
             self.names.append((name, run))
         self.calls = [0] * len(self.names)
+        self.most_pending = self.s.max_value_bytes + (256 << 20)
         table.impatient = impatient
         self.clock()
         self.tick()
@@ -314,8 +317,9 @@ cdef class Executor:
         return 0
 
     cdef void shrink(self) noexcept:
-        """After a command: memory that a large one needed is given back."""
+        """After a command that no other is part of: memory that a large one needed is given back."""
         cdef void* smaller
+        self.argc = 0
         if self.room_scratch > 1 << 20:
             free(self.scratch)
             self.room_scratch = 1024
@@ -368,9 +372,10 @@ cdef class Executor:
 
     # -- several keys at once
 
-    def hold(self, keys):
+    def hold(self, keys, uint64_t log_bytes=0):
         """Take the stripes of these keys, ascending: from here to release() what this thread does to them is one step for all who write.
-        Readers never wait: they may see one key before and the next after. Raises: WouldWait; StripeBusy: nothing is held then."""
+        Readers never wait: they may see one key before and the next after. log_bytes: of records that will be logged meanwhile.
+        Raises: WouldWait; StripeBusy, LogFull: nothing is held then."""
         cdef seg_t* s = self.s
         cdef uint32_t i, taken = 0
         cdef int rc = OK
@@ -387,7 +392,7 @@ cdef class Executor:
                 h = siphash13(k, n, s.k0, s.k1)
                 found.add(stripe_of(s, bucket_of(s, h)) - s.stripes)
         stripes = sorted(found)
-        self.table.room_in_log(s, self.mapping)
+        self.table.room_in_log(s, self.mapping, log_bytes)
         if not HOLDING.acquire(not self.table.impatient):
             raise WouldWait
         try:
@@ -472,8 +477,10 @@ cdef class Executor:
         cdef uint32_t used = 0, at = 0, n
         cdef int rc
         while True:
-            rc = next_keys(s, bucket, self.scratch, <uint32_t>min(self.room_scratch, <uint64_t>0xffffffff), &used,
-                           0 if self.table.impatient else s.limit_ns)
+            rc = next_keys(s, bucket, self.scratch, <uint32_t>min(self.room_scratch, <uint64_t>0xffffffff), &used, 0)
+            if rc != OK and rc != NO_ROOM and not self.table.impatient:
+                with nogil:
+                    rc = next_keys(s, bucket, self.scratch, <uint32_t>min(self.room_scratch, <uint64_t>0xffffffff), &used, s.limit_ns)
             if rc == NO_ROOM:
                 self.grow_scratch(2 * self.room_scratch)
             elif rc == INTR:
@@ -580,10 +587,13 @@ cdef bint look_locked(Executor ex, const uint8_t* key, size_t n, uint64_t h, raw
     cdef read_t r
     cdef int rc
     ex.grow_scratch(s.max_value_bytes if s.max_value_bytes < 1 << 20 else 1 << 20)
-    rc = stripe_take(s, stripe_of(s, bucket_of(s, h)), 0 if ex.table.impatient else s.limit_ns)
+    rc = stripe_take(s, stripe_of(s, bucket_of(s, h)), 0)
+    if rc != OK and not ex.table.impatient:
+        with nogil:
+            rc = stripe_take(s, stripe_of(s, bucket_of(s, h)), s.limit_ns)
     if rc != OK:
         if ex.table.impatient:
-            raise ex.table.would_wait()
+            raise WouldWait
         raise errors.StripeBusy("a living process holds a lock that this call needs and does not run: try again")
     rc = read_begin(s, key, n, h, &r)
     if rc == OK and r.value_bytes <= ex.room_scratch:
@@ -594,6 +604,8 @@ cdef bint look_locked(Executor ex, const uint8_t* key, size_t n, uint64_t h, raw
         if r.value_bytes > ex.room_scratch:
             ex.grow_scratch(r.value_bytes)
             return look(ex, key, n, raw, True)
+        if r.damaged:
+            raise errors.DamageError("a page of this value belongs to somebody else: delete the key")
         raw.n = r.value_bytes
         finish_raw(ex, &r, raw)
     return rc == OK
@@ -690,7 +702,10 @@ cdef class Client:
     cdef public int64_t last_ms         # of the segment's clock, when it last sent something
     cdef public int last_command        # index of it
     cdef public list retried            # arguments of the command that the pool runs
-    cdef uint64_t retry_end             # the same, of what a thread of the pool has done
+    cdef uint64_t unheld                # the same, if nobody was asked yet to wait for it
+    cdef readonly bint in_pool          # its command is run in the pool, or again later: what is in `out` is not the loop's
+    cdef public bint lost               # the connection is gone
+    cdef list pushed                    # what others sent to it while it is in_pool
     cdef readonly uint64_t log_end      # its replies leave when the ring is durable up to here
     cdef object __weakref__
 
@@ -737,21 +752,35 @@ cdef class Client:
 
     def resume(self):
         """A command that was run elsewhere is over: go on with what came meanwhile."""
-        self.blocked = False
+        self.blocked = self.in_pool = False
         self.ex = self.home
-        if self.retry_end:
-            self.log_end = self.retry_end
-            self.home.held(self, self.retry_end)
-            self.retry_end = 0
+        self.retried = None
+        if self.pushed is not None:
+            for data in self.pushed:
+                self.add(data)
+            self.pushed = None
         if self.n_pending and not self.closing:
             self.run(self.pending, self.n_pending)
-        if not self.blocked:
-            self.flush()
+        self.send_out()
+
+    def push(self, bytes data not None):
+        """What others send to this client: appended; behind the reply of a command that the pool runs for it."""
+        if self.in_pool:
+            if self.pushed is None:
+                self.pushed = []
+            self.pushed.append(data)
+        else:
+            self.add(data)
 
     cdef int keep(self, const uint8_t* data, uint64_t n) except -1:
         """Append to what is not executed yet."""
         cdef uint64_t room = self.room_pending
         cdef uint8_t* larger
+        if self.n_pending + n > self.home.most_pending:
+            self.n_pending = 0
+            self.closing = True
+            self.push(b"-ERR Protocol error: the query is larger than is kept\r\n")
+            return 0
         if self.n_pending + n > room:
             room = max(self.n_pending + n, 2 * room if room < 1 << 24 else room + (1 << 24))
             if self.need > room:
@@ -800,9 +829,18 @@ cdef class Client:
         self.send_out()
 
     cdef int send_out(self) except -1:
-        cdef uint64_t at = 0
+        cdef uint64_t at = 0, end
         cdef ssize_t n
-        if unlikely(self.table_log()):
+        if unlikely(self.lost):
+            self.n_out = 0
+            return 0
+        if unlikely(self.in_pool):
+            return 0
+        if unlikely(self.log_end != 0):
+            if self.unheld:
+                end = self.unheld
+                self.unheld = 0
+                self.home.held(self, end)
             return 0
         if self.n_out == 0:
             self.rest()
@@ -823,17 +861,6 @@ cdef class Client:
             self.transport.write(PyBytes_FromStringAndSize(<char*>self.out + at, <Py_ssize_t>(self.n_out - at)))
         self.n_out = 0
         return self.rest()
-
-    cdef bint table_log(self) except -1:
-        """Is something of what is to be sent not durable yet? Then it is somebody's to call sent_when_durable()."""
-        cdef uint64_t end = self.home.table.take_log()
-        if end:
-            self.log_end = end
-        if self.log_end:
-            if end:
-                self.home.held(self, end)
-            return True
-        return False
 
     def durable(self, uint64_t end):
         """The ring is durable up to here: send what waited for it."""
@@ -876,6 +903,7 @@ cdef class Client:
             at += step
             if self.ex.argc:
                 self.execute()
+                self.home.shrink()
                 if self.n_out > OUT_MOST:       # who does not read what he is sent is not served more
                     self.send_out()
         if self.closing:
@@ -1014,6 +1042,8 @@ cdef class Client:
         cdef uint64_t room
         cdef uint8_t* larger
         if unlikely(self.n_out + n > self.room_out):
+            if self.n_out + n > OUT_LIMIT:
+                raise CommandError(b"ERR the reply is larger than this server sends at once")
             room = max(self.n_out + n, min(2 * self.room_out, self.room_out + (1 << 22)), <uint64_t>1024)
             larger = <uint8_t*>realloc(self.out, room)
             if larger == NULL:
@@ -1054,6 +1084,10 @@ cdef class Client:
         self.raw(data, n)
         return self.raw(<const char*>b"\r\n", 2)
 
+    def fail(self, bytes text not None):
+        """Append an error reply: its text without the minus sign."""
+        self.error(text)
+
     cdef int error(self, bytes text) except -1:
         self.add(b"-" + text.rstrip(b"\r\n").replace(b"\r", b" ").replace(b"\n", b" ") + b"\r\n")
         return 0
@@ -1062,11 +1096,24 @@ cdef class Client:
 
     cdef int execute(self) except -1:
         """The command in Executor.argv."""
-        cdef Executor ex = self.ex
-        cdef uint64_t began = 0, out = self.n_out
-        cdef name_t* command = ex.find(ex.argv[0], ex.argl[0])
+        cdef uint64_t out = self.n_out
         self.commands += 1
-        ex.commands += 1
+        self.ex.commands += 1
+        self.carry = self.carry_at = 0
+        self.answer()
+        if unlikely(self.silent or self.skip) and not self.in_pool:
+            self.hush(out)
+        return 0
+
+    cdef void hush(self, uint64_t out) noexcept:
+        """CLIENT REPLY OFF or SKIP: this reply is not sent."""
+        self.n_out = out
+        self.skip -= self.skip > 0
+
+    cdef int answer(self) except -1:
+        cdef Executor ex = self.ex
+        cdef uint64_t began = 0
+        cdef name_t* command = ex.find(ex.argv[0], ex.argl[0])
         if unlikely(command == NULL):
             return self.refuse(b"ERR unknown command '" + clean(ex.argv[0], min(ex.argl[0], <size_t>128)) +
                                b"', with args beginning with: " + self.beginning(), NULL)
@@ -1080,19 +1127,16 @@ cdef class Client:
                 return 0
         if ex.timed:
             began = mono_ns()
-        self.carry = self.carry_at = 0
         self.perform(command)
-        if began and unlikely(mono_ns() - began >= ex.slower_than_ns) and not self.blocked:
-            ex.slow(self, self.arguments(0), mono_ns() - began)
-        if unlikely(self.silent or self.skip):
-            self.n_out = out
-            self.skip -= self.skip > 0
+        if began and unlikely(mono_ns() - began >= ex.slower_than_ns) and not self.blocked and not command.flags & F_NOAUTH:
+            # argc is 0 if other commands were part of it
+            ex.slow(self, self.arguments(0) if ex.argc else [<bytes>command.name[:command.n]], mono_ns() - began)
         return 0
 
     cdef int perform(self, name_t* command) except -1:
         """Run it, here or in the pool. What it raises becomes its reply."""
         cdef Executor ex = self.ex
-        cdef uint64_t out = self.n_out
+        cdef uint64_t out = self.n_out, end
         ex.calls[command.index] += 1
         try:
             if command.kind == C_PYTHON:
@@ -1105,11 +1149,16 @@ cdef class Client:
             self.n_out = out
             if type(e) is WouldWait:
                 self.retried = self.arguments(0)
-                self.blocked = True
-                ex.defer(self)
+                self.blocked = self.in_pool = True
+                if not self.home.defer(self):
+                    self.blocked = self.in_pool = False
+                    self.error(b"BUSY too many commands wait: try again")
             else:
                 self.error(error_text(e))
-        ex.shrink()
+        end = ex.table.take_log()
+        if unlikely(end != 0):      # whoever sends this client's replies waits for the disk
+            self.log_end = max(self.log_end, end)
+            self.unheld = self.log_end
         return 0
 
     cdef int refuse(self, bytes text, name_t* command) except -1:
@@ -1135,14 +1184,27 @@ cdef class Client:
         self.point(arguments)
         command = ex.find(ex.argv[0], ex.argl[0])
         self.carry = self.carry_at = 0
-        self.perform(command)
+        try:
+            self.perform(command)
+        finally:
+            ex.argc = 0             # they were this call's
 
-    def retry(self, Executor patient not None):
-        """Run the command that would have had to wait, in a thread that may, with an executor of its own. Then resume() in the loop."""
-        self.ex = patient
+    def retry(self, Executor executor not None):
+        """Run the command that would have had to wait once more: in a thread of the pool, with its executor, which may wait; or in the loop, with
+        the loop's. True: it is done, and resume() is to be called in the loop; till then the loop sends nothing of this client's. False: it
+        would have to wait again."""
+        cdef uint64_t out = self.n_out
+        cdef bint done
+        self.ex = executor
+        self.in_pool = False
         self.point(self.retried)
-        self.perform(patient.find(patient.argv[0], patient.argl[0]))
-        self.retry_end = patient.table.take_log()
+        self.perform(executor.find(executor.argv[0], executor.argl[0]))
+        done = not self.in_pool
+        if done and unlikely(self.silent or self.skip):
+            self.hush(out)
+        executor.shrink()
+        self.blocked = self.in_pool = True
+        return done
 
     cdef bytes beginning(self):
         cdef Executor ex = self.ex
@@ -1664,6 +1726,8 @@ def error_text(e):
         return b"MISCONF " + str(e).encode()
     if isinstance(e, errors.ShmcacheError):
         return b"ERR " + " ".join(str(e).split()).encode("utf-8", "replace")
+    if isinstance(e, (OverflowError, ValueError, MemoryError)):
+        return b"ERR internal error: " + type(e).__name__.encode()
     raise e
 
 

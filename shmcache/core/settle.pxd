@@ -63,7 +63,9 @@ cdef inline bint settle_chunk(seg_t* s, uint64_t addr, uint64_t limit_ns) noexce
         #! settle: LIVE
         add64(&s.row.settled, 1)
     elif ld64(&it.word) == w and ld64(&it.hash) == h:       # R1, R4
-        big_free_item_pages(s, addr, 0)                     # or they would name as their head what lives here next
+        if kind != KEPT:                                    # of one that was kept its owner has freed them; and a drainer may take it
+            big_free_item_pages(s, addr, 0)                 # now, without the stripe, and give it away. Else they would name as their
+                                                            # head what lives here next
         cls = chunk_class(s, addr, &index)
         if cls >= 0 and class_take(s, cls, min(limit_ns, <uint64_t>INNER_NS)) == OK:
             if chunk_class(s, addr, &index) == cls and ld64(&it.hash) == h and \

@@ -15,7 +15,7 @@ from shmcache.core.atomics cimport add64, cas32, fence_acquire, fence_release, l
     likely, prefetch, st8r, st32, st64, unlikely
 from shmcache.core.big cimport big_fill, big_free_item_pages, big_free_pages, big_read, big_seal_locked, big_shape, big_t
 from shmcache.core.bucket cimport ADDR_MASK, OP_DELETE, OP_EVICT, OP_SET, OP_TOUCH, bucket_of, bump, chain_first, \
-    chain_grow_locked, chain_next, chain_t, count_now, count_without, depart, depart_with, departed, note_intent, remove_locked, \
+    chain_grow_locked, chain_next, chain_t, count_now, count_without, depart, depart_with, departed, note_intent, pthread_self, remove_locked, \
     slot_word, stripe_of, stripe_release, stripe_take
 from shmcache.core.clock cimport claim_stands, now_ms, stale, take_page, take_room
 from shmcache.core.layout cimport CLS_BIG, FLAG_BIG, FLAG_CLAIM, FLAG_LOCK, MAX_REFS, bucket_t, item_t, seg_t, stripe_t
@@ -299,6 +299,8 @@ cdef inline int collect_pages(seg_t* s, put_t* op, uint64_t limit_ns) noexcept n
     cdef uint32_t got = 0
     cdef uint64_t p = 0
     cdef int rc, failures = 0
+    if unlikely(s.holder != 0) and s.holder == pthread_self():     # stripes before big: the wrong way round, so not for long
+        limit_ns = min(limit_ns, <uint64_t>INNER_NS)
     rc = lock_take(s, &s.header.big.lock, limit_ns)
     if rc != OK and rc != TAKEN_OVER:       # a dead holder's pages are BIG(dead): settle_pages finds them
         return rc

@@ -53,6 +53,7 @@ class Error(_resp.CommandError):
         super().__init__(text.encode("utf-8", "surrogateescape"))
 
 
+PUSH_LIMIT = 32 << 20  # bytes that wait for a subscriber
 RAW = 256  # _resp's, with a codec
 SCAN_BUCKETS = 1 << 16  # that one SCAN may look at, if they are empty
 SYNTAX = "ERR syntax error"
@@ -110,6 +111,21 @@ def in_pool(client: Connection) -> None:
     """What takes long is run in a thread of the pool."""
     if client.ex.impatient:
         raise _core.WouldWait
+
+
+LONG = {"keys", "lcs", "randomkey", "save", "flushall", "flushdb"}  # they may be run in the pool
+OF_LOOP = {"connection", "pubsub", "transactions"}  # groups, and these: they act on connections, which are the loop's
+OF_LOOP_ALONE = {"monitor", "config", "slowlog", "info", "shutdown", "latency", "debug"}
+NOT_IN_MULTI = {"save", "bgsave", "bgrewriteaof", "shutdown", "debug", "monitor"}
+
+
+def is_of_loop(client: Connection) -> bool:
+    """Is what this client waits for a transaction that acts on connections?"""
+    return any((c := TABLE.get(words[0].decode("latin-1").lower())) and is_loops(c, words) for words in client.queue)
+
+
+def is_loops(c: Command, words: list[bytes]) -> bool:
+    return c.group in OF_LOOP or words[0].decode("latin-1").lower() in OF_LOOP_ALONE
 
 
 def keys_in(name: str, arguments: list[bytes]) -> list[bytes]:
@@ -323,8 +339,8 @@ def client_(client: Connection, arguments: list[bytes]) -> bytes | None:
         return OK if how == b"on" else None
     if word == b"pause" and len(rest) in (1, 2):
         ms = _resp.number(rest[0])
-        if ms is None or ms < 0:
-            raise Error("ERR timeout is not an integer or out of range" if ms is None else "ERR timeout is negative")
+        if ms is None or not 0 <= ms < 1 << 50:
+            raise Error("ERR timeout is negative" if ms is not None and ms < 0 else "ERR timeout is not an integer or out of range")
         if len(rest) == 2 and rest[1].lower() not in (b"write", b"all"):
             raise Error("ERR CLIENT PAUSE mode must be WRITE or ALL")
         server.executor.paused_writes_only = len(rest) == 2 and rest[1].lower() == b"write"
@@ -403,11 +419,18 @@ def unpause(server: Server) -> None:
     server.executor.paused_until = 0
     for client in list(server.clients.values()):
         if client.retried_by_pause is not None:
-            arguments, client.retried_by_pause = client.retried_by_pause, None
-            client.blocked = False
-            client.call(arguments)
-            if not client.blocked:
-                client.resume()
+            server.loop.call_soon(go_on, server, client)
+
+
+def go_on(server: Server, client: Connection) -> None:
+    """Run what a pause has kept. For itself: not within another client's command."""
+    arguments, client.retried_by_pause = client.retried_by_pause, None
+    if arguments is None or client.lost:
+        return
+    client.blocked = False
+    client.call(arguments)
+    if not client.blocked:
+        server.go_on(client)
 
 
 # ---- before a command -----------------------------------------------------------------------------------------------------------
@@ -424,10 +447,16 @@ def before(client: Connection, name: str, flags: int, arguments: list[bytes]) ->
         return True
     if client.in_multi and not flags & IN_MULTI:
         try:
+            if name in NOT_IN_MULTI:
+                raise Error("ERR Command not allowed inside a transaction")
             check_subcommand(name, arguments[1:])
+            client.queue_bytes += sum(map(len, arguments)) + 64
+            if client.queue_bytes > client.home.most_pending:
+                raise Error("ERR the transaction is larger than is kept")
         except Error as e:
             client.broken = True
-            client.add(b"-" + e.args[0] + b"\r\n")
+            client.queue = []
+            client.fail(e.args[0])
             return True
         client.queue.append(arguments)
         client.add(replies.QUEUED)
@@ -447,7 +476,7 @@ def before(client: Connection, name: str, flags: int, arguments: list[bytes]) ->
 def multi(client: Connection, arguments: list[bytes]) -> bytes:
     if client.in_multi:
         raise Error("ERR MULTI calls can not be nested")
-    client.in_multi, client.broken, client.queue = True, False, []
+    client.in_multi, client.broken, client.queue, client.queue_bytes = True, False, [], 0
     return OK
 
 
@@ -460,7 +489,7 @@ def discard(client: Connection, arguments: list[bytes]) -> bytes:
 
 
 def discard_transaction(client: Connection) -> None:
-    client.in_multi, client.broken, client.queue, client.watching = False, False, [], {}
+    client.in_multi, client.broken, client.queue, client.queue_bytes, client.watching = False, False, [], 0, {}
 
 
 @command("watch", -2, IN_MULTI, (1, -1, 1), group="transactions")
@@ -487,9 +516,16 @@ def exec_(client: Connection, arguments: list[bytes]) -> bytes | None:
         raise Error("EXECABORT Transaction discarded because of previous errors.")
     queue = client.queue
     keys = [*client.watching]
+    long, log_bytes = False, 0
     for words in queue:
-        keys += keys_in(words[0].decode("latin-1").lower(), words[1:])
-    with all_of(client, keys):
+        name = words[0].decode("latin-1").lower()
+        found = keys_in(name, words[1:])
+        keys += found
+        long = long or name in LONG
+        log_bytes += (sum(map(len, words)) + 64 * max(1, len(found))) if TABLE[name].flags & WRITE else 0
+    if long and not is_of_loop(client):
+        in_pool(client)
+    with all_of(client, keys, log_bytes):
         changed = any(client.ex.version(key) != version for key, version in client.watching.items())
         discard_transaction(client)
         if changed:
@@ -503,14 +539,14 @@ def exec_(client: Connection, arguments: list[bytes]) -> bytes | None:
 class all_of:
     """with all_of(client, keys): what is done to them is one step for all who write. Within it nothing is put off to the pool."""
 
-    def __init__(self, client: Connection, keys: Iterable[bytes]) -> None:
-        self.executor, self.keys = client.ex, keys
+    def __init__(self, client: Connection, keys: Iterable[bytes], log_bytes: int = 0) -> None:
+        self.executor, self.keys, self.log_bytes = client.ex, keys, log_bytes
 
     def __enter__(self) -> None:
         self.nested = self.executor.holds
         if not self.nested:
             self.was = self.executor.impatient
-            self.executor.hold(self.keys)
+            self.executor.hold(self.keys, self.log_bytes)
             self.executor.impatient = False
 
     def __exit__(self, *_: object) -> None:
@@ -703,14 +739,18 @@ def bitpos(client: Connection, arguments: list[bytes]) -> bytes:
     low, high = bit_range(value, first, last, in_bits)
     if low > high or not value:
         return integer(-1)
-    for at in range(low >> 3, (high >> 3) + 1):
-        byte = value[at] if wanted else value[at] ^ 0xFF
-        if at == low >> 3:
+    at, end = low >> 3, high >> 3
+    plain = b"\0" if wanted else b"\xff"  # a byte with none of the bits
+    if value[at : at + 1] == plain:
+        at = min(end, len(value) - len(value[at:].lstrip(plain)))
+    for i in range(at, end + 1):
+        byte = value[i] if wanted else value[i] ^ 0xFF
+        if i == low >> 3:
             byte &= 0xFF >> (low & 7)
-        if at == high >> 3:
+        if i == high >> 3:
             byte &= 0xFF << (7 - (high & 7)) & 0xFF
         if byte:
-            return integer(at * 8 + 8 - byte.bit_length())
+            return integer(i * 8 + 8 - byte.bit_length())
     return integer(-1 if wanted or end_given else len(value) * 8)
 
 
@@ -723,15 +763,22 @@ def bitop(client: Connection, arguments: list[bytes]) -> bytes:
         raise Error("ERR BITOP NOT must be called with a single source key.")
     ex = client.ex
     with all_of(client, [to, *sources]):
-        values = [found[0] if (found := ex.read(key)) else b"" for key in sources]
-        size = max(map(len, values))
+        result, size = 0, 0
+        for i, key in enumerate(sources):  # one at a time: they may be large
+            value = found[0] if (found := ex.read(key)) else b""
+            number = int.from_bytes(value, "big")
+            if len(value) < size:
+                number <<= 8 * (size - len(value))
+            else:
+                result <<= 8 * (len(value) - size)
+                size = len(value)
+            if i == 0:
+                result = number
+            else:
+                result = result & number if operation == b"and" else result | number if operation == b"or" else result ^ number
         if size == 0:
             ex.remove(to)
             return integer(0)
-        numbers = [int.from_bytes(value.ljust(size, b"\0"), "big") for value in values]
-        result = numbers[0]
-        for n in numbers[1:]:
-            result = result & n if operation == b"and" else result | n if operation == b"or" else result ^ n
         if operation == b"not":
             result ^= (1 << 8 * size) - 1
         ex.write(to, result.to_bytes(size, "big"), 0, codec=RAW)
@@ -859,7 +906,7 @@ def keys(client: Connection, arguments: list[bytes]) -> bytes:
 @command("scan", -2)
 def scan(client: Connection, arguments: list[bytes]) -> bytes:
     cursor = arguments[0].split(b"\0")[0] or b"0"
-    if not (cursor[1:] if cursor[:1] in b"+-" else cursor).isdigit() or abs(int(cursor)) >= 1 << 64:
+    if len(cursor) > 30 or not (cursor[1:] if cursor[:1] in b"+-" else cursor).isdigit() or abs(int(cursor)) >= 1 << 64:
         raise Error("ERR invalid cursor")
     pattern, count, kind = b"*", 10, b"string"
     rest = arguments[1:]
@@ -877,8 +924,9 @@ def scan(client: Connection, arguments: list[bytes]) -> bytes:
             raise Error(SYNTAX)
     if count > 1000:
         in_pool(client)
-    ex, at = client.ex, int(cursor) % (1 << 64)
-    at, found = ex.keys(at, at + max(10 * count, SCAN_BUCKETS), count)
+    ex = client.ex
+    at = min(int(cursor) % (1 << 64), ex.n_buckets)
+    at, found = ex.keys(at, at + min(max(10 * count, SCAN_BUCKETS), ex.n_buckets), count)
     found = [bulk(key) for key in found if kind == b"string" and matches(pattern, key)]
     return array((bulk(b"%d" % (at if at < ex.n_buckets else 0)), array(found)))
 
@@ -975,7 +1023,7 @@ BAD_PAYLOAD = "ERR DUMP payload version or checksum are wrong"
 BAD_FORMAT = "ERR Bad data format"
 
 
-def undumped(payload: bytes) -> bytes:
+def undumped(payload: bytes, most: int = 1 << 29) -> bytes:
     if len(payload) < 10 or int.from_bytes(payload[-10:-8], "little") > RDB_VERSION:
         raise Error(BAD_PAYLOAD)
     if _resp.crc64(payload[:-8]) != int.from_bytes(payload[-8:], "little"):
@@ -996,6 +1044,8 @@ def undumped(payload: bytes) -> bytes:
                 raise Error(BAD_FORMAT)
             packed, at = length_at(body, 2)
             size, at = length_at(body, at)
+            if size > most:
+                raise Error(BAD_FORMAT)
             return unpack_lzf(body[at : at + packed], size)
         size, at = length_at(body, 1)
         if len(body) < at + size:
@@ -1069,7 +1119,9 @@ def restore(client: Connection, arguments: list[bytes]) -> bytes:
     ttl = integer_of(ttl_text)
     if ttl < 0:
         raise Error("ERR Invalid TTL value, must be >= 0")
-    value = undumped(payload)
+    if len(payload) > 4096:
+        in_pool(client)
+    value = undumped(payload, int(client.server.settings["proto-max-bulk-len"]))
     expires_ms = (ttl if absolute else client.ex.now() + ttl) if ttl else 0
     if not client.ex.write(key, value, expires_ms, absent=not replace):
         raise Error("BUSYKEY Target key name already exists.")
@@ -1143,21 +1195,26 @@ def punsubscribe(client: Connection, arguments: list[bytes]) -> None:
 
 
 def deliver(server: Server, channel: bytes, message: bytes, but: Connection | None = None) -> int:
-    """To the subscribers of this process: how many. What `but` gets is appended, and leaves with its own reply."""
+    """To the subscribers of this process: how many. What `but` gets leaves with its own reply."""
     n = 0
     for to in list(server.subscribers.get(channel, ())):
-        to.add(replies.push((bulk(b"message"), bulk(channel), bulk(message)), to.protocol))
+        send(to, replies.push((bulk(b"message"), bulk(channel), bulk(message)), to.protocol), but)
         n += 1
-        if to is not but:
-            to.flush()
     for pattern, clients in list(server.pattern_subscribers.items()):
         if matches(pattern, channel):
             for to in list(clients):
-                to.add(replies.push((bulk(b"pmessage"), bulk(pattern), bulk(channel), bulk(message)), to.protocol))
+                send(to, replies.push((bulk(b"pmessage"), bulk(pattern), bulk(channel), bulk(message)), to.protocol), but)
                 n += 1
-                if to is not but:
-                    to.flush()
     return n
+
+
+def send(to: Connection, data: bytes, but: Connection | None) -> None:
+    """Who does not read what is pushed to him is dropped."""
+    to.push(data)
+    if to is not but:
+        to.flush()
+    if to.unsent() > PUSH_LIMIT:
+        to.drop()
 
 
 @command("publish", 3, group="pubsub")
@@ -1227,9 +1284,7 @@ def tell_monitors(client: Connection, arguments: list[bytes]) -> None:
     words = " ".join('"' + "".join(escape(c) for c in word) + '"' for word in arguments)
     line = f"{time.time():.6f} [0 {client.address}] {words}"
     for to in list(client.server.monitors):
-        to.add(replies.simple(line))
-        if to is not client:
-            to.flush()
+        send(to, replies.simple(line), client)
 
 
 def escape(c: int) -> str:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from shmcache.cache import Cache
 
 POOL_THREADS = 4
+AGAIN = 0.001  # seconds till a transaction is tried again in the loop
 CRON_EVERY = 0.1  # seconds
 WRITE_HIGH = 1 << 20  # bytes that the transport holds before its connection is paused
 SLOW_LIMIT = 60.0  # seconds that a connection may be paused before it is dropped
@@ -51,6 +52,7 @@ class Connection(_resp.Client):
         self.local_address = ""
         self.began = time.time()
         self.queue: list[list[bytes]] = []  # of MULTI
+        self.queue_bytes = 0
         self.broken = False  # its EXEC will fail
         self.watching: dict[bytes, int] = {}  # key: the version it had, 0: absent
         self.channels: dict[bytes, None] = {}
@@ -66,12 +68,12 @@ class Connection(_resp.Client):
         self.transport = transport
         transport.set_write_buffer_limits(WRITE_HIGH, 0)
         sock = transport.get_extra_info("socket")
-        if transport.get_extra_info("sslcontext") is None and sock is not None:
+        if transport.get_extra_info("ssl_object") is None and sock is not None:
             self.fd = sock.fileno()
         self.server.opened(self, sock)
 
     def connection_lost(self, error: Exception | None) -> None:
-        self.closing = True
+        self.closing = self.lost = True
         self.fd = -1
         self.server.closed(self)
 
@@ -81,7 +83,8 @@ class Connection(_resp.Client):
     def pause_writing(self) -> None:
         self.full = True
         self.full_since = time.monotonic()
-        self.transport.pause_reading()
+        if not self.lost:
+            self.transport.pause_reading()
 
     def resume_writing(self) -> None:
         self.full = False
@@ -109,6 +112,10 @@ class Connection(_resp.Client):
 
     def before(self, name: str, flags: int, arguments: list[bytes]) -> bool:
         return command_table.before(self, name, flags, arguments)
+
+    def unsent(self) -> int:
+        """Bytes that wait to be sent."""
+        return 0 if self.lost else self.buffered[1] + int(self.transport.get_write_buffer_size())
 
     def drop(self) -> None:
         """Close it now, whatever it has not read."""
@@ -267,23 +274,32 @@ class Server:
         self.resize_slowlog()
 
     def password_is(self, password: bytes) -> bool:
-        return hmac.compare_digest(password, self.settings["requirepass"].encode())
+        return hmac.compare_digest(password, self.settings["requirepass"].encode("latin-1"))
 
     # -- the pool
 
-    def defer(self, client: Connection) -> None:
-        """Run the client's command in a thread that may wait."""
+    def defer(self, client: Connection) -> bool:
+        """Run the client's command where it may wait: in a thread; a transaction that acts on connections in the loop, again later. False:
+        too many wait."""
         if self.in_pool >= int(self.settings["maxclients"]):
-            client.add(b"-BUSY too many commands wait: try again\r\n")
-            client.resume()
-            return
+            return False
         self.in_pool += 1
-        self.pool.submit(self.in_thread, client)
+        if command_table.is_of_loop(client):
+            self.loop.call_later(AGAIN, self.again, client)
+        else:
+            self.pool.submit(self.in_thread, client)
+        return True
+
+    def again(self, client: Connection) -> None:
+        self.in_pool -= 1
+        if client.retry(self.executor):
+            self.in_pool += 1
+            self.done(client)
 
     def in_thread(self, client: Connection) -> None:
         try:
             client.retry(self.patient())
-        except Exception as e:  # a fault of ours: this client's connection ends, the others go on
+        except BaseException as e:  # a fault of ours: this client's connection ends, the others go on
             self.loop.call_soon_threadsafe(self.failed, client, e)
             return
         self.loop.call_soon_threadsafe(self.done, client)
@@ -299,13 +315,19 @@ class Server:
 
     def done(self, client: Connection) -> None:
         self.in_pool -= 1
+        if client.lost:
+            self.closed(client)  # what the command has entered it for since
+        self.go_on(client)
+
+    def go_on(self, client: Connection) -> None:
+        """Its command is over."""
         if client in self.paused:
             self.paused.discard(client)
-            if not client.closing:
+            if not client.closing and not client.full:
                 client.transport.resume_reading()
         client.resume()
 
-    def failed(self, client: Connection, error: Exception) -> None:
+    def failed(self, client: Connection, error: BaseException) -> None:
         self.in_pool -= 1
         self.loop.call_exception_handler({"message": f"a command of {client.address} failed", "exception": error})
         client.drop()
@@ -324,12 +346,9 @@ class Server:
             if self.ended:
                 return
             while self.waiting:
-                end = self.waiting[-1][0]
-                durable = self.cache.wait_durable(end)
-                group = []
-                while self.waiting and self.waiting[0][0] <= end:
-                    group.append(self.waiting.popleft())
-                self.loop.call_soon_threadsafe(self.let_go, group, durable)
+                taken = [self.waiting.popleft() for _ in range(len(self.waiting))]
+                durable = self.cache.wait_durable(max(end for end, _ in taken))
+                self.loop.call_soon_threadsafe(self.let_go, taken, durable)
 
     def let_go(self, group: list[tuple[int, Connection]], durable: bool) -> None:
         for end, client in group:

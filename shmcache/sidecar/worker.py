@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import json
 import os
@@ -15,16 +16,6 @@ from typing import Any
 
 from shmcache.sidecar import server as server_module
 from shmcache.sidecar.server import Server
-
-
-def run(coroutine: Any) -> None:
-    """In uvloop's loop, if it is there."""
-    try:
-        import uvloop
-    except ImportError:
-        asyncio.run(coroutine)
-    else:
-        uvloop.run(coroutine)
 
 
 async def serve(options: dict[str, Any], ready: Callable[[], None]) -> None:
@@ -69,10 +60,16 @@ def main() -> int:
     options = json.loads(sys.argv[1])
 
     def ready() -> None:
-        os.write(options["ready_fd"], b"r")
+        with contextlib.suppress(BrokenPipeError):  # nobody waits for one that was started again
+            os.write(options["ready_fd"], b"r")
         os.close(options["ready_fd"])
 
-    run(serve(options, ready))
+    try:
+        import uvloop
+    except ImportError:
+        print('shmcache: serve needs uvloop: pip install "shmcache[serve]"', file=sys.stderr)
+        return 1
+    uvloop.run(serve(options, ready))
     return 0
 
 

@@ -24,6 +24,22 @@ class Link:
         pass
 
 
+class Pipe:
+    """A transport that keeps what is written."""
+
+    def __init__(self):
+        self.data = b""
+
+    def write(self, data):
+        self.data += data
+
+    def get_write_buffer_size(self):
+        return 0
+
+    def close(self):
+        pass
+
+
 class Stub:
     """As much of a Server as commands ask for."""
 
@@ -34,13 +50,17 @@ class Stub:
         self.executor = _resp.Executor(cache, commands.table())
         self.executor.slow = lambda *_: None
         self.link = Link()
+        self.began = 0
+        self.deferred = []
+        self.executor.defer = lambda client: self.deferred.append(client) or True
         self.subscribers, self.pattern_subscribers, self.monitors, self.clients = {}, {}, {}, {}
 
 
 class Client(_resp.Client):
     def __init__(self, executor, server):
         self.server = server
-        self.queue, self.broken, self.watching = [], False, {}
+        self.transport = Pipe()
+        self.queue, self.queue_bytes, self.broken, self.watching = [], 0, False, {}
         self.channels, self.patterns = {}, {}
         self.id, self.name, self.user, self.monitoring, self.retried_by_pause = 1, b"", "default", False, None
 
@@ -56,17 +76,22 @@ class Client(_resp.Client):
 def stub(make):
     cache = make("16M")
     stub = Stub(cache)
-    stub.executor.defer = lambda client: patient(stub, client)
     yield stub
     del stub.executor
 
 
-def patient(stub, client):
-    """As the pool's thread and the loop do it, one after the other."""
-    with shmcache.attach(stub.cache.name) as handle:
-        executor = _resp.Executor(handle, commands.table(), impatient=False)
-        client.retry(executor)
-        client.resume()
+def feed(stub, client, data):
+    """As the loop does it, and the pool's thread, one after the other: all that was answered so far."""
+    client.feed(data)
+    while stub.deferred:
+        assert stub.deferred.pop() is client
+        with shmcache.attach(stub.cache.name) as handle:
+            executor = _resp.Executor(handle, commands.table(), impatient=False)
+            assert client.retry(executor)
+            client.resume()
+            del executor
+    client.flush()
+    return client.transport.data
 
 
 def client_of(stub):
@@ -77,10 +102,8 @@ def say(*words):
     return b"*%d\r\n" % len(words) + b"".join(b"$%d\r\n%b\r\n" % (len(w), w) for w in (w if isinstance(w, bytes) else str(w).encode() for w in words))
 
 
-def answer(stub, data, client=None):
-    client = client or client_of(stub)
-    client.feed(data)
-    return client.take()
+def answer(stub, data):
+    return feed(stub, client_of(stub), data)
 
 
 CONVERSATION = b"".join(
@@ -97,13 +120,12 @@ def test_pieces_of_any_size_are_answered_alike(stub):
     assert whole.count(b"+QUEUED") == 2 and whole.endswith(b":4\r\n$2\r\nA\n\r\n")
     for at in range(len(CONVERSATION)):
         client = client_of(stub)
-        client.feed(CONVERSATION[:at])
-        client.feed(CONVERSATION[at:])
-        assert client.take() == whole, at
+        feed(stub, client, CONVERSATION[:at])
+        assert feed(stub, client, CONVERSATION[at:]) == whole, at
     client = client_of(stub)
     for byte in CONVERSATION:
-        client.feed(bytes([byte]))
-    assert client.take() == whole
+        feed(stub, client, bytes([byte]))
+    assert client.transport.data == whole
 
 
 @pytest.mark.parametrize(
@@ -124,11 +146,10 @@ def test_pieces_of_any_size_are_answered_alike(stub):
 )
 def test_what_is_not_the_protocol_ends_the_connection(stub, sent, error):
     client = client_of(stub)
-    client.feed(say("PING") + sent)
-    assert client.take() == b"+PONG\r\n-ERR Protocol error: " + error + b"\r\n"
+    said = b"+PONG\r\n-ERR Protocol error: " + error + b"\r\n"
+    assert feed(stub, client, say("PING") + sent) == said
     assert client.closing
-    client.feed(say("PING"))
-    assert client.take() == b""
+    assert feed(stub, client, say("PING")) == said
 
 
 def test_before_it_has_authenticated_a_client_sends_little(stub):
@@ -136,6 +157,37 @@ def test_before_it_has_authenticated_a_client_sends_little(stub):
     assert answer(stub, say("GET", "a")) == b"-NOAUTH Authentication required.\r\n"
     assert b"unauthenticated multibulk length" in answer(stub, b"*11\r\n")
     assert b"unauthenticated bulk length" in answer(stub, b"*1\r\n$20000\r\n")
+
+
+def test_a_slow_command_of_many_arguments_is_told_as_it_was(stub):
+    """What it needed of memory is given back behind the slow log's look at it."""
+    told = []
+    stub.executor.timed, stub.executor.slower_than_ns, stub.executor.slow = True, 0, lambda client, words, ns: told.append(words)
+    words = [b"MSET", *(b"%d" % (i // 2) for i in range(100_000))]
+    assert answer(stub, say(*words) + say("PING")) == b"+OK\r\n+PONG\r\n"
+    assert told == [words, [b"PING"]]
+    told.clear()
+    answer(stub, say("MULTI") + say("SET", "a", "b") + say("EXEC"))
+    assert [words[0].upper() for words in told if len(words) == 1] == [b"MULTI", b"EXEC"]
+
+
+def test_replies_that_a_client_does_not_want(stub):
+    said = say("CLIENT", "REPLY", "OFF") + say("KEYS", "*") + say("FOO") + say("GET") + say("SET", "a", "1") + say("CLIENT", "REPLY", "ON")
+    assert answer(stub, said + say("PING")) == b"+OK\r\n+PONG\r\n"
+    assert answer(stub, say("CLIENT", "REPLY", "SKIP") + say("KEYS", "*") + say("PING")) == b"+PONG\r\n"
+    assert answer(stub, say("CLIENT", "REPLY", "SKIP") + say("FOO") + say("PING")) == b"+PONG\r\n"
+
+
+@pytest.mark.parametrize(
+    "words", [("SCAN", 2**64 - 1), ("SCAN", 0, "COUNT", 2**63 - 1), ("SCAN", "9" * 5000), ("CLIENT", "PAUSE", 2**63 - 1), ("SETRANGE", "a", 2**62, "x")]
+)
+def test_numbers_at_their_ends(stub, words):
+    assert answer(stub, say(*words) + say("PING")).endswith(b"+PONG\r\n")
+
+
+def test_nothing_is_injected_into_an_error(stub):
+    said = answer(stub, say("MULTI") + say("CLIENT", "x\r\n+INJECTED") + say("DISCARD"))
+    assert said.count(b"\r\n") == 3
 
 
 words = st.binary(max_size=12) | st.sampled_from(
@@ -153,13 +205,11 @@ def test_requests_of_any_content(requests, data):
     with shmcache.create(name, "8M") as cache:
         try:
             stub = Stub(cache)
-            stub.executor.defer = lambda client: patient(stub, client)
             sent = b"".join(say(name, *arguments) for name, arguments in requests)
             at = data.draw(st.integers(0, len(sent)))
             client = client_of(stub)
-            client.feed(sent[:at])
-            client.feed(sent[at:])
-            assert (client.take() != b"") == bool(requests)
+            feed(stub, client, sent[:at])
+            assert (feed(stub, client, sent[at:]) != b"") == bool(requests)
             assert cache.verify() == []
             del client
             del stub.executor
@@ -176,8 +226,8 @@ def test_bytes_of_any_kind(data):
             stub = Stub(cache)
             whole, client = answer(stub, b"".join(data)), client_of(stub)
             for piece in data:
-                client.feed(piece)
-            assert client.take() == whole
+                feed(stub, client, piece)
+            assert client.transport.data == whole
             del client
             del stub.executor
         finally:
