@@ -8,6 +8,7 @@
 The files, in reading order (arrows point down only; tests/unit/test_layers.py holds it):
 
     cli.py        shmcache, shmcache-admin                           -> everything below
+    sidecar/      the same bytes over the Redis protocol             -> cache, core
     supervisor/   eviction ahead of demand, expiry, snapshots, dump  -> cache, core
     cache.py      Cache, create, attach, open                        -> codec, segment, core
     flight.py     get_or_set, memoize, lock: computed once per host     -> core by cache
@@ -15,7 +16,8 @@ The files, in reading order (arrows point down only; tests/unit/test_layers.py h
     codec.py      values that are not bytes, str or int              -> errors
     segment.py    the shared memory object, geometry, numpy views    -> core
     core/         layout -> atomics, siphash -> token -> lock -> ring -> slab -> bucket -> big -> settle -> clock -> table
-                  _core.pyx the edge to Python, _sweep.pyx verify and settling, _stream.pyx items as records
+                  _core.pyx the edge to Python, _sweep.pyx verify and settling, _stream.pyx items as records,
+                  _resp.pyx the Redis protocol
     errors.py     every exception
 """
 

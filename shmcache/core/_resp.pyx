@@ -261,6 +261,10 @@ cdef class Executor:
     def __getbuffer__(self, Py_buffer* view, int flags):
         PyBuffer_FillInfo(view, self, self.read_buffer, READ_BYTES, False, flags)
 
+    def __len__(self):
+        """Of the read buffer: what TLS asks for."""
+        return READ_BYTES
+
     cdef inline void clock(self) noexcept:
         cdef int64_t offset = <int64_t>wall_ms() - <int64_t>now_ms(self.s)
         if offset - self.offset > 1 or offset - self.offset < -1:
