@@ -1653,7 +1653,7 @@ cdef class Client:
             return self.integer((left + 500) // 1000)
         if kind == C_PTTL:
             return self.integer(left)
-        return self.integer((at + 500) // 1000 if kind == C_EXPIRETIME else at)
+        return self.integer(at // 1000 + (at % 1000 >= 500) if kind == C_EXPIRETIME else at)
 
     cdef int expire(self, int kind) except -1:
         cdef Executor ex = self.ex

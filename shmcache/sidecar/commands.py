@@ -685,8 +685,6 @@ def lcs(client: Connection, arguments: list[bytes]) -> bytes:
 def bit_range(value: bytes, first: int, last: int, in_bits: bool) -> tuple[int, int]:
     """(first, last) bit, clamped as Redis does; first > last: none."""
     total = len(value) * 8 if in_bits else len(value)
-    if first < 0 and last < 0 and first > last:
-        return 1, 0
     first = max(0, first + total) if first < 0 else first
     last = max(0, last + total) if last < 0 else last
     last = min(last, total - 1)
