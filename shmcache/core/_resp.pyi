@@ -63,6 +63,7 @@ class Client:
     commands: int
     bytes_in: int
     last_ms: int
+    reading: int
     last_command: int
     retried: list[bytes] | None
     in_pool: bool

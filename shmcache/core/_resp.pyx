@@ -3,7 +3,7 @@
 
 A read's bytes go once through Client.feed(): each command that is whole is executed where it stands, its arguments pointers into the
 read buffer, its reply appended to one output buffer, which is sent at the end. What Redis' users call often is compiled here; the rest
-(COMMANDS, kind PYTHON) is called with bytes objects, sidecar/commands.py.
+(COMMANDS, kind PYTHON) is called with bytes objects, sidecar/commands/.
 
 Rules
 - nothing that a client sends is believed: lengths are clamped before they are used, no buffer grows beyond its limit
@@ -145,8 +145,9 @@ cdef enum:
     F_IN_MULTI = 2      # executed at once inside MULTI, not queued
     F_IN_PUBSUB = 4     # allowed on a RESP2 connection that has subscriptions
     F_WRITE = 8
+    F_PUSHES = 32       # what it sends are pushes: not held back by CLIENT REPLY OFF
     F_FREE = 16         # also while the connection is being asked nothing else (CLIENT REPLY, RESET, QUIT)
-FLAGS = {"no_auth": F_NOAUTH, "in_multi": F_IN_MULTI, "in_pubsub": F_IN_PUBSUB, "write": F_WRITE, "free": F_FREE}
+FLAGS = {"no_auth": F_NOAUTH, "in_multi": F_IN_MULTI, "in_pubsub": F_IN_PUBSUB, "write": F_WRITE, "free": F_FREE, "pushes": F_PUSHES}
 
 ctypedef struct name_t:
     char name[NAME_MAX]
@@ -695,6 +696,7 @@ cdef class Client:
     cdef public bint closing            # after what is in `out`
     cdef public bint in_multi
     cdef public bint in_pubsub
+    cdef bint pushing                   # the command being executed sends pushes
     cdef public bint silent             # CLIENT REPLY OFF
     cdef public int skip                # CLIENT REPLY SKIP: replies of so many commands are dropped
     cdef public object transport
@@ -703,6 +705,7 @@ cdef class Client:
     cdef public bint full               # so much that nothing more is executed till it is gone
     cdef public uint64_t commands
     cdef public uint64_t bytes_in
+    cdef readonly uint64_t reading      # bytes of the last read
     cdef public int64_t last_ms         # of the segment's clock, when it last sent something
     cdef public int last_command        # index of it
     cdef public list retried            # arguments of the command that the pool runs
@@ -737,6 +740,7 @@ cdef class Client:
         self.home.bytes_in += n
         self.bytes_in += n
         self.last_ms = self.home.tick_ms
+        self.reading = n
         if self.n_pending == 0 and not self.blocked:
             self.run(self.home.read_buffer, n)
         else:
@@ -1104,8 +1108,9 @@ cdef class Client:
         self.commands += 1
         self.ex.commands += 1
         self.carry = self.carry_at = 0
+        self.pushing = False
         self.answer()
-        if unlikely(self.silent or self.skip) and not self.in_pool:
+        if unlikely(self.silent or self.skip) and not self.in_pool and not self.pushing:
             self.hush(out)
         return 0
 
@@ -1131,6 +1136,7 @@ cdef class Client:
                 return 0
         if ex.timed:
             began = mono_ns()
+        self.pushing = command.flags & F_PUSHES
         self.perform(command)
         if began and unlikely(mono_ns() - began >= ex.slower_than_ns) and not self.blocked and not command.flags & F_NOAUTH:
             # argc is 0 if other commands were part of it

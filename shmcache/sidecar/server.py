@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any
 
 from shmcache import cache as cache_module
 from shmcache.core import _resp
-from shmcache.sidecar import bus, replies
-from shmcache.sidecar import commands as command_table
+from shmcache.sidecar import bus, commands, replies
+from shmcache.sidecar.commands import connection, pubsub, transactions
 
 if TYPE_CHECKING:
     from shmcache.cache import Cache
@@ -105,13 +105,13 @@ class Connection(_resp.Client):
 
     def refused(self, text: bytes, name: str) -> bytes:
         if name == "exec":
-            command_table.discard_transaction(self)
+            transactions.discard_transaction(self)
             return b"EXECABORT Transaction discarded because of: " + text.removeprefix(b"ERR ")
         self.broken = self.broken or self.in_multi
         return text
 
     def before(self, name: str, flags: int, arguments: list[bytes]) -> bool:
-        return command_table.before(self, name, flags, arguments)
+        return transactions.before(self, name, flags, arguments)
 
     def unsent(self) -> int:
         """Bytes that wait to be sent."""
@@ -130,13 +130,13 @@ class Server:
     def __init__(self, name: str, settings: dict[str, str] | None = None, *, worker: int = 0, of_workers: int = 1) -> None:
         self.name = name
         self.worker, self.of_workers = worker, of_workers
-        self.settings = {**command_table.SETTINGS, **(settings or {})}
+        self.settings = {**commands.SETTINGS, **(settings or {})}
         self.cache = cache_module.attach(name)
         if "maxmemory" not in (settings or {}):
             self.settings["maxmemory"] = str(int(self.cache.segment.header["size_bytes"]))
         self.settings["proto-max-bulk-len"] = str(int(self.cache.segment.header["max_value_bytes"]))
         self.handles: list[Cache] = [self.cache]
-        self.commands = command_table.table()
+        self.commands = commands.table()
         self.executor = _resp.Executor(self.cache, self.commands)
         self.executor.locked = bool(self.settings["requirepass"])
         self.executor.defer = self.defer
@@ -227,7 +227,7 @@ class Server:
                 ):
                     client.drop()
         if self.executor.paused_until and self.executor.paused_until <= clock * 1000:
-            command_table.unpause(self)
+            connection.unpause(self)
 
     # -- connections
 
@@ -261,10 +261,10 @@ class Server:
     def closed(self, client: Connection) -> None:
         self.clients.pop(client.id, None)
         self.paused.discard(client)
-        command_table.forget(client)
+        pubsub.forget(client)
 
     def deliver(self, channel: bytes, message: bytes) -> int:
-        return command_table.deliver(self, channel, message)
+        return pubsub.deliver(self, channel, message)
 
     def configure(self, changes: dict[str, str]) -> None:
         """CONFIG SET of what was checked."""
@@ -284,7 +284,7 @@ class Server:
         if self.in_pool >= int(self.settings["maxclients"]):
             return False
         self.in_pool += 1
-        if command_table.is_of_loop(client):
+        if commands.is_of_loop(client):
             self.loop.call_later(AGAIN, self.again, client)
         else:
             self.pool.submit(self.in_thread, client)

@@ -69,7 +69,7 @@ class Client(_resp.Client):
         return text
 
     def before(self, name, flags, arguments):
-        return commands.before(self, name, flags, arguments)
+        return commands.transactions.before(self, name, flags, arguments)
 
 
 @pytest.fixture
@@ -299,4 +299,4 @@ def test_the_longest_common_subsequence(a, b):
     ],
 )
 def test_what_redis_7_has_dumped_is_restored(payload, value):
-    assert commands.undumped(bytes.fromhex(payload)) == value
+    assert commands.keys.undumped(bytes.fromhex(payload)) == value

@@ -1,0 +1,10 @@
+"""The commands that Python implements, by what they are about; table.py has them all, with those that are compiled.
+
+    table.py        names, arity, flags, where the keys are; errors
+    connection.py   transactions.py   keys.py   strings.py   bits.py   pubsub.py   server.py
+"""
+
+from shmcache.sidecar.commands import bits, connection, keys, pubsub, server, strings, transactions  # each enters its commands
+from shmcache.sidecar.commands.table import SETTINGS, TABLE, is_of_loop, table
+
+__all__ = ["SETTINGS", "TABLE", "bits", "connection", "is_of_loop", "keys", "pubsub", "server", "strings", "table", "transactions"]

@@ -1,0 +1,267 @@
+"""Commands about the connection: SELECT, AUTH, HELLO, RESET, QUIT, CLIENT."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from shmcache.core import _resp
+from shmcache.sidecar import replies
+from shmcache.sidecar.commands.pubsub import forget
+from shmcache.sidecar.commands.table import (
+    DATABASES,
+    FREE,
+    IN_MULTI,
+    IN_PUBSUB,
+    NO_AUTH,
+    REDIS_VERSION,
+    SYNTAX,
+    Error,
+    command,
+    container,
+    integer_of,
+    shown,
+)
+from shmcache.sidecar.commands.transactions import discard_transaction
+from shmcache.sidecar.replies import OK, bulk, integer, nil
+
+if TYPE_CHECKING:
+    from shmcache.sidecar.server import Connection, Server
+
+@command("select", 2, 0, group="connection")
+def select(client: Connection, arguments: list[bytes]) -> bytes:
+    if integer_of(arguments[0]) not in range(DATABASES):
+        raise Error("ERR DB index is out of range")
+    return OK
+
+
+def authenticate(client: Connection, user: bytes, password: bytes) -> None:
+    server = client.server
+    if user != b"default" or not server.password_is(password):
+        raise Error("WRONGPASS invalid username-password pair or user is disabled.")
+    client.authenticated = True
+    client.user = "default"
+
+
+@command("auth", -2, NO_AUTH | FREE, group="connection")
+def auth(client: Connection, arguments: list[bytes]) -> bytes:
+    if len(arguments) > 2:
+        raise Error(SYNTAX)
+    if len(arguments) == 1 and not client.server.settings["requirepass"]:
+        raise Error(
+            "ERR AUTH <password> called without any password configured for the default user. Are you sure your configuration is correct?"
+        )
+    user, password = (b"default", arguments[0]) if len(arguments) == 1 else (arguments[0], arguments[1])
+    if client.server.settings["requirepass"] or user != b"default":
+        authenticate(client, user, password)
+    return OK
+
+
+@command("hello", -1, NO_AUTH, group="connection")
+def hello(client: Connection, arguments: list[bytes]) -> bytes:
+    protocol, name = client.protocol, None
+    rest = list(arguments)
+    if rest:
+        n = _resp.number(rest.pop(0))
+        if n is None:
+            raise Error("ERR Protocol version is not an integer or out of range")
+        if n not in (2, 3):
+            raise Error("NOPROTO unsupported protocol version")
+        protocol = n
+    credentials = None
+    while rest:
+        said = rest.pop(0)
+        word = said.lower()
+        if word == b"auth" and len(rest) >= 2:
+            credentials = rest.pop(0), rest.pop(0)
+        elif word == b"setname" and rest:
+            name = checked_name(rest.pop(0))
+        else:
+            raise Error("ERR Syntax error in HELLO option '" + shown(said) + "'")
+    if credentials and (client.server.settings["requirepass"] or credentials[0] != b"default"):
+        authenticate(client, *credentials)
+    if not client.authenticated:
+        raise Error(
+            "NOAUTH HELLO must be called with the client already authenticated, otherwise the HELLO <proto> AUTH <user> <pass> option can "
+            "be used to authenticate the client and select the RESP protocol version at the same time"
+        )
+    if name is not None:
+        client.name = name
+    client.protocol = protocol
+    return replies.of(
+        {
+            "server": "redis", "version": REDIS_VERSION, "proto": protocol, "id": client.id, "mode": "standalone", "role": "master",
+            "modules": [],
+        }, protocol,
+    )  # fmt: skip
+
+
+def checked_name(name: bytes, error: str = "ERR Client names cannot contain spaces, newlines or special characters.") -> bytes:
+    if any(not 33 <= c <= 126 for c in name):
+        raise Error(error)
+    return name
+
+
+@command("reset", 1, NO_AUTH | IN_MULTI | IN_PUBSUB | FREE, group="connection")
+def reset(client: Connection, arguments: list[bytes]) -> bytes:
+    forget(client)
+    discard_transaction(client)
+    client.name, client.protocol, client.user = b"", 2, "default"
+    client.silent, client.skip, client.no_evict = False, 0, False
+    client.authenticated = not client.server.settings["requirepass"]
+    return replies.simple("RESET")
+
+
+@command("quit", -1, NO_AUTH | IN_MULTI | IN_PUBSUB | FREE, group="connection")
+def quit_(client: Connection, arguments: list[bytes]) -> bytes:
+    client.closing = True
+    return OK
+
+
+def info_line(client: Connection, asked_by: Connection, word: bytes) -> str:
+    now = time.time()
+    flags = ("O" if client.monitoring else "") + ("P" if client.in_pubsub else "") + ("x" if client.in_multi else "")
+    flags += ("U" if client.address.startswith("/") else "") + ("b" if client.blocked else "") + ("e" if client.no_evict else "")
+    waiting, unsent = client.buffered
+    command_name = client.home.names[client.last_command][0] if client.last_command >= 0 else "NULL"
+    if client is asked_by:
+        waiting, command_name = client.reading, f"client|{word.decode()}"
+    return (
+        f"id={client.id} addr={client.address} laddr={client.local_address} fd={client.fd} name={client.name.decode('latin-1')} "
+        f"age={int(now - client.began)} idle={client.idle_ms // 1000} flags={flags or 'N'} db=0 sub={len(client.channels)} "
+        f"psub={len(client.patterns)} ssub=0 multi={len(client.queue) if client.in_multi else -1} qbuf={waiting} qbuf-free=0 argv-mem=0 "
+        f"multi-mem=0 rbs=0 rbp=0 obl={unsent} oll=0 omem=0 tot-mem={client.memory} events=r cmd={command_name} user={client.user} "
+        f"redir=-1 resp={client.protocol}"
+    )
+
+
+@command("client", -2, FREE, group="connection")
+@container
+def client_(client: Connection, arguments: list[bytes]) -> bytes | None:
+    word, rest = arguments[0].lower(), arguments[1:]
+    server = client.server
+    if word == b"id" and not rest:
+        return integer(client.id)
+    if word == b"info" and not rest:
+        return replies.verbatim(info_line(client, client, word) + "\n", client.protocol)
+    if word == b"getname" and not rest:
+        return bulk(client.name) if client.name else nil(client.protocol)
+    if word == b"setname" and len(rest) == 1:
+        client.name = checked_name(rest[0])
+        return OK
+    if word == b"setinfo" and len(rest) == 2:
+        attribute = rest[0].lower()
+        if attribute not in (b"lib-name", b"lib-ver"):
+            raise Error("ERR Unrecognized option '" + shown(rest[0]) + "'")
+        name = checked_name(rest[1], f"ERR {attribute.decode()} cannot contain spaces, newlines or special characters.")
+        setattr(client, attribute.decode().replace("-", "_"), name)
+        return OK
+    if word == b"list":
+        return replies.verbatim("".join(info_line(c, client, word) + "\n" for c in listed(client, rest)), client.protocol)
+    if word == b"kill" and rest:
+        return kill(client, rest)
+    if word == b"no-evict" and len(rest) == 1 and rest[0].lower() in (b"on", b"off"):
+        client.no_evict = rest[0].lower() == b"on"
+        return OK
+    if word == b"reply" and len(rest) == 1 and rest[0].lower() in (b"on", b"off", b"skip"):
+        how = rest[0].lower()
+        client.silent = how == b"off"
+        client.skip = 0
+        if how == b"skip" and not client.silent:
+            client.skip = 2  # this one, which replies nothing, and the next
+        return OK if how == b"on" else None
+    if word == b"pause" and len(rest) in (1, 2):
+        ms = _resp.number(rest[0])
+        if ms is None or not 0 <= ms < 1 << 50:
+            raise Error("ERR timeout is negative" if ms is not None and ms < 0 else "ERR timeout is not an integer or out of range")
+        if len(rest) == 2 and rest[1].lower() not in (b"write", b"all"):
+            raise Error("ERR CLIENT PAUSE mode must be WRITE or ALL")
+        server.executor.paused_writes_only = len(rest) == 2 and rest[1].lower() == b"write"
+        server.executor.paused_until = int(time.monotonic() * 1000) + ms
+        return OK
+    if word == b"unpause" and not rest:
+        unpause(server)
+        return OK
+    raise Error(SYNTAX)
+
+
+def listed(client: Connection, rest: list[bytes]) -> Iterator[Connection]:
+    clients = list(client.server.clients.values())
+    if not rest:
+        return iter(clients)
+    if len(rest) == 2 and rest[0].lower() == b"type":
+        return (c for c in clients if is_of_type(c, rest[1]))
+    if len(rest) >= 2 and rest[0].lower() == b"id":
+        ids = {integer_of(word, "ERR Invalid client ID") for word in rest[1:]}
+        return (c for c in clients if c.id in ids)
+    raise Error(SYNTAX)
+
+
+def is_of_type(client: Connection, kind: bytes) -> bool:
+    kind = kind.lower()
+    if kind not in (b"normal", b"pubsub", b"master", b"replica", b"slave"):
+        raise Error(f"ERR Unknown client type '{kind.decode('utf-8', 'surrogateescape')}'")
+    return kind == (b"pubsub" if client.in_pubsub else b"normal")
+
+
+def kill(client: Connection, rest: list[bytes]) -> bytes:
+    clients = list(client.server.clients.values())
+    if len(rest) == 1:
+        found = [c for c in clients if c.address.encode() == rest[0]]
+        if not found:
+            raise Error("ERR No such client")
+        end(client, found)
+        return OK
+    if len(rest) % 2:
+        raise Error(SYNTAX)
+    skip_me = True
+    for word, value in zip(rest[::2], rest[1::2], strict=True):
+        word = word.lower()
+        if word == b"id":
+            number = _resp.number(value)
+            if number is None or number < 1:
+                raise Error("ERR client-id should be greater than 0")
+            clients = [c for c in clients if c.id == number]
+        elif word == b"addr":
+            clients = [c for c in clients if c.address.encode() == value]
+        elif word == b"laddr":
+            clients = [c for c in clients if c.local_address.encode() == value]
+        elif word == b"type":
+            clients = [c for c in clients if is_of_type(c, value)]
+        elif word == b"user":
+            if value != b"default":
+                raise Error(f"ERR No such user '{value.decode('utf-8', 'surrogateescape')}'")
+        elif word == b"skipme" and value.lower() in (b"yes", b"no"):
+            skip_me = value.lower() == b"yes"
+        else:
+            raise Error(SYNTAX)
+    clients = [c for c in clients if c is not client or not skip_me]
+    end(client, clients)
+    return integer(len(clients))
+
+
+def end(client: Connection, clients: Iterable[Connection]) -> None:
+    for c in clients:
+        if c is client:
+            c.closing = True  # after the reply
+        else:
+            c.drop()
+
+
+def unpause(server: Server) -> None:
+    server.executor.paused_until = 0
+    for client in list(server.clients.values()):
+        if client.retried_by_pause is not None:
+            server.loop.call_soon(go_on, server, client)
+
+
+def go_on(server: Server, client: Connection) -> None:
+    """Run what a pause has kept. For itself: not within another client's command."""
+    arguments, client.retried_by_pause = client.retried_by_pause, None
+    if arguments is None or client.lost:
+        return
+    client.blocked = False
+    client.call(arguments)
+    if not client.blocked:
+        server.go_on(client)

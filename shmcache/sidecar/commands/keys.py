@@ -1,0 +1,332 @@
+"""Commands on several keys, on all, and on one that is looked at or moved."""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING
+
+from shmcache.core import _resp
+from shmcache.core._resp import matches
+from shmcache.sidecar import replies
+from shmcache.sidecar.commands.table import ONE, RAW, SCAN_BUCKETS, SYNTAX, WRITE, Error, command, container, in_pool, integer_of
+from shmcache.sidecar.commands.transactions import all_of
+from shmcache.sidecar.replies import OK, array, bulk, integer, nil
+
+if TYPE_CHECKING:
+    from shmcache.sidecar.server import Connection
+
+@command("msetnx", -3, WRITE, (1, -1, 2), group="string")
+def msetnx(client: Connection, arguments: list[bytes]) -> bytes:
+    if len(arguments) % 2:
+        raise Error("ERR wrong number of arguments for 'msetnx' command")
+    ex = client.ex
+    with all_of(client, arguments[::2]):
+        if any(ex.version(key) for key in arguments[::2]):
+            return integer(0)
+        for key, value in zip(arguments[::2], arguments[1::2], strict=True):
+            ex.write(key, value, 0)
+    return integer(1)
+
+
+def rename_to(client: Connection, arguments: list[bytes], only_if_absent: bool) -> int:
+    ex = client.ex
+    old, new = arguments
+    with all_of(client, arguments):
+        found = ex.read(old)
+        if found is None:
+            raise Error("ERR no such key")
+        if old == new:
+            return not only_if_absent
+        if only_if_absent and ex.version(new):
+            return 0
+        value, _, expires_ms, codec = found
+        ex.write(new, value, expires_ms, codec=codec)
+        ex.remove(old)
+    return 1
+
+
+@command("rename", 3, WRITE, (1, 2, 1))
+def rename(client: Connection, arguments: list[bytes]) -> bytes:
+    rename_to(client, arguments, False)
+    return OK
+
+
+@command("renamenx", 3, WRITE, (1, 2, 1))
+def renamenx(client: Connection, arguments: list[bytes]) -> bytes:
+    return integer(rename_to(client, arguments, True))
+
+
+@command("copy", -3, WRITE, (1, 2, 1))
+def copy(client: Connection, arguments: list[bytes]) -> bytes:
+    ex = client.ex
+    replace, rest = False, arguments[2:]
+    while rest:
+        word = rest.pop(0).lower()
+        if word == b"replace":
+            replace = True
+        elif word == b"db" and rest:
+            if integer_of(rest.pop(0)) != 0:
+                raise Error("ERR DB index is out of range")
+        else:
+            raise Error(SYNTAX)
+    source, to = arguments[:2]
+    if source == to:
+        raise Error("ERR source and destination objects are the same")
+    with all_of(client, [source, to]):
+        found = ex.read(source)
+        if found is None or (ex.version(to) and not replace):
+            return integer(0)
+        value, _, expires_ms, codec = found
+        ex.write(to, value, expires_ms, codec=codec)
+    return integer(1)
+
+
+@command("dbsize", 1, group="server")
+def dbsize(client: Connection, arguments: list[bytes]) -> bytes:
+    return integer(len(client.server.cache))
+
+
+def flush(client: Connection, arguments: list[bytes]) -> bytes:
+    if len(arguments) > 1 or (arguments and arguments[0].lower() not in (b"sync", b"async")):
+        raise Error(SYNTAX)
+    if int(client.server.cache.segment.header["log_policy"]):
+        in_pool(client)
+    client.server.cache.clear()
+    return OK
+
+
+command("flushall", -1, WRITE, group="server")(flush)
+command("flushdb", -1, WRITE, group="server")(flush)
+
+
+@command("keys", 2)
+def keys(client: Connection, arguments: list[bytes]) -> bytes:
+    in_pool(client)
+    pattern, ex = arguments[0], client.ex
+    at, found = 0, []
+    while at < ex.n_buckets:  # in parts: the loop's thread gets its turns
+        at, some = ex.keys(at, at + 1024)
+        found += [bulk(key) for key in some if matches(pattern, key)]
+    return array(found)
+
+
+@command("scan", -2)
+def scan(client: Connection, arguments: list[bytes]) -> bytes:
+    cursor = arguments[0].split(b"\0")[0] or b"0"
+    if len(cursor) > 30 or not (cursor[1:] if cursor[:1] in b"+-" else cursor).isdigit() or abs(int(cursor)) >= 1 << 64:
+        raise Error("ERR invalid cursor")
+    pattern, count, kind = b"*", 10, b"string"
+    rest = arguments[1:]
+    while rest:
+        word = rest.pop(0).lower()
+        if word == b"count" and rest:
+            count = integer_of(rest.pop(0))
+            if count < 1:
+                raise Error(SYNTAX)
+        elif word == b"match" and rest:
+            pattern = rest.pop(0)
+        elif word == b"type" and rest:
+            kind = rest.pop(0).lower()
+        else:
+            raise Error(SYNTAX)
+    if count > 1000:
+        in_pool(client)
+    ex = client.ex
+    at = min(int(cursor) % (1 << 64), ex.n_buckets)
+    at, found = ex.keys(at, at + min(max(10 * count, SCAN_BUCKETS), ex.n_buckets), count)
+    found = [bulk(key) for key in found if kind == b"string" and matches(pattern, key)]
+    return array((bulk(b"%d" % (at if at < ex.n_buckets else 0)), array(found)))
+
+
+@command("randomkey", 1)
+def randomkey(client: Connection, arguments: list[bytes]) -> bytes:
+    ex = client.ex
+    if len(client.server.cache):
+        for _ in range(100):
+            _, found = ex.keys(random.randrange(ex.n_buckets), ex.n_buckets, 1)
+            if found:
+                return bulk(random.choice(found))
+        in_pool(client)
+        _, found = ex.keys(0, ex.n_buckets, 1)
+        if found:
+            return bulk(found[0])
+    return nil(client.protocol)
+
+
+def encoding(value: bytes, codec: int) -> str:
+    if codec & RAW:
+        return "raw"
+    if codec == 2 or (len(value) <= 20 and _resp.number(value) is not None):
+        return "int"
+    return "embstr" if len(value) <= 44 else "raw"
+
+
+@command("object", -2, 0, (2, 2, 1))
+@container
+def object_(client: Connection, arguments: list[bytes]) -> bytes:
+    word = arguments[0].lower()
+    found = client.ex.read(arguments[1])
+    if found is None:
+        return nil(client.protocol)
+    kind = encoding(found[0], found[3])
+    if word == b"encoding":
+        return bulk(kind)
+    if word == b"freq":
+        raise Error(
+            "ERR An LFU maxmemory policy is not selected, access frequency not tracked. Please note that when switching between policies "
+            "at runtime LRU and LFU data will take some time to adjust."
+        )
+    shared = word == b"refcount" and kind == "int" and 0 <= int(found[0]) < 10000  # Redis has one object for each of these numbers
+    return integer(0 if word == b"idletime" else (1 << 31) - 1 if shared else 1)
+
+
+@command("memory", -2, 0, (2, 2, 1), group="server")
+@container
+def memory(client: Connection, arguments: list[bytes]) -> bytes:
+    word = arguments[0].lower()
+    if word == b"usage" and len(arguments) in (2, 4):
+        if len(arguments) == 4 and (arguments[2].lower() != b"samples" or integer_of(arguments[3]) < 0):
+            raise Error(SYNTAX)
+        found = client.ex.read(arguments[1])
+        return nil(client.protocol) if found is None else integer(48 + len(arguments[1]) + len(found[0]) + 10)
+    if word == b"doctor" and len(arguments) == 1:
+        return replies.verbatim("Nothing to say: look at shmcache-admin stats.", client.protocol)
+    if word == b"purge" and len(arguments) == 1:
+        return OK
+    raise Error(SYNTAX)
+
+
+RDB_VERSION = 10
+
+
+@command("dump", 2, 0, ONE)
+def dump(client: Connection, arguments: list[bytes]) -> bytes:
+    found = client.ex.read(arguments[0])
+    if found is None:
+        return nil(client.protocol)
+    value = found[0]
+    n = _resp.number(value) if len(value) <= 11 else None
+    if n is not None and -(1 << 31) <= n < 1 << 31:
+        width = 1 if -128 <= n < 128 else 2 if -(1 << 15) <= n < 1 << 15 else 4
+        body = bytes([0xC0 | (width >> 1)]) + n.to_bytes(width, "little", signed=True)
+    else:
+        body = rdb_length(len(value)) + value
+    payload = b"\0" + body + RDB_VERSION.to_bytes(2, "little")
+    return bulk(payload + _resp.crc64(payload).to_bytes(8, "little"))
+
+
+def rdb_length(n: int) -> bytes:
+    if n < 1 << 6:
+        return bytes([n])
+    if n < 1 << 14:
+        return bytes([0x40 | n >> 8, n & 0xFF])
+    return b"\x80" + n.to_bytes(4, "big") if n < 1 << 32 else b"\x81" + n.to_bytes(8, "big")
+
+
+BAD_PAYLOAD = "ERR DUMP payload version or checksum are wrong"
+BAD_FORMAT = "ERR Bad data format"
+
+
+def undumped(payload: bytes, most: int = 1 << 29) -> bytes:
+    if len(payload) < 10 or int.from_bytes(payload[-10:-8], "little") > RDB_VERSION:
+        raise Error(BAD_PAYLOAD)
+    if _resp.crc64(payload[:-8]) != int.from_bytes(payload[-8:], "little"):
+        raise Error(BAD_PAYLOAD)
+    body = payload  # as Redis reads it: what follows the value is not looked at
+    try:
+        if body[0] != 0:  # not a string
+            raise Error(BAD_FORMAT)
+        kind = body[1] >> 6
+        if kind == 3:
+            how = body[1] & 0x3F
+            if how < 3:
+                width = 1 << how
+                if len(body) < 2 + width:
+                    raise Error(BAD_FORMAT)
+                return b"%d" % int.from_bytes(body[2 : 2 + width], "little", signed=True)
+            if how != 3:
+                raise Error(BAD_FORMAT)
+            packed, at = length_at(body, 2)
+            size, at = length_at(body, at)
+            if size > most:
+                raise Error(BAD_FORMAT)
+            return unpack_lzf(body[at : at + packed], size)
+        size, at = length_at(body, 1)
+        if len(body) < at + size:
+            raise Error(BAD_FORMAT)
+        return body[at : at + size]
+    except IndexError:
+        raise Error(BAD_FORMAT) from None
+
+
+def length_at(body: bytes, at: int) -> tuple[int, int]:
+    kind, low = body[at] >> 6, body[at] & 0x3F
+    if kind == 0:
+        return low, at + 1
+    if kind == 1:
+        return low << 8 | body[at + 1], at + 2
+    width = 4 if body[at] == 0x80 else 8
+    return int.from_bytes(body[at + 1 : at + 1 + width], "big"), at + 1 + width
+
+
+def unpack_lzf(packed: bytes, size: int) -> bytes:
+    """LibLZF's format: a literal run of up to 32 bytes, or a distance back and a length."""
+    out, i = bytearray(), 0
+    if size > 1 << 32:
+        raise Error(BAD_FORMAT)
+    while i < len(packed) and len(out) <= size:
+        control = packed[i]
+        i += 1
+        if control < 32:
+            out += packed[i : i + control + 1]
+            i += control + 1
+            continue
+        n = control >> 5
+        if n == 7:
+            n += packed[i]
+            i += 1
+        start = len(out) - ((control & 0x1F) << 8 | packed[i]) - 1
+        i += 1
+        if start < 0:
+            raise Error(BAD_FORMAT)
+        for k in range(n + 2):
+            out.append(out[start + k])
+    if len(out) != size:
+        raise Error(BAD_FORMAT)
+    return bytes(out)
+
+
+@command("restore", -4, WRITE, ONE)
+def restore(client: Connection, arguments: list[bytes]) -> bytes:
+    key, ttl_text, payload = arguments[:3]
+    replace = absolute = False
+    hint = b""
+    rest = arguments[3:]
+    while rest:
+        word = rest.pop(0).lower()
+        if word == b"replace":
+            replace = True
+        elif word == b"absttl":
+            absolute = True
+        elif word == b"idletime" and rest and hint != b"freq":
+            hint = word
+            if integer_of(rest.pop(0)) < 0:
+                raise Error("ERR Invalid IDLETIME value, must be >= 0")
+        elif word == b"freq" and rest and hint != b"idletime":
+            hint = word
+            if not 0 <= integer_of(rest.pop(0)) <= 255:
+                raise Error("ERR Invalid FREQ value, must be >= 0 and <= 255")
+        else:
+            raise Error(SYNTAX)
+    if not replace and client.ex.version(key):
+        raise Error("BUSYKEY Target key name already exists.")
+    ttl = integer_of(ttl_text)
+    if ttl < 0:
+        raise Error("ERR Invalid TTL value, must be >= 0")
+    if len(payload) > 4096:
+        in_pool(client)
+    value = undumped(payload, int(client.server.settings["proto-max-bulk-len"]))
+    expires_ms = (ttl if absolute else client.ex.now() + ttl) if ttl else 0
+    if not client.ex.write(key, value, expires_ms, absent=not replace):
+        raise Error("BUSYKEY Target key name already exists.")
+    return OK

@@ -1,0 +1,174 @@
+"""Publish and subscribe, and MONITOR."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from shmcache.core._resp import matches
+from shmcache.sidecar import replies
+from shmcache.sidecar.commands.table import IN_PUBSUB, PUSH_LIMIT, PUSHES, SYNTAX, Error, command, container
+from shmcache.sidecar.replies import OK, array, bulk, integer, nil
+
+if TYPE_CHECKING:
+    from shmcache.sidecar.server import Connection, Server
+
+def subscription(client: Connection, kind: str, channel: bytes | None) -> bytes:
+    name = nil(client.protocol) if channel is None else bulk(channel)
+    return replies.push((bulk(kind), name, integer(len(client.channels) + len(client.patterns))), client.protocol)
+
+
+def add_subscription(client: Connection, kind: str, names: list[bytes], pattern: bool) -> None:
+    mine, everybody = of_kind(client, pattern)
+    for name in names:
+        if name not in mine:
+            mine[name] = None
+            everybody.setdefault(name, {})[client] = None
+            client.server.link.subscribed(name, len(everybody[name]), pattern)
+        client.in_pubsub = True
+        client.add(subscription(client, kind, name))
+
+
+def end_subscription(client: Connection, kind: str, names: list[bytes], pattern: bool) -> None:
+    mine, _ = of_kind(client, pattern)
+    names = names or list(mine)
+    for name in names:
+        remove_subscription(client, name, pattern)
+        client.in_pubsub = bool(client.channels or client.patterns)
+        client.add(subscription(client, kind, name))
+    if not names:
+        client.add(subscription(client, kind, None))
+
+
+def remove_subscription(client: Connection, name: bytes, pattern: bool) -> None:
+    mine, everybody = of_kind(client, pattern)
+    if name in mine:
+        del mine[name]
+        del everybody[name][client]
+        client.server.link.subscribed(name, len(everybody[name]), pattern)
+        if not everybody[name]:
+            del everybody[name]
+
+
+def of_kind(client: Connection, pattern: bool) -> tuple[dict[bytes, None], dict[bytes, dict[Connection, None]]]:
+    """(this client's, all clients') channels, or patterns."""
+    server = client.server
+    return (client.patterns, server.pattern_subscribers) if pattern else (client.channels, server.subscribers)
+
+
+@command("subscribe", -2, IN_PUBSUB | PUSHES, group="pubsub")
+def subscribe(client: Connection, arguments: list[bytes]) -> None:
+    add_subscription(client, "subscribe", arguments, False)
+
+
+@command("psubscribe", -2, IN_PUBSUB | PUSHES, group="pubsub")
+def psubscribe(client: Connection, arguments: list[bytes]) -> None:
+    add_subscription(client, "psubscribe", arguments, True)
+
+
+@command("unsubscribe", -1, IN_PUBSUB | PUSHES, group="pubsub")
+def unsubscribe(client: Connection, arguments: list[bytes]) -> None:
+    end_subscription(client, "unsubscribe", arguments, False)
+
+
+@command("punsubscribe", -1, IN_PUBSUB | PUSHES, group="pubsub")
+def punsubscribe(client: Connection, arguments: list[bytes]) -> None:
+    end_subscription(client, "punsubscribe", arguments, True)
+
+
+def deliver(server: Server, channel: bytes, message: bytes, but: Connection | None = None) -> int:
+    """To the subscribers of this process: how many. What `but` gets leaves with its own reply."""
+    n = 0
+    for to in list(server.subscribers.get(channel, ())):
+        send(to, replies.push((bulk(b"message"), bulk(channel), bulk(message)), to.protocol), but)
+        n += 1
+    for pattern, clients in list(server.pattern_subscribers.items()):
+        if matches(pattern, channel):
+            for to in list(clients):
+                send(to, replies.push((bulk(b"pmessage"), bulk(pattern), bulk(channel), bulk(message)), to.protocol), but)
+                n += 1
+    return n
+
+
+def send(to: Connection, data: bytes, but: Connection | None) -> None:
+    """Who does not read what is pushed to him is dropped."""
+    to.push(data)
+    if to is not but:
+        to.flush()
+    if to.unsent() > PUSH_LIMIT:
+        to.drop()
+
+
+@command("publish", 3, group="pubsub")
+def publish(client: Connection, arguments: list[bytes]) -> bytes:
+    channel, message = arguments
+    link, n = client.server.link, deliver(client.server, channel, message, client)
+    elsewhere = [
+        count
+        for channels, patterns in link.elsewhere.values()
+        for count in (channels.get(channel, 0), *(count for pattern, count in patterns.items() if matches(pattern, channel)))
+    ]
+    if any(elsewhere):
+        link.say("publish", channel, message)
+    return integer(n + sum(elsewhere))
+
+
+def all_channels(server: Server) -> dict[bytes, int]:
+    """Subscribers of each, in all processes."""
+    found = {name: len(clients) for name, clients in server.subscribers.items()}
+    for channels, _ in server.link.elsewhere.values():
+        for name, n in channels.items():
+            found[name] = found.get(name, 0) + n
+    return found
+
+
+@command("pubsub", -2, group="pubsub")
+@container
+def pubsub(client: Connection, arguments: list[bytes]) -> bytes:
+    word, rest, server = arguments[0].lower(), arguments[1:], client.server
+    if word == b"channels" and len(rest) <= 1:
+        return array(bulk(c) for c in all_channels(server) if not rest or matches(rest[0], c))
+    if word == b"numsub":
+        numbers = all_channels(server)
+        return array(part for c in rest for part in (bulk(c), integer(numbers.get(c, 0))))
+    if word == b"numpat" and not rest:
+        return integer(len({*server.pattern_subscribers, *(p for _, patterns in server.link.elsewhere.values() for p in patterns)}))
+    if word == b"shardchannels" and len(rest) <= 1:
+        return replies.EMPTY
+    if word == b"shardnumsub":
+        return array(part for c in rest for part in (bulk(c), integer(0)))
+    raise Error(SYNTAX)
+
+
+def forget(client: Connection) -> None:
+    """The connection is gone, or begins anew."""
+    server = client.server
+    for pattern in (False, True):
+        for name in list(of_kind(client, pattern)[0]):
+            remove_subscription(client, name, pattern)
+    client.in_pubsub = False
+    client.watching = {}
+    client.retried_by_pause = None
+    server.monitors.pop(client, None)
+    client.monitoring = False
+    server.executor.watched = bool(server.monitors)
+
+
+@command("monitor", 1, group="server")
+def monitor(client: Connection, arguments: list[bytes]) -> bytes:
+    client.server.monitors[client] = None
+    client.monitoring = True
+    client.server.executor.watched = True
+    return OK
+
+
+def tell_monitors(client: Connection, arguments: list[bytes]) -> None:
+    words = " ".join('"' + "".join(escape(c) for c in word) + '"' for word in arguments)
+    line = f"{time.time():.6f} [0 {client.address}] {words}"
+    for to in list(client.server.monitors):
+        send(to, replies.simple(line), client)
+
+
+def escape(c: int) -> str:
+    special = {34: '\\"', 92: "\\\\", 10: "\\n", 13: "\\r", 9: "\\t", 7: "\\a", 8: "\\b"}
+    return special.get(c) or (chr(c) if 32 <= c < 127 else f"\\x{c:02x}")

@@ -1,0 +1,427 @@
+"""Commands about the server: CONFIG, INFO, COMMAND, snapshots, DEBUG."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import shmcache
+from shmcache.core import _resp
+from shmcache.core._resp import matches
+from shmcache.sidecar import replies
+from shmcache.sidecar.commands.keys import encoding
+from shmcache.sidecar.commands.table import (
+    CHANGEABLE,
+    NO_AUTH,
+    REDIS_VERSION,
+    SYNTAX,
+    TABLE,
+    WRITE,
+    Error,
+    command,
+    container,
+    in_pool,
+    integer_of,
+    keys_in,
+    shown,
+    unknown_subcommand,
+)
+from shmcache.sidecar.replies import OK, array, bulk, integer, map_, nil, nil_array
+
+if TYPE_CHECKING:
+    from shmcache.sidecar.server import Connection, Server
+
+@command("config", -2, group="server")
+@container
+def config(client: Connection, arguments: list[bytes]) -> bytes:
+    word, rest, server = arguments[0].lower(), arguments[1:], client.server
+    if word == b"get" and rest:
+        found = {name: value for name, value in sorted(server.settings.items()) if any(matches(p.lower(), name.encode()) for p in rest)}
+        return map_(((bulk(name), bulk(value)) for name, value in found.items()), client.protocol)
+    if word == b"set" and rest and len(rest) % 2 == 0:
+        changes: dict[str, str] = {}
+        said = [name.lower() for name in rest[::2]]
+        for name_b in said:
+            if said.count(name_b) > 1:
+                raise Error(f"ERR CONFIG SET failed (possibly related to argument '{shown(name_b)}') - duplicate parameter")
+        for name_b, value_b in zip(rest[::2], rest[1::2], strict=True):
+            name, value = name_b.decode("latin-1").lower(), value_b.decode("latin-1")
+            if name not in server.settings:
+                raise Error(f"ERR Unknown option or number of arguments for CONFIG SET - '{name}'")
+            if name not in CHANGEABLE:
+                raise Error(f"ERR CONFIG SET failed (possibly related to argument '{name}') - can't set immutable config")
+            limits = CHANGEABLE[name]
+            if limits is not None:
+                n = _resp.number(value_b)
+                if n is None or not limits[0] <= n <= limits[1]:
+                    raise Error(
+                        f"ERR CONFIG SET failed (possibly related to argument '{name}') - argument must be between {limits[0]} and "
+                        f"{limits[1]} inclusive"
+                    )
+            changes[name] = value
+        server.configure(changes)
+        server.link.say("config", {name: value.encode("latin-1") for name, value in changes.items()})
+        return OK
+    if word == b"resetstat" and not rest:
+        server.reset_stats()
+        return OK
+    if word == b"rewrite" and not rest:
+        raise Error("ERR The server is running without a config file")
+    raise Error(SYNTAX)
+
+
+def info_of(name: str) -> bytes:
+    c = TABLE[name]
+    flags = ["write" if c.flags & WRITE else "readonly", *(["no_auth"] if c.flags & NO_AUTH else [])]
+    categories = [f"@{'write' if c.flags & WRITE else 'read'}", f"@{c.group}"]
+    return array(
+        (
+            bulk(name), integer(c.arity), replies.set_(map(replies.simple, flags), 2), *(integer(n) for n in c.keys),
+            replies.set_(map(replies.simple, categories), 2), replies.EMPTY, replies.EMPTY, replies.EMPTY,
+        )
+    )  # fmt: skip
+
+
+@command("command", -1, group="server")
+@container
+def command_(client: Connection, arguments: list[bytes]) -> bytes:
+    word, rest = (arguments[0].lower(), arguments[1:]) if arguments else (b"info", [])
+    names = list(TABLE)
+    if word == b"count" and not rest:
+        return integer(len(names))
+    if word == b"info":
+        wanted = [w.decode("latin-1").lower() for w in rest] if rest else names
+        return array(info_of(name) if name in TABLE else nil_array(client.protocol) for name in wanted)
+    if word == b"list":
+        if rest and not (len(rest) == 3 and rest[0].lower() == b"filterby"):
+            raise Error(SYNTAX)
+        if rest and rest[1].lower() == b"pattern":
+            names = [name for name in names if matches(rest[2].lower(), name.encode())]
+        elif rest and rest[1].lower() == b"aclcat":
+            group = rest[2].decode("latin-1").lower()
+            names = [n for n in names if group in (TABLE[n].group, "write" if TABLE[n].flags & WRITE else "read")]
+        elif rest and rest[1].lower() == b"module":
+            names = []
+        elif rest:
+            raise Error(SYNTAX)
+        return array(map(bulk, names))
+    if word == b"docs":
+        wanted = [n for w in rest if (n := w.decode("latin-1").lower()) in TABLE] if rest else names
+        return replies.of({n: {"summary": f"As in Redis {REDIS_VERSION}", "group": TABLE[n].group} for n in wanted}, client.protocol)
+    if word in (b"getkeys", b"getkeysandflags") and rest:
+        name = rest[0].decode("latin-1").lower()
+        if name not in TABLE:
+            raise Error("ERR Invalid command specified")
+        arity = TABLE[name].arity
+        if (arity > 0 and len(rest) != arity) or len(rest) < -arity:
+            raise Error("ERR Invalid number of arguments specified for command")
+        found = keys_in(name, rest[1:])
+        if not found:
+            raise Error("ERR The command has no key arguments")
+        if word == b"getkeys":
+            return array(map(bulk, found))
+        access = "RW" if TABLE[name].flags & WRITE else "RO"
+        return array(array((bulk(key), replies.set_([replies.simple(access)], client.protocol))) for key in found)
+    raise Error(SYNTAX)
+
+
+@command("time", 1, group="server")
+def time_(client: Connection, arguments: list[bytes]) -> bytes:
+    us = time.time_ns() // 1000
+    return array((bulk(str(us // 1_000_000)), bulk(str(us % 1_000_000))))
+
+
+@command("lastsave", 1, group="server")
+def lastsave(client: Connection, arguments: list[bytes]) -> bytes:
+    saved = int(client.server.cache.segment.header["snapshot_ms"]) // 1000
+    return integer(saved or int(client.server.began))
+
+
+def snapshot(client: Connection, wait: bool) -> None:
+    """Have the supervisor write one."""
+    from shmcache.core import _sweep
+
+    cache = client.server.cache
+    if not cache.supervisor()["alive"]:
+        raise Error("ERR no supervisor runs that could write a snapshot")
+    if wait:
+        in_pool(client)
+    number = _sweep.ask_for_snapshot(cache)
+    deadline = time.monotonic() + 600
+    while wait and int(cache.segment.header["snapshots_ended"]) < number:
+        if time.monotonic() > deadline or not cache.supervisor()["alive"]:
+            raise Error("ERR the snapshot was not written: look at the supervisor's output")
+        time.sleep(0.02)
+    if wait and int(cache.segment.header["snapshot_failed_ms"]):
+        raise Error("ERR the snapshot was not written: look at the supervisor's output, and whether it has a data directory")
+
+
+@command("save", 1, group="server")
+def save(client: Connection, arguments: list[bytes]) -> bytes:
+    snapshot(client, True)
+    return OK
+
+
+@command("bgsave", -1, group="server")
+def bgsave(client: Connection, arguments: list[bytes]) -> bytes:
+    if len(arguments) > 1 or (arguments and arguments[0].lower() != b"schedule"):
+        raise Error(SYNTAX)
+    snapshot(client, False)
+    return replies.simple("Background saving started")
+
+
+@command("bgrewriteaof", 1, group="server")
+def bgrewriteaof(client: Connection, arguments: list[bytes]) -> bytes:
+    snapshot(client, False)
+    return replies.simple("Background append only file rewriting started")
+
+
+@command("shutdown", -1, group="server")
+def shutdown(client: Connection, arguments: list[bytes]) -> None:
+    words = [a.lower() for a in arguments]
+    if any(w not in (b"nosave", b"save", b"now", b"force", b"abort") for w in words) or (b"save" in words and b"nosave" in words):
+        raise Error(SYNTAX)
+    if b"abort" in words:
+        raise Error("ERR No shutdown in progress.")
+    client.closing = True
+    client.server.on_shutdown()
+
+
+@command("function", -2, group="scripting")
+@container
+def function(client: Connection, arguments: list[bytes]) -> bytes:
+    if arguments[0].lower() == b"flush" and len(arguments) <= 2:
+        return OK
+    raise Error(SYNTAX)
+
+
+@command("wait", 3)
+def wait(client: Connection, arguments: list[bytes]) -> bytes:
+    integer_of(arguments[0])
+    if integer_of(arguments[1], "ERR timeout is not an integer or out of range") < 0:
+        raise Error("ERR timeout is negative")
+    return integer(0)  # replicas: there are none
+
+
+@command("role", 1, group="server")
+def role(client: Connection, arguments: list[bytes]) -> bytes:
+    return array((bulk("master"), integer(0), replies.EMPTY))
+
+
+@command("slowlog", -2, group="server")
+@container
+def slowlog(client: Connection, arguments: list[bytes]) -> bytes:
+    word, server = arguments[0].lower(), client.server
+    if word == b"get" and len(arguments) <= 2:
+        n = integer_of(arguments[1]) if len(arguments) == 2 else 10
+        if n < -1:
+            raise Error("ERR count should be greater than or equal to -1")
+        entries = list(server.slowlog)[: n if n >= 0 else None]
+        return array(
+            array((integer(number), integer(int(when)), integer(us), array(map(bulk, words)), bulk(address), bulk(name)))
+            for number, when, us, words, address, name in entries
+        )
+    if word == b"len" and len(arguments) == 1:
+        return integer(len(server.slowlog))
+    if word == b"reset" and len(arguments) == 1:
+        server.slowlog.clear()
+        return OK
+    raise Error(SYNTAX)
+
+
+@command("latency", -2, group="server")
+@container
+def latency(client: Connection, arguments: list[bytes]) -> bytes:
+    word = arguments[0].lower()
+    if word == b"latest" and len(arguments) == 1:
+        return replies.EMPTY
+    if word == b"history" and len(arguments) == 2:
+        return replies.EMPTY
+    if word == b"reset":
+        return integer(0)
+    if word == b"doctor" and len(arguments) == 1:
+        worst = client.server.worst_lag * 1000
+        return replies.verbatim(f"The event loop's latest tick came {worst:.1f} ms late at worst.", client.protocol)
+    raise Error(SYNTAX)
+
+
+@command("debug", -2, group="server")
+def debug(client: Connection, arguments: list[bytes]) -> bytes:
+    if client.server.settings["enable-debug-command"] != "yes":
+        raise Error("ERR DEBUG command not allowed: start the server with --enable-debug-command")
+    word, rest = arguments[0].lower(), arguments[1:]
+    if word == b"sleep" and len(rest) == 1:
+        in_pool(client)
+        time.sleep(float(rest[0]))
+        return OK
+    if word == b"object" and len(rest) == 1:
+        found = client.ex.read(rest[0])
+        if found is None:
+            raise Error("ERR no such key")
+        return replies.simple(
+            f"Value at:0x0 refcount:1 encoding:{encoding(found[0], found[3])} serializedlength:{len(found[0])} lru:0 lru_seconds_idle:0"
+        )
+    if word == b"protocol" and len(rest) == 1:
+        return protocol_sample(client, rest[0].lower())
+    if word in (b"jmap", b"set-active-expire", b"reload", b"loadaof", b"change-repl-id", b"replybuffer", b"stringmatch-len", b"pause-cron"):
+        return OK
+    raise unknown_subcommand("debug", arguments[0])
+
+
+def protocol_sample(client: Connection, kind: bytes) -> bytes:
+    three = client.protocol == 3
+    samples = {
+        b"string": bulk("Hello World"),
+        b"integer": integer(12345),
+        b"double": b",3.141\r\n" if three else bulk("3.141"),
+        b"null": nil(client.protocol),
+        b"array": array(map(integer, range(3))),
+        b"set": replies.set_(map(integer, range(3)), client.protocol),
+        b"map": map_(((integer(i), (b"#t\r\n" if i == 1 else b"#f\r\n") if three else integer(i == 1)) for i in range(3)), client.protocol),
+        b"attrib": (b"|1\r\n" + bulk("key-popularity") + array((bulk("key:123"), integer(90))) if three else b"")
+        + bulk("Some real reply following the attribute"),
+        b"true": b"#t\r\n" if three else integer(1),
+        b"false": b"#f\r\n" if three else integer(0),
+        b"bignum": b"(1234567999999999999999999999999999999\r\n" if three else bulk("1234567999999999999999999999999999999"),
+        b"verbatim": replies.verbatim("This is a verbatim\nstring", client.protocol),
+    }
+    if kind not in samples:
+        raise Error(
+            "ERR Wrong protocol type name. Please use one of the following: string|integer|double|null|array|set|map|attrib|push|verbatim|"
+            "true|false"
+        )
+    return samples[kind]
+
+
+@command("info", -1, group="server")
+def info(client: Connection, arguments: list[bytes]) -> bytes:
+    wanted = [a.decode("latin-1").lower() for a in arguments] or ["default"]
+    return replies.verbatim("\r\n".join(info_sections(client.server, wanted)), client.protocol)
+
+
+def human(n: float) -> str:
+    for unit_name in ("B", "K", "M", "G"):
+        if n < 1024:
+            return f"{n:.2f}{unit_name}"
+        n /= 1024
+    return f"{n:.2f}T"
+
+
+def info_sections(server: Server, wanted: list[str]) -> Iterator[str]:
+    cache, ex, now = server.cache, server.executor, time.time()
+    counters = cache.counters()
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    size = int(cache.segment.header["size_bytes"])
+    durability = cache.durability()
+    used = size - int(cache.segment.header["pages_n_free"]) * (1 << int(cache.segment.header["page_shift"]))
+    rss = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()  # noqa: SIM115
+    keys_n = len(cache)
+    sections: dict[str, dict[str, Any]] = {
+        "server": {
+            "redis_version": REDIS_VERSION,
+            "shmcache_version": shmcache.__version__,
+            "redis_git_sha1": "00000000",
+            "redis_git_dirty": 0,
+            "redis_mode": "standalone",
+            "os": f"{platform.system()} {platform.release()} {platform.machine()}",
+            "arch_bits": 64,
+            "multiplexing_api": "epoll",
+            "process_id": os.getpid(),
+            "run_id": f"{int(cache.segment.header['created_ms']):040x}",
+            "tcp_port": server.settings["port"],
+            "server_time_usec": int(now * 1e6),
+            "uptime_in_seconds": int(now - server.began),
+            "uptime_in_days": int(now - server.began) // 86400,
+            "hz": 10,
+            "configured_hz": 10,
+            "executable": sys.executable,
+            "config_file": "",
+            "segment": server.name,
+            "worker": server.worker,
+            "workers": server.of_workers,
+        },
+        "clients": {
+            "connected_clients": len(server.clients),
+            "maxclients": server.settings["maxclients"],
+            "blocked_clients": server.in_pool,
+            "pubsub_clients": sum(c.in_pubsub for c in server.clients.values()),
+            "clients_waiting_for_the_disk": len(server.waiting),
+        },
+        "memory": {
+            "used_memory": used,
+            "used_memory_human": human(used),
+            "used_memory_rss": rss,
+            "used_memory_rss_human": human(rss),
+            "used_memory_peak": used,
+            "used_memory_peak_human": human(used),
+            "total_system_memory": os.sysconf("SC_PHYS_PAGES") * resource.getpagesize(),
+            "maxmemory": size,
+            "maxmemory_human": human(size),
+            "maxmemory_policy": server.settings["maxmemory-policy"],
+            "mem_fragmentation_ratio": 1.0,
+            "mem_allocator": "shmcache",
+            "mem_clients_normal": sum(c.memory for c in server.clients.values()),
+        },
+        "persistence": {
+            "loading": int(bool(durability["restoring"])),
+            "rdb_bgsave_in_progress": 0,
+            "rdb_last_save_time": int(cache.segment.header["snapshot_ms"]) // 1000,
+            "rdb_last_bgsave_status": "err" if int(cache.segment.header["snapshot_failed_ms"]) else "ok",
+            "rdb_changes_since_last_save": counters["sets"],
+            "aof_enabled": int(durability["log"] not in (None, "off")),
+            "aof_last_write_status": "err" if durability["log_failed"] else "ok",
+            "log_policy": durability["log"],
+            "log_gaps": durability["log_gaps"],
+        },
+        "stats": {
+            "total_connections_received": server.accepted,
+            "total_commands_processed": ex.commands,
+            "instantaneous_ops_per_sec": server.rate(),
+            "total_net_input_bytes": ex.bytes_in,
+            "total_net_output_bytes": ex.bytes_out,
+            "rejected_connections": server.refused,
+            "expired_keys": counters["expirations"],
+            "evicted_keys": counters["evictions"],
+            "keyspace_hits": counters["hits"],
+            "keyspace_misses": counters["misses"],
+            "pubsub_channels": len(server.subscribers),
+            "pubsub_patterns": len(server.pattern_subscribers),
+            "total_error_replies": 0,
+            "event_loop_lag_ms": round(server.lag * 1000, 3),
+            "event_loop_worst_lag_ms": round(server.worst_lag * 1000, 3),
+        },
+        "replication": {
+            "role": "master",
+            "connected_slaves": 0,
+            "master_failover_state": "no-failover",
+            "master_repl_offset": 0,
+            "repl_backlog_active": 0,
+        },
+        "cpu": {
+            "used_cpu_sys": f"{usage.ru_stime:.6f}",
+            "used_cpu_user": f"{usage.ru_utime:.6f}",
+            "used_cpu_sys_children": "0.000000",
+            "used_cpu_user_children": "0.000000",
+        },
+        "modules": {},
+        "errorstats": {},
+        "cluster": {"cluster_enabled": 0},
+        "keyspace": {"db0": f"keys={keys_n},expires=0,avg_ttl=0"} if keys_n else {},
+        "commandstats": {
+            f"cmdstat_{name}": f"calls={n},usec=0,usec_per_call=0.00,rejected_calls=0,failed_calls=0"
+            for (name, _), n in zip(ex.names, ex.calls, strict=True)
+            if n
+        },
+    }
+    default = [s for s in sections if s != "commandstats"]
+    chosen = []
+    for name in wanted:
+        chosen += default if name == "default" else list(sections) if name in ("all", "everything") else [name] if name in sections else []
+    for name in dict.fromkeys(chosen):
+        title = "CPU" if name == "cpu" else name.capitalize()
+        yield "\r\n".join([f"# {title}", *(f"{k}:{v}" for k, v in sections[name].items()), ""])

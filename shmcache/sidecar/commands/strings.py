@@ -1,0 +1,64 @@
+"""Commands on strings that are not compiled."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from shmcache.core import _resp
+from shmcache.sidecar import replies
+from shmcache.sidecar.commands.table import ONE, SYNTAX, WRITE, Error, command, in_pool, integer_of
+from shmcache.sidecar.replies import bulk, integer
+
+if TYPE_CHECKING:
+    from shmcache.sidecar.server import Connection
+
+@command("incrbyfloat", 3, WRITE, ONE, group="string")
+def incrbyfloat(client: Connection, arguments: list[bytes]) -> bytes:
+    ex, (key, by) = client.ex, arguments
+    while True:
+        found = ex.read(key)
+        value, version, expires_ms = (b"0", None, 0) if found is None else found[:3]
+        try:
+            value = _resp.add_floats(value, by)
+        except ValueError:
+            raise Error("ERR value is not a valid float") from None
+        except ArithmeticError:
+            raise Error("ERR increment would produce NaN or Infinity") from None
+        if ex.write(key, value, expires_ms, version=version, absent=version is None):
+            return bulk(value)
+
+
+@command("lcs", -3, 0, (1, 2, 1), group="string")
+def lcs(client: Connection, arguments: list[bytes]) -> bytes:
+    length = idx = with_length = False
+    least = 0
+    rest = arguments[2:]
+    while rest:
+        word = rest.pop(0).lower()
+        if word == b"len":
+            length = True
+        elif word == b"idx":
+            idx = True
+        elif word == b"withmatchlen":
+            with_length = True
+        elif word == b"minmatchlen" and rest:
+            least = max(0, integer_of(rest.pop(0)))
+        else:
+            raise Error(SYNTAX)
+    if idx and length:
+        raise Error("ERR If you want both the length and indexes, please just use IDX.")
+    in_pool(client)
+    a, b = (found[0] if (found := client.ex.read(key)) else b"" for key in arguments[:2])
+    if (len(a) + 1) * (len(b) + 1) > 1 << 28:
+        raise Error("ERR Insufficient memory, transient memory for LCS exceeds proto-max-bulk-len")
+    common, ranges, size = _resp.longest_common(a, b)
+    if length:
+        return integer(size)
+    if not idx:
+        return bulk(common)
+    found_ranges = []
+    for (a0, a1), (b0, b1) in ranges:
+        n = a1 - a0 + 1
+        if n >= least:
+            found_ranges.append([[a0, a1], [b0, b1], *([n] if with_length else [])])
+    return replies.of({"matches": found_ranges, "len": size}, client.protocol)

@@ -1,0 +1,190 @@
+"""The table of all commands, and what every one of them may need.
+
+A command is a function (client, arguments) -> reply, or None if it has replied itself. It raises Error for an error reply, and WouldWait
+for what has to be run in a thread of the pool: it is called again there.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from shmcache.core import _core, _resp
+from shmcache.sidecar import replies
+from shmcache.sidecar.replies import array
+
+if TYPE_CHECKING:
+    from shmcache.sidecar.server import Connection
+
+    Run = Callable[[Connection, list[bytes]], bytes | None]
+
+REDIS_VERSION = "7.0.15"  # whose semantics these are
+DATABASES = 1
+
+SETTINGS: dict[str, str] = {  # CONFIG's, and what they are if nobody says otherwise
+    "daemonize": "no",
+    "appendonly": "no", "bind": "127.0.0.1", "databases": str(DATABASES), "hash-max-listpack-entries": "128", "lfu-log-factor": "10",
+    "maxclients": "10000", "maxmemory": "0", "maxmemory-policy": "allkeys-lru", "port": "6379", "proto-max-bulk-len": "536870912",
+    "protected-mode": "yes", "requirepass": "", "save": "", "slowlog-log-slower-than": "10000", "slowlog-max-len": "128",
+    "tcp-keepalive": "300", "timeout": "0", "unixsocket": "", "latency-monitor-threshold": "0", "enable-debug-command": "no",
+}  # fmt: skip
+CHANGEABLE = {
+    "maxclients": (1, 1 << 20), "slowlog-log-slower-than": (-1, 1 << 62), "slowlog-max-len": (0, 1 << 20), "timeout": (0, 1 << 31),
+    "latency-monitor-threshold": (0, 1 << 62), "requirepass": None, "save": None, "appendonly": None, "maxmemory-policy": None,
+    "protected-mode": None,
+}  # fmt: skip
+
+WRITE, NO_AUTH, IN_MULTI, IN_PUBSUB, FREE, PUSHES = (
+    _resp.FLAGS[f] for f in ("write", "no_auth", "in_multi", "in_pubsub", "free", "pushes")
+)
+
+
+class Error(_resp.CommandError):
+    """Error("ERR syntax error")"""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text.encode("utf-8", "surrogateescape"))
+
+
+PUSH_LIMIT = 32 << 20  # bytes that wait for a subscriber
+RAW = 256  # _resp's, with a codec
+SCAN_BUCKETS = 1 << 16  # that one SCAN may look at, if they are empty
+SYNTAX = "ERR syntax error"
+NOT_AN_INTEGER = "ERR value is not an integer or out of range"
+TOO_LARGE = "ERR string exceeds maximum allowed size (proto-max-bulk-len)"
+
+
+@dataclass(frozen=True)
+class Command:
+    arity: int
+    flags: int
+    run: Run | None
+    keys: tuple[int, int, int]  # first, last (negative: from the end), step; (0, 0, 0): none
+    group: str
+
+
+TABLE: dict[str, Command] = {}
+
+
+def command(name: str, arity: int, flags: int = 0, keys: tuple[int, int, int] = (0, 0, 0), group: str = "generic") -> Callable[[Run], Run]:
+    def add(run: Run) -> Run:
+        TABLE[name] = Command(arity, flags, run, keys, group)
+        return run
+
+    return add
+
+
+ONE = (1, 1, 1)
+for _names, _arity, _flags, _keys, _group in (
+    ("get strlen", 2, 0, ONE, "string"), ("mget", -2, 0, (1, -1, 1), "string"), ("getrange substr", 4, 0, ONE, "string"),
+    ("getbit", 3, 0, ONE, "bitmap"), ("set", -3, WRITE, ONE, "string"), ("setnx getset append incrby decrby", 3, WRITE, ONE, "string"),
+    ("setex psetex setrange", 4, WRITE, ONE, "string"), ("getdel incr decr", 2, WRITE, ONE, "string"),
+    ("getex", -2, WRITE, ONE, "string"), ("mset", -3, WRITE, (1, -1, 2), "string"), ("setbit", 4, WRITE, ONE, "bitmap"),
+    ("del unlink", -2, WRITE, (1, -1, 1), "generic"), ("exists touch", -2, 0, (1, -1, 1), "generic"),
+    ("ttl pttl expiretime pexpiretime type", 2, 0, ONE, "generic"), ("persist", 2, WRITE, ONE, "generic"),
+    ("expire pexpire expireat pexpireat", -3, WRITE, ONE, "generic"), ("ping", -1, IN_PUBSUB, (0, 0, 0), "connection"),
+    ("echo", 2, 0, (0, 0, 0), "connection"),
+):  # fmt: skip
+    for _name in _names.split():
+        TABLE[_name] = Command(_arity, _flags, None, _keys, _group)
+
+
+def table() -> dict[str, tuple[int, int, Run | None]]:
+    return {name: (c.arity, c.flags, c.run) for name, c in TABLE.items()}
+
+
+def integer_of(text: bytes, error: str = NOT_AN_INTEGER) -> int:
+    n = _resp.number(text)
+    if n is None:
+        raise Error(error)
+    return n
+
+
+def in_pool(client: Connection) -> None:
+    """What takes long is run in a thread of the pool."""
+    if client.ex.impatient:
+        raise _core.WouldWait
+
+
+LONG = {"keys", "lcs", "randomkey", "save", "flushall", "flushdb"}  # they may be run in the pool
+OF_LOOP = {"connection", "pubsub", "transactions"}  # groups, and these: they act on connections, which are the loop's
+OF_LOOP_ALONE = {"monitor", "config", "slowlog", "info", "shutdown", "latency", "debug"}
+NOT_IN_MULTI = {"save", "bgsave", "bgrewriteaof", "shutdown", "debug", "monitor"}
+
+
+def is_of_loop(client: Connection) -> bool:
+    """Is what this client waits for a transaction that acts on connections?"""
+    return any((c := TABLE.get(words[0].decode("latin-1").lower())) and is_loops(c, words) for words in client.queue)
+
+
+def is_loops(c: Command, words: list[bytes]) -> bool:
+    return c.group in OF_LOOP or words[0].decode("latin-1").lower() in OF_LOOP_ALONE
+
+
+def keys_in(name: str, arguments: list[bytes]) -> list[bytes]:
+    """The keys among a command's arguments (without its name)."""
+    c = TABLE.get(name)
+    if c is None:
+        return []
+    first, last, step = c.keys
+    if name == "bitop":
+        return arguments[1:]
+    if first == 0:
+        return []
+    last = last if last > 0 else len(arguments) + 1 + last
+    return [arguments[i - 1] for i in range(first, last + 1, step) if i - 1 < len(arguments)]
+
+
+def shown(word: bytes) -> str:
+    """In an error: up to its first zero byte, as C prints a string."""
+    return word.split(b"\0")[0].decode("utf-8", "surrogateescape")
+
+
+def unknown_subcommand(command: str, word: bytes) -> Error:
+    return Error(f"ERR unknown subcommand '{shown(word[:128])}'. Try {command.upper()} HELP.")
+
+
+SUBCOMMANDS: dict[str, dict[str, int]] = {  # of a container: arity with both names, as Redis counts
+    "client": {
+        "getname": 2, "help": 2, "id": 2, "info": 2, "kill": -3, "list": -2, "no-evict": 3, "pause": -3, "reply": 3, "setinfo": 4,
+        "setname": 3, "unpause": 2,
+    },
+    "command": {"count": 2, "docs": -2, "getkeys": -3, "getkeysandflags": -3, "help": 2, "info": -2, "list": -2},
+    "config": {"get": -3, "help": 2, "resetstat": 2, "rewrite": 2, "set": -4},
+    "function": {"flush": -2, "help": 2},
+    "latency": {"doctor": 2, "help": 2, "history": 3, "latest": 2, "reset": -2},
+    "memory": {"doctor": 2, "help": 2, "purge": 2, "usage": -3},
+    "object": {"encoding": 3, "freq": 3, "help": 2, "idletime": 3, "refcount": 3},
+    "pubsub": {"channels": -2, "help": 2, "numpat": 2, "numsub": -2, "shardchannels": -2, "shardnumsub": -2},
+    "slowlog": {"get": -2, "help": 2, "len": 2, "reset": 2},
+}  # fmt: skip
+
+
+def check_subcommand(name: str, arguments: list[bytes]) -> None:
+    """Raises: Error, if a container has no such subcommand, or it does not take so many arguments."""
+    if name not in SUBCOMMANDS or (name == "command" and not arguments):
+        return
+    word = arguments[0].decode("latin-1").lower()
+    arity = SUBCOMMANDS[name].get(word)
+    if arity is None:
+        raise unknown_subcommand(name, arguments[0])
+    given = len(arguments) + 1
+    if given != arity if arity > 0 else given < -arity:
+        raise Error(f"ERR wrong number of arguments for '{name}|{word}' command")
+
+
+def container(run: Run) -> Run:
+    """A command whose first argument names what it does."""
+
+    @functools.wraps(run)
+    def checked(client: Connection, arguments: list[bytes]) -> bytes | None:
+        name = run.__name__.rstrip("_")
+        check_subcommand(name, arguments)
+        if arguments and arguments[0].lower() == b"help":
+            words = ", ".join(word.upper() for word in SUBCOMMANDS[name])
+            return array(map(replies.simple, (f"{name.upper()} <subcommand> [<arg> ...]. As in Redis {REDIS_VERSION}:", words)))
+        return run(client, arguments)
+
+    return checked

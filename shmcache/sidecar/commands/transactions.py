@@ -1,0 +1,164 @@
+"""MULTI and EXEC, and what is looked at before a command runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from shmcache.sidecar import replies
+from shmcache.sidecar.commands.pubsub import tell_monitors
+from shmcache.sidecar.commands.table import (
+    FREE,
+    IN_MULTI,
+    IN_PUBSUB,
+    LONG,
+    NOT_IN_MULTI,
+    TABLE,
+    WRITE,
+    Error,
+    check_subcommand,
+    command,
+    in_pool,
+    is_of_loop,
+    keys_in,
+)
+from shmcache.sidecar.replies import OK, nil_array
+
+if TYPE_CHECKING:
+    from shmcache.sidecar.server import Connection
+
+def before(client: Connection, name: str, flags: int, arguments: list[bytes]) -> bool:
+    """True: the command has been answered, queued, or put off, and is not to run now."""
+    server = client.server
+    queued = client.in_multi and not flags & IN_MULTI
+    if server.monitors and not queued and name not in ("monitor", "auth", "hello", "exec", "quit"):
+        tell_monitors(client, arguments)
+    if client.in_pubsub and client.protocol == 2 and not flags & IN_PUBSUB:
+        allowed = "(P|S)SUBSCRIBE / (P|S)UNSUBSCRIBE / PING / QUIT / RESET"
+        client.add(replies.error(f"ERR Can't execute '{name}': only {allowed} are allowed in this context"))
+        return True
+    if queued:
+        try:
+            if name in NOT_IN_MULTI:
+                raise Error("ERR Command not allowed inside a transaction")
+            check_subcommand(name, arguments[1:])
+            client.queue_bytes += sum(map(len, arguments)) + 64
+            if client.queue_bytes > client.home.most_pending:
+                raise Error("ERR the transaction is larger than is kept")
+        except Error as e:
+            client.broken = True
+            client.queue = []
+            client.fail(e.args[0])
+            return True
+        client.queue.append(arguments)
+        client.add(replies.QUEUED)
+        return True
+    executor = server.executor
+    if executor.paused_until and not flags & FREE and (not executor.paused_writes_only or flags & WRITE or name in ("exec", "publish")):
+        client.retried_by_pause = arguments
+        client.blocked = True
+        return True
+    return False
+
+
+@command("multi", 1, IN_MULTI, group="transactions")
+def multi(client: Connection, arguments: list[bytes]) -> bytes:
+    if client.in_multi:
+        raise Error("ERR MULTI calls can not be nested")
+    client.in_multi, client.broken, client.queue, client.queue_bytes = True, False, [], 0
+    return OK
+
+
+@command("discard", 1, IN_MULTI, group="transactions")
+def discard(client: Connection, arguments: list[bytes]) -> bytes:
+    if not client.in_multi:
+        raise Error("ERR DISCARD without MULTI")
+    discard_transaction(client)
+    return OK
+
+
+def discard_transaction(client: Connection) -> None:
+    client.in_multi, client.broken, client.queue, client.queue_bytes, client.watching = False, False, [], 0, {}
+
+
+@command("watch", -2, IN_MULTI, (1, -1, 1), group="transactions")
+def watch(client: Connection, arguments: list[bytes]) -> bytes:
+    if client.in_multi:
+        raise Error("ERR WATCH inside MULTI is not allowed")
+    for key in arguments:
+        client.watching.setdefault(key, client.ex.version(key))
+    return OK
+
+
+@command("unwatch", 1, group="transactions")
+def unwatch(client: Connection, arguments: list[bytes]) -> bytes:
+    client.watching = {}
+    return OK
+
+
+@command("exec", 1, IN_MULTI, group="transactions")
+def exec_(client: Connection, arguments: list[bytes]) -> bytes | None:
+    try:
+        reply = execute(client)
+    except Error:
+        tell(client, [b"exec"])
+        raise
+    tell(client, [b"exec"])
+    return reply
+
+
+def tell(client: Connection, words: list[bytes]) -> None:
+    """Monitors, of a part of a transaction."""
+    if client.server.monitors:
+        if client.ex is client.home:
+            tell_monitors(client, words)
+        else:  # a thread of the pool
+            client.server.loop.call_soon_threadsafe(tell_monitors, client, words)
+
+
+def execute(client: Connection) -> bytes | None:
+    if not client.in_multi:
+        raise Error("ERR EXEC without MULTI")
+    if client.broken:
+        discard_transaction(client)
+        raise Error("EXECABORT Transaction discarded because of previous errors.")
+    queue = client.queue
+    keys = [*client.watching]
+    long, log_bytes = False, 0
+    for words in queue:
+        name = words[0].decode("latin-1").lower()
+        found = keys_in(name, words[1:])
+        keys += found
+        long = long or name in LONG
+        log_bytes += (sum(map(len, words)) + 64 * max(1, len(found))) if TABLE[name].flags & WRITE else 0
+    if long and not is_of_loop(client):
+        in_pool(client)
+    with all_of(client, keys, log_bytes):
+        changed = any(client.ex.version(key) != version for key, version in client.watching.items())
+        discard_transaction(client)
+        if changed:
+            return nil_array(client.protocol)
+        client.add(b"*%d\r\n" % len(queue))
+        for words in queue:
+            tell(client, words)
+            client.call(words)
+    return None
+
+
+class all_of:
+    """with all_of(client, keys): what is done to them is one step for all who write. Within it nothing is put off to the pool."""
+
+    def __init__(self, client: Connection, keys: Iterable[bytes], log_bytes: int = 0) -> None:
+        self.executor, self.keys, self.log_bytes = client.ex, keys, log_bytes
+
+    def __enter__(self) -> None:
+        self.nested = self.executor.holds
+        if not self.nested:
+            self.was = self.executor.impatient
+            self.executor.hold(self.keys, self.log_bytes)
+            self.executor.impatient = False
+
+    def __exit__(self, *_: object) -> None:
+        if not self.nested:
+            self.executor.impatient = self.was
+            self.executor.release()
