@@ -40,7 +40,7 @@ cdef class Table:
     cdef public Bound _unpack       # of msgpack's bytes: a codec's own, so that a hit runs no Python frame (its errors go through
                                     # _undecoded()); None: by _decode()
     cdef object idle                # set by the last of them when close() waits
-    cdef public bint impatient      # an event loop's: a write that would wait raises WouldWait, and nothing is changed
+    cdef bint impatient      # an event loop's: a write that would wait raises WouldWait, and nothing is changed
     cdef uint64_t noted             # impatient: the ring's end that what was done with the log's policy always wants durable
     cdef int room_in_log(self, seg_t* s, Mapping held, uint64_t n) except -1
     cdef int note_log(self, log_t* log) except -1

@@ -1175,11 +1175,6 @@ cdef class Table:
             ring_release(s, &log)
         return 0
 
-    def wait_durable(self, uint64_t end):
-        """Wait till this process's ring is durable up to its position `end`: True if it is."""
-        cdef seg_t* s = self.ready()
-        return ld64(&ring_of(s, s.row_idx).durable) >= end or self.wait_ring(s, self.mapping, 0, end) == OK
-
     cdef int forked(self, seg_t* s, Mapping held, log_t* log) except -1:
         """interrupted(); what was secured in a parent's ring is not this process's."""
         if self.interrupted(s, held) and log != NULL:

@@ -20,11 +20,11 @@ from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memchr, memcmp, memcpy, memmove, memset
 
 from shmcache.core._core cimport Mapping, Table
-from shmcache.core.atomics cimport likely, prefetch, unlikely
+from shmcache.core.atomics cimport ld64, likely, prefetch, unlikely
 from shmcache.core.bucket cimport bucket_of, pthread_self, stripe_of, stripe_release, stripe_take
 from shmcache.core.clock cimport now_ms
 from shmcache.core.layout cimport FLAG_RAW, MAX_KEY, seg_t
-from shmcache.core.ring cimport log_t
+from shmcache.core.ring cimport log_t, ring_of
 from shmcache.core.siphash cimport siphash13
 from shmcache.core.table cimport (
     ALWAYS, IF_ABSENT, IF_PRESENT, IF_VERSION, RESTARTS, next_keys, prefetch_item, put_t, read_begin, read_copy, read_end, read_t)
@@ -446,6 +446,10 @@ cdef class Executor:
     def holds(self):
         """Does this thread hold stripes?"""
         return self.s.holder == pthread_self()
+
+    def wait_durable(self, uint64_t end):
+        """Wait, in a thread of its own, till this process's ring is durable up to its position `end`: True if it is."""
+        return ld64(&ring_of(self.s, self.s.row_idx).durable) >= end or self.table.wait_ring(self.s, self.mapping, 0, end) == OK
 
     def reset(self):
         """The counts begin anew."""

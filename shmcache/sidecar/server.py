@@ -347,7 +347,7 @@ class Server:
                 return
             while self.waiting:
                 taken = [self.waiting.popleft() for _ in range(len(self.waiting))]
-                durable = self.cache.wait_durable(max(end for end, _ in taken))
+                durable = self.executor.wait_durable(max(end for end, _ in taken))
                 self.loop.call_soon_threadsafe(self.let_go, taken, durable)
 
     def let_go(self, group: list[tuple[int, Connection]], durable: bool) -> None:

@@ -130,14 +130,10 @@ NEEDS: dict[str, dict[str, str]] = {
         "SETBIT/BITFIELD only increase dirty when the value changed": "INFO rdb_changes_since_last_save",
     },
     "unit/multi": {
-        "EXEC fails if there are errors while queueing commands #2": "CONFIG SET maxmemory",
         "EXEC fail on lazy expired WATCHed key": "DEBUG SET-ACTIVE-EXPIRE",
         "WATCH stale keys should not fail EXEC": "DEBUG SET-ACTIVE-EXPIRE",
         "Delete WATCHed stale keys should not fail EXEC": "DEBUG SET-ACTIVE-EXPIRE",
         "FLUSHDB while watching stale keys should not fail EXEC": "DEBUG SET-ACTIVE-EXPIRE",
-        "DISCARD should not fail during OOM": "CONFIG SET maxmemory",
-        "EXEC with only read commands should not be rejected when OOM": "CONFIG SET maxmemory",
-        "EXEC with at least one use-memory command should fail": "CONFIG SET maxmemory",
         "MULTI with SHUTDOWN": "SHUTDOWN, refused in MULTI",
         "MULTI with config error": "CONFIG SET maxmemory",
     },
@@ -154,19 +150,6 @@ NEEDS: dict[str, dict[str, str]] = {
         "NUMSUB returns numbers, not strings (#1561)": "PUBSUB NUMSUB",
         "NUMPATs returns the number of unique patterns": "PSUBSCRIBE, PUBSUB NUMPAT",
         "Mix SUBSCRIBE and PSUBSCRIBE": "PSUBSCRIBE, SUBSCRIBE",
-        "Keyspace notifications: we receive keyspace notifications": "CLIENT REPLY, CONFIG SET notify-keyspace-events, PSUBSCRIBE",
-        "Keyspace notifications: we receive keyevent notifications": "CLIENT REPLY, CONFIG SET notify-keyspace-events, PSUBSCRIBE",
-        "Keyspace notifications: we can receive both kind of events": "CLIENT REPLY, CONFIG SET notify-keyspace-events, PSUBSCRIBE",
-        "Keyspace notifications: general events test": "CONFIG SET notify-keyspace-events, PSUBSCRIBE",
-        "Keyspace notifications: expired events (triggered expire)": "CONFIG SET notify-keyspace-events, PSUBSCRIBE",
-        "Keyspace notifications: expired events (background expire)": "CONFIG SET notify-keyspace-events, PSUBSCRIBE",
-        "Keyspace notifications: evicted events": (
-            "CONFIG SET maxmemory-policy, CONFIG SET maxmemory, CONFIG SET notify-keyspace-events, PSUBSCRIBE"
-        ),
-        "Keyspace notifications: test CONFIG GET/SET of event flags": (
-            "CONFIG GET notify-keyspace-events, CONFIG SET notify-keyspace-events"
-        ),
-        "Keyspace notifications: new key test": "CONFIG SET notify-keyspace-events, PSUBSCRIBE",
     },
     "unit/protocol": {
         "RESP3 attributes": "DEBUG PROTOCOL ATTRIB, HELLO",
@@ -193,17 +176,7 @@ NEEDS: dict[str, dict[str, str]] = {
         "CLIENT SETNAME can assign a name to this connection": "CLIENT LIST, CLIENT SETNAME",
         "CLIENT SETNAME can change the name of an existing connection": "CLIENT LIST, CLIENT SETNAME",
         "After CLIENT SETNAME, connection can still be closed": "CLIENT LIST, CLIENT SETNAME",
-        "CONFIG sanity": "CONFIG GET *, CONFIG SET of every setting, to the value it has",
-        "CONFIG SET with multiple args": "CONFIG GET maxmemory, CONFIG GET repl-backlog-size, CONFIG GET save, CONFIG SET maxmemory",
-        "CONFIG SET rollback on set error": (
-            "CONFIG GET client-query-buffer-limit, CONFIG GET maxmemory, CONFIG GET maxmemory-clients, CONFIG SET maxmemory"
-        ),
-        "CONFIG SET rollback on apply error": (
-            "CONFIG GET client-query-buffer-limit, CONFIG GET maxmemory, CONFIG GET port, CONFIG SET maxmemory"
-        ),
         "CONFIG SET duplicate configs": "CONFIG SET maxmemory",
         "CONFIG SET set immutable": "CONFIG SET daemonize",
-        "CONFIG GET hidden configs": "CONFIG GET *, CONFIG GET key-load-delay",
-        "CONFIG GET multiple args": "CONFIG GET maxmemory",
     },
 }
