@@ -120,7 +120,6 @@ cdef enum:
     TABLE_SLOTS = 1024          # of the table of command names; a power of two
     NAME_MAX = 32
     CODEC_BYTES = 0
-    CODEC_STR = 1
     CODEC_INT = 2
     RAW = 256                   # with a codec: FLAG_RAW
 
@@ -166,11 +165,6 @@ class ProtocolError(Exception):
     """What was sent is not the protocol: the reply, after which the connection is closed."""
 
 
-cdef bytes decimal(int64_t n):
-    cdef char d[24]
-    return PyBytes_FromStringAndSize(d, shm_digits(d, n))
-
-
 cdef class Executor:
     """What all connections of one event loop share: the table, the read buffer, the commands.
 
@@ -183,7 +177,6 @@ cdef class Executor:
     cdef name_t slots[TABLE_SLOTS]
     cdef readonly list names            # by index: (name, callable)
     cdef uint8_t* read_buffer
-    cdef Py_ssize_t exports
     cdef const uint8_t** argv
     cdef size_t* argl
     cdef size_t room                    # of both
@@ -198,7 +191,6 @@ cdef class Executor:
     cdef public bint watched            # every command is told to `monitor` before it runs
     cdef public bint timed              # every command's duration is told to `slow`
     cdef public uint64_t slower_than_ns
-    cdef public object monitor
     cdef public object slow
     cdef public object defer            # called with (client): run its command in the pool
     cdef public object held             # called with (client, end): keep its replies until the ring is durable up to end
@@ -373,7 +365,6 @@ cdef class Executor:
     def remove(self, bytes key not None, uint64_t version=0):
         """Delete a key (of this version): True if it was there."""
         return remove_key(self, <const uint8_t*>PyBytes_AS_STRING(key), PyBytes_GET_SIZE(key), version) == OK
-
 
     # -- several keys at once
 
@@ -676,7 +667,7 @@ cdef int remove_key(Executor ex, const uint8_t* key, size_t n, uint64_t version)
 cdef class Client:
     """One connection: what it sent and is not executed, what it is to be sent, and its state. A protocol of the event loop.
 
-    A subclass gives it life: opened(), closed(), overflow() are called here.
+    A subclass gives it life: refused(), before() and overflow() are called here.
     """
     cdef readonly Executor home         # of its event loop
     cdef readonly Executor ex           # that runs its command: a thread's of the pool, while it is blocked by one

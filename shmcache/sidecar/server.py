@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from shmcache import cache as cache_module
 from shmcache.core import _resp
-from shmcache.sidecar import bus, commands, replies
+from shmcache.sidecar import bus, commands
 from shmcache.sidecar.commands import connection, pubsub, transactions
 
 if TYPE_CHECKING:
@@ -435,5 +435,3 @@ def listen_unix(path: str, mode: int = 0o700) -> socket.socket:
         raise
     return sock
 
-
-__all__ = ["Connection", "Server", "listen", "listen_unix", "replies"]

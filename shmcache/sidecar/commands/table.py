@@ -53,7 +53,6 @@ RAW = 256  # _resp's, with a codec
 SCAN_BUCKETS = 1 << 16  # that one SCAN may look at, if they are empty
 SYNTAX = "ERR syntax error"
 NOT_AN_INTEGER = "ERR value is not an integer or out of range"
-TOO_LARGE = "ERR string exceeds maximum allowed size (proto-max-bulk-len)"
 
 
 @dataclass(frozen=True)
@@ -116,11 +115,8 @@ NOT_IN_MULTI = {"save", "bgsave", "bgrewriteaof", "shutdown", "debug", "monitor"
 
 def is_of_loop(client: Connection) -> bool:
     """Is what this client waits for a transaction that acts on connections?"""
-    return any((c := TABLE.get(words[0].decode("latin-1").lower())) and is_loops(c, words) for words in client.queue)
-
-
-def is_loops(c: Command, words: list[bytes]) -> bool:
-    return c.group in OF_LOOP or words[0].decode("latin-1").lower() in OF_LOOP_ALONE
+    names = (words[0].decode("latin-1").lower() for words in client.queue)
+    return any(TABLE[name].group in OF_LOOP or name in OF_LOOP_ALONE for name in names)
 
 
 def keys_in(name: str, arguments: list[bytes]) -> list[bytes]:
@@ -129,8 +125,6 @@ def keys_in(name: str, arguments: list[bytes]) -> list[bytes]:
     if c is None:
         return []
     first, last, step = c.keys
-    if name == "bitop":
-        return arguments[1:]
     if first == 0:
         return []
     last = last if last > 0 else len(arguments) + 1 + last
