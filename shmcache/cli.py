@@ -556,7 +556,7 @@ def do_serve(args: argparse.Namespace) -> int:
     supervise += [flag for flag in ("--compress", "--huge-pages") if getattr(args, flag[2:].replace("-", "_"))]
     settings = {
         "bind": " ".join(args.bind), "port": str(args.port), "unixsocket": args.unix or "", "maxclients": str(args.maxclients),
-        "timeout": str(int(args.timeout)), "protected-mode": args.protected_mode,
+        "timeout": str(int(args.timeout)), "protected-mode": args.protected_mode, "databases": str(args.databases),
         "enable-debug-command": "yes" if args.enable_debug_command else "no",
     }  # fmt: skip
     if args.password_file is not None:
@@ -585,6 +585,12 @@ def _positive(text: str) -> float:
     if not 0 < value < 1e6:
         raise argparse.ArgumentTypeError("a number of seconds above 0")
     return value
+
+
+def _databases(text: str) -> int:
+    if not 1 <= int(text) <= 1024:
+        raise argparse.ArgumentTypeError("1 to 1024")
+    return int(text)
 
 
 def _snapshot_options(p: argparse.ArgumentParser) -> None:
@@ -675,6 +681,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--password-file", metavar="F", help="clients have to authenticate with what is in it")
     p.add_argument("--protected-mode", choices=("yes", "no"), default="yes", help="without a password serve loopback only (yes)")
     p.add_argument("--maxclients", type=int, default=10000, metavar="N", help="connections of a process (10000)")
+    p.add_argument("--databases", type=_databases, default=1, metavar="N", help="what SELECT chooses from, each with keys of its own (1)")
     p.add_argument("--timeout", type=float, default=0, metavar="S", help="close a connection that is idle so long; 0: never (0)")
     p.add_argument("--tls-cert", metavar="F", help="TCP with TLS: the certificate")
     p.add_argument("--tls-key", metavar="F", help="its key")

@@ -38,7 +38,8 @@ class Namespace:
         self.name = name
         self._generation_key = PREFIX + name.encode()
 
-    def _prefix(self) -> bytes:
+    def prefix(self) -> bytes:
+        """What its keys begin with in the cache, till the next clear()."""
         generation = self.cache.get(self._generation_key)
         if generation is None and self.cache.durability()["generations_missing"]:
             until = time.monotonic() + RESTORE_WAIT
@@ -55,7 +56,7 @@ class Namespace:
             raise errors.InvalidKeyType(f"a key is bytes or str, not {type(key).__name__}: convert it, for example with str(key)")
         if not key:
             raise errors.InvalidKey("a key has at least 1 byte: use a longer one")
-        return self._prefix() + (key.encode() if isinstance(key, str) else key)
+        return self.prefix() + (key.encode() if isinstance(key, str) else key)
 
     def clear(self) -> None:
         """Remove everything in the namespace, for everybody, in one step."""
@@ -104,16 +105,16 @@ class Namespace:
         return self.cache.ttl(self._key(key))
 
     def get_many(self, keys: Iterable[Key]) -> dict[Key, Any]:
-        prefix = self._prefix()
+        prefix = self.prefix()
         wanted = {prefix + (k.encode() if isinstance(k, str) else k): k for k in keys}
         return {wanted[bytes(k)]: v for k, v in self.cache.get_many(wanted).items()}
 
     def set_many(self, mapping: Mapping[Key, Any], ttl: Ttl = None) -> None:
-        prefix = self._prefix()
+        prefix = self.prefix()
         self.cache.set_many({prefix + (k.encode() if isinstance(k, str) else k): v for k, v in mapping.items()}, ttl)
 
     def delete_many(self, keys: Iterable[Key]) -> int:
-        prefix = self._prefix()
+        prefix = self.prefix()
         return self.cache.delete_many([prefix + (k.encode() if isinstance(k, str) else k) for k in keys])
 
     def get_or_set(self, key: Key, factory: Callable[[], Any], ttl: Ttl = None, *, lease: float = flight.LEASE) -> Any:
@@ -121,7 +122,7 @@ class Namespace:
 
     def scan(self, prefix: Key = b"") -> Iterator[bytes]:
         """The keys, as bytes, that begin with prefix: as they are in the namespace."""
-        own = self._prefix()
+        own = self.prefix()
         for key in self.cache.scan(own + (prefix.encode() if isinstance(prefix, str) else prefix)):
             yield key[len(own) :]
 

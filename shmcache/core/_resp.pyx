@@ -116,6 +116,8 @@ cdef enum:
     MOST_ARGS = 1048576
     OUT_LIMIT = 1 << 30         # bytes of output of one client
     OUT_MOST = 1 << 20          # bytes of output before it is sent in the middle of a pipeline
+    RECORD_ROOM = 64            # of the log, beside key and value of a record
+    PREFIX_MOST = 64            # bytes before a key of a database that is not the first
     OUT_KEPT = 16384            # a larger output buffer is freed when it is empty
     TABLE_SLOTS = 1024          # of the table of command names; a power of two
     NAME_MAX = 32
@@ -123,11 +125,13 @@ cdef enum:
     CODEC_INT = 2
     RAW = 256                   # with a codec: FLAG_RAW
 
+cdef const uint64_t NEVER = <uint64_t>-1      # an expiry: none, whatever the segment's default is
+
 # what a command is: executed here, or in Python
 cdef enum:
     C_PYTHON, C_GET, C_SET, C_SETNX, C_SETEX, C_PSETEX, C_GETSET, C_GETDEL, C_GETEX, C_MGET, C_MSET, C_APPEND, C_STRLEN, C_GETRANGE,
     C_SETRANGE, C_INCR, C_DECR, C_INCRBY, C_DECRBY, C_SETBIT, C_GETBIT, C_DEL, C_EXISTS, C_TTL, C_PTTL, C_EXPIRETIME, C_PEXPIRETIME,
-    C_EXPIRE, C_PEXPIRE, C_EXPIREAT, C_PEXPIREAT, C_PERSIST, C_TYPE, C_PING, C_ECHO
+    C_EXPIRE, C_PEXPIRE, C_EXPIREAT, C_PEXPIREAT, C_PERSIST, C_TYPE, C_PING, C_ECHO, C_MSETNX, C_RENAME, C_RENAMENX, C_COPY
 
 COMPILED = {
     "get": C_GET, "set": C_SET, "setnx": C_SETNX, "setex": C_SETEX, "psetex": C_PSETEX, "getset": C_GETSET, "getdel": C_GETDEL,
@@ -136,6 +140,7 @@ COMPILED = {
     "setbit": C_SETBIT, "getbit": C_GETBIT, "del": C_DEL, "unlink": C_DEL, "exists": C_EXISTS, "touch": C_EXISTS, "ttl": C_TTL,
     "pttl": C_PTTL, "expiretime": C_EXPIRETIME, "pexpiretime": C_PEXPIRETIME, "expire": C_EXPIRE, "pexpire": C_PEXPIRE,
     "expireat": C_EXPIREAT, "pexpireat": C_PEXPIREAT, "persist": C_PERSIST, "type": C_TYPE, "ping": C_PING, "echo": C_ECHO,
+    "msetnx": C_MSETNX, "rename": C_RENAME, "renamenx": C_RENAMENX, "copy": C_COPY,
 }
 
 # flags of a command
@@ -168,10 +173,11 @@ class ProtocolError(Exception):
 cdef class Executor:
     """What all connections of one event loop share: the table, the read buffer, the commands.
 
-    Args: table: a handle of its own. impatient: it is an event loop's, and its calls do not wait. commands: {name: (arity, flags, callable or None)}, in
-    lower case; the callable of one that is not COMPILED is called with (client, [arguments]) and returns the reply, or None.
+    Args: table: a Cache, a handle of its own. commands: {name: (arity, flags, callable or None)}, in lower case; the callable of one that is not
+    COMPILED is called with (client, [arguments]) and returns the reply, or None. impatient: it is an event loop's, and its calls do not
+    wait. databases: what SELECT chooses from.
     """
-    cdef Table table
+    cdef readonly Table table
     cdef Mapping mapping
     cdef seg_t* s
     cdef name_t slots[TABLE_SLOTS]
@@ -200,8 +206,13 @@ cdef class Executor:
     cdef public int64_t paused_until    # ms, monotonic: CLIENT PAUSE
     cdef public bint paused_writes_only
     cdef list holding                   # numbers of the stripes that hold() took
+    cdef bint was_impatient             # before
+    cdef readonly int db                # whose keys are meant
+    cdef size_t n_prefix                # of `named`: what the keys of this database begin with
+    cdef uint8_t named[MAX_KEY + PREFIX_MOST]
+    cdef readonly int databases
 
-    def __cinit__(self, Table table not None, dict commands, bint impatient=True):
+    def __cinit__(self, Table table not None, dict commands, *, bint impatient=True, int databases=1):
         cdef uint32_t i
         cdef name_t* slot
         cdef bytes encoded
@@ -236,6 +247,7 @@ cdef class Executor:
                 raise ValueError(f"{name!r} is not compiled, and there is no callable for it")
             self.names.append((name, run))
         self.calls = [0] * len(self.names)
+        self.databases = databases
         self.most_pending = self.s.max_value_bytes + (256 << 20)
         table.impatient = impatient
         self.clock()
@@ -347,19 +359,11 @@ cdef class Executor:
         return (PyBytes_FromStringAndSize(<char*>raw.value, <Py_ssize_t>raw.n), raw.version,
                 self.unix_of(raw.expiry_ms) if raw.expiry_ms else 0, raw.codec)
 
-    def write(self, bytes key not None, bytes value not None, int64_t expires_ms, *, version=None, bint absent=False, int codec=CODEC_BYTES):
-        """Store a value: True if it was. expires_ms: unix time; 0: never. version: if the key still has it; absent: if it is not there.
-        codec: read()'s, of the value that this one is a copy of."""
-        cdef int64_t n = 0
-        cdef const uint8_t* k = <const uint8_t*>PyBytes_AS_STRING(key)
-        cdef const uint8_t* v = <const uint8_t*>PyBytes_AS_STRING(value)
-        cdef size_t size = PyBytes_GET_SIZE(value)
-        if codec == CODEC_INT:
-            if not shm_number(v, size, &n):
-                raise ValueError("not a number")
-            v = <const uint8_t*>&n
-            size = 8
-        return put_value(self, k, PyBytes_GET_SIZE(key), v, size, codec, self.expiry_of(expires_ms) if expires_ms else 0,
+    def write(self, bytes key not None, bytes value not None, expires_ms, *, version=None, bint absent=False, int codec=CODEC_BYTES):
+        """Store a value: True if it was. expires_ms: unix time; 0: never; None: as the segment's default has it. version: if the key still
+        has it; absent: if it is not there. codec: CODEC_BYTES, or that with RAW."""
+        return put_value(self, <const uint8_t*>PyBytes_AS_STRING(key), PyBytes_GET_SIZE(key), <const uint8_t*>PyBytes_AS_STRING(value),
+                         PyBytes_GET_SIZE(value), codec, 0 if expires_ms is None else self.expiry_of(expires_ms) if expires_ms else NEVER,
                          IF_VERSION if version is not None else IF_ABSENT if absent else ALWAYS, 0 if version is None else version) == OK
 
     def remove(self, bytes key not None, uint64_t version=0):
@@ -369,54 +373,56 @@ cdef class Executor:
     # -- several keys at once
 
     def hold(self, keys, uint64_t log_bytes=0):
-        """Take the stripes of these keys, ascending: from here to release() what this thread does to them is one step for all who write.
-        Readers never wait: they may see one key before and the next after. log_bytes: of records that will be logged meanwhile.
-        Raises: WouldWait; StripeBusy, LogFull: nothing is held then."""
-        cdef seg_t* s = self.s
-        cdef uint32_t i, taken = 0
-        cdef int rc = OK
-        cdef list stripes
-        cdef uint64_t h
+        """Take the stripes of these keys, ascending: from here to release() what this thread does to them is one step for all who write, and
+        it waits where it would not. Readers never wait: they may see one key before and the next after. log_bytes: of records that will be
+        logged meanwhile. Raises: WouldWait; StripeBusy, LogFull: nothing is held then."""
+        cdef set found = set()
         cdef bytes key
-        cdef const uint8_t* k
-        cdef size_t n
-        found = set()
         for key in keys:
-            k = <const uint8_t*>PyBytes_AS_STRING(key)
-            n = PyBytes_GET_SIZE(key)
-            if fits(&k, &n):
-                h = siphash13(k, n, s.k0, s.k1)
-                found.add(stripe_of(s, bucket_of(s, h)) - s.stripes)
-        stripes = sorted(found)
+            self.add_stripe(found, <const uint8_t*>PyBytes_AS_STRING(key), PyBytes_GET_SIZE(key))
+        self.take_stripes(found, log_bytes)
+
+    cdef int add_stripe(self, set found, const uint8_t* key, size_t n) except -1:
+        cdef seg_t* s = self.s
+        if fits(self, &key, &n):
+            found.add(stripe_of(s, bucket_of(s, siphash13(key, n, s.k0, s.k1))) - s.stripes)
+        return 0
+
+    cdef int take_stripes(self, set found, uint64_t log_bytes) except -1:
+        """hold(). From the first stripe on no Python code runs in here: other threads have no turn while stripes are held, unless one is waited
+        for."""
+        cdef seg_t* s = self.s
+        cdef list stripes = sorted(found)
+        cdef Py_ssize_t k, taken = 0
+        cdef uint32_t i
+        cdef int rc = OK
         self.table.room_in_log(s, self.mapping, log_bytes)
         if not HOLDING.acquire(not self.table.impatient):
             raise WouldWait
-        try:
-            for number in stripes:
-                i = number
-                rc = stripe_take(s, &s.stripes[i], 0)
-                while rc != OK and not self.table.impatient:
-                    with nogil:
-                        rc = stripe_take(s, &s.stripes[i], s.limit_ns)
-                    if rc != INTR:
-                        break
-                if rc != OK:
+        for k in range(len(stripes)):
+            i = stripes[k]
+            rc = stripe_take(s, &s.stripes[i], 0)
+            while rc != OK and not self.table.impatient:
+                with nogil:
+                    rc = stripe_take(s, &s.stripes[i], s.limit_ns)
+                if rc != INTR:
                     break
-                taken += 1
-            if rc == OK:
-                memset(s.held, 0, sizeof(s.held))
-                for number in stripes:
-                    i = number
-                    s.held[i >> 6] |= <uint64_t>1 << (i & 63)
-                s.holder = pthread_self()
-                self.holding = stripes
-                return
-            for number in stripes[:taken]:
-                i = number
-                stripe_release(s, &s.stripes[i])
-        except BaseException:
-            HOLDING.release()
-            raise
+            if rc != OK:
+                break
+            taken += 1
+        if rc == OK:
+            memset(s.held, 0, sizeof(s.held))
+            for k in range(taken):
+                i = stripes[k]
+                s.held[i >> 6] |= <uint64_t>1 << (i & 63)
+            s.holder = pthread_self()
+            self.holding = stripes
+            self.was_impatient = self.table.impatient
+            self.table.impatient = False
+            return 0
+        for k in range(taken):
+            i = stripes[k]
+            stripe_release(s, &s.stripes[i])
         HOLDING.release()
         if self.table.impatient:
             raise WouldWait
@@ -426,11 +432,13 @@ cdef class Executor:
         """Let go of what hold() took."""
         cdef seg_t* s = self.s
         cdef uint32_t i
+        cdef Py_ssize_t k
         s.holder = 0
-        for number in self.holding:
-            i = number
+        for k in range(len(self.holding)):
+            i = self.holding[k]
             stripe_release(s, &s.stripes[i])
         self.holding = None
+        self.table.impatient = self.was_impatient
         HOLDING.release()
 
     @property
@@ -452,9 +460,54 @@ cdef class Executor:
         """May its calls not wait? (False also while stripes are held: who holds them ends what he began.)"""
         return self.table.impatient
 
-    @impatient.setter
-    def impatient(self, bint on):
-        self.table.impatient = on
+    # -- databases
+
+    cdef int use(self, int db) except -1:
+        """From here on keys are of this database. The first has the segment's keys; another is the cache's namespace "db:<number>", so that to
+        clear it is one write. Raises: WouldWait: its generation has to be made, or waited for."""
+        cdef seg_t* s = self.s
+        cdef int n = 7, tries, rc
+        cdef uint64_t h
+        cdef read_t r
+        self.db = db
+        self.n_prefix = 0
+        if db == 0:
+            return 0
+        memcpy(self.named, <const char*>b"\0ns\0db:", 7)
+        n += shm_digits(<char*>self.named + n, db)
+        h = siphash13(self.named, n, s.k0, s.k1)
+        for tries in range(RESTARTS):
+            rc = read_begin(s, self.named, n, h, &r)
+            if rc == ABSENT:
+                break
+            if rc == OK and r.value_bytes == 8:
+                read_copy(s, &r, self.named + n + 1)
+                if read_end(s, &r) == OK:
+                    self.named[n] = 0
+                    self.n_prefix = n + 9
+                    return 0
+        if self.table.impatient:
+            raise WouldWait
+        prefix = self.table.namespace(f"db:{db}").prefix()
+        self.n_prefix = min(len(prefix), PREFIX_MOST)
+        memcpy(self.named, PyBytes_AS_STRING(prefix), self.n_prefix)
+        return 0
+
+    def select(self, int db):
+        """Keys of what follows are of this database."""
+        self.use(db)
+
+    cdef bytes shown(self, const uint8_t* key, size_t n):
+        """The client's key for a segment's one, None if it is of another database."""
+        if self.n_prefix:
+            if n < self.n_prefix or memcmp(key, self.named, self.n_prefix):
+                return None
+            return PyBytes_FromStringAndSize(<char*>key + self.n_prefix, <Py_ssize_t>(n - self.n_prefix))
+        if self.databases > 1 and n > 7 and memcmp(key, <const char*>b"\0ns\0db:", 7) == 0:
+            return None
+        if n == <size_t>PyBytes_GET_SIZE(EMPTY_KEY) and memcmp(key, PyBytes_AS_STRING(EMPTY_KEY), n) == 0:
+            return b""
+        return PyBytes_FromStringAndSize(<char*>key, <Py_ssize_t>n)
 
     # -- all keys
 
@@ -493,8 +546,9 @@ cdef class Executor:
                 raise errors.StripeBusy("a living process holds a lock that this call needs and does not run: try again")
         while at < used:
             n = self.scratch[at] | <uint32_t>self.scratch[at + 1] << 8
-            key = PyBytes_FromStringAndSize(<char*>self.scratch + at + 2, n)
-            found.append(b"" if key == EMPTY_KEY else key)
+            key = self.shown(self.scratch + at + 2, n)
+            if key is not None:
+                found.append(key)
             at += 2 + n
         return 0
 
@@ -505,17 +559,8 @@ cdef class Executor:
 
     def expire(self, bytes key not None, int64_t expires_ms):
         """Change when a key expires: unix ms, 0: never. True if it is there."""
-        cdef log_t log
-        cdef const uint8_t* k = <const uint8_t*>PyBytes_AS_STRING(key)
-        cdef size_t n = PyBytes_GET_SIZE(key)
-        if not fits(&k, &n):
-            return False
-        log.end = 0
-        rc = self.table.change_expiry_view(self.s, self.mapping, k, n, siphash13(k, n, self.s.k0, self.s.k1),
-                                           self.expiry_of(expires_ms) if expires_ms else 0, &log)
-        if log.end:
-            self.table.note_log(&log)
-        return rc == OK
+        return expire_key(self, <const uint8_t*>PyBytes_AS_STRING(key), PyBytes_GET_SIZE(key),
+                          self.expiry_of(expires_ms) if expires_ms else 0) == OK
 
 
 # ---- keys and values -------------------------------------------------------------------------------------------------------------
@@ -531,23 +576,37 @@ ctypedef struct raw_t:
 # Redis has a key of no bytes, a segment has none: it is stored under this one.
 cdef bytes EMPTY_KEY = b"\0the empty key\0"
 
-cdef inline bint fits(const uint8_t** key, size_t* n) noexcept:
-    """Can there be such a key? The empty one becomes another."""
+cdef inline bint fits(Executor ex, const uint8_t** key, size_t* n) noexcept:
+    """The segment's key for a client's, good till the next is asked for. False: there can be none."""
+    if unlikely(ex.n_prefix):
+        if n[0] > MAX_KEY - ex.n_prefix:
+            return False
+        memcpy(ex.named + ex.n_prefix, key[0], n[0])
+        key[0] = ex.named
+        n[0] += ex.n_prefix
+        return True
     if unlikely(n[0] == 0):
         key[0] = <const uint8_t*>PyBytes_AS_STRING(EMPTY_KEY)
         n[0] = PyBytes_GET_SIZE(EMPTY_KEY)
     return n[0] <= MAX_KEY
 
 
+cdef inline uint64_t as_it_was(raw_t* raw) noexcept:
+    """The expiry of a value that replaces this one."""
+    return raw.expiry_ms if raw.expiry_ms else NEVER
+
+
 cdef bint look(Executor ex, const uint8_t* key, size_t n, raw_t* raw, bint whole) except -1:
     """Read a key into the scratch (whole; else what is known of it without its bytes): False if it is not there."""
+    return fits(ex, &key, &n) and look_at(ex, key, n, raw, whole)
+
+
+cdef bint look_at(Executor ex, const uint8_t* key, size_t n, raw_t* raw, bint whole) except -1:
+    """The same, of the segment's key."""
     cdef seg_t* s = ex.s
     cdef read_t r
-    cdef uint64_t h
+    cdef uint64_t h = siphash13(key, n, s.k0, s.k1)
     cdef int rc, tries
-    if not fits(&key, &n):
-        return False
-    h = siphash13(key, n, s.k0, s.k1)
     for tries in range(RESTARTS):
         rc = read_begin(s, key, n, h, &r)
         if rc == ABSENT:
@@ -603,7 +662,7 @@ cdef bint look_locked(Executor ex, const uint8_t* key, size_t n, uint64_t h, raw
     if rc == OK:
         if r.value_bytes > ex.room_scratch:
             ex.grow_scratch(r.value_bytes)
-            return look(ex, key, n, raw, True)
+            return look_at(ex, key, n, raw, True)
         if r.damaged:
             raise errors.DamageError("a page of this value belongs to somebody else: delete the key")
         raw.n = r.value_bytes
@@ -611,19 +670,19 @@ cdef bint look_locked(Executor ex, const uint8_t* key, size_t n, uint64_t h, raw
     return rc == OK
 
 
-cdef int check_key(const uint8_t** key, size_t* n) except -1:
-    if unlikely(not fits(key, n)):
-        raise errors.InvalidKey(f"a key has at most {MAX_KEY} bytes, this one {n[0]}")
+cdef int check_key(Executor ex, const uint8_t** key, size_t* n) except -1:
+    if unlikely(not fits(ex, key, n)):
+        raise errors.InvalidKey(f"a key has at most {MAX_KEY - ex.n_prefix} bytes, this one {n[0]}")
     return 0
 
 
 cdef int put_value(Executor ex, const uint8_t* key, size_t n, const uint8_t* value, uint64_t size, int codec, uint64_t expiry_ms,
                    int when, uint64_t version) except -100:
-    """OK, EXISTS, ABSENT or MISMATCH. expiry_ms: the segment's time, 0: its default."""
+    """OK, EXISTS, ABSENT or MISMATCH. expiry_ms: the segment's time, 0: its default, NEVER."""
     cdef seg_t* s = ex.s
     cdef put_t op
     cdef int rc
-    check_key(&key, &n)
+    check_key(ex, &key, &n)
     if size > s.max_value_bytes:
         raise errors.ValueTooLarge("string exceeds maximum allowed size (proto-max-bulk-len)")
     op.key = key
@@ -639,7 +698,9 @@ cdef int put_value(Executor ex, const uint8_t* key, size_t n, const uint8_t* val
     op.when = when
     op.version = version
     op.expiry_ms = expiry_ms
-    if expiry_ms == 0 and s.default_ttl_ms:
+    if unlikely(expiry_ms == NEVER):
+        op.expiry_ms = 0
+    elif expiry_ms == 0 and s.default_ttl_ms:
         op.expiry_ms = now_ms(s) + s.default_ttl_ms
     rc = ex.table.put_view(s, &op)
     if unlikely(op.log.end != 0):
@@ -649,14 +710,35 @@ cdef int put_value(Executor ex, const uint8_t* key, size_t n, const uint8_t* val
     return rc
 
 
+cdef int put_copy(Executor ex, const uint8_t* key, size_t n, raw_t* raw) except -100:
+    """Store what look() has read: as it is, and for as long."""
+    cdef int64_t number = 0
+    if raw.codec == CODEC_INT and shm_number(raw.value, raw.n, &number):
+        return put_value(ex, key, n, <const uint8_t*>&number, 8, CODEC_INT, as_it_was(raw), ALWAYS, 0)
+    return put_value(ex, key, n, raw.value, raw.n, raw.codec, as_it_was(raw), ALWAYS, 0)
+
+
 cdef int remove_key(Executor ex, const uint8_t* key, size_t n, uint64_t version) except -100:
     cdef seg_t* s = ex.s
     cdef log_t log
     cdef int rc
-    if not fits(&key, &n):
+    if not fits(ex, &key, &n):
         return ABSENT
     log.end = 0
     rc = ex.table.remove_view(s, ex.mapping, key, n, siphash13(key, n, s.k0, s.k1), version, False, &log)
+    if unlikely(log.end != 0):
+        ex.table.note_log(&log)
+    return rc
+
+
+cdef int expire_key(Executor ex, const uint8_t* key, size_t n, uint64_t expiry_ms) except -100:
+    """Change when it expires (0: never): OK or ABSENT."""
+    cdef log_t log
+    cdef int rc
+    if not fits(ex, &key, &n):
+        return ABSENT
+    log.end = 0
+    rc = ex.table.change_expiry_view(ex.s, ex.mapping, key, n, siphash13(key, n, ex.s.k0, ex.s.k1), expiry_ms, &log)
     if unlikely(log.end != 0):
         ex.table.note_log(&log)
     return rc
@@ -686,6 +768,7 @@ cdef class Client:
     cdef uint64_t carry                 # of a command that is run again: what its earlier part has counted,
     cdef size_t carry_at                # and where it goes on
     cdef public int protocol            # 2 or 3
+    cdef public int db                  # SELECT's
     cdef public bint authenticated
     cdef public bint blocked            # a command is being run elsewhere: nothing more is executed, what comes is kept
     cdef public bint closing            # after what is in `out`
@@ -1144,6 +1227,8 @@ cdef class Client:
         cdef uint64_t out = self.n_out, end
         ex.calls[command.index] += 1
         try:
+            if unlikely(self.db != 0 or ex.db != 0):
+                ex.use(self.db)
             if command.kind == C_PYTHON:
                 reply = ex.names[command.index][1](self, self.arguments(1))
                 if reply is not None:
@@ -1225,7 +1310,8 @@ cdef class Client:
 
     cdef int compiled(self, int kind) except -1:
         cdef Executor ex = self.ex
-        cdef size_t i
+        cdef size_t i, size
+        cdef const uint8_t* key
         cdef int64_t n = 0
         if kind == C_GET:
             return self.get_one(ex.argv[1], ex.argl[1])
@@ -1237,7 +1323,9 @@ cdef class Client:
             if not ex.argc & 1:
                 return self.error(b"ERR wrong number of arguments for 'mset' command")
             for i in range(1, ex.argc, 2):
-                check_key(&ex.argv[i], &ex.argl[i])
+                key = ex.argv[i]
+                size = ex.argl[i]
+                check_key(ex, &key, &size)
             for i in range(1, ex.argc, 2):
                 put_value(ex, ex.argv[i], ex.argl[i], ex.argv[i + 1], ex.argl[i + 1], CODEC_BYTES, 0, ALWAYS, 0)
             return self.ok()
@@ -1292,6 +1380,12 @@ cdef class Client:
             return self.persist()
         if kind == C_TYPE:
             return self.type_of()
+        if kind == C_MSETNX:
+            return self.set_if_none()
+        if kind == C_RENAME or kind == C_RENAMENX:
+            return self.rename(kind == C_RENAMENX)
+        if kind == C_COPY:
+            return self.copy()
         raise AssertionError("a command without code")
 
     cdef int get_one(self, const uint8_t* key, size_t n) except -1:
@@ -1302,7 +1396,7 @@ cdef class Client:
         cdef uint64_t h, at = self.n_out
         cdef int rc, tries
         cdef raw_t raw
-        if unlikely(not fits(&key, &n)):
+        if unlikely(not fits(ex, &key, &n)):
             return self.nil()
         h = siphash13(key, n, s.k0, s.k1)
         for tries in range(RESTARTS):
@@ -1329,7 +1423,7 @@ cdef class Client:
                     return 0
                 self.n_out = at
             s.row.retries += 1
-        if not look(ex, key, n, &raw, True):
+        if not look_at(ex, key, n, &raw, True):
             return self.nil()
         return self.bulk(raw.value, raw.n)
 
@@ -1341,10 +1435,10 @@ cdef class Client:
         self.header(42, ex.argc - 1)
         for at in range(1, ex.argc, 16):
             end = min(<size_t>16, ex.argc - at)
-            for i in range(end):
+            for i in range(end if likely(ex.n_prefix == 0) else 0):
                 h[i] = siphash13(ex.argv[at + i], min(ex.argl[at + i], <size_t>MAX_KEY), s.k0, s.k1)
                 prefetch(&s.buckets[bucket_of(s, h[i])])
-            for i in range(end):
+            for i in range(end if likely(ex.n_prefix == 0) else 0):
                 prefetch_item(s, h[i])
             for i in range(end):
                 self.get_one(ex.argv[at + i], ex.argl[at + i])
@@ -1428,7 +1522,7 @@ cdef class Client:
                 rc = EXISTS
                 break
             rc = put_value(ex, ex.argv[1], ex.argl[1], ex.argv[2], ex.argl[2], CODEC_BYTES,
-                           raw.expiry_ms if keep and there else expiry, IF_VERSION if there else IF_ABSENT, raw.version if there else 0)
+                           as_it_was(&raw) if keep and there else expiry, IF_VERSION if there else IF_ABSENT, raw.version if there else 0)
             if rc == OK:
                 break
         if get:
@@ -1476,29 +1570,21 @@ cdef class Client:
 
     cdef int change_expiry(self, uint64_t expiry_ms) except -100:
         """Of argv[1]: OK or ABSENT."""
-        cdef Executor ex = self.ex
-        cdef log_t log
-        cdef int rc
-        if not fits(&ex.argv[1], &ex.argl[1]):
-            return ABSENT
-        log.end = 0
-        rc = ex.table.change_expiry_view(ex.s, ex.mapping, ex.argv[1], ex.argl[1], siphash13(ex.argv[1], ex.argl[1], ex.s.k0, ex.s.k1),
-                                         expiry_ms, &log)
-        if unlikely(log.end != 0):
-            ex.table.note_log(&log)
-        return rc
+        return expire_key(self.ex, self.ex.argv[1], self.ex.argl[1], expiry_ms)
 
     cdef int incr(self, int64_t by) except -1:
         cdef Executor ex = self.ex
-        cdef const uint8_t* key = ex.argv[1]
-        cdef size_t n = ex.argl[1]
+        cdef const uint8_t* key
+        cdef size_t n
         cdef seg_t* s = ex.s
         cdef int64_t number = 0, out = 0
         cdef raw_t raw
         cdef log_t log
         cdef int rc
-        check_key(&key, &n)
         while True:
+            key = ex.argv[1]
+            n = ex.argl[1]
+            check_key(ex, &key, &n)
             log.end = 0
             rc = ex.table.add_view(s, ex.mapping, key, n, siphash13(key, n, s.k0, s.k1), by, &out, &log)
             if unlikely(log.end != 0):
@@ -1509,17 +1595,17 @@ cdef class Client:
             if rc == OVERFLOW:
                 return self.error(b"ERR increment or decrement would overflow")
             if rc == ABSENT:
-                if put_value(ex, key, n, <const uint8_t*>&by, 8, CODEC_INT, 0, IF_ABSENT, 0) == OK:
+                if put_value(ex, ex.argv[1], ex.argl[1], <const uint8_t*>&by, 8, CODEC_INT, 0, IF_ABSENT, 0) == OK:
                     return self.integer(by)
                 continue
-            if not look(ex, key, n, &raw, True):
+            if not look_at(ex, key, n, &raw, True):
                 continue
             if not shm_number(raw.value, raw.n, &number):
                 return self.error(b"ERR value is not an integer or out of range")
             if (by > 0 and number > 0x7fffffffffffffff - by) or (by < 0 and number < -0x7fffffffffffffff - 1 - by):
                 return self.error(b"ERR increment or decrement would overflow")
             number += by
-            if put_value(ex, key, n, <const uint8_t*>&number, 8, CODEC_INT, raw.expiry_ms, IF_VERSION, raw.version) == OK:
+            if put_value(ex, ex.argv[1], ex.argl[1], <const uint8_t*>&number, 8, CODEC_INT, as_it_was(&raw), IF_VERSION, raw.version) == OK:
                 return self.integer(number)
 
     cdef int delete(self) except -1:
@@ -1565,7 +1651,7 @@ cdef class Client:
                 continue
             ex.grow_scratch(raw.n + more)
             memcpy(ex.scratch + raw.n, ex.argv[2], more)
-            if put_value(ex, ex.argv[1], ex.argl[1], ex.scratch, raw.n + more, CODEC_BYTES | RAW, raw.expiry_ms, IF_VERSION, raw.version) == OK:
+            if put_value(ex, ex.argv[1], ex.argl[1], ex.scratch, raw.n + more, CODEC_BYTES | RAW, as_it_was(&raw), IF_VERSION, raw.version) == OK:
                 return self.integer(raw.n + more)
 
     cdef int get_range(self) except -1:
@@ -1599,7 +1685,7 @@ cdef class Client:
         while True:
             there = look(ex, ex.argv[1], ex.argl[1], &raw, True)
             if not there:
-                raw.n = raw.expiry_ms = 0
+                raw.n = 0
             if ex.argl[3] == 0:
                 return self.integer(raw.n)
             if <uint64_t>offset + ex.argl[3] > ex.s.max_value_bytes:
@@ -1609,7 +1695,7 @@ cdef class Client:
             if <uint64_t>offset > raw.n:
                 memset(ex.scratch + raw.n, 0, <uint64_t>offset - raw.n)
             memcpy(ex.scratch + offset, ex.argv[3], ex.argl[3])
-            if put_value(ex, ex.argv[1], ex.argl[1], ex.scratch, size, CODEC_BYTES | RAW, raw.expiry_ms,
+            if put_value(ex, ex.argv[1], ex.argl[1], ex.scratch, size, CODEC_BYTES | RAW, as_it_was(&raw) if there else 0,
                          IF_VERSION if there else IF_ABSENT, raw.version if there else 0) == OK:
                 return self.integer(size)
 
@@ -1628,7 +1714,7 @@ cdef class Client:
         while True:
             there = look(ex, ex.argv[1], ex.argl[1], &raw, True)
             if not there:
-                raw.n = raw.expiry_ms = 0
+                raw.n = 0
             was = ex.scratch[at] >> (7 - (offset & 7)) & 1 if at < raw.n else 0
             if not setting or (there and was == on and at < raw.n):
                 return self.integer(was)
@@ -1636,7 +1722,7 @@ cdef class Client:
             ex.grow_scratch(size)
             memset(ex.scratch + raw.n, 0, size - raw.n)
             ex.scratch[at] = <uint8_t>(ex.scratch[at] & ~(1 << (7 - (offset & 7))) | on << (7 - (offset & 7)))
-            if put_value(ex, ex.argv[1], ex.argl[1], ex.scratch, size, CODEC_BYTES | RAW, raw.expiry_ms,
+            if put_value(ex, ex.argv[1], ex.argl[1], ex.scratch, size, CODEC_BYTES | RAW, as_it_was(&raw) if there else 0,
                          IF_VERSION if there else IF_ABSENT, raw.version if there else 0) == OK:
                 return self.integer(was)
 
@@ -1710,6 +1796,141 @@ cdef class Client:
         if look(self.ex, self.ex.argv[1], self.ex.argl[1], &raw, False):
             return self.raw(<const char*>b"+string\r\n", 9)
         return self.raw(<const char*>b"+none\r\n", 7)
+
+    # -- several keys in one step
+
+    cdef bint hold_keys(self, size_t end, size_t step, uint64_t log_bytes) except -1:
+        """Take the stripes of the keys among the arguments 1, 1 + step, ... before end. False: whoever called this command has them."""
+        cdef Executor ex = self.ex
+        cdef set found
+        cdef size_t i
+        if ex.s.holder == pthread_self():
+            return False
+        found = set()
+        for i in range(1, end, step):
+            ex.add_stripe(found, ex.argv[i], ex.argl[i])
+        ex.take_stripes(found, log_bytes)
+        return True
+
+    cdef int set_if_none(self) except -1:
+        cdef Executor ex = self.ex
+        cdef size_t i, n
+        cdef const uint8_t* key
+        cdef uint64_t log_bytes = 0
+        cdef raw_t raw
+        cdef bint held
+        if not ex.argc & 1:
+            return self.error(b"ERR wrong number of arguments for 'msetnx' command")
+        for i in range(1, ex.argc, 2):
+            key = ex.argv[i]
+            n = ex.argl[i]
+            check_key(ex, &key, &n)
+            log_bytes += ex.argl[i] + ex.argl[i + 1] + RECORD_ROOM
+        held = self.hold_keys(ex.argc, 2, log_bytes)
+        try:
+            for i in range(1, ex.argc, 2):
+                if look(ex, ex.argv[i], ex.argl[i], &raw, False):
+                    return self.integer(0)
+            for i in range(1, ex.argc, 2):
+                put_value(ex, ex.argv[i], ex.argl[i], ex.argv[i + 1], ex.argl[i + 1], CODEC_BYTES, 0, ALWAYS, 0)
+            return self.integer(1)
+        finally:
+            if held:
+                ex.release()
+
+    cdef int rename(self, bint only_if_absent) except -1:
+        cdef Executor ex = self.ex
+        cdef raw_t raw
+        cdef bint held
+        # of the log: more than its value needs is asked for while stripes are held
+        held = self.hold_keys(3, 1, ex.argl[1] + ex.argl[2] + 2 * RECORD_ROOM)
+        try:
+            if not look(ex, ex.argv[1], ex.argl[1], &raw, False):
+                return self.error(b"ERR no such key")
+            if ex.argl[1] == ex.argl[2] and memcmp(ex.argv[1], ex.argv[2], ex.argl[1]) == 0:
+                return self.integer(0) if only_if_absent else self.ok()
+            if only_if_absent and look(ex, ex.argv[2], ex.argl[2], &raw, False):
+                return self.integer(0)
+            if not look(ex, ex.argv[1], ex.argl[1], &raw, True):    # evicted in between
+                return self.error(b"ERR no such key")
+            put_copy(ex, ex.argv[2], ex.argl[2], &raw)
+            remove_key(ex, ex.argv[1], ex.argl[1], 0)
+            return self.integer(1) if only_if_absent else self.ok()
+        finally:
+            if held:
+                ex.release()
+
+    cdef int copy(self) except -1:
+        cdef Executor ex = self.ex
+        cdef raw_t raw
+        cdef size_t i = 3
+        cdef int64_t db = self.db
+        cdef bint replace = False, held = False
+        cdef set found = set()
+        while i < ex.argc:
+            if self.word(i, b"replace"):
+                replace = True
+            elif self.word(i, b"db") and i + 1 < ex.argc:
+                i += 1
+                if not shm_number(ex.argv[i], ex.argl[i], &db):
+                    return self.error(b"ERR value is not an integer or out of range")
+                if not 0 <= db < ex.databases:
+                    return self.error(b"ERR DB index is out of range")
+            else:
+                return self.error(b"ERR syntax error")
+            i += 1
+        if db == self.db and ex.argl[1] == ex.argl[2] and memcmp(ex.argv[1], ex.argv[2], ex.argl[1]) == 0:
+            return self.error(b"ERR source and destination objects are the same")
+        ex.add_stripe(found, ex.argv[1], ex.argl[1])
+        ex.use(<int>db)
+        ex.add_stripe(found, ex.argv[2], ex.argl[2])
+        if ex.s.holder != pthread_self():
+            ex.take_stripes(found, ex.argl[2] + RECORD_ROOM)
+            held = True
+        try:
+            if not replace and look(ex, ex.argv[2], ex.argl[2], &raw, False):
+                return self.integer(0)
+            ex.use(self.db)
+            if not look(ex, ex.argv[1], ex.argl[1], &raw, True):
+                return self.integer(0)
+            ex.use(<int>db)
+            put_copy(ex, ex.argv[2], ex.argl[2], &raw)
+            return self.integer(1)
+        finally:
+            if held:
+                ex.release()
+            ex.use(self.db)
+
+    def transact(self, list queue not None, list keys not None, dict watching not None, uint64_t log_bytes, tell):
+        """EXEC: the replies to the queued commands are appended, unless a watched key has another version now: False. keys: (db, key) of all of
+        them. tell: called with each command before it runs; None.
+        Raises: as hold(), nothing was done then.
+
+        Race: between the first stripe and the last command compiled commands do not let another thread of this process run; what is queued
+        and is not compiled does, and may keep its stripes for as long as the other threads take. Crash: each stripe is repaired by itself."""
+        cdef Executor ex = self.ex
+        cdef set found = set()
+        cdef bytes key
+        cdef int db
+        for db, key in keys:
+            if db != ex.db:
+                ex.use(db)
+            ex.add_stripe(found, <const uint8_t*>PyBytes_AS_STRING(key), PyBytes_GET_SIZE(key))
+        ex.take_stripes(found, log_bytes)
+        try:
+            for (db, key), version in watching.items():
+                if db != ex.db:
+                    ex.use(db)
+                if ex.version(key) != version:
+                    return False
+            self.header(42, len(queue))
+            for words in queue:
+                if tell is not None:
+                    tell(words)
+                self.call(words)
+        finally:
+            ex.release()
+        return True
 
 
 # ---- text -----------------------------------------------------------------------------------------------------------------------

@@ -54,7 +54,7 @@ class Connection(_resp.Client):
         self.queue: list[list[bytes]] = []  # of MULTI
         self.queue_bytes = 0
         self.broken = False  # its EXEC will fail
-        self.watching: dict[bytes, int] = {}  # key: the version it had, 0: absent
+        self.watching: dict[tuple[int, bytes], int] = {}  # (database, key): the version it had, 0: absent
         self.channels: dict[bytes, None] = {}
         self.patterns: dict[bytes, None] = {}
         self.no_evict = False
@@ -137,7 +137,7 @@ class Server:
         self.settings["proto-max-bulk-len"] = str(int(self.cache.segment.header["max_value_bytes"]))
         self.handles: list[Cache] = [self.cache]
         self.commands = commands.table()
-        self.executor = _resp.Executor(self.cache, self.commands)
+        self.executor = _resp.Executor(self.cache, self.commands, databases=int(self.settings["databases"]))
         self.executor.locked = bool(self.settings["requirepass"])
         self.executor.defer = self.defer
         self.executor.held = self.hold
@@ -309,7 +309,7 @@ class Server:
         if not hasattr(self.local, "executor"):
             handle = cache_module.attach(self.name)
             self.handles.append(handle)
-            self.local.executor = _resp.Executor(handle, self.commands, impatient=False)
+            self.local.executor = _resp.Executor(handle, self.commands, impatient=False, databases=self.executor.databases)
         executor: _resp.Executor = self.local.executor
         return executor
 

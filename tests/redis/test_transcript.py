@@ -200,9 +200,9 @@ def test_connection_keeps_what_was_not_asked_for():
 
 @pytest.mark.parametrize("protocol", [2, 3])
 def test_ours_answers_as_redis_does(protocol, capsys):
-    """400 sequences of each protocol; the longer comparison is `python -m tests.redis.transcript --databases 1 --sequences 3000`."""
+    """400 sequences of each protocol; the longer comparison is `python -m tests.redis.transcript --sequences 3000`."""
     try:
-        assert transcript.main(["--databases", "1", "--sequences", "400", "--seed", str(protocol), "--protocol", str(protocol)]) == 0, (
+        assert transcript.main(["--sequences", "400", "--seed", str(protocol), "--protocol", str(protocol)]) == 0, (
             capsys.readouterr().out
         )
     except servers.Missing as e:

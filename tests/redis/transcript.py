@@ -312,7 +312,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--ours", help="HOST:PORT, a path, or redis; else `shmcache serve` is started")
     made.add_argument("--reference", help="HOST:PORT or a path; else redis-server is started")
-    made.add_argument("--databases", default="16", help="of the redis-server that is started (16)")
+    made.add_argument("--databases", default="16", help="of the servers that are started (16)")
     made.add_argument("--sequences", type=int, default=3000)
     made.add_argument("--first", type=int, default=0, help="number of the first sequence (0)")
     made.add_argument("--seed", type=int, default=1)
@@ -338,7 +338,8 @@ def main(argv: list[str] | None = None) -> int:
         with contextlib.ExitStack() as stack:
             start = lambda: servers.redis_server("--databases", args.databases)  # noqa: E731
             reference = stack.enter_context(servers.given_or_started(args.reference, start))
-            ours = stack.enter_context(servers.given_or_started(args.ours, servers.shmcache_server))
+            start_ours = lambda: servers.shmcache_server("--databases", args.databases)  # noqa: E731
+            ours = stack.enter_context(servers.given_or_started(args.ours, start_ours))
             report, good = compare(args, ours, reference)
     except servers.Missing as e:
         print(e, file=sys.stderr)

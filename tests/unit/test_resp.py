@@ -86,7 +86,7 @@ def feed(stub, client, data):
     while stub.deferred:
         assert stub.deferred.pop() is client
         with shmcache.attach(stub.cache.name) as handle:
-            executor = _resp.Executor(handle, commands.table(), impatient=False)
+            executor = _resp.Executor(handle, commands.table(), impatient=False, databases=stub.executor.databases)
             assert client.retry(executor)
             client.resume()
             del executor
@@ -300,3 +300,80 @@ def test_the_longest_common_subsequence(a, b):
 )
 def test_what_redis_7_has_dumped_is_restored(payload, value):
     assert commands.keys.undumped(bytes.fromhex(payload)) == value
+
+
+# ---- databases ----
+
+
+@pytest.fixture
+def databases(stub):
+    stub.executor = _resp.Executor(stub.cache, commands.table(), databases=3)
+    stub.executor.slow, stub.executor.defer = (lambda *_: None), (lambda client: stub.deferred.append(client) or True)
+    return stub
+
+
+def ask(stub, client, *commands):
+    """The replies to these commands, each a line of words."""
+    client.transport.data = b""
+    return feed(stub, client, b"".join(say(*command.split()) for command in commands)).split(b"\r\n")[:-1]
+
+
+def test_databases_have_keys_of_their_own(databases):
+    a, b = client_of(databases), client_of(databases)
+    assert ask(databases, a, "SET k zero", "INCR n", "SELECT 2", "GET k", "SET k two", "INCRBY n 5", "APPEND k !", "MGET k n none") == [
+        b"+OK", b":1", b"+OK", b"$-1", b"+OK", b":5", b":4", b"*3", b"$4", b"two!", b"$1", b"5", b"$-1",
+    ]  # fmt: skip
+    assert ask(databases, b, "GET k", "EXISTS k n", "SELECT 2", "GET k", "SELECT 3", "GET k") == [
+        b"$4", b"zero", b":2", b"+OK", b"$4", b"two!", b"-ERR DB index is out of range", b"$4", b"two!",
+    ]  # fmt: skip
+    assert databases.cache["k"] == b"zero"
+    assert databases.cache.namespace("db:2")["n"] == 5
+
+
+def test_what_is_asked_of_all_keys_is_asked_of_those_of_a_database(databases):
+    client = client_of(databases)
+    ask(databases, client, "SET zero 0", "SELECT 1", "SET one 1", "SET uno 1")
+    assert sorted(ask(databases, client, "KEYS *")) == [b"$3", b"$3", b"*2", b"one", b"uno"]
+    assert sorted(ask(databases, client, "SCAN 0 COUNT 100000000")) == [b"$1", b"$3", b"$3", b"*2", b"*2", b"0", b"one", b"uno"]
+    assert ask(databases, client, "DBSIZE", "SELECT 0", "DBSIZE", "KEYS *", "RANDOMKEY") == [b":2", b"+OK", b":1", b"*1", b"$4", b"zero", b"$4", b"zero"]
+    assert ask(databases, client, "SELECT 1", "FLUSHDB", "DBSIZE", "GET one", "SELECT 0", "GET zero") == [
+        b"+OK", b"+OK", b":0", b"$-1", b"+OK", b"$1", b"0",
+    ]  # fmt: skip
+    ask(databases, client, "SELECT 1", "SET one again")
+    assert ask(databases, client, "SELECT 0", "FLUSHDB", "DBSIZE", "SELECT 1", "GET one", "FLUSHALL", "GET one") == [
+        b"+OK", b"+OK", b":0", b"+OK", b"$5", b"again", b"+OK", b"$-1",
+    ]  # fmt: skip
+
+
+def test_a_step_of_several_keys_may_cross_databases(databases):
+    a, b = client_of(databases), client_of(databases)
+    assert ask(databases, a, "SET k v EX 100", "COPY k k DB 1", "COPY k k DB 1", "COPY k k DB 3", "SELECT 1", "GET k", "TTL k", "RENAME k l", "GET l") == [
+        b"+OK", b":1", b":0", b"-ERR DB index is out of range", b"+OK", b"$1", b"v", b":100", b"+OK", b"$1", b"v",
+    ]  # fmt: skip
+    assert ask(databases, a, "MULTI", "SET m 1", "SELECT 2", "SET m 2", "EXEC", "GET m", "SELECT 1", "GET m")[-8:] == [
+        b"+OK", b"+OK", b"+OK", b"$1", b"2", b"+OK", b"$1", b"1",
+    ]  # fmt: skip
+    assert ask(databases, a, "WATCH w") == [b"+OK"]
+    ask(databases, b, "SET w other", "SELECT 1")
+    assert ask(databases, a, "MULTI", "GET w", "EXEC") == [b"+OK", b"+QUEUED", b"*1", b"$-1"]
+    ask(databases, a, "WATCH w")
+    ask(databases, b, "SET w mine")
+    assert ask(databases, a, "MULTI", "GET w", "EXEC") == [b"+OK", b"+QUEUED", b"*-1"]
+
+
+def test_a_key_is_bounded_with_its_database(databases):
+    client = client_of(databases)
+    assert ask(databases, client, "SELECT 1", "SET " + "k" * 4090 + " v")[1].startswith(b"-ERR a key has at most 40")
+    assert ask(databases, client, "SET " + "k" * 4070 + " v", "GET " + "k" * 4090) == [b"+OK", b"$-1"]
+
+
+def test_what_never_expired_does_not_begin_to(make):
+    stub = Stub(make("16M", default_ttl=50))
+    client = client_of(stub)
+    assert ask(stub, client, "SET a 1", "PTTL a")[1] != b":-1"
+    changes = ("APPEND a x", "SETRANGE a 0 y", "SETBIT a 5 1", "RENAME a b", "COPY b a", "SET a 1 KEEPTTL", "INCRBYFLOAT a 1.5", "BITFIELD a SET u8 0 1")
+    for change in ("INCR a", *changes):
+        ask(stub, client, "PERSIST a", change)
+        assert ask(stub, client, "TTL a" if not change.startswith("RENAME") else "TTL b") == [b":-1"], change
+    assert ask(stub, client, "SET a 1", "TTL a", "APPEND new x", "TTL new", "MSETNX other 1", "TTL other")[1::2] == [b":50"] * 3
+    del stub.executor

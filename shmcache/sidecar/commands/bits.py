@@ -109,7 +109,7 @@ def bitop(client: Connection, arguments: list[bytes]) -> bytes:
             return integer(0)
         if operation == b"not":
             result ^= (1 << 8 * size) - 1
-        ex.write(to, result.to_bytes(size, "big"), 0, codec=RAW)
+        ex.write(to, result.to_bytes(size, "big"), None, codec=RAW)
     return integer(size)
 
 
@@ -155,7 +155,7 @@ def bitfield_run(client: Connection, arguments: list[bytes], read_only: bool) ->
     ex = client.ex
     while True:
         found = ex.read(key)
-        value, version, expires_ms = (b"", None, 0) if found is None else found[:3]
+        value, version, expires_ms = (b"", None, None) if found is None else found[:3]
         data, out, writes = bytearray(value), [], False
         for word, signed, bits, offset, operand, how in operations:
             end = (offset + bits + 7) >> 3

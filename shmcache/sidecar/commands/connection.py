@@ -10,7 +10,6 @@ from shmcache.core import _resp
 from shmcache.sidecar import replies
 from shmcache.sidecar.commands.pubsub import forget
 from shmcache.sidecar.commands.table import (
-    DATABASES,
     FREE,
     IN_MULTI,
     IN_PUBSUB,
@@ -31,8 +30,10 @@ if TYPE_CHECKING:
 
 @command("select", 2, 0, group="connection")
 def select(client: Connection, arguments: list[bytes]) -> bytes:
-    if integer_of(arguments[0]) not in range(DATABASES):
+    n = integer_of(arguments[0])
+    if not 0 <= n < client.home.databases:
         raise Error("ERR DB index is out of range")
+    client.db = n
     return OK
 
 
@@ -108,7 +109,7 @@ def reset(client: Connection, arguments: list[bytes]) -> bytes:
     forget(client)
     discard_transaction(client)
     client.name, client.protocol, client.user = b"", 2, "default"
-    client.silent, client.skip, client.no_evict = False, 0, False
+    client.silent, client.skip, client.no_evict, client.db = False, 0, False, 0
     client.authenticated = not client.server.settings["requirepass"]
     return replies.simple("RESET")
 
@@ -129,7 +130,7 @@ def info_line(client: Connection, asked_by: Connection, word: bytes) -> str:
         waiting, command_name = client.reading, f"client|{word.decode()}"
     return (
         f"id={client.id} addr={client.address} laddr={client.local_address} fd={client.fd} name={client.name.decode('latin-1')} "
-        f"age={int(now - client.began)} idle={client.idle_ms // 1000} flags={flags or 'N'} db=0 sub={len(client.channels)} "
+        f"age={int(now - client.began)} idle={client.idle_ms // 1000} flags={flags or 'N'} db={client.db} sub={len(client.channels)} "
         f"psub={len(client.patterns)} ssub=0 multi={len(client.queue) if client.in_multi else -1} qbuf={waiting} qbuf-free=0 argv-mem=0 "
         f"multi-mem=0 rbs=0 rbp=0 obl={unsent} oll=0 omem=0 tot-mem={client.memory} events=r cmd={command_name} user={client.user} "
         f"redir=-1 resp={client.protocol}"

@@ -3,111 +3,71 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from shmcache.core import _resp
 from shmcache.core._resp import matches
 from shmcache.sidecar import replies
 from shmcache.sidecar.commands.table import ONE, RAW, SCAN_BUCKETS, SYNTAX, WRITE, Error, command, container, in_pool, integer_of
-from shmcache.sidecar.commands.transactions import all_of
 from shmcache.sidecar.replies import OK, array, bulk, integer, nil
 
 if TYPE_CHECKING:
     from shmcache.sidecar.server import Connection
 
-@command("msetnx", -3, WRITE, (1, -1, 2), group="string")
-def msetnx(client: Connection, arguments: list[bytes]) -> bytes:
-    if len(arguments) % 2:
-        raise Error("ERR wrong number of arguments for 'msetnx' command")
-    ex = client.ex
-    with all_of(client, arguments[::2]):
-        if any(ex.version(key) for key in arguments[::2]):
-            return integer(0)
-        for key, value in zip(arguments[::2], arguments[1::2], strict=True):
-            ex.write(key, value, 0)
-    return integer(1)
-
-
-def rename_to(client: Connection, arguments: list[bytes], only_if_absent: bool) -> int:
-    ex = client.ex
-    old, new = arguments
-    with all_of(client, arguments):
-        found = ex.read(old)
-        if found is None:
-            raise Error("ERR no such key")
-        if old == new:
-            return not only_if_absent
-        if only_if_absent and ex.version(new):
-            return 0
-        value, _, expires_ms, codec = found
-        ex.write(new, value, expires_ms, codec=codec)
-        ex.remove(old)
-    return 1
-
-
-@command("rename", 3, WRITE, (1, 2, 1))
-def rename(client: Connection, arguments: list[bytes]) -> bytes:
-    rename_to(client, arguments, False)
-    return OK
-
-
-@command("renamenx", 3, WRITE, (1, 2, 1))
-def renamenx(client: Connection, arguments: list[bytes]) -> bytes:
-    return integer(rename_to(client, arguments, True))
-
-
-@command("copy", -3, WRITE, (1, 2, 1))
-def copy(client: Connection, arguments: list[bytes]) -> bytes:
-    ex = client.ex
-    replace, rest = False, arguments[2:]
-    while rest:
-        word = rest.pop(0).lower()
-        if word == b"replace":
-            replace = True
-        elif word == b"db" and rest:
-            if integer_of(rest.pop(0)) != 0:
-                raise Error("ERR DB index is out of range")
-        else:
-            raise Error(SYNTAX)
-    source, to = arguments[:2]
-    if source == to:
-        raise Error("ERR source and destination objects are the same")
-    with all_of(client, [source, to]):
-        found = ex.read(source)
-        if found is None or (ex.version(to) and not replace):
-            return integer(0)
-        value, _, expires_ms, codec = found
-        ex.write(to, value, expires_ms, codec=codec)
-    return integer(1)
+def all_keys(ex: _resp.Executor) -> Iterator[bytes]:
+    """Of the database in use. In parts: the loop's thread gets its turns."""
+    at = 0
+    while at < ex.n_buckets:
+        at, some = ex.keys(at, at + 1024)
+        yield from some
 
 
 @command("dbsize", 1, group="server")
 def dbsize(client: Connection, arguments: list[bytes]) -> bytes:
-    return integer(len(client.server.cache))
+    if client.ex.databases == 1:
+        return integer(len(client.server.cache))
+    in_pool(client)
+    return integer(sum(1 for _ in all_keys(client.ex)))
 
 
-def flush(client: Connection, arguments: list[bytes]) -> bytes:
+def check_flush(arguments: list[bytes]) -> None:
     if len(arguments) > 1 or (arguments and arguments[0].lower() not in (b"sync", b"async")):
         raise Error(SYNTAX)
+
+
+@command("flushall", -1, WRITE, group="server")
+def flushall(client: Connection, arguments: list[bytes]) -> bytes:
+    check_flush(arguments)
+    return empty(client)
+
+
+def empty(client: Connection) -> bytes:
     if int(client.server.cache.segment.header["log_policy"]):
         in_pool(client)
-    client.server.cache.clear()
+    client.ex.table.clear()
     return OK
 
 
-command("flushall", -1, WRITE, group="server")(flush)
-command("flushdb", -1, WRITE, group="server")(flush)
+@command("flushdb", -1, WRITE, group="server")
+def flushdb(client: Connection, arguments: list[bytes]) -> bytes:
+    ex = client.ex
+    check_flush(arguments)
+    if ex.databases == 1:
+        return empty(client)
+    in_pool(client)
+    if client.db:
+        ex.table.namespace(f"db:{client.db}").clear()
+    else:
+        for key in all_keys(ex):
+            ex.remove(key)
+    return OK
 
 
 @command("keys", 2)
 def keys(client: Connection, arguments: list[bytes]) -> bytes:
     in_pool(client)
-    pattern, ex = arguments[0], client.ex
-    at, found = 0, []
-    while at < ex.n_buckets:  # in parts: the loop's thread gets its turns
-        at, some = ex.keys(at, at + 1024)
-        found += [bulk(key) for key in some if matches(pattern, key)]
-    return array(found)
+    return array([bulk(key) for key in all_keys(client.ex) if matches(arguments[0], key)])
 
 
 @command("scan", -2)

@@ -17,7 +17,7 @@ def incrbyfloat(client: Connection, arguments: list[bytes]) -> bytes:
     ex, (key, by) = client.ex, arguments
     while True:
         found = ex.read(key)
-        value, version, expires_ms = (b"0", None, 0) if found is None else found[:3]
+        value, version, expires_ms = (b"0", None, None) if found is None else found[:3]
         try:
             value = _resp.add_floats(value, by)
         except ValueError:

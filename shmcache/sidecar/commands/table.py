@@ -21,11 +21,10 @@ if TYPE_CHECKING:
     Run = Callable[[Connection, list[bytes]], bytes | None]
 
 REDIS_VERSION = "7.0.15"  # whose semantics these are
-DATABASES = 1
 
 SETTINGS: dict[str, str] = {  # CONFIG's, and what they are if nobody says otherwise
     "daemonize": "no",
-    "appendonly": "no", "bind": "127.0.0.1", "databases": str(DATABASES), "hash-max-listpack-entries": "128", "lfu-log-factor": "10",
+    "appendonly": "no", "bind": "127.0.0.1", "databases": "1", "hash-max-listpack-entries": "128", "lfu-log-factor": "10",
     "maxclients": "10000", "maxmemory": "0", "maxmemory-policy": "allkeys-lru", "port": "6379", "proto-max-bulk-len": "536870912",
     "protected-mode": "yes", "requirepass": "", "save": "", "slowlog-log-slower-than": "10000", "slowlog-max-len": "128",
     "tcp-keepalive": "300", "timeout": "0", "unixsocket": "", "latency-monitor-threshold": "0", "enable-debug-command": "no",
@@ -83,6 +82,8 @@ for _names, _arity, _flags, _keys, _group in (
     ("getex", -2, WRITE, ONE, "string"), ("mset", -3, WRITE, (1, -1, 2), "string"), ("setbit", 4, WRITE, ONE, "bitmap"),
     ("del unlink", -2, WRITE, (1, -1, 1), "generic"), ("exists touch", -2, 0, (1, -1, 1), "generic"),
     ("ttl pttl expiretime pexpiretime type", 2, 0, ONE, "generic"), ("persist", 2, WRITE, ONE, "generic"),
+    ("msetnx", -3, WRITE, (1, -1, 2), "string"),
+    ("rename renamenx", 3, WRITE, (1, 2, 1), "generic"), ("copy", -3, WRITE, (1, 2, 1), "generic"),
     ("expire pexpire expireat pexpireat", -3, WRITE, ONE, "generic"), ("ping", -1, IN_PUBSUB, (0, 0, 0), "connection"),
     ("echo", 2, 0, (0, 0, 0), "connection"),
 ):  # fmt: skip

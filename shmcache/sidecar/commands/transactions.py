@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from shmcache.core._core import WouldWait
+from shmcache.core._resp import number
 from shmcache.sidecar import replies
 from shmcache.sidecar.commands.pubsub import tell_monitors
 from shmcache.sidecar.commands.table import (
@@ -86,7 +89,7 @@ def watch(client: Connection, arguments: list[bytes]) -> bytes:
     if client.in_multi:
         raise Error("ERR WATCH inside MULTI is not allowed")
     for key in arguments:
-        client.watching.setdefault(key, client.ex.version(key))
+        client.watching.setdefault((client.db, key), client.ex.version(key))
     return OK
 
 
@@ -124,25 +127,27 @@ def execute(client: Connection) -> bytes | None:
         raise Error("EXECABORT Transaction discarded because of previous errors.")
     queue = client.queue
     keys = [*client.watching]
-    long, log_bytes = False, 0
+    long, log_bytes, db = False, 0, client.db
     for words in queue:
         name = words[0].decode("latin-1").lower()
+        if name == "select" and (n := number(words[1])) is not None and 0 <= n < client.ex.databases:
+            db = n
         found = keys_in(name, words[1:])
-        keys += found
+        keys += [(db, key) for key in found]
         long = long or name in LONG
         log_bytes += (sum(map(len, words)) + 64 * max(1, len(found))) if TABLE[name].flags & WRITE else 0
     if long and not is_of_loop(client):
         in_pool(client)
-    with all_of(client, keys, log_bytes):
-        changed = any(client.ex.version(key) != version for key, version in client.watching.items())
+    monitored = functools.partial(tell, client) if client.server.monitors else None
+    try:
+        done = client.transact(queue, keys, client.watching, log_bytes, monitored)
+    except WouldWait:  # it is run again where it may
+        raise
+    except BaseException:
         discard_transaction(client)
-        if changed:
-            return nil_array(client.protocol)
-        client.add(b"*%d\r\n" % len(queue))
-        for words in queue:
-            tell(client, words)
-            client.call(words)
-    return None
+        raise
+    discard_transaction(client)
+    return None if done else nil_array(client.protocol)
 
 
 class all_of:
@@ -154,11 +159,8 @@ class all_of:
     def __enter__(self) -> None:
         self.nested = self.executor.holds
         if not self.nested:
-            self.was = self.executor.impatient
             self.executor.hold(self.keys, self.log_bytes)
-            self.executor.impatient = False
 
     def __exit__(self, *_: object) -> None:
         if not self.nested:
-            self.executor.impatient = self.was
             self.executor.release()
