@@ -99,7 +99,8 @@ class Cache(_core.Table):
         the first get), sets, deletes, evictions, expirations, inline_evictions, other counters, processes (living; pid, row,
         started_ms ...), unlinked (the name is gone, or another segment's), slab_classes (chunk_bytes, pages, live, free, reserved
         chunks), supervisor, durability (restoring: a restore goes on, or was killed; snapshot_age_s: None: there was none; snapshot_failed:
-        the last one could not be written).
+        the last one could not be written; snapshot_writing_s: since when the supervisor writes one, None: it does not; log_waiting_bytes:
+        in the processes' rings, not taken over by the supervisor).
         """
         counters = self.counters()
         classes, pages = self.slab_classes()

@@ -175,7 +175,8 @@ def layout():
             ("ring_bytes", <size_t>&h.ring_bytes, "<u8", 1), ("log_policy", <size_t>&h.log_policy, "<u8", 1),
             ("log_gaps", <size_t>&h.log_gaps, "<u8", 1), ("log_healed", <size_t>&h.log_healed, "<u8", 1),
             ("log_failed_ms", <size_t>&h.log_failed_ms, "<u8", 1), ("log_asleep", <size_t>&h.log_asleep, "<u8", 1),
-            ("log_epoch", <size_t>&h.log_epoch, "<u8", 1), ("log_bell", <size_t>&h.log_bell, "<u4", 1)]),
+            ("log_epoch", <size_t>&h.log_epoch, "<u8", 1), ("log_bell", <size_t>&h.log_bell, "<u4", 1),
+            ("snapshot_begun_ms", <size_t>&h.snapshot_begun_ms, "<u8", 1)]),
         "ring": (sizeof(ring_t), [
             ("head", <size_t>&g.head, "<u8", 1), ("drained", <size_t>&g.drained, "<u8", 1), ("durable", <size_t>&g.durable, "<u8", 1),
             ("bell", <size_t>&g.bell, "<u4", 1)]),
@@ -1683,12 +1684,20 @@ cdef class Table:
                 "heartbeat_age_s": max(0, <int64_t>(mono_ns() // 1000000 - ld64(&s.header.heartbeat_ms))) / 1000.0}
 
     def durability(self):
-        """{"restoring", "generations_missing", "snapshot_age_s", "snapshot_failed", "log", "log_gaps", "log_failed"}: see Cache.stats()."""
-        cdef header_t* h = self.ready().header
-        cdef uint64_t at = ld64(&h.snapshot_ms)
+        """{"restoring", "generations_missing", "snapshot_age_s", "snapshot_failed", "snapshot_writing_s", "log", "log_gaps", "log_failed",
+        "log_waiting_bytes"}: see Cache.stats()."""
+        cdef seg_t* s = self.ready()
+        cdef header_t* h = s.header
+        cdef uint64_t at = ld64(&h.snapshot_ms), begun = ld64(&h.snapshot_begun_ms), waiting = 0, drained
+        cdef uint32_t i
+        for i in range(s.n_rows if h.ring_bytes else 0):
+            drained = ld64(&ring_of(s, i).drained)      # first: the other moves on meanwhile
+            waiting += min(ld64(&ring_of(s, i).head) - drained, s.ring_bytes)
         return {"restoring": ld32(&h.restoring) != 0, "generations_missing": ld32(&h.restoring) == 2,
                 "snapshot_age_s": max(0, <int64_t>(wall_ms() - at)) / 1000.0 if at else None,
                 "snapshot_failed": ld64(&h.snapshot_failed_ms) != 0,
+                "snapshot_writing_s": max(0, <int64_t>(wall_ms() - begun)) / 1000.0 if begun and self.supervisor()["alive"] else None,
+                "log_waiting_bytes": waiting,
                 "log": POLICIES[min(ld64(&h.log_policy), <uint64_t>3)] if h.ring_bytes else "off",
                 "log_gaps": ld64(&h.log_gaps) - min(ld64(&h.log_healed), ld64(&h.log_gaps)), "log_failed": ld64(&h.log_failed_ms) != 0}
 

@@ -150,7 +150,8 @@ ctypedef struct header_t:   # 4,096 bytes. Written at creation only, where nothi
     uint64_t log_epoch      # the newest epoch that is durable in the log. Writer: the supervisor
     uint32_t log_bell       # a futex
     uint32_t pad5
-    uint64_t pad6[273]
+    uint64_t snapshot_begun_ms  # wall clock, when the one began that is being written; 0: none is, unless its writer died. Writer: who writes it
+    uint64_t pad6[272]
 
 # ---- process rows ---------------------------------------------------------------------------------------------------
 

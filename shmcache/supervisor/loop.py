@@ -68,6 +68,7 @@ class Supervisor:
         self.classes = segment.classes
         self.rows = segment.rows
         self.header = segment.header
+        appendlog.mark(cache, snapshot_begun_ms=0)  # of who was killed while he wrote one
         self.n_pages = int(self.header["n_pages"])
         self.page_chunks = (1 << int(self.header["page_shift"])) // self.classes["chunk_bytes"].astype(np.int64)
         self.free = self.classes["n_free"].astype(np.int64)

@@ -82,6 +82,7 @@ def write(
     stop = stop or threading.Event()
     if cache.durability()["restoring"]:
         raise errors.UsageError(f"the segment {cache.name!r} is being restored, or that was killed: complete it (restore) first")
+    mark(cache, snapshot_begun_ms=began_ms)
     try:
         gaps = int(cache.segment.header["log_gaps"])
         report = _write(cache, folder, keep, compress, _Throttle(stop) if throttled else None, stop, progress, log)
@@ -90,6 +91,8 @@ def write(
     except BaseException:
         mark(cache, snapshot_failed_ms=began_ms)
         raise
+    finally:
+        mark(cache, snapshot_begun_ms=0)
     mark(cache, snapshot_ms=began_ms, snapshot_failed_ms=0)
     if log or not int(cache.segment.header["log_policy"]):  # else it is not where the log is
         mark(cache, log_healed=gaps)
