@@ -16,7 +16,7 @@ from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_FillInfo
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from libc.errno cimport EAGAIN, EINTR, errno
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
-from libc.stdlib cimport free, malloc, realloc
+from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memchr, memcmp, memcpy, memmove, memset
 
 from shmcache.core._core cimport Mapping, Table
@@ -161,6 +161,12 @@ ctypedef struct name_t:
     int arity                   # as Redis counts: with the name, negative: at least
     int flags
 
+ctypedef struct stat_t:         # of one command, in the whole event loop
+    uint64_t calls
+    uint64_t ns
+    uint64_t rejected           # refused before they ran
+    uint64_t failed             # answered with an error
+
 ctypedef struct arg_t:
     uint64_t at                 # from the beginning of what is parsed
     uint64_t n
@@ -190,13 +196,13 @@ cdef class Executor:
     cdef int64_t offset                 # unix time - the segment's time, ms: steady, so that a time that was set reads as it was set
     cdef uint8_t* scratch               # a value that is being changed
     cdef uint64_t room_scratch
-    cdef readonly list calls            # by index: how often
+    cdef stat_t* stats                  # by index
+    cdef readonly dict errors           # error replies, by their first word
     cdef readonly uint64_t commands     # executed in all
     cdef readonly uint64_t bytes_in
     cdef readonly uint64_t bytes_out
     cdef public bint watched            # every command is told to `monitor` before it runs
-    cdef public bint timed              # every command's duration is told to `slow`
-    cdef public uint64_t slower_than_ns
+    cdef public uint64_t slower_than_ns # a command that takes so long is told to `slow`
     cdef public object slow
     cdef public object defer            # called with (client): run its command in the pool
     cdef public object held             # called with (client, end): keep its replies until the ring is durable up to end
@@ -229,6 +235,11 @@ cdef class Executor:
         if self.read_buffer == NULL or self.argv == NULL or self.argl == NULL or self.scratch == NULL:
             raise MemoryError
         memset(self.slots, 0, sizeof(self.slots))
+        self.stats = <stat_t*>calloc(len(commands) + 1, sizeof(stat_t))
+        if self.stats == NULL:
+            raise MemoryError
+        self.errors = {}
+        self.slower_than_ns = <uint64_t>-1
         for name, (arity, flags, run) in commands.items():
             encoded = name.encode()
             if not 0 < len(encoded) < NAME_MAX or len(commands) > TABLE_SLOTS // 2:
@@ -246,7 +257,6 @@ cdef class Executor:
             if run is None and slot.kind == C_PYTHON:
                 raise ValueError(f"{name!r} is not compiled, and there is no callable for it")
             self.names.append((name, run))
-        self.calls = [0] * len(self.names)
         self.databases = databases
         self.most_pending = self.s.max_value_bytes + (256 << 20)
         table.impatient = impatient
@@ -262,6 +272,7 @@ cdef class Executor:
         free(self.argv)
         free(self.argl)
         free(self.scratch)
+        free(self.stats)
 
     def __getbuffer__(self, Py_buffer* view, int flags):
         PyBuffer_FillInfo(view, self, self.read_buffer, READ_BYTES, False, flags)
@@ -452,8 +463,25 @@ cdef class Executor:
 
     def reset(self):
         """The counts begin anew."""
-        self.calls = [0] * len(self.names)
+        memset(self.stats, 0, len(self.names) * sizeof(stat_t))
+        self.errors = {}
         self.commands = self.bytes_in = self.bytes_out = 0
+
+    def command_stats(self):
+        """{name: (calls, nanoseconds, rejected, failed)} of the commands that somebody sent."""
+        cdef stat_t* stat
+        cdef Py_ssize_t i
+        cdef dict found = {}
+        for i in range(len(self.names)):
+            stat = &self.stats[i]
+            if stat.calls or stat.rejected:
+                found[self.names[i][0]] = (stat.calls, stat.ns, stat.rejected, stat.failed)
+        return found
+
+    cdef int count_error(self, bytes text) except -1:
+        cdef bytes word = text.split(b" ", 1)[0]
+        self.errors[word] = self.errors.get(word, 0) + 1
+        return 0
 
     @property
     def impatient(self):
@@ -790,6 +818,8 @@ cdef class Client:
     cdef uint64_t unheld                # the same, if nobody was asked yet to wait for it
     cdef readonly bint in_pool          # its command is run in the pool, or again later: what is in `out` is not the loop's
     cdef public bint lost               # the connection is gone
+    cdef bint failed                    # the command being executed has an error for a reply
+    cdef readonly uint64_t took_ns      # by the last command
     cdef list pushed                    # what others sent to it while it is in_pool
     cdef readonly uint64_t log_end      # its replies leave when the ring is durable up to here
     cdef object __weakref__
@@ -865,6 +895,7 @@ cdef class Client:
         if self.n_pending + n > self.home.most_pending:
             self.n_pending = 0
             self.closing = True
+            self.home.count_error(b"ERR")
             self.push(b"-ERR Protocol error: the query is larger than is kept\r\n")
             return 0
         if self.n_pending + n > room:
@@ -981,7 +1012,7 @@ cdef class Client:
                 else:
                     step = self.parse_line(data + at, n - at)
             except ProtocolError as e:
-                self.add(b"-ERR Protocol error: " + e.args[0] + b"\r\n")
+                self.error(b"ERR Protocol error: " + e.args[0])
                 self.closing = True
                 break
             if step < 0:
@@ -1175,6 +1206,8 @@ cdef class Client:
         self.error(text)
 
     cdef int error(self, bytes text) except -1:
+        self.failed = True
+        self.home.count_error(text)
         self.add(b"-" + text.rstrip(b"\r\n").replace(b"\r", b" ").replace(b"\n", b" ") + b"\r\n")
         return 0
 
@@ -1184,11 +1217,10 @@ cdef class Client:
         """The command in Executor.argv."""
         cdef uint64_t out = self.n_out
         self.commands += 1
-        self.ex.commands += 1
         self.carry = self.carry_at = 0
-        self.pushing = False
+        self.pushing = self.failed = False
         self.answer()
-        if unlikely(self.silent or self.skip) and not self.in_pool and not self.pushing:
+        if unlikely(self.silent or self.skip) and not self.blocked and not self.pushing:
             self.hush(out)
         return 0
 
@@ -1199,7 +1231,6 @@ cdef class Client:
 
     cdef int answer(self) except -1:
         cdef Executor ex = self.ex
-        cdef uint64_t began = 0
         cdef name_t* command = ex.find(ex.argv[0], ex.argl[0])
         if unlikely(command == NULL):
             return self.refuse(b"ERR unknown command '" + clean(ex.argv[0], min(ex.argl[0], <size_t>128)) +
@@ -1211,21 +1242,21 @@ cdef class Client:
             return self.refuse(b"NOAUTH Authentication required.", command)
         if unlikely(self.in_multi or self.in_pubsub or ex.watched or ex.paused_until):
             if self.unusual(command):
+                ex.stats[command.index].rejected += self.failed
                 return 0
-        if ex.timed:
-            began = mono_ns()
         self.pushing = command.flags & F_PUSHES
         self.perform(command)
-        if began and unlikely(mono_ns() - began >= ex.slower_than_ns) and not self.blocked and not command.flags & F_NOAUTH:
+        if not self.blocked and unlikely(self.took_ns >= ex.slower_than_ns) and not command.flags & F_NOAUTH:
             # argc is 0 if other commands were part of it
-            ex.slow(self, self.arguments(0) if ex.argc else [<bytes>command.name[:command.n]], mono_ns() - began)
+            ex.slow(self, self.arguments(0) if ex.argc else [<bytes>command.name[:command.n]], self.took_ns)
         return 0
 
     cdef int perform(self, name_t* command) except -1:
         """Run it, here or in the pool. What it raises becomes its reply."""
         cdef Executor ex = self.ex
-        cdef uint64_t out = self.n_out, end
-        ex.calls[command.index] += 1
+        cdef stat_t* stat = &self.home.stats[command.index]
+        cdef uint64_t out = self.n_out, end, began = mono_ns()
+        cdef bint deferred = False
         try:
             if unlikely(self.db != 0 or ex.db != 0):
                 ex.use(self.db)
@@ -1239,12 +1270,19 @@ cdef class Client:
             self.n_out = out
             if type(e) is WouldWait:
                 self.retried = self.arguments(0)
-                self.blocked = self.in_pool = True
+                self.blocked = self.in_pool = deferred = True
                 if not self.home.defer(self):
-                    self.blocked = self.in_pool = False
+                    self.blocked = self.in_pool = deferred = False
                     self.error(b"BUSY too many commands wait: try again")
             else:
                 self.error(error_text(e))
+        if not deferred:            # else it is counted when it has run, and is perhaps being run already
+            self.took_ns = mono_ns() - began
+            stat.calls += 1
+            stat.ns += self.took_ns
+            stat.failed += self.failed
+            self.home.commands += 1
+            self.failed = False     # of a transaction: this part has failed, not the whole
         end = ex.table.take_log()
         if unlikely(end != 0):      # whoever sends this client's replies waits for the disk
             self.log_end = max(self.log_end, end)
@@ -1253,6 +1291,8 @@ cdef class Client:
 
     cdef int refuse(self, bytes text, name_t* command) except -1:
         """A command that is not run; one that was to be queued breaks its transaction."""
+        if command != NULL:
+            self.home.stats[command.index].rejected += 1
         return self.error(self.refused(text, "" if command == NULL else command.name[:command.n].decode()))
 
     def refused(self, bytes text, str name):
@@ -1278,6 +1318,23 @@ cdef class Client:
             self.perform(command)
         finally:
             ex.argc = 0             # they were this call's
+
+    def redo(self, list arguments):
+        """Run a command that was put off before it began, as if it came now."""
+        self.point(arguments)
+        self.execute()
+        self.home.shrink()
+
+    def conclude(self, finish, list answers):
+        """The end of a command that had to ask others (sidecar/commands/everywhere.py): reply finish(answers), or what it raises."""
+        cdef uint64_t out = self.n_out
+        try:
+            self.add(finish(answers))
+        except Exception as e:
+            self.n_out = out
+            self.error(error_text(e))
+        if unlikely(self.silent or self.skip):
+            self.hush(out)
 
     def retry(self, Executor executor not None):
         """Run the command that would have had to wait once more: in a thread of the pool, with its executor, which may wait; or in the loop, with

@@ -1,15 +1,23 @@
-"""Between the event loops of one `shmcache serve`: what is published, who subscribes to what, what CONFIG SET changed.
+"""Between the processes of one `shmcache serve`: what is published and watched, and what concerns all of them (commands/everywhere.py).
 
     worker -- Link -- Hub (in the parent) -- Link -- worker
+                       +-- Member -- the process that serves the metrics
 
-A frame is a u32 length and a msgpack list [kind, worker, ...]; the hub hands each whole frame to all other workers, in the order in which
-it came. A worker that does not read for long is cut off (and ends: it is started again), nobody waits for it.
+A frame is a u32 length, the number of the process that it is for (-1: all others), and a msgpack list [kind, from, ...]. The hub hands
+it on, frames of one process in the order in which they came. A process that does not read for long is cut off (and ends: it is started
+again), nobody waits for it.
 
-    ["publish", i, channel, message]
+    ["hello", i]                                  i serves: a new worker to all, who then tell it what they have; the others' answer to look
+    ["look", i]                                   i wants to know who serves
+    ["gone", i]                                   from the hub: what i has said is void, and it answers no more
+    ["ask", i, number, part, [argument, ...]]     run this part (commands/everywhere.py)
+    ["answer", i, number, result]
     ["counts", i, {channel: n}, {pattern: n}]     of those that changed, subscribers in that process now
-    ["config", i, {name: value}]
-    ["hello", i]                                  a new one: everybody says his counts
-    ["gone", i]                                   its counts are void
+    ["publish", i, channel, message]
+    ["monitors", i, n]                            connections there that watch: they are to be told
+    ["monitored", i, [line, ...]]
+    ["config", i, {name: value}]                  to a new one: what CONFIG SET changed
+    ["pause", i, until_ms, writes_only]           to a new one: CLIENT PAUSE, until then on CLOCK_MONOTONIC
 """
 
 from __future__ import annotations
@@ -17,6 +25,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -25,14 +34,17 @@ import msgpack
 if TYPE_CHECKING:
     from shmcache.sidecar.server import Server
 
-HEADER = struct.Struct("<I")
+HEADER = struct.Struct("<Ii")
+ALL = -1
 MOST_FRAME = 1 << 30
-MOST_WAITING = 256 << 20  # bytes for a worker that does not read
+MOST_WAITING = 256 << 20  # bytes for a process that does not read
+MOST_UNSAID = 32 << 20  # bytes for the hub, above which monitors elsewhere are told nothing more
+ANSWER_LIMIT = 1.0  # seconds that others have for an answer
 
 
-def frame(*parts: Any) -> bytes:
+def frame(*parts: Any, to: int = ALL) -> bytes:
     body: bytes = msgpack.packb(parts)
-    return HEADER.pack(len(body)) + body
+    return HEADER.pack(len(body), to) + body
 
 
 class Frames:
@@ -46,7 +58,7 @@ class Frames:
         self.buffer += data
         found, at = [], 0
         while len(self.buffer) - at >= HEADER.size:
-            (n,) = HEADER.unpack_from(self.buffer, at)
+            n, _ = HEADER.unpack_from(self.buffer, at)
             if n > MOST_FRAME:
                 raise ValueError(f"a frame of {n} bytes")
             if len(self.buffer) - at < HEADER.size + n:
@@ -65,118 +77,221 @@ class Hub:
         self.frames: dict[int, Frames] = {}
         self.waiting: dict[int, bytearray] = {}
 
-    def join(self, worker: int) -> socket.socket:
-        """The end for a worker that is about to start; close it when it has it."""
-        self.leave(worker)
+    def join(self, member: int) -> socket.socket:
+        """The end for a process that is about to start; close it when it has it."""
+        self.leave(member)
         mine, theirs = socket.socketpair()
         mine.setblocking(False)
-        self.links[worker], self.frames[worker], self.waiting[worker] = mine, Frames(), bytearray()
-        self.send(frame("hello", worker), but=worker)
+        self.links[member], self.frames[member], self.waiting[member] = mine, Frames(), bytearray()
         return theirs
 
-    def leave(self, worker: int) -> None:
-        link = self.links.pop(worker, None)
+    def leave(self, member: int) -> None:
+        link = self.links.pop(member, None)
         if link is not None:
             link.close()
-            del self.frames[worker], self.waiting[worker]
-            self.send(frame("gone", worker), but=worker)
+            del self.frames[member], self.waiting[member]
+            self.send(frame("gone", member), but=member)
 
     def readers(self) -> list[socket.socket]:
         return list(self.links.values())
 
     def writers(self) -> list[socket.socket]:
-        return [link for worker, link in self.links.items() if self.waiting[worker]]
+        return [link for member, link in self.links.items() if self.waiting[member]]
 
     def turn(self, ready: list[Any], writable: list[Any]) -> None:
-        for worker, link in list(self.links.items()):
-            if link in writable:
-                self.push(worker)
-            if link in ready and worker in self.links:
-                self.read(worker)
+        for member, link in list(self.links.items()):  # each may have left, or been cut off, at the turn of another
+            if link in writable and member in self.links:
+                self.push(member)
+            if link in ready and member in self.links:
+                self.read(member)
 
-    def read(self, worker: int) -> None:
+    def read(self, member: int) -> None:
         try:
-            data = self.links[worker].recv(1 << 20)
-            frames = self.frames[worker].feed(data) if data else None
+            data = self.links[member].recv(1 << 20)
+            frames = self.frames[member].feed(data) if data else None
         except BlockingIOError:
             return
         except (OSError, ValueError):
             frames = None
         if frames is None:
-            self.leave(worker)
+            self.leave(member)
             return
         for each in frames:
-            self.send(each, but=worker)
+            self.send(each, but=member)
 
     def send(self, data: bytes, but: int) -> None:
-        for worker in list(self.links):
-            if worker != but and worker in self.waiting:
-                self.waiting[worker] += data
-                self.push(worker)
+        _, to = HEADER.unpack_from(data)
+        for member in list(self.links):
+            if member != but and to in (ALL, member) and member in self.waiting:
+                self.waiting[member] += data
+                self.push(member)
 
-    def push(self, worker: int) -> None:
-        waiting = self.waiting[worker]
+    def push(self, member: int) -> None:
+        waiting = self.waiting[member]
         try:
             while waiting:
-                del waiting[: self.links[worker].send(waiting)]
+                del waiting[: self.links[member].send(waiting)]
         except BlockingIOError:
             if len(waiting) > MOST_WAITING:
-                self.leave(worker)
+                self.leave(member)
         except OSError:
-            self.leave(worker)
+            self.leave(member)
 
 
-class Link(asyncio.Protocol):
-    """A worker's half."""
+class Other:
+    """What is known of another worker."""
 
-    def __init__(self, server: Server) -> None:
-        self.server = server
+    def __init__(self) -> None:
+        self.channels: dict[bytes, int] = {}  # subscribers of each
+        self.patterns: dict[bytes, int] = {}
+        self.monitors = 0
+
+
+class Question:
+    """What was asked, of those that were there then."""
+
+    def __init__(self, waits_for: set[int], done: Callable[[list[Any]], None]) -> None:
+        self.waits_for, self.done = waits_for, done
+        self.answers: list[Any] = []
+        self.timer: asyncio.TimerHandle | None = None
+
+
+class Member(asyncio.Protocol):
+    """A process's end of its link: it knows who serves, and asks.
+
+    Args: number: its own. cut_off: called when the parent has ended, or has cut this process off.
+    """
+
+    def __init__(self, number: int, cut_off: Callable[[], None]) -> None:
+        self.number, self.cut_off = number, cut_off
         self.frames = Frames()
-        self.heard: dict[bytes, Callable[..., None]] = {
-            b"publish": self.published, b"counts": self.counts, b"config": self.config, b"hello": self.hello, b"gone": self.gone,
-        }  # fmt: skip
         self.transport: Any = None
-        self.told: tuple[dict[bytes, int], dict[bytes, int]] = ({}, {})
-        self.elsewhere: dict[int, tuple[dict[bytes, int], dict[bytes, int]]] = {}  # worker: subscribers of its channels, of its patterns
+        self.others: dict[int, Other] = {}  # the workers that serve
+        self.questions: dict[int, Question] = {}
+        self.last_question = time.monotonic_ns()  # an answer to what a process asked that died is no answer to its successor
+        self.heard: dict[str, Callable[..., None]] = {"hello": self.hello, "gone": self.gone, "answer": self.answered}
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport
+        self.say("look")
 
     def data_received(self, data: bytes) -> None:
         for each in self.frames.feed(data):
-            kind, worker, *rest = msgpack.unpackb(each[HEADER.size :], raw=True)
-            self.heard[kind](worker, *rest)
+            kind, *rest = msgpack.unpackb(memoryview(each)[HEADER.size :])
+            if kind in self.heard:
+                self.heard[kind](*rest)
 
     def connection_lost(self, error: Exception | None) -> None:
-        """The parent has cut this worker off, or has ended."""
         self.transport = None
-        self.server.cut_off()
+        for other in list(self.others):
+            self.gone(other)
+        self.cut_off()
 
-    def say(self, *parts: Any) -> None:
+    def say(self, kind: str, *parts: Any, to: int = ALL) -> None:
         if self.transport is not None:
-            self.transport.write(frame(parts[0], self.server.worker, *parts[1:]))
+            self.transport.write(frame(kind, self.number, *parts, to=to))
+
+    def hello(self, worker: int) -> None:
+        self.others[worker] = Other()
+
+    def gone(self, worker: int) -> None:
+        self.others.pop(worker, None)
+        for number in list(self.questions):
+            self.settle(number, worker)
+
+    # -- questions
+
+    def ask(self, part: str, arguments: list[Any], done: Callable[[list[Any]], None]) -> None:
+        """Have all who serve run a part: done(their results) in the loop; when ANSWER_LIMIT is over, of those that have answered."""
+        self.last_question += 1
+        question = self.questions[self.last_question] = Question(set(self.others), done)
+        question.timer = asyncio.get_running_loop().call_later(ANSWER_LIMIT, self.close_question, self.last_question)
+        self.say("ask", self.last_question, part, arguments)
+        if not self.others:
+            self.close_question(self.last_question)
+
+    def answered(self, worker: int, number: int, result: Any) -> None:
+        if number in self.questions and worker in self.questions[number].waits_for:
+            self.questions[number].answers.append(result)
+            self.settle(number, worker)
+
+    def settle(self, number: int, worker: int) -> None:
+        question = self.questions[number]
+        question.waits_for.discard(worker)
+        if not question.waits_for:
+            self.close_question(number)
+
+    def close_question(self, number: int) -> None:
+        question = self.questions.pop(number)
+        if question.timer is not None:
+            question.timer.cancel()
+        question.done(question.answers)
+
+
+class Link(Member):
+    """A worker's half."""
+
+    def __init__(self, server: Server) -> None:
+        super().__init__(server.worker, lambda: server.cut_off())
+        self.server = server
+        self.heard |= {
+            "look": self.looked_for, "ask": self.asked, "counts": self.counts, "publish": self.published, "monitors": self.watched,
+            "monitored": self.monitored, "config": self.config, "pause": self.pause,
+        }  # fmt: skip
+        self.told: tuple[dict[bytes, int], dict[bytes, int]] = ({}, {})
+        self.changed: dict[str, str] = {}  # by CONFIG SET
+        self.lines: list[str] = []  # for monitors elsewhere, said together
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = transport
+        self.say("hello")
 
     # -- what others say
+
+    def hello(self, worker: int) -> None:
+        """It is new, and is to know what this one does, and that it is there."""
+        super().hello(worker)
+        self.say("counts", *self.told, to=worker)
+        if self.server.monitors:
+            self.say("monitors", len(self.server.monitors), to=worker)
+        if self.changed:
+            self.say("config", self.changed, to=worker)
+        executor = self.server.executor
+        if executor.paused_until:
+            self.say("pause", executor.paused_until, executor.paused_writes_only, to=worker)
+
+    def looked_for(self, member: int) -> None:
+        self.say("hello", to=member)
+
+    def gone(self, worker: int) -> None:
+        super().gone(worker)
+        self.server.watch_commands()
+
+    def asked(self, member: int, number: int, part: str, arguments: list[Any]) -> None:
+        self.say("answer", number, self.server.run_part(part, arguments), to=member)
+
+    def counts(self, worker: int, channels: dict[bytes, int], patterns: dict[bytes, int]) -> None:
+        other = self.others.setdefault(worker, Other())
+        for known, said in ((other.channels, channels), (other.patterns, patterns)):
+            known.update(said)
+            for name in [name for name, n in said.items() if n == 0]:
+                del known[name]
 
     def published(self, worker: int, channel: bytes, message: bytes) -> None:
         self.server.deliver(channel, message)
 
-    def counts(self, worker: int, channels: dict[bytes, int], patterns: dict[bytes, int]) -> None:
-        known = self.elsewhere.setdefault(worker, ({}, {}))
-        for mine, said in zip(known, (channels, patterns), strict=True):
-            mine.update(said)
-            for name in [name for name, n in said.items() if n == 0]:
-                del mine[name]
+    def watched(self, worker: int, n: int) -> None:
+        self.others.setdefault(worker, Other()).monitors = n
+        self.server.watch_commands()
 
-    def config(self, worker: int, changes: dict[bytes, bytes]) -> None:
-        self.server.configure({name.decode(): value.decode("latin-1") for name, value in changes.items()})
+    def monitored(self, worker: int, lines: list[str]) -> None:
+        self.server.show(lines)
 
-    def hello(self, worker: int) -> None:
-        self.elsewhere.pop(worker, None)
-        self.say("counts", *self.told)
+    def config(self, worker: int, changes: dict[str, str]) -> None:
+        self.server.configure(changes)
 
-    def gone(self, worker: int) -> None:
-        self.elsewhere.pop(worker, None)
+    def pause(self, worker: int, until_ms: int, writes_only: bool) -> None:
+        self.server.pause(until_ms, writes_only)
 
     # -- what this one says
 
@@ -188,3 +303,16 @@ class Link(asyncio.Protocol):
         else:
             mine.pop(name, None)
         self.say("counts", {} if pattern else {name: n}, {name: n} if pattern else {})
+
+    def seen(self, line: str) -> None:
+        """What a monitor elsewhere is to see."""
+        if not any(other.monitors for other in self.others.values()):
+            return
+        if not self.lines:
+            self.server.loop.call_soon(self.say_lines)
+        self.lines.append(line)
+
+    def say_lines(self) -> None:
+        lines, self.lines = self.lines, []
+        if self.transport is not None and self.transport.get_write_buffer_size() < MOST_UNSAID:  # else they miss some
+            self.say("monitored", lines)

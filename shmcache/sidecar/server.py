@@ -35,6 +35,7 @@ AGAIN = 0.001  # seconds till a transaction is tried again in the loop
 CRON_EVERY = 0.1  # seconds
 WRITE_HIGH = 1 << 20  # bytes that the transport holds before its connection is paused
 SLOW_LIMIT = 60.0  # seconds that a connection may be paused before it is dropped
+NEVER = (1 << 64) - 1  # nanoseconds
 MOST_INPUT = 1 << 30  # bytes of one connection that are kept, above what its command needs
 
 
@@ -148,7 +149,7 @@ class Server:
         self.accepted = self.refused = 0
         self.began = time.time()
         self.slowlog: deque[tuple[int, float, int, list[bytes], str, bytes]] = deque(maxlen=int(self.settings["slowlog-max-len"]))
-        self.slow_number = 0
+        self.slow_number = worker
         self.rates: deque[tuple[float, int]] = deque([(0.0, 0)], maxlen=10)
         self.lag = 0.0  # of the loop: how late the last tick came, seconds
         self.worst_lag = 0.0
@@ -266,9 +267,28 @@ class Server:
     def deliver(self, channel: bytes, message: bytes) -> int:
         return pubsub.deliver(self, channel, message)
 
+    def run_part(self, part: str, arguments: list[Any]) -> Any:
+        """What commands/everywhere.py has asked of this process."""
+        return commands.PARTS[part](self, *arguments)
+
+    def monitors_changed(self) -> None:
+        self.watch_commands()
+        self.link.say("monitors", len(self.monitors))
+
+    def watch_commands(self) -> None:
+        """Every command is told to monitors, if there are any in any process."""
+        self.executor.watched = bool(self.monitors) or any(other.monitors for other in self.link.others.values())
+
+    def show(self, lines: list[str]) -> None:
+        pubsub.show(self, lines)
+
+    def pause(self, until_ms: int, writes_only: bool) -> None:
+        connection.pause(self, until_ms, writes_only)
+
     def configure(self, changes: dict[str, str]) -> None:
         """CONFIG SET of what was checked."""
         self.settings.update(changes)
+        self.link.changed |= changes
         self.executor.locked = bool(self.settings["requirepass"])
         self.set_slowlog()
         self.resize_slowlog()
@@ -315,6 +335,8 @@ class Server:
 
     def done(self, client: Connection) -> None:
         self.in_pool -= 1
+        if client.took_ns >= self.executor.slower_than_ns:
+            self.slow(client, client.retried or [], client.took_ns)
         if client.lost:
             self.closed(client)  # what the command has entered it for since
         self.go_on(client)
@@ -361,8 +383,7 @@ class Server:
 
     def set_slowlog(self) -> None:
         limit = int(self.settings["slowlog-log-slower-than"])
-        self.executor.timed = limit >= 0
-        self.executor.slower_than_ns = max(0, limit) * 1000
+        self.executor.slower_than_ns = min(limit * 1000, NEVER) if limit >= 0 else NEVER
 
     def resize_slowlog(self) -> None:
         most = int(self.settings["slowlog-max-len"])
@@ -372,10 +393,12 @@ class Server:
     def reset_stats(self) -> None:
         self.accepted = self.refused = 0
         self.worst_lag = 0.0
+        self.rates.clear()
+        self.rates.append((self.loop.time(), 0))
         self.executor.reset()
 
     def rate(self) -> int:
-        """Commands per second, over the last second or so."""
+        """Commands a second, over the last second or so."""
         (then, before), (now, after) = self.rates[0], (self.loop.time(), self.executor.commands)
         return int((after - before) / max(0.001, now - then))
 
@@ -385,7 +408,7 @@ class Server:
         if len(arguments) > 32:
             words.append(b"... (%d more arguments)" % (len(arguments) - 31))
         self.slowlog.appendleft((self.slow_number, time.time(), ns // 1000, words, client.address, client.name))
-        self.slow_number += 1
+        self.slow_number += self.of_workers
 
 
 def _loopback(host: str) -> bool:
@@ -435,3 +458,8 @@ def listen_unix(path: str, mode: int = 0o700) -> socket.socket:
         raise
     return sock
 
+
+def remove(path: str) -> None:
+    """A unix socket's file."""
+    with contextlib.suppress(OSError):
+        os.unlink(path)

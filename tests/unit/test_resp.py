@@ -18,7 +18,7 @@ class Link:
     """Stands for the other event loops: there are none."""
 
     def __init__(self):
-        self.elsewhere = {}
+        self.others = {}
 
     def subscribed(self, *_):
         pass
@@ -162,7 +162,7 @@ def test_before_it_has_authenticated_a_client_sends_little(stub):
 def test_a_slow_command_of_many_arguments_is_told_as_it_was(stub):
     """What it needed of memory is given back behind the slow log's look at it."""
     told = []
-    stub.executor.timed, stub.executor.slower_than_ns, stub.executor.slow = True, 0, lambda client, words, ns: told.append(words)
+    stub.executor.slower_than_ns, stub.executor.slow = 0, lambda client, words, ns: told.append(words)
     words = [b"MSET", *(b"%d" % (i // 2) for i in range(100_000))]
     assert answer(stub, say(*words) + say("PING")) == b"+OK\r\n+PONG\r\n"
     assert told == [words, [b"PING"]]

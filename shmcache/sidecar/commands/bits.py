@@ -12,6 +12,7 @@ from shmcache.sidecar.replies import array, integer, nil
 if TYPE_CHECKING:
     from shmcache.sidecar.server import Connection
 
+
 def bit_range(value: bytes, first: int, last: int, in_bits: bool) -> tuple[int, int]:
     """(first, last) bit, clamped as Redis does; first > last: none."""
     total = len(value) * 8 if in_bits else len(value)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 from shmcache.core import _resp
 from shmcache.sidecar import replies
+from shmcache.sidecar.commands.everywhere import everywhere, part
 from shmcache.sidecar.commands.pubsub import forget
 from shmcache.sidecar.commands.table import (
     FREE,
@@ -27,6 +28,7 @@ from shmcache.sidecar.replies import OK, bulk, integer, nil
 
 if TYPE_CHECKING:
     from shmcache.sidecar.server import Connection, Server
+
 
 @command("select", 2, 0, group="connection")
 def select(client: Connection, arguments: list[bytes]) -> bytes:
@@ -120,13 +122,14 @@ def quit_(client: Connection, arguments: list[bytes]) -> bytes:
     return OK
 
 
-def info_line(client: Connection, asked_by: Connection, word: bytes) -> str:
+def info_line(client: Connection, asked_by: int, word: bytes) -> str:
+    """asked_by: id of the client that runs CLIENT and this word."""
     now = time.time()
     flags = ("O" if client.monitoring else "") + ("P" if client.in_pubsub else "") + ("x" if client.in_multi else "")
     flags += ("U" if client.address.startswith("/") else "") + ("b" if client.blocked else "") + ("e" if client.no_evict else "")
     waiting, unsent = client.buffered
     command_name = client.home.names[client.last_command][0] if client.last_command >= 0 else "NULL"
-    if client is asked_by:
+    if client.id == asked_by:
         waiting, command_name = client.reading, f"client|{word.decode()}"
     return (
         f"id={client.id} addr={client.address} laddr={client.local_address} fd={client.fd} name={client.name.decode('latin-1')} "
@@ -141,11 +144,10 @@ def info_line(client: Connection, asked_by: Connection, word: bytes) -> str:
 @container
 def client_(client: Connection, arguments: list[bytes]) -> bytes | None:
     word, rest = arguments[0].lower(), arguments[1:]
-    server = client.server
     if word == b"id" and not rest:
         return integer(client.id)
     if word == b"info" and not rest:
-        return replies.verbatim(info_line(client, client, word) + "\n", client.protocol)
+        return replies.verbatim(info_line(client, client.id, word) + "\n", client.protocol)
     if word == b"getname" and not rest:
         return bulk(client.name) if client.name else nil(client.protocol)
     if word == b"setname" and len(rest) == 1:
@@ -159,9 +161,9 @@ def client_(client: Connection, arguments: list[bytes]) -> bytes | None:
         setattr(client, attribute.decode().replace("-", "_"), name)
         return OK
     if word == b"list":
-        return replies.verbatim("".join(info_line(c, client, word) + "\n" for c in listed(client, rest)), client.protocol)
+        return everywhere(client, client_lines, [client.id, rest], lambda found: replies.verbatim(listing(found), client.protocol))
     if word == b"kill" and rest:
-        return kill(client, rest)
+        return everywhere(client, kill_clients, [client.id, rest], lambda numbers: killed(rest, sum(numbers)))
     if word == b"no-evict" and len(rest) == 1 and rest[0].lower() in (b"on", b"off"):
         client.no_evict = rest[0].lower() == b"on"
         return OK
@@ -178,17 +180,25 @@ def client_(client: Connection, arguments: list[bytes]) -> bytes | None:
             raise Error("ERR timeout is negative" if ms is not None and ms < 0 else "ERR timeout is not an integer or out of range")
         if len(rest) == 2 and rest[1].lower() not in (b"write", b"all"):
             raise Error("ERR CLIENT PAUSE mode must be WRITE or ALL")
-        server.executor.paused_writes_only = len(rest) == 2 and rest[1].lower() == b"write"
-        server.executor.paused_until = int(time.monotonic() * 1000) + ms
-        return OK
+        until_ms, writes_only = int(time.monotonic() * 1000) + ms, len(rest) == 2 and rest[1].lower() == b"write"
+        return everywhere(client, pause, [until_ms, writes_only], lambda _: OK)
     if word == b"unpause" and not rest:
-        unpause(server)
-        return OK
+        return everywhere(client, unpause, [], lambda _: OK)
     raise Error(SYNTAX)
 
 
-def listed(client: Connection, rest: list[bytes]) -> Iterator[Connection]:
-    clients = list(client.server.clients.values())
+@part
+def client_lines(server: Server, asked_by: int, rest: list[bytes]) -> list[tuple[int, str]]:
+    return [(c.id, info_line(c, asked_by, b"list") + "\n") for c in listed(server, rest)]
+
+
+def listing(found: list[Any]) -> str:
+    """What client_lines found, by id."""
+    return "".join(line for _, line in sorted((pair for pairs in found for pair in pairs), key=lambda pair: int(pair[0])))
+
+
+def listed(server: Server, rest: list[bytes]) -> Iterator[Connection]:
+    clients = list(server.clients.values())
     if not rest:
         return iter(clients)
     if len(rest) == 2 and rest[0].lower() == b"type":
@@ -206,14 +216,21 @@ def is_of_type(client: Connection, kind: bytes) -> bool:
     return kind == (b"pubsub" if client.in_pubsub else b"normal")
 
 
-def kill(client: Connection, rest: list[bytes]) -> bytes:
-    clients = list(client.server.clients.values())
+def killed(rest: list[bytes], n: int) -> bytes:
+    """The reply of CLIENT KILL."""
+    if len(rest) > 1:
+        return integer(n)
+    if n == 0:
+        raise Error("ERR No such client")
+    return OK
+
+
+@part
+def kill_clients(server: Server, asked_by: int, rest: list[bytes]) -> int:
+    """How many."""
+    clients = list(server.clients.values())
     if len(rest) == 1:
-        found = [c for c in clients if c.address.encode() == rest[0]]
-        if not found:
-            raise Error("ERR No such client")
-        end(client, found)
-        return OK
+        return end(asked_by, [c for c in clients if c.address.encode() == rest[0]])
     if len(rest) % 2:
         raise Error(SYNTAX)
     skip_me = True
@@ -237,19 +254,24 @@ def kill(client: Connection, rest: list[bytes]) -> bytes:
             skip_me = value.lower() == b"yes"
         else:
             raise Error(SYNTAX)
-    clients = [c for c in clients if c is not client or not skip_me]
-    end(client, clients)
-    return integer(len(clients))
+    return end(asked_by, [c for c in clients if c.id != asked_by or not skip_me])
 
 
-def end(client: Connection, clients: Iterable[Connection]) -> None:
+def end(asked_by: int, clients: list[Connection]) -> int:
     for c in clients:
-        if c is client:
+        if c.id == asked_by:
             c.closing = True  # after the reply
         else:
             c.drop()
+    return len(clients)
 
 
+@part
+def pause(server: Server, until_ms: int, writes_only: bool) -> None:
+    server.executor.paused_until, server.executor.paused_writes_only = until_ms, writes_only
+
+
+@part
 def unpause(server: Server) -> None:
     server.executor.paused_until = 0
     for client in list(server.clients.values()):
@@ -263,6 +285,6 @@ def go_on(server: Server, client: Connection) -> None:
     if arguments is None or client.lost:
         return
     client.blocked = False
-    client.call(arguments)
+    client.redo(arguments)
     if not client.blocked:
         server.go_on(client)

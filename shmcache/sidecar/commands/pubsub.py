@@ -13,6 +13,7 @@ from shmcache.sidecar.replies import OK, array, bulk, integer, nil
 if TYPE_CHECKING:
     from shmcache.sidecar.server import Connection, Server
 
+
 def subscription(client: Connection, kind: str, channel: bytes | None) -> bytes:
     name = nil(client.protocol) if channel is None else bulk(channel)
     return replies.push((bulk(kind), name, integer(len(client.channels) + len(client.patterns))), client.protocol)
@@ -105,8 +106,8 @@ def publish(client: Connection, arguments: list[bytes]) -> bytes:
     link, n = client.server.link, deliver(client.server, channel, message, client)
     elsewhere = [
         count
-        for channels, patterns in link.elsewhere.values()
-        for count in (channels.get(channel, 0), *(count for pattern, count in patterns.items() if matches(pattern, channel)))
+        for other in link.others.values()
+        for count in (other.channels.get(channel, 0), *(count for pattern, count in other.patterns.items() if matches(pattern, channel)))
     ]
     if any(elsewhere):
         link.say("publish", channel, message)
@@ -116,10 +117,14 @@ def publish(client: Connection, arguments: list[bytes]) -> bytes:
 def all_channels(server: Server) -> dict[bytes, int]:
     """Subscribers of each, in all processes."""
     found = {name: len(clients) for name, clients in server.subscribers.items()}
-    for channels, _ in server.link.elsewhere.values():
-        for name, n in channels.items():
+    for other in server.link.others.values():
+        for name, n in other.channels.items():
             found[name] = found.get(name, 0) + n
     return found
+
+
+def all_patterns(server: Server) -> set[bytes]:
+    return {*server.pattern_subscribers, *(p for other in server.link.others.values() for p in other.patterns)}
 
 
 @command("pubsub", -2, group="pubsub")
@@ -132,7 +137,7 @@ def pubsub(client: Connection, arguments: list[bytes]) -> bytes:
         numbers = all_channels(server)
         return array(part for c in rest for part in (bulk(c), integer(numbers.get(c, 0))))
     if word == b"numpat" and not rest:
-        return integer(len({*server.pattern_subscribers, *(p for _, patterns in server.link.elsewhere.values() for p in patterns)}))
+        return integer(len(all_patterns(server)))
     if word == b"shardchannels" and len(rest) <= 1:
         return replies.EMPTY
     if word == b"shardnumsub":
@@ -149,24 +154,31 @@ def forget(client: Connection) -> None:
     client.in_pubsub = False
     client.watching = {}
     client.retried_by_pause = None
-    server.monitors.pop(client, None)
-    client.monitoring = False
-    server.executor.watched = bool(server.monitors)
+    if client.monitoring:
+        client.monitoring = False
+        del server.monitors[client]
+        server.monitors_changed()
 
 
 @command("monitor", 1, group="server")
 def monitor(client: Connection, arguments: list[bytes]) -> bytes:
     client.server.monitors[client] = None
     client.monitoring = True
-    client.server.executor.watched = True
+    client.server.monitors_changed()
     return OK
 
 
 def tell_monitors(client: Connection, arguments: list[bytes]) -> None:
     words = " ".join('"' + "".join(escape(c) for c in word) + '"' for word in arguments)
     line = f"{time.time():.6f} [0 {client.address}] {words}"
-    for to in list(client.server.monitors):
-        send(to, replies.simple(line), client)
+    show(client.server, [line], client)
+    client.server.link.seen(line)
+
+
+def show(server: Server, lines: list[str], but: Connection | None = None) -> None:
+    """To the monitors of this process."""
+    for to in list(server.monitors):
+        send(to, b"".join(map(replies.simple, lines)), but)
 
 
 def escape(c: int) -> str:

@@ -1,19 +1,14 @@
-"""Commands about the server: CONFIG, INFO, COMMAND, snapshots, DEBUG."""
+"""Commands about the server: CONFIG, COMMAND, snapshots, SLOWLOG, DEBUG."""
 
 from __future__ import annotations
 
-import os
-import platform
-import resource
-import sys
 import time
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-import shmcache
 from shmcache.core import _resp
 from shmcache.core._resp import matches
 from shmcache.sidecar import replies
+from shmcache.sidecar.commands.everywhere import everywhere, part
 from shmcache.sidecar.commands.keys import encoding
 from shmcache.sidecar.commands.table import (
     CHANGEABLE,
@@ -36,9 +31,10 @@ from shmcache.sidecar.replies import OK, array, bulk, integer, map_, nil, nil_ar
 if TYPE_CHECKING:
     from shmcache.sidecar.server import Connection, Server
 
+
 @command("config", -2, group="server")
 @container
-def config(client: Connection, arguments: list[bytes]) -> bytes:
+def config(client: Connection, arguments: list[bytes]) -> bytes | None:
     word, rest, server = arguments[0].lower(), arguments[1:], client.server
     if word == b"get" and rest:
         found = {name: value for name, value in sorted(server.settings.items()) if any(matches(p.lower(), name.encode()) for p in rest)}
@@ -64,15 +60,22 @@ def config(client: Connection, arguments: list[bytes]) -> bytes:
                         f"{limits[1]} inclusive"
                     )
             changes[name] = value
-        server.configure(changes)
-        server.link.say("config", {name: value.encode("latin-1") for name, value in changes.items()})
-        return OK
+        return everywhere(client, configure, [changes], lambda _: OK)
     if word == b"resetstat" and not rest:
-        server.reset_stats()
-        return OK
+        return everywhere(client, reset_stats, [], lambda _: OK)
     if word == b"rewrite" and not rest:
         raise Error("ERR The server is running without a config file")
     raise Error(SYNTAX)
+
+
+@part
+def configure(server: Server, changes: dict[str, str]) -> None:
+    server.configure(changes)
+
+
+@part
+def reset_stats(server: Server) -> None:
+    server.reset_stats()
 
 
 def info_of(name: str) -> bytes:
@@ -215,23 +218,40 @@ def role(client: Connection, arguments: list[bytes]) -> bytes:
 
 @command("slowlog", -2, group="server")
 @container
-def slowlog(client: Connection, arguments: list[bytes]) -> bytes:
-    word, server = arguments[0].lower(), client.server
+def slowlog(client: Connection, arguments: list[bytes]) -> bytes | None:
+    word, most = arguments[0].lower(), int(client.server.settings["slowlog-max-len"])
     if word == b"get" and len(arguments) <= 2:
         n = integer_of(arguments[1]) if len(arguments) == 2 else 10
         if n < -1:
             raise Error("ERR count should be greater than or equal to -1")
-        entries = list(server.slowlog)[: n if n >= 0 else None]
-        return array(
-            array((integer(number), integer(int(when)), integer(us), array(map(bulk, words)), bulk(address), bulk(name)))
-            for number, when, us, words, address, name in entries
-        )
+        return everywhere(client, slow_commands, [], lambda found: slow_entries(newest(found, most)[: n if n >= 0 else None]))
     if word == b"len" and len(arguments) == 1:
-        return integer(len(server.slowlog))
+        return everywhere(client, slow_commands, [], lambda found: integer(len(newest(found, most))))
     if word == b"reset" and len(arguments) == 1:
-        server.slowlog.clear()
-        return OK
+        return everywhere(client, forget_slow_commands, [], lambda _: OK)
     raise Error(SYNTAX)
+
+
+@part
+def slow_commands(server: Server) -> list[Any]:
+    return list(server.slowlog)
+
+
+@part
+def forget_slow_commands(server: Server) -> None:
+    server.slowlog.clear()
+
+
+def newest(found: list[Any], most: int) -> list[Any]:
+    """So many of what slow_commands found."""
+    return sorted((entry for entries in found for entry in entries), key=lambda entry: entry[1], reverse=True)[:most]
+
+
+def slow_entries(entries: list[Any]) -> bytes:
+    return array(
+        array((integer(number), integer(int(when)), integer(us), array(map(bulk, words)), bulk(address), bulk(name)))
+        for number, when, us, words, address, name in entries
+    )
 
 
 @command("latency", -2, group="server")
@@ -296,132 +316,3 @@ def protocol_sample(client: Connection, kind: bytes) -> bytes:
             "true|false"
         )
     return samples[kind]
-
-
-@command("info", -1, group="server")
-def info(client: Connection, arguments: list[bytes]) -> bytes:
-    wanted = [a.decode("latin-1").lower() for a in arguments] or ["default"]
-    return replies.verbatim("\r\n".join(info_sections(client.server, wanted)), client.protocol)
-
-
-def human(n: float) -> str:
-    for unit_name in ("B", "K", "M", "G"):
-        if n < 1024:
-            return f"{n:.2f}{unit_name}"
-        n /= 1024
-    return f"{n:.2f}T"
-
-
-def info_sections(server: Server, wanted: list[str]) -> Iterator[str]:
-    cache, ex, now = server.cache, server.executor, time.time()
-    counters = cache.counters()
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    size = int(cache.segment.header["size_bytes"])
-    durability = cache.durability()
-    used = size - int(cache.segment.header["pages_n_free"]) * (1 << int(cache.segment.header["page_shift"]))
-    rss = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()  # noqa: SIM115
-    keys_n = len(cache)
-    sections: dict[str, dict[str, Any]] = {
-        "server": {
-            "redis_version": REDIS_VERSION,
-            "shmcache_version": shmcache.__version__,
-            "redis_git_sha1": "00000000",
-            "redis_git_dirty": 0,
-            "redis_mode": "standalone",
-            "os": f"{platform.system()} {platform.release()} {platform.machine()}",
-            "arch_bits": 64,
-            "multiplexing_api": "epoll",
-            "process_id": os.getpid(),
-            "run_id": f"{int(cache.segment.header['created_ms']):040x}",
-            "tcp_port": server.settings["port"],
-            "server_time_usec": int(now * 1e6),
-            "uptime_in_seconds": int(now - server.began),
-            "uptime_in_days": int(now - server.began) // 86400,
-            "hz": 10,
-            "configured_hz": 10,
-            "executable": sys.executable,
-            "config_file": "",
-            "segment": server.name,
-            "worker": server.worker,
-            "workers": server.of_workers,
-        },
-        "clients": {
-            "connected_clients": len(server.clients),
-            "maxclients": server.settings["maxclients"],
-            "blocked_clients": server.in_pool,
-            "pubsub_clients": sum(c.in_pubsub for c in server.clients.values()),
-            "clients_waiting_for_the_disk": len(server.waiting),
-        },
-        "memory": {
-            "used_memory": used,
-            "used_memory_human": human(used),
-            "used_memory_rss": rss,
-            "used_memory_rss_human": human(rss),
-            "used_memory_peak": used,
-            "used_memory_peak_human": human(used),
-            "total_system_memory": os.sysconf("SC_PHYS_PAGES") * resource.getpagesize(),
-            "maxmemory": size,
-            "maxmemory_human": human(size),
-            "maxmemory_policy": server.settings["maxmemory-policy"],
-            "mem_fragmentation_ratio": 1.0,
-            "mem_allocator": "shmcache",
-            "mem_clients_normal": sum(c.memory for c in server.clients.values()),
-        },
-        "persistence": {
-            "loading": int(bool(durability["restoring"])),
-            "rdb_bgsave_in_progress": 0,
-            "rdb_last_save_time": int(cache.segment.header["snapshot_ms"]) // 1000,
-            "rdb_last_bgsave_status": "err" if int(cache.segment.header["snapshot_failed_ms"]) else "ok",
-            "rdb_changes_since_last_save": counters["sets"],
-            "aof_enabled": int(durability["log"] not in (None, "off")),
-            "aof_last_write_status": "err" if durability["log_failed"] else "ok",
-            "log_policy": durability["log"],
-            "log_gaps": durability["log_gaps"],
-        },
-        "stats": {
-            "total_connections_received": server.accepted,
-            "total_commands_processed": ex.commands,
-            "instantaneous_ops_per_sec": server.rate(),
-            "total_net_input_bytes": ex.bytes_in,
-            "total_net_output_bytes": ex.bytes_out,
-            "rejected_connections": server.refused,
-            "expired_keys": counters["expirations"],
-            "evicted_keys": counters["evictions"],
-            "keyspace_hits": counters["hits"],
-            "keyspace_misses": counters["misses"],
-            "pubsub_channels": len(server.subscribers),
-            "pubsub_patterns": len(server.pattern_subscribers),
-            "total_error_replies": 0,
-            "event_loop_lag_ms": round(server.lag * 1000, 3),
-            "event_loop_worst_lag_ms": round(server.worst_lag * 1000, 3),
-        },
-        "replication": {
-            "role": "master",
-            "connected_slaves": 0,
-            "master_failover_state": "no-failover",
-            "master_repl_offset": 0,
-            "repl_backlog_active": 0,
-        },
-        "cpu": {
-            "used_cpu_sys": f"{usage.ru_stime:.6f}",
-            "used_cpu_user": f"{usage.ru_utime:.6f}",
-            "used_cpu_sys_children": "0.000000",
-            "used_cpu_user_children": "0.000000",
-        },
-        "modules": {},
-        "errorstats": {},
-        "cluster": {"cluster_enabled": 0},
-        "keyspace": {"db0": f"keys={keys_n},expires=0,avg_ttl=0"} if keys_n else {},
-        "commandstats": {
-            f"cmdstat_{name}": f"calls={n},usec=0,usec_per_call=0.00,rejected_calls=0,failed_calls=0"
-            for (name, _), n in zip(ex.names, ex.calls, strict=True)
-            if n
-        },
-    }
-    default = [s for s in sections if s != "commandstats"]
-    chosen = []
-    for name in wanted:
-        chosen += default if name == "default" else list(sections) if name in ("all", "everything") else [name] if name in sections else []
-    for name in dict.fromkeys(chosen):
-        title = "CPU" if name == "cpu" else name.capitalize()
-        yield "\r\n".join([f"# {title}", *(f"{k}:{v}" for k, v in sections[name].items()), ""])

@@ -12,6 +12,7 @@ from shmcache.sidecar.replies import bulk, integer
 if TYPE_CHECKING:
     from shmcache.sidecar.server import Connection
 
+
 @command("incrbyfloat", 3, WRITE, ONE, group="string")
 def incrbyfloat(client: Connection, arguments: list[bytes]) -> bytes:
     ex, (key, by) = client.ex, arguments

@@ -30,15 +30,14 @@ from shmcache.sidecar.replies import OK, nil_array
 if TYPE_CHECKING:
     from shmcache.sidecar.server import Connection
 
+
 def before(client: Connection, name: str, flags: int, arguments: list[bytes]) -> bool:
     """True: the command has been answered, queued, or put off, and is not to run now."""
     server = client.server
     queued = client.in_multi and not flags & IN_MULTI
-    if server.monitors and not queued and name not in ("monitor", "auth", "hello", "exec", "quit"):
-        tell_monitors(client, arguments)
     if client.in_pubsub and client.protocol == 2 and not flags & IN_PUBSUB:
         allowed = "(P|S)SUBSCRIBE / (P|S)UNSUBSCRIBE / PING / QUIT / RESET"
-        client.add(replies.error(f"ERR Can't execute '{name}': only {allowed} are allowed in this context"))
+        client.fail(f"ERR Can't execute '{name}': only {allowed} are allowed in this context".encode())
         return True
     if queued:
         try:
@@ -61,6 +60,8 @@ def before(client: Connection, name: str, flags: int, arguments: list[bytes]) ->
         client.retried_by_pause = arguments
         client.blocked = True
         return True
+    if executor.watched and name not in ("monitor", "auth", "hello", "exec", "quit"):
+        tell_monitors(client, arguments)
     return False
 
 
@@ -112,7 +113,7 @@ def exec_(client: Connection, arguments: list[bytes]) -> bytes | None:
 
 def tell(client: Connection, words: list[bytes]) -> None:
     """Monitors, of a part of a transaction."""
-    if client.server.monitors:
+    if client.server.executor.watched:
         if client.ex is client.home:
             tell_monitors(client, words)
         else:  # a thread of the pool
