@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import shmcache
-from shmcache import errors, segment
+from shmcache import errors, metrics, segment
 
 STUCK = 30.0  # seconds without a heartbeat: the supervisor is stopped
 POLL = 0.02  # seconds between two looks whether a snapshot that was asked for is written
@@ -94,41 +94,6 @@ def collect(cache: shmcache.Cache, before: dict[str, Any], seconds: float) -> di
     now["eviction_age_s"] = now["items"] * seconds / evicted if evicted else None
     now["processes"] = _processes(before, now, seconds)
     return now
-
-
-def prometheus(s: dict[str, Any]) -> str:
-    """Figures as Prometheus exposition text (format 0.0.4)."""
-    label = s["name"].replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-    lines: list[str] = []
-
-    def metric(name: str, kind: str, text: str, values: Iterable[tuple[str, Any]]) -> None:
-        lines.extend((f"# HELP shmcache_{name} {text}", f"# TYPE shmcache_{name} {kind}"))
-        lines.extend(f'shmcache_{name}{{segment="{label}"{more}}} {value}' for more, value in values)
-
-    for name, text in (
-        ("hits", "Gets that found the key."), ("misses", "Gets that did not."), ("sets", "Values stored."), ("deletes", "Items deleted."),
-        ("evictions", "Items removed to make room."), ("inline_evictions", "Of these by the writer that needed the room."),
-        ("expirations", "Items removed because their time was over."), ("lock_waits", "Locks that a process slept for."),
-        ("takeovers", "Locks taken over from the dead."), ("stalls", "Locks given up on after the limit."),
-    ):  # fmt: skip
-        metric(name + "_total", "counter", text, [("", s[name])])
-    metric("items", "gauge", "Items stored.", [("", s["items"])])
-    metric("size_bytes", "gauge", "Bytes of the segment.", [("", s["size_bytes"])])
-    metric("used_bytes", "gauge", "Bytes of chunks and pages in use.", [("", s["used_bytes"])])
-    metric("processes", "gauge", "Living processes.", [("", len(s["processes"]))])
-    metric("supervisor_up", "gauge", "Is there a supervisor?", [("", int(s["supervisor"]["alive"]))])
-    d = s["durability"]
-    for name, text in (
-        ("restoring", "Is it being restored?"), ("snapshot_failed", "Did the last snapshot fail?"),
-        ("log_failed", "Can the log not be written?"), ("log_gaps", "Operations that neither log nor snapshot has."),
-    ):  # fmt: skip
-        metric(name, "gauge", text, [("", int(d[name]))])
-    if d["snapshot_age_s"] is not None:
-        metric("snapshot_age_seconds", "gauge", "Age of the newest snapshot.", [("", d["snapshot_age_s"])])
-    for kind in ("live", "free", "reserved"):
-        metric(f"class_{kind}_bytes", "gauge", f"Bytes of {kind} chunks, by slab class.",
-               [(f',chunk_bytes="{c["chunk_bytes"]}"', c[kind] * c["chunk_bytes"]) for c in s["slab_classes"] if c["pages"]])  # fmt: skip
-    return "\n".join(lines) + "\n"
 
 
 def _durability(d: dict[str, Any]) -> str:
@@ -232,7 +197,7 @@ def do_stats(args: argparse.Namespace) -> int:
             if format_ == "json":
                 print(json.dumps(s), flush=True)
             elif format_ == "prometheus":
-                print(prometheus(s), end="", flush=True)
+                print(metrics.as_text(metrics.of_segment(s)), end="", flush=True)
             else:
                 if args.watch and sys.stdout.isatty():
                     print("\033[H\033[2J", end="")
@@ -566,7 +531,7 @@ def do_serve(args: argparse.Namespace) -> int:
     tls = {"cert": args.tls_cert, "key": args.tls_key, "ca": args.tls_ca} if args.tls_cert else None
     return Service(
         args.name, supervise, workers=args.workers, bind=args.bind, port=args.port, unix=args.unix, unix_mode=args.unix_mode,
-        settings=settings, tls=tls, quiet=args.quiet,
+        settings=settings, tls=tls, quiet=args.quiet, metrics_port=args.metrics_port, metrics_bind=args.metrics_bind,
     ).run()  # fmt: skip
 
 
@@ -686,6 +651,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--tls-cert", metavar="F", help="TCP with TLS: the certificate")
     p.add_argument("--tls-key", metavar="F", help="its key")
     p.add_argument("--tls-ca", metavar="F", help="clients need a certificate of this authority")
+    p.add_argument("--metrics-port", type=int, default=0, metavar="P",
+                   help='Prometheus metrics on http://ADDRESS:P/metrics (pip install "shmcache[metrics]"); 0: none (0)')  # fmt: skip
+    p.add_argument("--metrics-bind", default="127.0.0.1", metavar="ADDRESS", help="where they are served (127.0.0.1)")
     p.add_argument("--enable-debug-command", action="store_true", help="DEBUG, for tests")
     return parser
 

@@ -3,6 +3,7 @@
     parent       opens the unix socket and hands it on; starts, watches and ends the others; answers systemd
     supervisor   `shmcache supervise`: makes or restores the segment, works ahead of the writers, snapshots, log
     workers      worker.py, one event loop each, on one port (SO_REUSEPORT) and the one unix socket
+    metrics      metrics.py, if they are asked for
 
 Who dies is started again, at once, then after longer and longer waits if it dies at once again. The children end when the parent does.
 """
@@ -10,6 +11,7 @@ Who dies is started again, at once, then after longer and longer waits if it die
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import select
@@ -35,8 +37,10 @@ STEADY = 5.0  # seconds of life after which a death is the first again
 @dataclass
 class Child:
     what: str
-    argv: list[str]
+    argv: list[str] = field(default_factory=list)
     fds: tuple[int, ...] = ()
+    module: str = ""  # of one on the bus; options: what it is told
+    options: dict[str, Any] = field(default_factory=dict)
     process: subprocess.Popen[bytes] | None = None
     began: float = 0.0
     wait: float = 0.0
@@ -58,6 +62,8 @@ class Service:
     settings: dict[str, str] = field(default_factory=dict)
     tls: dict[str, str] | None = None
     quiet: bool = False
+    metrics_port: int = 0  # 0: no metrics
+    metrics_bind: str = "127.0.0.1"
 
     def run(self) -> int:
         """Till SIGTERM or SIGINT. Raises: OSError: an address is not to be had; ShmcacheError: the supervisor does not begin."""
@@ -65,6 +71,8 @@ class Service:
             raise errors.UsageError("--workers is 1 to 64")
         if not self.port and self.unix is None:
             raise errors.UsageError("nothing to listen on: say --port or --unix")
+        if self.metrics_port and importlib.util.find_spec("prometheus_client") is None:
+            raise errors.UsageError('--metrics-port needs prometheus-client: pip install "shmcache[metrics]"')
         self.stopping = False
         wake_r, wake_w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self.wake = wake_r
@@ -81,12 +89,17 @@ class Service:
             self.listening: socket.socket | None = None
             if self.unix is not None:
                 self.listening = stack.enter_context(contextlib.closing(server.listen_unix(self.unix, self.unix_mode)))
-                stack.callback(remove, self.unix)
+                stack.callback(server.remove, self.unix)
+            metrics = server.listen(self.metrics_bind, self.metrics_port, shared=False) if self.metrics_port else []
+            for sock in metrics:
+                stack.enter_context(contextlib.closing(sock))
             stack.callback(self.end_all)
             self.start_supervisor()
             for i in range(self.workers):
                 if not self.stopping:
                     self.start_worker(i)
+            if metrics and not self.stopping:
+                self.start_metrics([sock.fileno() for sock in metrics])
             if not self.stopping:
                 notify("READY=1\nSTATUS=serving " + self.name)
                 if not self.quiet:
@@ -107,7 +120,7 @@ class Service:
 
     def start_supervisor(self) -> None:
         argv = [sys.executable, "-m", "shmcache.cli", "supervise", "--quiet", "--parent", str(os.getpid()), *self.supervise, self.name]
-        child = Child("the supervisor", argv)
+        child = Child("the supervisor", argv=argv)
         self.children.append(child)
         self.start(child)
         assert child.process is not None
@@ -123,21 +136,28 @@ class Service:
             self.pause(0.02)
 
     def start_worker(self, i: int) -> None:
-        child = Child(f"worker {i}", [])
+        options: dict[str, Any] = {
+            "name": self.name, "settings": self.settings, "worker": i, "workers": self.workers, "parent": os.getpid(), "bind": self.bind,
+            "port": self.port, "sockets": [self.listening.fileno()] if self.listening is not None else [], "tls": self.tls,
+        }  # fmt: skip
+        child = Child(f"worker {i}", module="shmcache.sidecar.worker", options=options)
         self.children.append(child)
         self.launch(child, i, wait=True)
 
+    def start_metrics(self, sockets: list[int]) -> None:
+        options = {"name": self.name, "number": self.workers, "workers": self.workers, "sockets": sockets}
+        child = Child("the metrics' process", module="shmcache.sidecar.metrics", options=options)
+        self.children.append(child)
+        self.launch(child, self.workers, wait=True)
+
     def launch(self, child: Child, i: int, wait: bool) -> None:
+        """Start one that is on the bus, as its member i."""
         ready_r, ready_w = os.pipe2(os.O_CLOEXEC)
         link = self.hub.join(i)
         try:
-            fds = [self.listening.fileno()] if self.listening is not None else []
-            options: dict[str, Any] = {
-                "name": self.name, "settings": self.settings, "worker": i, "workers": self.workers, "parent": os.getpid(), "sockets": fds,
-                "port": self.port, "bind": self.bind, "tls": self.tls, "ready_fd": ready_w, "link": link.fileno(),
-            }  # fmt: skip
-            child.argv = [sys.executable, "-m", "shmcache.sidecar.worker", json.dumps(options)]
-            child.fds = (*fds, ready_w, link.fileno())
+            options = {**child.options, "ready_fd": ready_w, "link": link.fileno()}
+            child.argv = [sys.executable, "-m", child.module, json.dumps(options)]
+            child.fds = (*options["sockets"], ready_w, link.fileno())
             self.start(child)
             os.close(ready_w)
             ready_w = -1
@@ -219,11 +239,6 @@ class Service:
                 except subprocess.TimeoutExpired:
                     child.process.kill()
                     child.process.wait()
-
-
-def remove(path: str) -> None:
-    with contextlib.suppress(OSError):
-        os.unlink(path)
 
 
 def reserve(host: str, port: int) -> socket.socket:

@@ -114,7 +114,7 @@ def test_stats_prometheus(cache):
     text = admin("stats", cache.name, "--format", "prometheus", "--interval", "0.05")
     assert f'shmcache_sets_total{{segment="{cache.name}"}} 1\n' in text
     for line in text.splitlines():
-        assert re.fullmatch(r'# (HELP|TYPE) shmcache_\w+ .+|shmcache_\w+\{segment="[^"]+"(,chunk_bytes="\d+")?\} [\d.e+-]+', line), line
+        assert re.fullmatch(r'# (HELP|TYPE) shmcache_\w+ .+|shmcache_\w+\{segment="[^"]+"(,\w+="\w+")?\} [\d.e+-]+', line), line
 
 
 def test_stats_watch_goes_on_till_it_is_stopped(cache):

@@ -19,8 +19,9 @@ ALLOWED = {  # module -> what of ours it may import
     "namespace": {"errors", "flight", "cache"},
     "cache": {"errors", "core", "segment", "codec", "flight", "namespace"},
     "supervisor": {"errors", "core", "segment", "cache", "supervisor"},
-    "sidecar": {"errors", "core", "cache", "sidecar"},
-    "cli": {"errors", "core", "segment", "supervisor", "sidecar"},
+    "metrics": set(),
+    "sidecar": {"errors", "core", "cache", "metrics", "sidecar"},
+    "cli": {"errors", "core", "segment", "supervisor", "metrics", "sidecar"},
     "__init__": {"errors", "segment", "cache", "supervisor"},
 }
 
