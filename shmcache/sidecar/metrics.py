@@ -1,4 +1,4 @@
-"""The process that serves metrics: python -m shmcache.sidecar.metrics '{"name": ..., ...}', started by serve.py.
+"""The process that serves metrics: python -m shmcache.sidecar.metrics NAME NUMBER, started as a worker is.
 
 It has a handle of the segment for its figures, and asks the workers for theirs (bus.py) at each scrape. The parent holds the listening
 sockets, so that nobody is refused while it is started again. HTTP, text formats and compression are prometheus_client's.
@@ -137,4 +137,4 @@ def stop(servers: list[ThreadingHTTPServer]) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(serve(json.loads(sys.argv[1])))
+    asyncio.run(serve(json.load(sys.stdin)))

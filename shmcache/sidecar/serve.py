@@ -41,6 +41,7 @@ class Child:
     fds: tuple[int, ...] = ()
     module: str = ""  # of one on the bus; options: what it is told
     options: dict[str, Any] = field(default_factory=dict)
+    told: bytes = b""  # on standard input: a password is not to be seen among the arguments
     process: subprocess.Popen[bytes] | None = None
     began: float = 0.0
     wait: float = 0.0
@@ -156,7 +157,8 @@ class Service:
         link = self.hub.join(i)
         try:
             options = {**child.options, "ready_fd": ready_w, "link": link.fileno()}
-            child.argv = [sys.executable, "-m", child.module, json.dumps(options)]
+            child.argv = [sys.executable, "-m", child.module, self.name, str(i)]  # for who looks at processes
+            child.told = json.dumps(options).encode()
             child.fds = (*options["sockets"], ready_w, link.fileno())
             self.start(child)
             os.close(ready_w)
@@ -184,7 +186,10 @@ class Service:
     def start(self, child: Child) -> None:
         child.began = time.monotonic()
         child.starts += 1
-        child.process = subprocess.Popen(child.argv, stdin=subprocess.DEVNULL, pass_fds=child.fds)
+        child.process = subprocess.Popen(child.argv, stdin=subprocess.PIPE, pass_fds=child.fds)
+        assert child.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError), child.process.stdin as told:  # it has died at once: its exit code says so
+            told.write(child.told)
 
     def watch(self) -> None:
         """Wait for a signal, and start again who has ended."""

@@ -1,4 +1,4 @@
-"""One process with one event loop: python -m shmcache.sidecar.worker '{"name": ..., ...}', started by serve.py."""
+"""One process with one event loop: python -m shmcache.sidecar.worker NAME NUMBER, started by serve.py, which says the rest on its input."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def context_of(tls: dict[str, str] | None) -> ssl.SSLContext | None:
 
 
 def main() -> int:
-    options = json.loads(sys.argv[1])
+    options = json.load(sys.stdin)
 
     def ready() -> None:
         with contextlib.suppress(BrokenPipeError):  # nobody waits for one that was started again

@@ -290,6 +290,13 @@ def test_password(serve, tmp_path):
     assert b"unauthenticated" in raw(service, b"*100\r\n")
 
 
+def test_the_password_is_not_seen_among_the_processes(serve, tmp_path):
+    (tmp_path / "password").write_text("not-to-be-seen\n")
+    service = serve("--password-file", str(tmp_path / "password"))
+    assert service.client(password="not-to-be-seen").ping()
+    assert not [pid for pid in (service.process.pid, *service.workers()) if b"not-to-be-seen" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
 def test_the_unix_socket_is_its_owners(serve):
     service = serve("--unix-mode", "750")
     assert os.stat(service.path).st_mode & 0o777 == 0o750

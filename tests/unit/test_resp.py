@@ -178,6 +178,36 @@ def test_replies_that_a_client_does_not_want(stub):
     assert answer(stub, say("CLIENT", "REPLY", "SKIP") + say("FOO") + say("PING")) == b"+PONG\r\n"
 
 
+def test_nor_when_a_pause_is_over(stub):
+    stub.go_on = lambda client: client.resume()
+    client = client_of(stub)
+    stub.executor.paused_until = 1 << 60
+    assert feed(stub, client, say("CLIENT", "REPLY", "SKIP") + say("SET", "a", "1") + say("PING")) == b"" and client.blocked
+    commands.connection.go_on(stub, client)
+    assert client.blocked, "the pause is not over"
+    stub.executor.paused_until = 0
+    commands.connection.go_on(stub, client)
+    assert client.transport.data == b"+PONG\r\n" and stub.cache["a"] == b"1"
+    assert stub.executor.command_stats()["set"][0] == 1
+
+
+def test_commands_are_counted_where_they_end(stub):
+    client = client_of(stub)
+    feed(stub, client, say("SET", "a", "x") + say("MULTI") + say("INCR", "a") + say("GET", "a") + say("EXEC") + say("KEYS", "*"))  # in the pool
+    feed(stub, client, say("GET") + say("FOO") + say("SUBSCRIBE", "c") + say("GET", "a") + say("UNSUBSCRIBE") + say("EXEC") + say("GETEX", "a", "NO"))
+    stats = {name: (calls, rejected, failed) for name, (calls, _, rejected, failed) in stub.executor.command_stats().items()}
+    assert stats == {
+        "set": (1, 0, 0), "multi": (1, 0, 0), "incr": (1, 0, 1), "get": (1, 2, 0), "exec": (2, 0, 1), "keys": (1, 0, 0), "subscribe": (1, 0, 0),
+        "unsubscribe": (1, 0, 0), "getex": (1, 0, 1),
+    }  # fmt: skip
+    assert stub.executor.commands == sum(calls for calls, _, _ in stats.values())
+    assert stub.executor.errors == {b"ERR": 6} and client.transport.data.count(b"-ERR") == 6
+    assert all(ns > 0 for calls, ns, _, _ in stub.executor.command_stats().values() if calls)
+    assert feed(stub, client, b"*1\r\n!\r\n") and stub.executor.errors == {b"ERR": 7}
+    stub.executor.reset()
+    assert stub.executor.command_stats() == stub.executor.errors == {} and stub.executor.commands == 0
+
+
 @pytest.mark.parametrize(
     "words", [("SCAN", 2**64 - 1), ("SCAN", 0, "COUNT", 2**63 - 1), ("SCAN", "9" * 5000), ("CLIENT", "PAUSE", 2**63 - 1), ("SETRANGE", "a", 2**62, "x")]
 )
