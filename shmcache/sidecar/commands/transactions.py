@@ -139,7 +139,7 @@ def execute(client: Connection) -> bytes | None:
         log_bytes += (sum(map(len, words)) + 64 * max(1, len(found))) if TABLE[name].flags & WRITE else 0
     if long and not is_of_loop(client):
         in_pool(client)
-    monitored = functools.partial(tell, client) if client.server.monitors else None
+    monitored = functools.partial(tell, client) if client.server.executor.watched else None
     try:
         done = client.transact(queue, keys, client.watching, log_bytes, monitored)
     except WouldWait:  # it is run again where it may
