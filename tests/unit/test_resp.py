@@ -12,98 +12,29 @@ from hypothesis import strategies as st
 import shmcache
 from shmcache.core import _resp
 from shmcache.sidecar import commands
-
-
-class Link:
-    """Stands for the other event loops: there are none."""
-
-    def __init__(self):
-        self.others = {}
-
-    def subscribed(self, *_):
-        pass
-
-
-class Pipe:
-    """A transport that keeps what is written."""
-
-    def __init__(self):
-        self.data = b""
-
-    def write(self, data):
-        self.data += data
-
-    def get_write_buffer_size(self):
-        return 0
-
-    def close(self):
-        pass
-
-
-class Stub:
-    """As much of a Server as commands ask for."""
-
-    def __init__(self, cache):
-        self.cache = cache
-        self.settings = dict(commands.SETTINGS)
-        self.settings["proto-max-bulk-len"] = str(int(cache.segment.header["max_value_bytes"]))
-        self.executor = _resp.Executor(cache, commands.table())
-        self.executor.slow = lambda *_: None
-        self.link = Link()
-        self.began = 0
-        self.deferred = []
-        self.executor.defer = lambda client: self.deferred.append(client) or True
-        self.subscribers, self.pattern_subscribers, self.monitors, self.clients = {}, {}, {}, {}
-
-
-class Client(_resp.Client):
-    def __init__(self, executor, server):
-        self.server = server
-        self.transport = Pipe()
-        self.queue, self.queue_bytes, self.broken, self.watching = [], 0, False, {}
-        self.channels, self.patterns = {}, {}
-        self.id, self.name, self.user, self.monitoring, self.retried_by_pause = 1, b"", "default", False, None
-
-    def refused(self, text, name):
-        self.broken = self.broken or self.in_multi
-        return text
-
-    def before(self, name, flags, arguments):
-        return commands.transactions.before(self, name, flags, arguments)
+from tests.redis.inprocess import InProcess
+from tests.redis.resp import encode
 
 
 @pytest.fixture
-def stub(make):
-    cache = make("16M")
-    stub = Stub(cache)
-    yield stub
-    del stub.executor
-
-
-def feed(stub, client, data):
-    """As the loop does it, and the pool's thread, one after the other: all that was answered so far."""
-    client.feed(data)
-    while stub.deferred:
-        assert stub.deferred.pop() is client
-        with shmcache.attach(stub.cache.name) as handle:
-            executor = _resp.Executor(handle, commands.table(), impatient=False, databases=stub.executor.databases)
-            assert client.retry(executor)
-            client.resume()
-            del executor
-    client.flush()
-    return client.transport.data
-
-
-def client_of(stub):
-    return Client(stub.executor, stub)
+def server(make):
+    server = InProcess(make("16M").name)
+    yield server
+    server.close()
 
 
 def say(*words):
-    return b"*%d\r\n" % len(words) + b"".join(b"$%d\r\n%b\r\n" % (len(w), w) for w in (w if isinstance(w, bytes) else str(w).encode() for w in words))
+    return encode([w if isinstance(w, bytes) else str(w).encode() for w in words])
 
 
-def answer(stub, data):
-    return feed(stub, client_of(stub), data)
+def connect(server):
+    """A client of number 1, as all of them: HELLO says it."""
+    server.next_id = 1
+    return server.connect()
+
+
+def answer(server, data):
+    return server.say(connect(server), data)
 
 
 CONVERSATION = b"".join(
@@ -115,17 +46,17 @@ CONVERSATION = b"".join(
 )  # fmt: skip
 
 
-def test_pieces_of_any_size_are_answered_alike(stub):
-    whole = answer(stub, CONVERSATION)
+def test_pieces_of_any_size_are_answered_alike(server):
+    whole = answer(server, CONVERSATION)
     assert whole.count(b"+QUEUED") == 2 and whole.endswith(b":4\r\n$2\r\nA\n\r\n")
     for at in range(len(CONVERSATION)):
-        client = client_of(stub)
-        feed(stub, client, CONVERSATION[:at])
-        assert feed(stub, client, CONVERSATION[at:]) == whole, at
-    client = client_of(stub)
+        client = connect(server)
+        server.say(client, CONVERSATION[:at])
+        assert server.say(client, CONVERSATION[at:]) == whole, at
+    client = connect(server)
     for byte in CONVERSATION:
-        feed(stub, client, bytes([byte]))
-    assert client.transport.data == whole
+        server.say(client, bytes([byte]))
+    assert b"".join(client.transport.written) == whole
 
 
 @pytest.mark.parametrize(
@@ -144,38 +75,38 @@ def test_pieces_of_any_size_are_answered_alike(stub):
         (b"*1\r\n$" + b"1" * 70000, b"too big bulk count string"),
     ],
 )
-def test_what_is_not_the_protocol_ends_the_connection(stub, sent, error):
-    client = client_of(stub)
+def test_what_is_not_the_protocol_ends_the_connection(server, sent, error):
+    client = connect(server)
     said = b"+PONG\r\n-ERR Protocol error: " + error + b"\r\n"
-    assert feed(stub, client, say("PING") + sent) == said
+    assert server.say(client, say("PING") + sent) == said
     assert client.closing
-    assert feed(stub, client, say("PING")) == said
+    assert server.say(client, say("PING")) == said
 
 
-def test_before_it_has_authenticated_a_client_sends_little(stub):
-    stub.executor.locked = True
-    assert answer(stub, say("GET", "a")) == b"-NOAUTH Authentication required.\r\n"
-    assert b"unauthenticated multibulk length" in answer(stub, b"*11\r\n")
-    assert b"unauthenticated bulk length" in answer(stub, b"*1\r\n$20000\r\n")
+def test_before_it_has_authenticated_a_client_sends_little(server):
+    server.executor.locked = True
+    assert answer(server, say("GET", "a")) == b"-NOAUTH Authentication required.\r\n"
+    assert b"unauthenticated multibulk length" in answer(server, b"*11\r\n")
+    assert b"unauthenticated bulk length" in answer(server, b"*1\r\n$20000\r\n")
 
 
-def test_a_slow_command_of_many_arguments_is_told_as_it_was(stub):
+def test_a_slow_command_of_many_arguments_is_told_as_it_was(server):
     """What it needed of memory is given back behind the slow log's look at it."""
     told = []
-    stub.executor.slower_than_ns, stub.executor.slow = 0, lambda client, words, ns: told.append(words)
+    server.executor.timed, server.executor.slower_than_ns, server.executor.slow = True, 0, lambda client, words, ns: told.append(words)
     words = [b"MSET", *(b"%d" % (i // 2) for i in range(100_000))]
-    assert answer(stub, say(*words) + say("PING")) == b"+OK\r\n+PONG\r\n"
+    assert answer(server, say(*words) + say("PING")) == b"+OK\r\n+PONG\r\n"
     assert told == [words, [b"PING"]]
     told.clear()
-    answer(stub, say("MULTI") + say("SET", "a", "b") + say("EXEC"))
+    answer(server, say("MULTI") + say("SET", "a", "b") + say("EXEC"))
     assert [words[0].upper() for words in told if len(words) == 1] == [b"MULTI", b"EXEC"]
 
 
-def test_replies_that_a_client_does_not_want(stub):
+def test_replies_that_a_client_does_not_want(server):
     said = say("CLIENT", "REPLY", "OFF") + say("KEYS", "*") + say("FOO") + say("GET") + say("SET", "a", "1") + say("CLIENT", "REPLY", "ON")
-    assert answer(stub, said + say("PING")) == b"+OK\r\n+PONG\r\n"
-    assert answer(stub, say("CLIENT", "REPLY", "SKIP") + say("KEYS", "*") + say("PING")) == b"+PONG\r\n"
-    assert answer(stub, say("CLIENT", "REPLY", "SKIP") + say("FOO") + say("PING")) == b"+PONG\r\n"
+    assert answer(server, said + say("PING")) == b"+OK\r\n+PONG\r\n"
+    assert answer(server, say("CLIENT", "REPLY", "SKIP") + say("KEYS", "*") + say("PING")) == b"+PONG\r\n"
+    assert answer(server, say("CLIENT", "REPLY", "SKIP") + say("FOO") + say("PING")) == b"+PONG\r\n"
 
 
 def test_nor_when_a_pause_is_over(stub):
@@ -211,12 +142,12 @@ def test_commands_are_counted_where_they_end(stub):
 @pytest.mark.parametrize(
     "words", [("SCAN", 2**64 - 1), ("SCAN", 0, "COUNT", 2**63 - 1), ("SCAN", "9" * 5000), ("CLIENT", "PAUSE", 2**63 - 1), ("SETRANGE", "a", 2**62, "x")]
 )
-def test_numbers_at_their_ends(stub, words):
-    assert answer(stub, say(*words) + say("PING")).endswith(b"+PONG\r\n")
+def test_numbers_at_their_ends(server, words):
+    assert answer(server, say(*words) + say("PING")).endswith(b"+PONG\r\n")
 
 
-def test_nothing_is_injected_into_an_error(stub):
-    said = answer(stub, say("MULTI") + say("CLIENT", "x\r\n+INJECTED") + say("DISCARD"))
+def test_nothing_is_injected_into_an_error(server):
+    said = answer(server, say("MULTI") + say("CLIENT", "x\r\n+INJECTED") + say("DISCARD"))
     assert said.count(b"\r\n") == 3
 
 
@@ -234,15 +165,14 @@ def test_requests_of_any_content(requests, data):
     name = f"t-resp-hypothesis-{random.getrandbits(40)}"
     with shmcache.create(name, "8M") as cache:
         try:
-            stub = Stub(cache)
+            server = InProcess(cache.name)
             sent = b"".join(say(name, *arguments) for name, arguments in requests)
             at = data.draw(st.integers(0, len(sent)))
-            client = client_of(stub)
-            feed(stub, client, sent[:at])
-            assert (feed(stub, client, sent[at:]) != b"") == bool(requests)
+            client = connect(server)
+            server.say(client, sent[:at])
+            assert (server.say(client, sent[at:]) != b"") == bool(requests)
             assert cache.verify() == []
-            del client
-            del stub.executor
+            server.close()
         finally:
             shmcache.unlink(name)
 
@@ -253,13 +183,12 @@ def test_bytes_of_any_kind(data):
     name = f"t-resp-bytes-{random.getrandbits(40)}"
     with shmcache.create(name, "8M") as cache:
         try:
-            stub = Stub(cache)
-            whole, client = answer(stub, b"".join(data)), client_of(stub)
+            server = InProcess(cache.name)
+            whole, client = answer(server, b"".join(data)), connect(server)
             for piece in data:
-                feed(stub, client, piece)
-            assert client.transport.data == whole
-            del client
-            del stub.executor
+                server.say(client, piece)
+            assert b"".join(client.transport.written) == whole
+            server.close()
         finally:
             shmcache.unlink(name)
 
@@ -336,20 +265,20 @@ def test_what_redis_7_has_dumped_is_restored(payload, value):
 
 
 @pytest.fixture
-def databases(stub):
-    stub.executor = _resp.Executor(stub.cache, commands.table(), databases=3)
-    stub.executor.slow, stub.executor.defer = (lambda *_: None), (lambda client: stub.deferred.append(client) or True)
-    return stub
+def databases(make):
+    server = InProcess(make("16M").name, {"databases": "3"})
+    yield server
+    server.close()
 
 
-def ask(stub, client, *commands):
-    """The replies to these commands, each a line of words."""
-    client.transport.data = b""
-    return feed(stub, client, b"".join(say(*command.split()) for command in commands)).split(b"\r\n")[:-1]
+def ask(server, client, *commands):
+    """The lines of the replies to these commands."""
+    client.transport.written.clear()
+    return server.say(client, b"".join(say(*command.split()) for command in commands)).split(b"\r\n")[:-1]
 
 
 def test_databases_have_keys_of_their_own(databases):
-    a, b = client_of(databases), client_of(databases)
+    a, b = connect(databases), connect(databases)
     assert ask(databases, a, "SET k zero", "INCR n", "SELECT 2", "GET k", "SET k two", "INCRBY n 5", "APPEND k !", "MGET k n none") == [
         b"+OK", b":1", b"+OK", b"$-1", b"+OK", b":5", b":4", b"*3", b"$4", b"two!", b"$1", b"5", b"$-1",
     ]  # fmt: skip
@@ -361,7 +290,7 @@ def test_databases_have_keys_of_their_own(databases):
 
 
 def test_what_is_asked_of_all_keys_is_asked_of_those_of_a_database(databases):
-    client = client_of(databases)
+    client = connect(databases)
     ask(databases, client, "SET zero 0", "SELECT 1", "SET one 1", "SET uno 1")
     assert sorted(ask(databases, client, "KEYS *")) == [b"$3", b"$3", b"*2", b"one", b"uno"]
     assert sorted(ask(databases, client, "SCAN 0 COUNT 100000000")) == [b"$1", b"$3", b"$3", b"*2", b"*2", b"0", b"one", b"uno"]
@@ -376,7 +305,7 @@ def test_what_is_asked_of_all_keys_is_asked_of_those_of_a_database(databases):
 
 
 def test_a_step_of_several_keys_may_cross_databases(databases):
-    a, b = client_of(databases), client_of(databases)
+    a, b = connect(databases), connect(databases)
     assert ask(databases, a, "SET k v EX 100", "COPY k k DB 1", "COPY k k DB 1", "COPY k k DB 3", "SELECT 1", "GET k", "TTL k", "RENAME k l", "GET l") == [
         b"+OK", b":1", b":0", b"-ERR DB index is out of range", b"+OK", b"$1", b"v", b":100", b"+OK", b"$1", b"v",
     ]  # fmt: skip
@@ -392,18 +321,18 @@ def test_a_step_of_several_keys_may_cross_databases(databases):
 
 
 def test_a_key_is_bounded_with_its_database(databases):
-    client = client_of(databases)
+    client = connect(databases)
     assert ask(databases, client, "SELECT 1", "SET " + "k" * 4090 + " v")[1].startswith(b"-ERR a key has at most 40")
     assert ask(databases, client, "SET " + "k" * 4070 + " v", "GET " + "k" * 4090) == [b"+OK", b"$-1"]
 
 
 def test_what_never_expired_does_not_begin_to(make):
-    stub = Stub(make("16M", default_ttl=50))
-    client = client_of(stub)
-    assert ask(stub, client, "SET a 1", "PTTL a")[1] != b":-1"
+    server = InProcess(make("16M", default_ttl=50).name)
+    client = connect(server)
+    assert ask(server, client, "SET a 1", "PTTL a")[1] != b":-1"
     changes = ("APPEND a x", "SETRANGE a 0 y", "SETBIT a 5 1", "RENAME a b", "COPY b a", "SET a 1 KEEPTTL", "INCRBYFLOAT a 1.5", "BITFIELD a SET u8 0 1")
     for change in ("INCR a", *changes):
-        ask(stub, client, "PERSIST a", change)
-        assert ask(stub, client, "TTL a" if not change.startswith("RENAME") else "TTL b") == [b":-1"], change
-    assert ask(stub, client, "SET a 1", "TTL a", "APPEND new x", "TTL new", "MSETNX other 1", "TTL other")[1::2] == [b":50"] * 3
-    del stub.executor
+        ask(server, client, "PERSIST a", change)
+        assert ask(server, client, "TTL a" if not change.startswith("RENAME") else "TTL b") == [b":-1"], change
+    assert ask(server, client, "SET a 1", "TTL a", "APPEND new x", "TTL new", "MSETNX other 1", "TTL other")[1::2] == [b":50"] * 3
+    server.close()
