@@ -421,19 +421,23 @@ cdef class Executor:
             if rc != OK:
                 break
             taken += 1
+            #! hold: a stripe taken
         if rc == OK:
             memset(s.held, 0, sizeof(s.held))
             for k in range(taken):
                 i = stripes[k]
                 s.held[i >> 6] |= <uint64_t>1 << (i & 63)
+            #! hold: all taken
             s.holder = pthread_self()
             self.holding = stripes
+            #! hold: held
             self.was_impatient = self.table.impatient
             self.table.impatient = False
             return 0
         for k in range(taken):
             i = stripes[k]
             stripe_release(s, &s.stripes[i])
+            #! hold: a stripe given back
         HOLDING.release()
         if self.table.impatient:
             raise WouldWait
@@ -444,10 +448,12 @@ cdef class Executor:
         cdef seg_t* s = self.s
         cdef uint32_t i
         cdef Py_ssize_t k
+        #! release: begun
         s.holder = 0
         for k in range(len(self.holding)):
             i = self.holding[k]
             stripe_release(s, &s.stripes[i])
+            #! release: a stripe released
         self.holding = None
         self.table.impatient = self.was_impatient
         HOLDING.release()

@@ -166,8 +166,10 @@ cdef inline int stripe_take(seg_t* s, stripe_t* st, uint64_t limit_ns) noexcept 
     cdef int rc
     if unlikely(s.holder != 0):
         if holds(s, st):
+            #! stripe: held already
             return OK
         if s.holder == pthread_self():
+            #! stripe: not one of those held
             limit_ns = 0
     rc = lock_take(s, &st.lock, limit_ns)
     if rc == TAKEN_OVER:
@@ -182,6 +184,8 @@ cdef inline void stripe_release(seg_t* s, stripe_t* st) noexcept nogil:
         st64(&st.new, 0)
     if likely(s.holder == 0) or not holds(s, st):
         lock_release(&st.lock)
+        return
+    #! stripe: kept
 
 cdef inline void note_intent(stripe_t* st, int op, uint64_t old, uint64_t new, uint64_t count_next) noexcept nogil:
     st64(&st.count_next, count_next)

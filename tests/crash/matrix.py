@@ -4,12 +4,13 @@
 
 For each scenario: prepare a segment, note which points the operation passes; then, for each point (its first, second and last passing),
 put the segment's bytes back, let a forked child do the operation and die there, and from a fresh process see that
-- every other key reads right (where the operation evicts: right, or not there), the operation's key reads old or new, never torn
-- a write to the same stripe and one to the same slab class succeed, and how long they took
+- every other key reads right (where the operation evicts: right, or not there), the operation's key reads old or new, never torn; of a
+  transaction exactly those writes are there that were stored before its death, which is at each passing of each point
+- a write to the same stripe, or to each that a transaction held, and one to the same slab class succeed, and how long they took
 - once what was left is settled verify() is empty, every chunk is FREE, LIVE or in the hand of the living, every page is in the pool, a
   class or a big value, every lock free, every row free to take
 With --stop the child is stopped instead: readers go on, writers to what it holds fail fast or wait for their limit, and when it is
-continued it finishes as if nothing had been.
+continued it finishes as if nothing had been; a transaction is whole then.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ from shmcache.core import _core, _stream, _sweep
 from shmcache.supervisor import appendlog
 from shmcache.supervisor import format as fmt
 from tests import special
+from tests.redis.inprocess import InProcess
+from tests.redis.resp import encode
 
 ADDRESS = (1 << 48) - 1
 MASK64 = (1 << 64) - 1
@@ -44,6 +47,7 @@ VICTIM = b"victim"
 OLD, NEW = b"old" * 20, b"new" * 21
 BIG_OLD, BIG_NEW = bytes(range(256)) * 800, bytes(reversed(range(256))) * 900  # 3 pages each and a rest
 SMALL = 48 + 16 + 60  # bytes of a chunk for the filling items
+COMMITS = {"put: slot stored", "remove: slot cleared", "incr: value"}  # points right behind the store that makes a write seen
 
 
 class Bench:
@@ -56,6 +60,9 @@ class Bench:
         self.expected: dict[bytes, Any] = {}
         self.fleeting: set[bytes] = set()  # may be evicted
         self.victim: list[Any] = []  # values that VICTIM may have; None: no value
+        self.states: list[dict[bytes, Any]] = []  # of a transaction: what its keys hold before it and after each of its writes
+        self.done = 0  # so many of these were stored before the death
+        self.whole = False  # it died, or was stopped, with all of its stripes
         row = int(np.flatnonzero(self.seg.rows["pid"] == os.getpid())[0])
         self.me = int(self.seg.rows["gen"][row]) << 16 | row + 1
         self.k0, self.k1 = map(int, self.seg.header["hash_key"])
@@ -98,6 +105,20 @@ class Bench:
             other = b"n:%d" % rng.getrandbits(48)
             if self.bucket(other) == bucket:
                 found.append(other)
+        return found
+
+    def stripe(self, key: bytes) -> int:
+        return self.bucket(key) & len(self.seg.stripes) - 1
+
+    def on_stripes(self, *stripes: int, prefix: bytes = b"t") -> list[bytes]:
+        """A key of each of these stripes."""
+        found: list[bytes] = []
+        number = 0
+        while len(found) < len(stripes):
+            key = b"%s:%d" % (prefix, number)
+            if self.stripe(key) == stripes[len(found)]:
+                found.append(key)
+            number += 1
         return found
 
     def address(self, key: bytes) -> int:
@@ -643,6 +664,126 @@ def waits(b: Bench) -> None:
     b.cache.set(VICTIM, NEW)
 
 
+# -- several stripes at once: EXEC and its like, through the sidecar
+
+
+def say(b: Bench, *commands: tuple[bytes, ...], reply: bytes) -> None:
+    """Be the sidecar, and a client of it: the reply has to be this."""
+    server = InProcess(b.name)
+    said = server.say(server.connect(), b"".join(map(encode, commands)))
+    assert said == reply, said
+
+
+def writes(b: Bench, before: dict[bytes, Any], *steps: tuple[bytes, Any]) -> None:
+    """What the keys of a transaction hold, and what it writes, in order."""
+    for key, value in before.items():
+        if value is None:
+            b.cache.delete(key)
+        else:
+            b.cache.set(key, value)
+    b.states = [before]
+    for key, value in steps:
+        b.states.append({**b.states[-1], key: value})
+    b.victim = [state[VICTIM] for state in b.states if VICTIM in state] or b.victim
+
+
+def keys_of_transaction(b: Bench) -> list[bytes]:
+    """Of six stripes, none of them VICTIM's, and one more of the first of them."""
+    at = b.stripe(VICTIM)
+    return b.on_stripes(*((at + i) % 16 for i in (5, 1, 9, 3, 14, 7, 5)))
+
+
+def to_transact(b: Bench) -> None:
+    basic(b)
+    new, gone, gone_too, number, large, text, counted = keys_of_transaction(b)
+    writes(
+        b, {new: None, VICTIM: OLD, gone: OLD, gone_too: b"x", number: 41, large: None, text: OLD, counted: None},
+        (new, NEW), (VICTIM, NEW), (gone, None), (gone_too, None), (number, 42), (large, b"L" * 2100), (text, OLD + b"more"), (counted, 1), (new, b"again"),
+    )  # fmt: skip
+
+
+def transact(b: Bench) -> None:
+    new, gone, gone_too, number, large, text, counted = keys_of_transaction(b)
+    queue = [(b"SET", new, NEW), (b"SET", VICTIM, NEW), (b"DEL", gone, gone_too), (b"INCR", number), (b"SET", large, b"L" * 2100), (b"APPEND", text, b"more"),
+             (b"INCR", counted), (b"SET", new, b"again")]  # fmt: skip
+    replies = b"+OK\r\n+OK\r\n:2\r\n:42\r\n+OK\r\n:64\r\n:1\r\n+OK\r\n"
+    say(b, (b"MULTI",), *queue, (b"EXEC",), reply=b"+OK\r\n" + b"+QUEUED\r\n" * 8 + b"*8\r\n" + replies)
+
+
+@scenario(prepare=to_transact)
+def exec_several(b: Bench) -> None:
+    transact(b)
+
+
+@logged(to_transact)
+def exec_several_logged(b: Bench) -> None:
+    transact(b)
+
+
+def to_be_refused(b: Bench) -> None:
+    """A living process holds the last of the stripes."""
+    to_transact(b)
+    b.states = b.states[:1]
+    b.plant(b.seg.stripes, max(map(b.stripe, b.states[0])))
+
+
+@scenario(prepare=to_be_refused)
+def exec_refused(b: Bench) -> None:
+    b.cache.lock_limit = 0.01
+    queue = [(b"SET", key, NEW) for key in b.states[0]]
+    busy = b"-TRYAGAIN a process that does not run holds a lock that this command needs; nothing was changed\r\n"
+    say(b, (b"MULTI",), *queue, (b"EXEC",), reply=b"+OK\r\n" + b"+QUEUED\r\n" * len(queue) + busy)
+
+
+def to_transact_in_full(b: Bench) -> None:
+    """Room for what is written is made in other stripes, one of which a living process holds."""
+    absent(b)
+    b.full()
+    b.fleeting = set(b.expected)
+    keys = b.on_stripes(*(i % 3 for i in range(20)), prefix=b"x" * 9)
+    writes(b, dict.fromkeys(keys), *((key, b"x" * 60) for key in keys))
+    b.plant(b.seg.stripes, 8)
+
+
+@scenario(prepare=to_transact_in_full, evicts=True)
+def exec_evicts(b: Bench) -> None:
+    queue = [(b"SET", key, b"x" * 60) for key in b.states[0]]
+    say(b, (b"MULTI",), *queue, (b"EXEC",), reply=b"+OK\r\n" + b"+QUEUED\r\n" * 20 + b"*20\r\n" + b"+OK\r\n" * 20)
+
+
+def to_rename(b: Bench) -> None:
+    basic(b)
+    a, c = keys_of_transaction(b)[:2]
+    writes(b, {a: OLD, c: b"was here"}, (c, OLD), (a, None))
+
+
+@scenario(prepare=to_rename)
+def rename(b: Bench) -> None:
+    say(b, (b"RENAME", *b.states[0]), reply=b"+OK\r\n")
+
+
+def to_copy(b: Bench) -> None:
+    basic(b)
+    a, c = keys_of_transaction(b)[:2]
+    writes(b, {a: OLD, c: None}, (c, OLD))
+
+
+@scenario(prepare=to_copy)
+def copy(b: Bench) -> None:
+    say(b, (b"COPY", *b.states[0]), reply=b":1\r\n")
+
+
+def to_set_all(b: Bench) -> None:
+    basic(b)
+    keys = keys_of_transaction(b)
+    writes(b, dict.fromkeys(keys), *((key, NEW) for key in keys))
+
+
+@scenario(prepare=to_set_all)
+def msetnx(b: Bench) -> None:
+    say(b, (b"MSETNX", *(word for key in b.states[0] for word in (key, NEW))), reply=b":1\r\n")
+
+
 # -- running one case ------------------------------------------------------------------------------------------------
 
 
@@ -669,6 +810,7 @@ def die(b: Bench, s: Scenario, armed: str) -> str:
 
 
 def trace(b: Bench, s: Scenario) -> list[str]:
+    """The points that it passes, in order."""
     r, w = os.pipe()
     os.set_inheritable(w, True)
     with open(r) as lines:
@@ -677,17 +819,29 @@ def trace(b: Bench, s: Scenario) -> list[str]:
         if reader == 0:
             os.close(w)
             with open(f"/dev/shm/{b.name}.trace", "w") as out:
-                counts = collections.Counter(line.rstrip("\n") for line in lines)
-                json.dump(counts, out)
+                json.dump([line.rstrip("\n") for line in lines], out)
             os._exit(0)
         ended = die(b, s, f"t{w:04d}")
         os.close(w)
         os.waitpid(reader, 0)
     assert ended == "done", ended
     with open(f"/dev/shm/{b.name}.trace") as f:
-        counts = json.load(f)
+        passed: list[str] = json.load(f)
     os.unlink(f"/dev/shm/{b.name}.trace")
-    return counts
+    return passed
+
+
+def note_progress(b: Bench, passed: list[str], point: str, nth: int) -> None:
+    """How far a transaction is at this passing of the point."""
+    at = [i for i, name in enumerate(passed) if name == point][nth - 1]
+    b.done = sum(name in COMMITS for name in passed[: at + 1])
+    b.whole = "hold: held" in passed[: at + 1] and "release: begun" not in passed[:at]
+
+
+def not_held(b: Bench) -> list[str]:
+    """A transaction lets go of none of its stripes before its end."""
+    free = [key for key in b.states[0] if not b.seg.stripes["word"][b.stripe(key)]] if b.whole else []
+    return [f"in the middle of the transaction the stripes of {free} are free"] if free else []
 
 
 def in_fresh_process(b: Bench, look: Callable[[Bench], list[str]]) -> tuple[list[str], dict[str, float]]:
@@ -721,7 +875,19 @@ def read_all(b: Bench, evicts: bool) -> list[str]:
     got = b.cache.get(VICTIM)
     if not any(type(got) is type(v) and got == v for v in b.victim):
         wrong.append(f"the operation's key reads {got!r:.60}")
-    return wrong[:5]
+    return (wrong + read_states(b, evicts))[:5]
+
+
+def read_states(b: Bench, evicts: bool) -> list[str]:
+    """A transaction's keys are as they were after the writes that were done; where it evicts, after some of them, or not there."""
+    got = {key: b.cache.get(key) for state in b.states[:1] for key in state}
+
+    def is_state(state: dict[bytes, Any]) -> bool:
+        return all((type(value) is type(state[key]) and value == state[key]) or (evicts and value is None) for key, value in got.items())
+
+    if not b.states or any(map(is_state, b.states if evicts else b.states[b.done : b.done + 1])):
+        return []
+    return [f"after {b.done} writes its keys are { {key: str(value)[:20] for key, value in got.items()} }"]
 
 
 def survivors(s: Scenario) -> Any:
@@ -735,6 +901,10 @@ def survivors(s: Scenario) -> Any:
         began = time.monotonic()
         b.cache.set(VICTIM, b"after")
         took["same stripe"] = 1000 * (time.monotonic() - began)
+        for key in b.states[0] if b.states else ():
+            began = time.monotonic()
+            b.cache.set(key, b"after")
+            took["stripe of a transaction"] = max(took.get("stripe of a transaction", 0), 1000 * (time.monotonic() - began))
         for n in (60, 9000):
             began = time.monotonic()
             for i in range(6):
@@ -752,25 +922,32 @@ def survivors(s: Scenario) -> Any:
 
 
 def log_agrees(b: Bench) -> list[str]:
-    """What a restore would make of the log for the operation's key is what is read, once its stripe was taken over."""
-    b.cache.delete(b.neighbours(VICTIM, 1)[0])
-    value, version = b.cache.gets(VICTIM)
+    """What a restore would make of the log for the operation's keys is what is read, once their stripes were taken over."""
+    keys = {VICTIM, *(b.states[0] if b.states else ())}
+    for key in keys:
+        b.cache.delete(b.on_stripes(b.stripe(key), prefix=b"absent")[0])
     drain = _stream.Drain(b.cache)
-    newest = None
+    newest: dict[bytes, Any] = {}
     while drain.collect():
         with memoryview(drain) as payload:
             for r in fmt.records(payload):
-                if r.key == VICTIM and r.op != fmt.EXPIRY and (newest is None or r.version >= newest.version):
-                    newest = r
+                if r.key in keys and r.op != fmt.EXPIRY and (r.key not in newest or r.version >= newest[r.key].version):
+                    newest[r.key] = r
         drain.drained()
     if drain.damaged:
         return ["a ring is damaged"]
+    return [said for key in keys if (said := disagreement(b, key, newest.get(key)))]
+
+
+def disagreement(b: Bench, key: bytes, newest: Any) -> str | None:
+    """Between the newest record of a key and what is read."""
+    value, version = b.cache.gets(key)
     if newest is None or newest.op == fmt.DELETE:
-        return [] if value is None else ["the log has the key deleted, and it is read"]
+        return None if value is None else f"the log has {key!r} deleted, and it is read"
     logged = int.from_bytes(newest.value, "little") if newest.codec == 2 else newest.value
     if logged != value or newest.version > version:
-        return [f"the log has {logged!r:.40} at {newest.version}, {value!r:.40} is read at {version}"]
-    return []
+        return f"the log has {logged!r:.40} for {key!r} at {newest.version}, {value!r:.40} is read at {version}"
+    return None
 
 
 def read_others(b: Bench, evicts: bool) -> list[str]:
@@ -813,23 +990,36 @@ def stopped(b: Bench, s: Scenario, armed: str) -> tuple[list[str], dict[str, flo
         os.waitpid(pid, 0)
         return [f"the operation did not stop: {status}"], {}
 
+    held = {int(i) for i in np.flatnonzero(b.seg.stripes["word"])}
+    left = not_held(b)
+
     def look(b: Bench) -> Any:
         b.cache.lock_limit = 0.02
         took, wrong = {}, []
+        waits = b.cache.counters()["lock_waits"]
         began = time.monotonic()
         wrong += read_all(b, s.evicts)
         took["reads"] = 1000 * (time.monotonic() - began)
-        refused = set()
-        for i in range(40):
+        if b.states and b.cache.counters()["lock_waits"] != waits:
+            wrong.append("a reader waited for a lock")
+        refused, tried = set(), set()
+        for i, key in enumerate(b.on_stripes(*range(16), prefix=b"elsewhere") if b.states else (b"elsewhere:%d" % i for i in range(40))):
             began = time.monotonic()
-            key = b"elsewhere:%d" % i
+            small = i % 2 or b.states
+            tried.add(b.stripe(key))
             try:
-                b.cache.set(key, b"e" * (60 if i % 2 else 9000))
-            except errors.CapacityError:
-                if i % 2 or not s.evicts:  # in a full segment the larger ones need pages of the class whose lock may be held
-                    refused.add(b.bucket(key) & 15)
+                b.cache.set(key, b"e" * (60 if small else 9000))
+            except errors.CapacityError as e:
+                if b.states and type(e) is not errors.StripeBusy:
+                    wrong.append(f"a write to {key!r} was refused: {type(e).__name__}")
+                if small or not s.evicts:  # in a full segment the larger ones need pages of the class whose lock may be held
+                    refused.add(b.stripe(key))
             took["a write"] = max(took.get("a write", 0), 1000 * (time.monotonic() - began))
-        if len(refused) > 1:
+        if b.states and refused != tried & held:
+            wrong.append(f"writes were refused in the stripes {sorted(refused)}, of {sorted(tried)}; held are {sorted(held)}")
+        if b.states and took["a write"] > 1000:
+            wrong.append(f"a write took {took['a write']:.0f} ms, and its limit is 20")
+        if len(refused) > 1 and not b.states:
             wrong.append(f"writes were refused in {len(refused)} stripes of 16; one process holds one stripe")
         b.fleeting = set(b.expected)  # who cannot have the lock of a class evicts
         return wrong + read_others(b, True), took
@@ -839,7 +1029,8 @@ def stopped(b: Bench, s: Scenario, armed: str) -> tuple[list[str], dict[str, flo
     status = os.waitpid(pid, 0)[1]
     if status:
         wrong.append(f"continued, it ended with status {status}")
-    return wrong, took
+    b.done = len(b.states) - 1
+    return left + wrong + read_states(b, s.evicts), took
 
 
 def run(name: str, s: Scenario, stop: bool, report: dict[str, Any]) -> None:
@@ -847,14 +1038,27 @@ def run(name: str, s: Scenario, stop: bool, report: dict[str, Any]) -> None:
     with contextlib.closing(b):
         s.prepare(b)
         saved = bytes(b.seg.bytes)
-        counts = dict(trace(b, s))
+        passed = trace(b, s)
+        counts = dict(collections.Counter(passed))
+        if b.states and not s.evicts and sum(name in COMMITS for name in passed) != len(b.states) - 1:
+            report["failed"].append(f"{name}: not the writes that it says: {[p for p in passed if p in COMMITS]}")
         for _ in range(15 if s.meanwhile else 0):  # the two may meet otherwise each time: what they can pass is what any of these has
             b.seg.bytes[:] = np.frombuffer(saved, np.uint8)
-            counts = {**trace(b, s), **counts}
+            counts = {**collections.Counter(trace(b, s)), **counts}
         clean_up_created(b)
         for point, n in counts.items():
-            for nth in sorted({1, 2, n} & set(range(1, n + 1))) if not (stop or s.meanwhile) else [1]:
+            if s.meanwhile or point == "lock: WAIT noted":  # how often is up to both, or to the clock
+                passings = [1]
+            elif stop:
+                passings = sorted({1, (n + 1) // 2} if b.states else {1})
+            elif b.states and not s.evicts:
+                passings = list(range(1, n + 1))
+            else:
+                passings = sorted({1, 2, n} & set(range(1, n + 1)))
+            for nth in passings:
                 b.seg.bytes[:] = np.frombuffer(saved, np.uint8)
+                if b.states:
+                    note_progress(b, passed, point, nth)
                 where = f"{name} / {point} / {nth} of {n}"
                 if stop:
                     wrong, took = stopped(b, s, f"s{nth:04d}{point}")
@@ -869,7 +1073,9 @@ def run(name: str, s: Scenario, stop: bool, report: dict[str, Any]) -> None:
                     b.unplant()
                     if ended == "killed":
                         report["kills"] += 1
+                        left = not_held(b)
                         wrong, took = in_fresh_process(b, survivors(s))
+                        wrong = left + wrong
                         for what, ms in took.items():
                             report["took_ms"].setdefault(what, []).append(ms)
                     else:

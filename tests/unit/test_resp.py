@@ -109,34 +109,34 @@ def test_replies_that_a_client_does_not_want(server):
     assert answer(server, say("CLIENT", "REPLY", "SKIP") + say("FOO") + say("PING")) == b"+PONG\r\n"
 
 
-def test_nor_when_a_pause_is_over(stub):
-    stub.go_on = lambda client: client.resume()
-    client = client_of(stub)
-    stub.executor.paused_until = 1 << 60
-    assert feed(stub, client, say("CLIENT", "REPLY", "SKIP") + say("SET", "a", "1") + say("PING")) == b"" and client.blocked
-    commands.connection.go_on(stub, client)
+def test_nor_when_a_pause_is_over(server):
+    server.go_on = lambda client: client.resume()
+    client = connect(server)
+    server.executor.paused_until = 1 << 60
+    assert server.say(client, say("CLIENT", "REPLY", "SKIP") + say("SET", "a", "1") + say("PING")) == b"" and client.blocked
+    commands.connection.go_on(server, client)
     assert client.blocked, "the pause is not over"
-    stub.executor.paused_until = 0
-    commands.connection.go_on(stub, client)
-    assert client.transport.data == b"+PONG\r\n" and stub.cache["a"] == b"1"
-    assert stub.executor.command_stats()["set"][0] == 1
+    server.executor.paused_until = 0
+    commands.connection.go_on(server, client)
+    assert b"".join(client.transport.written) == b"+PONG\r\n" and server.cache["a"] == b"1"
+    assert server.executor.command_stats()["set"][0] == 1
 
 
-def test_commands_are_counted_where_they_end(stub):
-    client = client_of(stub)
-    feed(stub, client, say("SET", "a", "x") + say("MULTI") + say("INCR", "a") + say("GET", "a") + say("EXEC") + say("KEYS", "*"))  # in the pool
-    feed(stub, client, say("GET") + say("FOO") + say("SUBSCRIBE", "c") + say("GET", "a") + say("UNSUBSCRIBE") + say("EXEC") + say("GETEX", "a", "NO"))
-    stats = {name: (calls, rejected, failed) for name, (calls, _, rejected, failed) in stub.executor.command_stats().items()}
+def test_commands_are_counted_where_they_end(server):
+    client = connect(server)
+    server.say(client, say("SET", "a", "x") + say("MULTI") + say("INCR", "a") + say("GET", "a") + say("EXEC") + say("KEYS", "*"))  # in the pool
+    server.say(client, say("GET") + say("FOO") + say("SUBSCRIBE", "c") + say("GET", "a") + say("UNSUBSCRIBE") + say("EXEC") + say("GETEX", "a", "NO"))
+    stats = {name: (calls, rejected, failed) for name, (calls, _, rejected, failed) in server.executor.command_stats().items()}
     assert stats == {
         "set": (1, 0, 0), "multi": (1, 0, 0), "incr": (1, 0, 1), "get": (1, 2, 0), "exec": (2, 0, 1), "keys": (1, 0, 0), "subscribe": (1, 0, 0),
         "unsubscribe": (1, 0, 0), "getex": (1, 0, 1),
     }  # fmt: skip
-    assert stub.executor.commands == sum(calls for calls, _, _ in stats.values())
-    assert stub.executor.errors == {b"ERR": 6} and client.transport.data.count(b"-ERR") == 6
-    assert all(ns > 0 for calls, ns, _, _ in stub.executor.command_stats().values() if calls)
-    assert feed(stub, client, b"*1\r\n!\r\n") and stub.executor.errors == {b"ERR": 7}
-    stub.executor.reset()
-    assert stub.executor.command_stats() == stub.executor.errors == {} and stub.executor.commands == 0
+    assert server.executor.commands == sum(calls for calls, _, _ in stats.values())
+    assert server.executor.errors == {b"ERR": 6} and b"".join(client.transport.written).count(b"-ERR") == 6
+    assert all(ns > 0 for calls, ns, _, _ in server.executor.command_stats().values() if calls)
+    assert server.say(client, b"*1\r\n!\r\n") and server.executor.errors == {b"ERR": 7}
+    server.executor.reset()
+    assert server.executor.command_stats() == server.executor.errors == {} and server.executor.commands == 0
 
 
 @pytest.mark.parametrize(
