@@ -1,6 +1,7 @@
 """Builds of the core that no user ever gets, each in a folder of its own under build/, together with a copy of the tests.
 
     python -m tests.special -DSHMCACHE_FAULT_POINTS        builds it, prints the folder
+    python -m tests.special --sanitized pytest tests/unit  builds with sanitizers, runs a module there
 
 A process started in that folder with it on PYTHONPATH runs the special build; the source tree and the environment are left alone.
 
@@ -25,6 +26,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 FAULT = ROOT / "tests" / "crash" / "fault.pxd"
 SOURCES = ("shmcache", "pyproject.toml", "setup.cfg", "README.md", "LICENSE")
+# -fno-sanitize=null: layout() takes the offsets of fields as addresses in a struct at 0
+SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize=null", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g")
 
 
 def points_of_build() -> set[str]:
@@ -102,5 +105,28 @@ def command(folder: Path, *module_and_args: str) -> tuple[list[str], dict[str, s
     return [sys.executable, "-m", *module_and_args], {**os.environ, "PYTHONPATH": str(folder)}
 
 
+def sanitized(*module_and_args: str, **asan_options: object) -> tuple[Path, list[str], dict[str, str]]:
+    """(folder, argv, environment) that run `python -m ...` on a build with AddressSanitizer and UndefinedBehaviourSanitizer.
+
+    Shared memory itself is not instrumented: what is seen is what leaves a mapping, and undefined arithmetic.
+    """
+    folder = build(*SANITIZERS)
+    argv, env = command(folder, *module_and_args)
+    compiler = os.environ.get("CC", "gcc")
+    libraries = [subprocess.check_output([compiler, f"-print-file-name=lib{name}.so"], text=True).strip() for name in ("asan", "ubsan")]
+    # leaks: the interpreter's own are many. handle_segv: faulthandler and tests have handlers of their own
+    options = {"detect_leaks": 0, "handle_segv": 0, "allocator_may_return_null": 1, **asan_options}
+    env |= {
+        "LD_PRELOAD": " ".join(libraries),
+        "ASAN_OPTIONS": ":".join(f"{name}={value}" for name, value in options.items()),
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
+    return folder, argv, env
+
+
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["--sanitized"]:
+        _folder, _argv, _env = sanitized(*sys.argv[2:])
+        os.chdir(_folder)
+        os.execve(_argv[0], _argv, _env)
     print(build(*sys.argv[1:]))
