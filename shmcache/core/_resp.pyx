@@ -1039,7 +1039,18 @@ cdef class Client:
             self.keep(data + at, n - at)
         if self.n_pending == 0:
             self.need = 0
+        self.trim()
         return 0
+
+    cdef void trim(self) noexcept:
+        """Memory that a large command needed is given back, though the next one has begun."""
+        cdef uint64_t room = max(self.n_pending, self.need, <uint64_t>READ_BYTES)
+        cdef void* smaller
+        if self.room_pending > 4 * room:
+            smaller = realloc(self.pending, room)
+            if smaller != NULL:
+                self.pending = <uint8_t*>smaller
+                self.room_pending = room
 
     cdef int64_t parse(self, const uint8_t* data, uint64_t n) except -2:
         """A command in RESP: how many bytes it has, and Executor.argv points to its arguments; -1: it is not whole, and `need` says

@@ -302,7 +302,8 @@ class Batch:
         pending, unsent = client.buffered
         if client.blocked or client.closing:
             return
-        most = 12 * pending + MAX_VALUE + 4096 if pending else 8 * 16
+        # a buffer that was doubled or has not been trimmed, 16 bytes for each argument, a reply's buffer
+        most = 4 * (pending + MAX_VALUE) + 6 * pending + 17_000 if pending else 8 * 16
         if pending > MOST_PENDING or unsent or client.memory > most:
             self.failed.append(f"input {number}: the connection keeps {client.memory} bytes for {pending} that are pending and {unsent} unsent")
 

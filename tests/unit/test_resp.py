@@ -90,6 +90,17 @@ def test_before_it_has_authenticated_a_client_sends_little(server):
     assert b"unauthenticated bulk length" in answer(server, b"*1\r\n$20000\r\n")
 
 
+def test_what_a_large_command_needed_is_given_back_though_the_next_has_begun(server):
+    client = connect(server)
+    large = say("SET", "a", b"x" * 3_000_000)
+    for at in range(0, len(large), 65536):
+        server.say(client, large[at : at + 65536] + b"*3\r\n" * (at + 65536 > len(large)))
+    assert b"".join(client.transport.written) == b"+OK\r\n"
+    assert client.buffered == (4, 0)
+    assert client.memory < 100_000
+    assert server.say(client, say("SET", "a", "1")[4:]) == b"+OK\r\n" * 2
+
+
 def test_a_slow_command_of_many_arguments_is_told_as_it_was(server):
     """What it needed of memory is given back behind the slow log's look at it."""
     told = []
