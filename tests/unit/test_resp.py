@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 
@@ -173,7 +174,7 @@ requests = st.lists(st.tuples(names, st.lists(words, max_size=6)), max_size=8)
 @given(requests, st.data())
 def test_requests_of_any_content(requests, data):
     """Every command with any arguments, in any two pieces: each is answered, or the connection ends; nothing else happens to this process."""
-    name = f"t-resp-hypothesis-{random.getrandbits(40)}"
+    name = f"t-{os.getpid()}-hypothesis-{random.getrandbits(40)}"
     with shmcache.create(name, "8M") as cache:
         try:
             server = InProcess(cache.name)
@@ -191,7 +192,7 @@ def test_requests_of_any_content(requests, data):
 @settings(max_examples=500, deadline=None)
 @given(data=st.lists(st.binary(max_size=20) | st.sampled_from([b"*2\r\n", b"$3\r\n", b"\r\n", b"GET a\r\n", b"$-1\r\n", b"*-1\r\n"]), max_size=12))
 def test_bytes_of_any_kind(data):
-    name = f"t-resp-bytes-{random.getrandbits(40)}"
+    name = f"t-{os.getpid()}-bytes-{random.getrandbits(40)}"
     with shmcache.create(name, "8M") as cache:
         try:
             server = InProcess(cache.name)
