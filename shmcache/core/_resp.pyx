@@ -31,6 +31,7 @@ from shmcache.core.table cimport (
 from shmcache.core.token cimport ABSENT, EXISTS, INTR, NO_ROOM, OK, OVERFLOW, mono_ns, wall_ms
 
 import threading
+from os import urandom
 
 from shmcache import errors
 from shmcache.core._core import WouldWait
@@ -498,9 +499,9 @@ cdef class Executor:
 
     cdef int use(self, int db) except -1:
         """From here on keys are of this database. The first has the segment's keys; another is the cache's namespace "db:<number>", so that to
-        clear it is one write. Raises: WouldWait: its generation has to be made, or waited for."""
+        clear it is one write. Raises: WouldWait: the segment is being restored, and this database's generation may still come; a lock is busy."""
         cdef seg_t* s = self.s
-        cdef int n = 7, tries, rc
+        cdef int n = 7, rc
         cdef uint64_t h
         cdef read_t r
         self.db = db
@@ -510,22 +511,23 @@ cdef class Executor:
         memcpy(self.named, <const char*>b"\0ns\0db:", 7)
         n += shm_digits(<char*>self.named + n, db)
         h = siphash13(self.named, n, s.k0, s.k1)
-        for tries in range(RESTARTS):
+        while True:
             rc = read_begin(s, self.named, n, h, &r)
-            if rc == ABSENT:
-                break
             if rc == OK and r.value_bytes == 8:
                 read_copy(s, &r, self.named + n + 1)
                 if read_end(s, &r) == OK:
                     self.named[n] = 0
                     self.n_prefix = n + 9
                     return 0
-        if self.table.impatient:
-            raise WouldWait
-        prefix = self.table.namespace(f"db:{db}").prefix()
-        self.n_prefix = min(len(prefix), PREFIX_MOST)
-        memcpy(self.named, PyBytes_AS_STRING(prefix), self.n_prefix)
-        return 0
+            elif rc != ABSENT:          # somebody came between; or it is no generation
+                if rc == OK and read_end(s, &r) == OK:
+                    remove_key(self, self.named, n, r.cas)
+            elif not self.table.durability()["generations_missing"]:
+                put_value(self, self.named, n, <const uint8_t*>PyBytes_AS_STRING(urandom(8)), 8, CODEC_BYTES, NEVER, IF_ABSENT, 0)
+            elif self.table.impatient:
+                raise WouldWait
+            else:
+                self.table.namespace(f"db:{db}").prefix()       # waits for it
 
     def select(self, int db):
         """Keys of what follows are of this database."""
