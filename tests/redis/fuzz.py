@@ -248,7 +248,7 @@ class Batch:
             if not self.answers():
                 self.failed.append(f"batch of {self.first}: a new connection is not answered")
             self.failed += [f"batch of {self.first}: {text}" for text in cache.verify()[:3]]
-            calls = {name: calls for (name, _), calls in zip(server.executor.names, server.executor.calls, strict=True) if calls}
+            calls = {name: stat[0] for name, stat in server.executor.command_stats().items()}
             commands_n = server.executor.commands
             server.close()
         finally:
