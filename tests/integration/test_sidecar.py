@@ -318,6 +318,33 @@ def test_tls(serve, tmp_path):
     assert service.client().get("k") == b"v" * 100_000
 
 
+def test_tls_with_certificates_of_clients(serve, tmp_path):
+    if subprocess.run(["openssl", "version"], capture_output=True, check=False).returncode:
+        pytest.skip("no openssl to make certificates")
+
+    def make(name, *signed_by):
+        key, cert = str(tmp_path / f"{name}.key"), str(tmp_path / f"{name}.crt")
+        argv = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", cert, "-days", "2", "-subj", f"/CN={name}"]
+        subprocess.run([*argv, *signed_by], check=True, capture_output=True)
+        return cert, key
+
+    ca, ca_key = make("authority")
+    other, other_key = make("other")
+    cert, key = make("localhost", "-CA", ca, "-CAkey", ca_key)
+    mine, my_key = make("client", "-CA", ca, "-CAkey", ca_key)
+    foreign, foreign_key = make("foreign", "-CA", other, "-CAkey", other_key)
+    service = serve("--tls-cert", cert, "--tls-key", key, "--tls-ca", ca)
+
+    def client(**options):
+        return redis.Redis(port=service.port, ssl=True, ssl_ca_certs=ca, ssl_check_hostname=False, retry=None, **options)
+
+    assert client(ssl_certfile=mine, ssl_keyfile=my_key).set("k", "v")
+    for options in ({}, {"ssl_certfile": foreign, "ssl_keyfile": foreign_key}):
+        with pytest.raises((redis.ConnectionError, ssl.SSLError)):
+            client(**options).get("k")
+    assert client(ssl_certfile=mine, ssl_keyfile=my_key).get("k") == b"v"
+
+
 def test_more_connections_than_it_takes(serve):
     service = serve("--maxclients", "3")
     kept = [socket.create_connection(("127.0.0.1", service.port)) for _ in range(3)]
