@@ -512,6 +512,7 @@ def do_supervise(args: argparse.Namespace) -> int:
 
 
 def do_serve(args: argparse.Namespace) -> int:
+    from shmcache.sidecar import acl
     from shmcache.sidecar.serve import Service
 
     supervise = [
@@ -526,16 +527,30 @@ def do_serve(args: argparse.Namespace) -> int:
     }  # fmt: skip
     if args.password_file is not None:
         settings["requirepass"] = _password(args.password_file)
+    password = settings.get("requirepass", "").encode("latin-1")
+    users = {acl.DEFAULT: acl.default_user(password)}
+    if args.acl_file is not None:
+        settings["aclfile"] = os.path.abspath(args.acl_file)
+        _warn_if_open(args.acl_file)
+        users = acl.read_file(settings["aclfile"], password)
     if bool(args.tls_cert) != bool(args.tls_key):
         raise errors.UsageError("--tls-cert and --tls-key go together")
     tls = {"cert": args.tls_cert, "key": args.tls_key, "ca": args.tls_ca} if args.tls_cert else None
     return Service(
         args.name, supervise, workers=args.workers, bind=args.bind, port=args.port, unix=args.unix, unix_mode=args.unix_mode,
-        settings=settings, tls=tls, quiet=args.quiet, metrics_port=args.metrics_port, metrics_bind=args.metrics_bind,
+        settings=settings, users={name: user.line for name, user in users.items()}, disabled=sorted(acl.disabled(args.disable_command)),
+        tls=tls, quiet=args.quiet, metrics_port=args.metrics_port, metrics_bind=args.metrics_bind,
     ).run()  # fmt: skip
 
 
+def _warn_if_open(path: str) -> None:
+    mode = os.stat(path).st_mode & 0o777
+    if mode & 0o077:
+        print(f"shmcache: {path} is open to others than its owner (mode {mode:03o}): chmod 600", file=sys.stderr)
+
+
 def _password(path: str) -> str:
+    _warn_if_open(path)
     password = Path(path).read_bytes().strip().decode("latin-1")
     if not password:
         raise errors.UsageError(f"{path} is empty: its first line is to be the password")
@@ -644,6 +659,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--unix-mode", type=lambda t: int(t, 8), default=0o700, metavar="MODE", help="of the socket, octal (700)")
     p.add_argument("--workers", type=int, default=1, metavar="N", help="processes with an event loop each (1)")
     p.add_argument("--password-file", metavar="F", help="clients have to authenticate with what is in it")
+    p.add_argument("--acl-file", metavar="F", help="users and what each may do, in the format of Redis' ACL files")
+    p.add_argument("--disable-command", action="append", default=[], metavar="NAME",
+                   help="a command, subcommand (config|set) or @category that is to be unknown; again for more")  # fmt: skip
     p.add_argument("--protected-mode", choices=("yes", "no"), default="yes", help="without a password serve loopback only (yes)")
     p.add_argument("--maxclients", type=int, default=10000, metavar="N", help="connections of a process (10000)")
     p.add_argument("--databases", type=_databases, default=1, metavar="N", help="what SELECT chooses from, each with keys of its own (1)")

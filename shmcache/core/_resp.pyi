@@ -60,6 +60,7 @@ class Client:
     closing: bool
     in_multi: bool
     in_pubsub: bool
+    restricted: bool
     silent: bool
     skip: int
     transport: Any
@@ -99,7 +100,8 @@ class Client:
         keys: list[tuple[int, bytes]],
         watching: dict[tuple[int, bytes], int],
         log_bytes: int,
-        tell: Callable[[list[bytes]], None] | None,
+        is_denied: Callable[[list[bytes]], bool],
+        watched: bool,
     ) -> bool: ...
     def redo(self, arguments: list[bytes]) -> None: ...
     def conclude(self, finish: Callable[[list[Any]], bytes], answers: list[Any]) -> None: ...

@@ -810,6 +810,7 @@ cdef class Client:
     cdef public bint closing            # after what is in `out`
     cdef public bint in_multi
     cdef public bint in_pubsub
+    cdef public bint restricted         # its user may not do everything: before() is asked about each command
     cdef bint pushing                   # the command being executed sends pushes
     cdef public bint silent             # CLIENT REPLY OFF
     cdef public int skip                # CLIENT REPLY SKIP: replies of so many commands are dropped
@@ -1076,7 +1077,7 @@ cdef class Client:
                 return -1
             if not shm_number(data + 1, at - 1, &number) or number > 2147483647:
                 raise ProtocolError(b"invalid multibulk length")
-            if number > 10 and not self.authenticated:
+            if number > 10 and not self.authenticated and ex.locked:
                 raise ProtocolError(b"unauthenticated multibulk length")
             if number > MOST_ARGS:
                 raise ProtocolError(b"invalid multibulk length")
@@ -1103,7 +1104,7 @@ cdef class Client:
                 raise ProtocolError(b"expected '$', got '" + (bytes([data[at]]) if data[at] not in (10, 13) else b" ") + b"'")
             if not shm_number(data + at + 1, end - data - at - 1, &number) or number < 0 or <uint64_t>number > ex.s.max_value_bytes and number > 65536:
                 raise ProtocolError(b"invalid bulk length")
-            if number > 16384 and not self.authenticated:
+            if number > 16384 and not self.authenticated and ex.locked:
                 raise ProtocolError(b"unauthenticated bulk length")
             at = (end - data) + 2
             if at + number + 2 > n:
@@ -1257,9 +1258,9 @@ cdef class Client:
         self.last_command = command.index
         if unlikely(ex.argc != <size_t>command.arity if command.arity > 0 else ex.argc < <size_t>(-command.arity)):
             return self.refuse(b"ERR wrong number of arguments for '" + command.name[:command.n] + b"' command", command)
-        if unlikely(not self.authenticated and not command.flags & F_NOAUTH):
+        if unlikely(not self.authenticated and ex.locked and not command.flags & F_NOAUTH):
             return self.refuse(b"NOAUTH Authentication required.", command)
-        if unlikely(self.in_multi or self.in_pubsub or ex.watched or ex.paused_until):
+        if unlikely(self.in_multi or self.in_pubsub or self.restricted or ex.watched or ex.paused_until):
             if self.unusual(command):
                 ex.stats[command.index].rejected += self.failed
                 return 0
@@ -1323,7 +1324,8 @@ cdef class Client:
         return self.before(command.name[:command.n].decode(), command.flags, self.arguments(0))
 
     def before(self, str name, int flags, list arguments):
-        """Called before a command that is in a transaction, on a subscribed connection, watched, or paused: True if it is not to run."""
+        """Called before a command that is in a transaction, on a subscribed connection, of a restricted user, watched, or paused: True if it
+        is not to run."""
         return False
 
     def call(self, list arguments):
@@ -1977,9 +1979,11 @@ cdef class Client:
                 ex.release()
             ex.use(self.db)
 
-    def transact(self, list queue not None, list keys not None, dict watching not None, uint64_t log_bytes, tell):
+    def transact(self, list queue not None, list keys not None, dict watching not None, uint64_t log_bytes, is_denied,
+                 bint watched):
         """EXEC: the replies to the queued commands are appended, unless a watched key has another version now: False. keys: (db, key) of all of
-        them. tell: called with each command before it runs; None.
+        them. is_denied: called with each command before it runs, if they are watched or the user is restricted. True: it has been answered,
+        and does not run.
         Raises: as hold(), nothing was done then.
 
         Race: between the first stripe and the last command compiled commands do not let another thread of this process run; what is queued
@@ -2001,8 +2005,8 @@ cdef class Client:
                     return False
             self.header(42, len(queue))
             for words in queue:
-                if tell is not None:
-                    tell(words)
+                if (watched or self.restricted) and is_denied(words):
+                    continue
                 self.call(words)
         finally:
             ex.release()

@@ -3,6 +3,7 @@
 serving(name, ...) serves one from within a program or a test; `shmcache serve` is the service.
 
 core/_resp.pyx  the protocol parsed, and what is called often executed on the segment
+acl.py          users, what each may do, files of them
 server.py       Connection, Server: one event loop and its pool of threads
 commands/       the other commands
 worker.py       one process with one Server

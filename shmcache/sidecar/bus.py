@@ -7,6 +7,9 @@ A frame is a u32 length, the number of the process that it is for (-1: all other
 it on, frames of one process in the order in which they came. A process that does not read for long is cut off (and ends: it is started
 again), nobody waits for it.
 
+What is changed for all (-2) the hub keeps: a process that begins, or begins again, is told all of it first. Such a frame goes back to who
+sent it, too: its place among the others' says whose change was the last, for all alike.
+
     ["hello", i]                                  i serves: a new worker to all, who then tell it what they have; the others' answer to look
     ["look", i]                                   i wants to know who serves
     ["gone", i]                                   from the hub: what i has said is void, and it answers no more
@@ -16,7 +19,9 @@ again), nobody waits for it.
     ["publish", i, channel, message]
     ["monitors", i, n]                            connections there that watch: they are to be told
     ["monitored", i, [line, ...]]
-    ["config", i, {name: value}]                  to a new one: what CONFIG SET changed
+    ["state", i, {"config": ..., "users": ...}]   the first that i reads: what was kept
+    ["config", i, {name: value}]                  kept: by CONFIG SET
+    ["users", i, {name: ACL LIST's line, or nil}] kept; nil: there is none any more
     ["pause", i, until_ms, writes_only]           to a new one: CLIENT PAUSE, until then on CLOCK_MONOTONIC
 """
 
@@ -26,16 +31,21 @@ import asyncio
 import socket
 import struct
 import time
+from collections import Counter
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgpack
+
+from shmcache.sidecar import acl
 
 if TYPE_CHECKING:
     from shmcache.sidecar.server import Server
 
+T = TypeVar("T")
 HEADER = struct.Struct("<Ii")
 ALL = -1
+KEPT = -2
 MOST_FRAME = 1 << 30
 MOST_WAITING = 256 << 20  # bytes for a process that does not read
 MOST_UNSAID = 32 << 20  # bytes for the hub, above which monitors elsewhere are told nothing more
@@ -45,6 +55,23 @@ ANSWER_LIMIT = 1.0  # seconds that others have for an answer
 def frame(*parts: Any, to: int = ALL) -> bytes:
     body: bytes = msgpack.packb(parts)
     return HEADER.pack(len(body), to) + body
+
+
+def read_state(link: socket.socket) -> dict[str, dict[Any, Any]]:
+    """What was kept, from the end of one who begins, which blocks. Raises: OSError: the parent has ended."""
+
+    def exactly(n: int) -> bytes:
+        data = b""
+        while len(data) < n:
+            part = link.recv(n - len(data))
+            if not part:
+                raise ConnectionResetError("the parent has ended")
+            data += part
+        return data
+
+    n, _ = HEADER.unpack(exactly(HEADER.size))
+    _, _, state = msgpack.unpackb(exactly(n))
+    return dict(state)
 
 
 class Frames:
@@ -70,9 +97,10 @@ class Frames:
 
 
 class Hub:
-    """The parent's half: call turn() with what select says is ready."""
+    """The parent's half: call turn() with what select says is ready. Args: users: when it begins."""
 
-    def __init__(self) -> None:
+    def __init__(self, users: dict[bytes, bytes]) -> None:
+        self.state: dict[str, dict[Any, Any]] = {"config": {}, "users": dict(users)}
         self.links: dict[int, socket.socket] = {}
         self.frames: dict[int, Frames] = {}
         self.waiting: dict[int, bytearray] = {}
@@ -83,9 +111,16 @@ class Hub:
         mine, theirs = socket.socketpair()
         mine.setblocking(False)
         self.links[member], self.frames[member], self.waiting[member] = mine, Frames(), bytearray()
+        self.send(frame("state", member, self.state, to=member))
         return theirs
 
     def leave(self, member: int) -> None:
+        """It has ended; what it said before is heard."""
+        while member in self.links and self.read(member):
+            pass
+        self.cut(member)
+
+    def cut(self, member: int) -> None:
         link = self.links.pop(member, None)
         if link is not None:
             link.close()
@@ -105,24 +140,37 @@ class Hub:
             if link in ready and member in self.links:
                 self.read(member)
 
-    def read(self, member: int) -> None:
+    def read(self, member: int) -> bool:
+        """False: there was nothing."""
         try:
             data = self.links[member].recv(1 << 20)
             frames = self.frames[member].feed(data) if data else None
         except BlockingIOError:
-            return
+            return False
         except (OSError, ValueError):
             frames = None
         if frames is None:
-            self.leave(member)
-            return
+            self.cut(member)
+            return False
         for each in frames:
-            self.send(each, but=member)
+            _, to = HEADER.unpack_from(each)
+            if to == KEPT:
+                self.keep(each)
+            self.send(each, but=None if to == KEPT else member)
+        return True
 
-    def send(self, data: bytes, but: int) -> None:
+    def keep(self, whole: bytes) -> None:
+        kind, _, changes = msgpack.unpackb(memoryview(whole)[HEADER.size :])
+        for name, value in changes.items():
+            if value is None:
+                self.state[kind].pop(name, None)
+            else:
+                self.state[kind][name] = value
+
+    def send(self, data: bytes, but: int | None = None) -> None:
         _, to = HEADER.unpack_from(data)
         for member in list(self.links):
-            if member != but and to in (ALL, member) and member in self.waiting:
+            if member != but and to in (ALL, KEPT, member) and member in self.waiting:
                 self.waiting[member] += data
                 self.push(member)
 
@@ -133,9 +181,9 @@ class Hub:
                 del waiting[: self.links[member].send(waiting)]
         except BlockingIOError:
             if len(waiting) > MOST_WAITING:
-                self.leave(member)
-        except OSError:
-            self.leave(member)
+                self.cut(member)
+        except OSError:  # it has ended: read() finds that out, after what it said before
+            waiting.clear()
 
 
 class Other:
@@ -236,10 +284,10 @@ class Link(Member):
         self.server = server
         self.heard |= {
             "look": self.looked_for, "ask": self.asked, "counts": self.counts, "publish": self.published, "monitors": self.watched,
-            "monitored": self.monitored, "config": self.config, "pause": self.pause,
+            "monitored": self.monitored, "config": self.config, "users": self.users, "pause": self.pause,
         }  # fmt: skip
         self.told: tuple[dict[bytes, int], dict[bytes, int]] = ({}, {})
-        self.changed: dict[str, str] = {}  # by CONFIG SET
+        self.unheard: Counter[tuple[str, Any]] = Counter()  # (kind, name) of what this one has changed and that has not come back
         self.lines: list[str] = []  # for monitors elsewhere, said together
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -254,8 +302,6 @@ class Link(Member):
         self.say("counts", *self.told, to=worker)
         if self.server.monitors:
             self.say("monitors", len(self.server.monitors), to=worker)
-        if self.changed:
-            self.say("config", self.changed, to=worker)
         executor = self.server.executor
         if executor.paused_until:
             self.say("pause", executor.paused_until, executor.paused_writes_only, to=worker)
@@ -288,12 +334,29 @@ class Link(Member):
         self.server.show(lines)
 
     def config(self, worker: int, changes: dict[str, str]) -> None:
-        self.server.configure(changes)
+        self.server.configure(self.news("config", worker, changes))
+
+    def users(self, worker: int, changes: dict[bytes, bytes | None]) -> None:
+        news = self.news("users", worker, changes)
+        self.server.take_users({name: acl.of_line(line) if line else None for name, line in news.items()})
+
+    def news(self, kind: str, worker: int, changes: dict[T, Any]) -> dict[T, Any]:
+        """What this worker has changed comes back after all that the hub heard before it: till then others' of the same are older."""
+        if worker == self.number:
+            self.unheard -= Counter((kind, name) for name in changes)
+            return {}
+        return {name: value for name, value in changes.items() if (kind, name) not in self.unheard}
 
     def pause(self, worker: int, until_ms: int, writes_only: bool) -> None:
         self.server.pause(until_ms, writes_only)
 
     # -- what this one says
+
+    def change(self, kind: str, changes: dict[Any, Any]) -> None:
+        """For all, and to be kept."""
+        if self.transport is not None:
+            self.unheard.update((kind, name) for name in changes)
+            self.say(kind, changes, to=KEPT)
 
     def subscribed(self, name: bytes, n: int, pattern: bool) -> None:
         """So many subscribers of a channel or pattern are here now."""

@@ -51,7 +51,8 @@ class Child:
 
 @dataclass
 class Service:
-    """Args: supervise: arguments of `shmcache supervise` after its name. bind, port (0: no TCP), unix, settings, tls: of worker.py."""
+    """Args: supervise: arguments of `shmcache supervise` after its name. bind, port (0: no TCP), unix, settings, users, disabled, tls: of
+    worker.py, when it begins."""
 
     name: str
     supervise: list[str]
@@ -61,6 +62,8 @@ class Service:
     unix: str | None = None
     unix_mode: int = 0o700
     settings: dict[str, str] = field(default_factory=dict)
+    users: dict[bytes, bytes] = field(default_factory=dict)
+    disabled: list[str] = field(default_factory=list)
     tls: dict[str, str] | None = None
     quiet: bool = False
     metrics_port: int = 0  # 0: no metrics
@@ -82,7 +85,7 @@ class Service:
             signal.signal(number, self.stop)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         self.children: list[Child] = []
-        self.hub = Hub()
+        self.hub = Hub(self.users)
         with contextlib.ExitStack() as stack:
             if self.port:  # nobody else's; workers of ours share it
                 reserved = [stack.enter_context(contextlib.closing(reserve(host, self.port))) for host in self.bind]
@@ -140,6 +143,7 @@ class Service:
         options: dict[str, Any] = {
             "name": self.name, "settings": self.settings, "worker": i, "workers": self.workers, "parent": os.getpid(), "bind": self.bind,
             "port": self.port, "sockets": [self.listening.fileno()] if self.listening is not None else [], "tls": self.tls,
+            "disabled": self.disabled,
         }  # fmt: skip
         child = Child(f"worker {i}", module="shmcache.sidecar.worker", options=options)
         self.children.append(child)
@@ -165,7 +169,8 @@ class Service:
             ready_w = -1
             deadline = time.monotonic() + START_LIMIT
             while wait and not self.stopping:
-                if select.select([ready_r, self.wake], [], [], 0.5)[0] and self.drained(ready_r):
+                self.pause(0.5, ready_r)
+                if select.select([ready_r], [], [], 0)[0] and os.read(ready_r, 1) == b"r":
                     return
                 assert child.process is not None
                 if child.process.poll() is not None:
@@ -177,11 +182,6 @@ class Service:
             os.close(ready_r)
             if ready_w >= 0:
                 os.close(ready_w)
-
-    def drained(self, ready: int) -> bool:
-        with contextlib.suppress(BlockingIOError):
-            os.read(self.wake, 512)
-        return bool(select.select([ready], [], [], 0)[0]) and os.read(ready, 1) == b"r"
 
     def start(self, child: Child) -> None:
         child.began = time.monotonic()
@@ -216,18 +216,19 @@ class Service:
                 else:
                     self.launch(child, i - 1, wait=False)
 
-    def pause(self, seconds: float) -> None:
-        """Till a signal comes, or so long. Meanwhile the workers talk."""
+    def pause(self, seconds: float, also: int | None = None) -> None:
+        """Till a signal comes, or something to read from `also`, or so long. Meanwhile the workers talk."""
         until = time.monotonic() + seconds
         while True:
             left = until - time.monotonic()
-            readers: list[Any] = [self.wake, *self.hub.readers()]
+            others = [self.wake] if also is None else [self.wake, also]
+            readers: list[Any] = [*others, *self.hub.readers()]
             ready, writable, _ = select.select(readers, self.hub.writers(), [], max(0.0, left))
             self.hub.turn(ready, writable)
             if self.wake in ready:
                 with contextlib.suppress(BlockingIOError):
                     os.read(self.wake, 512)
-            if self.wake in ready or left <= 0:
+            if any(other in ready for other in others) or left <= 0:
                 return
 
     def end_all(self) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 import os
 import socket
 import threading
@@ -24,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from shmcache import cache as cache_module
 from shmcache.core import _resp
-from shmcache.sidecar import bus, commands
+from shmcache.sidecar import acl, bus, commands
 from shmcache.sidecar.commands import connection, pubsub, transactions
 
 if TYPE_CHECKING:
@@ -46,7 +45,8 @@ class Connection(_resp.Client):
         self.server = server
         self.id = 0
         self.name = b""
-        self.user = "default"
+        self.user = acl.DEFAULT
+        self.restricted = server.users[acl.DEFAULT].restricted
         self.lib_name = b""
         self.lib_ver = b""
         self.address = ""
@@ -126,20 +126,32 @@ class Connection(_resp.Client):
 
 
 class Server:
-    """Args: name: of a live segment. settings: CONFIG's, by name (commands.SETTINGS). Within a running loop: await start()."""
+    """Args: name: of a live segment. settings: CONFIG's, by name (commands.SETTINGS). users: None: `default` alone, with the
+    settings' password. disabled: full names of commands that are unknown. Within a running loop: await start()."""
 
-    def __init__(self, name: str, settings: dict[str, str] | None = None, *, worker: int = 0, of_workers: int = 1) -> None:
+    def __init__(
+        self,
+        name: str,
+        settings: dict[str, str] | None = None,
+        users: dict[bytes, acl.User] | None = None,
+        *,
+        disabled: frozenset[str] = frozenset(),
+        worker: int = 0,
+        of_workers: int = 1,
+    ) -> None:
         self.name = name
         self.worker, self.of_workers = worker, of_workers
         self.settings = {**commands.SETTINGS, **(settings or {})}
+        self.users = users or {acl.DEFAULT: acl.default_user(self.settings["requirepass"].encode("latin-1"))}
+        self.disabled = disabled
         self.cache = cache_module.attach(name)
         if "maxmemory" not in (settings or {}):
             self.settings["maxmemory"] = str(int(self.cache.segment.header["size_bytes"]))
         self.settings["proto-max-bulk-len"] = str(int(self.cache.segment.header["max_value_bytes"]))
         self.handles: list[Cache] = [self.cache]
-        self.commands = commands.table()
+        self.commands = commands.table(disabled)
         self.executor = _resp.Executor(self.cache, self.commands, databases=int(self.settings["databases"]))
-        self.executor.locked = bool(self.settings["requirepass"])
+        self.executor.locked = not self.users[acl.DEFAULT].at_once
         self.executor.defer = self.defer
         self.executor.held = self.hold
         self.executor.slow = self.slow
@@ -150,6 +162,7 @@ class Server:
         self.began = time.time()
         self.slowlog: deque[tuple[int, float, int, list[bytes], str, bytes]] = deque(maxlen=int(self.settings["slowlog-max-len"]))
         self.slow_number = worker
+        self.acl_log: list[acl.Refusal] = []
         self.rates: deque[tuple[float, int]] = deque([(0.0, 0)], maxlen=10)
         self.lag = 0.0  # of the loop: how late the last tick came, seconds
         self.worst_lag = 0.0
@@ -251,7 +264,7 @@ class Server:
         mine = client.transport.get_extra_info("sockname")
         client.address = f"{peer[0]}:{peer[1]}" if peer else "?:0"
         client.local_address = f"{mine[0]}:{mine[1]}" if mine else "?:0"
-        if not self.settings["requirepass"] and self.settings["protected-mode"] == "yes" and peer and not _loopback(peer[0]):
+        if self.users[acl.DEFAULT].nopass and self.settings["protected-mode"] == "yes" and peer and not _loopback(peer[0]):
             client.add(
                 b"-DENIED this server has no password and is in protected mode: it serves the loopback interface only. Set a password "
                 b"(--password-file), or say --protected-mode no\r\n"
@@ -288,13 +301,37 @@ class Server:
     def configure(self, changes: dict[str, str]) -> None:
         """CONFIG SET of what was checked."""
         self.settings.update(changes)
-        self.link.changed |= changes
-        self.executor.locked = bool(self.settings["requirepass"])
         self.set_slowlog()
         self.resize_slowlog()
 
-    def password_is(self, password: bytes) -> bool:
-        return hmac.compare_digest(password, self.settings["requirepass"].encode("latin-1"))
+    def change_settings(self, changes: dict[str, str]) -> None:
+        """For all processes, soon."""
+        self.configure(changes)
+        self.link.change("config", changes)
+
+    def change_users(self, changes: dict[bytes, acl.User | None], by: int) -> None:
+        """These take the place of those of their names, soon for all processes; None: there is none any more. by: id of the client who
+        changes them."""
+        self.take_users(changes, by)
+        self.link.change("users", {name: user and user.line for name, user in changes.items()})
+
+    def take_users(self, changes: dict[bytes, acl.User | None], by: int = 0) -> None:
+        for name, user in changes.items():
+            was = self.users.get(name)
+            mine = [client for client in self.clients.values() if client.user == name]
+            if user is None:
+                for client in mine:
+                    client.authenticated = False
+                    connection.become(client, self.users[acl.DEFAULT])
+                connection.end(by, mine)
+                self.users.pop(name, None)
+                continue
+            self.users[name] = user
+            for client in mine:
+                connection.become(client, user)
+            if was is not None and user.hears_less(was):
+                connection.end(by, [client for client in mine if not pubsub.may_stay(client, user)])
+        self.executor.locked = not self.users[acl.DEFAULT].at_once
 
     # -- the pool
 
@@ -402,13 +439,26 @@ class Server:
         (then, before), (now, after) = self.rates[0], (self.loop.time(), self.executor.commands)
         return int((after - before) / max(0.001, now - then))
 
+    def denied(self, client: Connection, reason: str, context: str, what: bytes, name: bytes | None = None) -> None:
+        """For ACL LOG: what a user may not. name: his, if it is not the client's."""
+        info = connection.info_line(client)
+        refusal = acl.Refusal(reason, context, what, client.user if name is None else name, info, time.time())
+        acl.note(self.acl_log, refusal, int(self.settings["acllog-max-len"]))
+
     def slow(self, client: Connection, arguments: list[bytes], ns: int) -> None:
+        arguments = without_passwords(arguments)
         words = arguments[:31] if len(arguments) > 32 else arguments
         words = [w if len(w) <= 128 else w[:128] + b"... (%d more bytes)" % (len(w) - 128) for w in words]
         if len(arguments) > 32:
             words.append(b"... (%d more arguments)" % (len(arguments) - 31))
         self.slowlog.appendleft((self.slow_number, time.time(), ns // 1000, words, client.address, client.name))
         self.slow_number += self.of_workers
+
+
+def without_passwords(arguments: list[bytes]) -> list[bytes]:
+    begin = [word.lower() for word in arguments[:2]]
+    hidden = {i + 1 for i, word in enumerate(arguments) if begin == [b"config", b"set"] and word.lower() == b"requirepass"}
+    return [b"(redacted)" if i in hidden or (i > 1 and begin == [b"acl", b"setuser"]) else word for i, word in enumerate(arguments)]
 
 
 def _loopback(host: str) -> bool:

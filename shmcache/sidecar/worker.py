@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from shmcache.sidecar import acl, bus
 from shmcache.sidecar import server as server_module
 from shmcache.sidecar.server import Server
 
@@ -24,7 +25,16 @@ async def serve(options: dict[str, Any], ready: Callable[[], None]) -> None:
     end = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, end.set)
-    server = Server(options["name"], options["settings"], worker=options["worker"], of_workers=options["workers"])
+    link = socket.socket(fileno=options["link"])
+    state = bus.read_state(link)
+    server = Server(
+        options["name"],
+        {**options["settings"], **state["config"]},
+        {name: acl.of_line(line) for name, line in state["users"].items()},
+        disabled=frozenset(options["disabled"]),
+        worker=options["worker"],
+        of_workers=options["workers"],
+    )
     parent = options["parent"]
     server.on_shutdown = lambda: os.kill(parent, signal.SIGTERM)
     sockets = [socket.socket(fileno=fd) for fd in options["sockets"]]
@@ -32,7 +42,7 @@ async def serve(options: dict[str, Any], ready: Callable[[], None]) -> None:
         for host in options["bind"]:
             sockets += server_module.listen(host, options["port"])
     server.cut_off = end.set
-    await server.start(sockets=sockets, tls=context_of(options["tls"]), link=socket.socket(fileno=options["link"]))
+    await server.start(sockets=sockets, tls=context_of(options["tls"]), link=link)
     gc.freeze()
     ready()
     while not end.is_set():

@@ -345,6 +345,214 @@ def test_tls_with_certificates_of_clients(serve, tmp_path):
     assert client(ssl_certfile=mine, ssl_keyfile=my_key).get("k") == b"v"
 
 
+# ---- users and permissions ---------------------------------------------------------------------------------------------------------------
+
+
+def connections_to_all(service, **options):
+    """A client of one connection to each of two processes."""
+    found = {}
+
+    def look():
+        client = service.client(single_connection_client=True, **options)
+        found.setdefault(client.info("server")["worker"], client)
+        return len(found) == 2
+
+    until(look)
+    return [found[0], found[1]]
+
+
+def test_a_command_that_a_pause_has_kept_is_refused_if_its_user_may_not_run_it_any_more(serve):
+    service = serve()
+    client = service.client(single_connection_client=True)
+    assert client.execute_command("ACL SETUSER alice on >a ~* +@all")
+    with contextlib.closing(socket.create_connection(("127.0.0.1", service.port), LIMIT)) as sock:
+        sock.settimeout(LIMIT)
+        sock.sendall(b"AUTH alice a\r\n")
+        assert sock.recv(100) == b"+OK\r\n"
+        client.client_pause(LIMIT * 1000, all=False)
+        sock.sendall(b"SET k v\r\n")
+        until(lambda: any(c["user"] == "alice" and "b" in c["flags"] for c in client.client_list()))
+        assert client.execute_command("ACL SETUSER alice -set")
+        client.client_unpause()
+        assert sock.recv(100) == b"-NOPERM this user has no permissions to run the 'set' command\r\n"
+    assert client.get("k") is None
+
+
+def users_file(folder, text, mode=0o600):
+    path = folder / "users"
+    path.write_text(text)
+    path.chmod(mode)
+    return path
+
+
+def test_users_of_all_processes(serve, tmp_path):
+    path = users_file(tmp_path, "user default on nopass ~* &* +@all\nuser alice on >a ~a:* resetchannels -@all +get +set +info +client|list\n")
+    service = serve("--workers", "2", "--acl-file", str(path))
+    one, two = connections_to_all(service)
+    alice = connections_to_all(service, username="alice", password="a")
+    for client in alice:
+        assert client.set("a:1", "v") and client.get("a:1") == b"v"
+        with pytest.raises(redis.exceptions.NoPermissionError, match="one of the keys"):
+            client.get("b")
+        with pytest.raises(redis.exceptions.NoPermissionError, match="'flushall' command"):
+            client.flushall()
+    assert one.execute_command("ACL SETUSER alice resetkeys ~b:*")
+
+    def refused(client):
+        with contextlib.suppress(redis.exceptions.NoPermissionError):
+            client.get("a:1")
+            return False
+        return True
+
+    assert all(map(refused, alice))
+    refusals = [entry["object"] for entry in one.acl_log(100)]
+    assert [refusals.count(what) for what in ("a:1", "b", "flushall")] == [2, 2, 2], "of both processes"
+    assert all(client.set("b:1", "v") for client in alice)
+    assert two.execute_command("ACL DELUSER alice") == 1
+    for client in alice:
+        until(lambda client=client: fails(client, redis.ConnectionError))
+    assert one.acl_users() == ["default"]
+
+
+def changed(client, number):
+    """Has the client had to connect again?"""
+    with contextlib.suppress(redis.ConnectionError):
+        return client.client_id() != number
+
+
+def fails(client, error):
+    try:
+        client.get("b:1")
+    except error:
+        return True
+    except redis.RedisError:
+        pass
+    return False
+
+
+def test_a_process_that_is_started_again_knows_what_was_changed(serve, tmp_path):
+    path = users_file(tmp_path, "user alice on >a ~* +@all\nuser eve on >e ~* +@all\n")
+    service = serve("--workers", "2", "--acl-file", str(path))
+    one, two = connections_to_all(service)
+    assert one.execute_command("ACL SETUSER bob on >b ~b:* -@all +get")
+    assert two.execute_command("ACL SETUSER alice -set")
+    assert two.execute_command("ACL DELUSER eve") == 1
+    assert one.config_set("timeout", 77) and two.config_set("requirepass", "secret")
+    known = one.acl_list()
+    assert known == two.acl_list() and one.config_get("requirepass") == {"requirepass": "secret"}
+    assert [line.split()[1] for line in known] == ["alice", "bob", "default"]
+    before = service.workers()
+    for pid in before:
+        os.kill(pid, signal.SIGKILL)
+    until(lambda: len(service.workers()) == 2 and not set(before) & set(service.workers()))
+
+    def begun():
+        with contextlib.suppress(redis.ConnectionError):
+            return connections_to_all(service, password="secret")
+
+    for client in until(begun):
+        assert client.acl_list() == known
+        assert client.config_get("timeout") == {"timeout": "77"} and client.config_get("requirepass") == {"requirepass": "secret"}
+    with pytest.raises(redis.AuthenticationError):
+        service.client().ping()
+    with pytest.raises(redis.AuthenticationError):
+        service.client(username="eve", password="e").ping()
+    with pytest.raises(redis.exceptions.NoPermissionError):
+        service.client(username="bob", password="b").get("a")
+
+
+def test_users_are_loaded_and_saved(serve, tmp_path):
+    path = users_file(tmp_path, "user alice on >a ~* +@all\n")
+    service = serve("--workers", "2", "--acl-file", str(path))
+    one, two = connections_to_all(service)
+    alice = service.client(username="alice", password="a", single_connection_client=True)
+    number = alice.client_id()
+    assert one.execute_command("ACL SETUSER bob on nopass +ping")
+    assert one.execute_command("ACL SAVE")
+    assert path.read_text() == "\n".join(one.acl_list()) + "\n" and path.stat().st_mode & 0o777 == 0o600
+    good = path.read_text()
+    path.write_text(good + "user eve on nopass +get\nuser x +nope\n")
+    with pytest.raises(redis.ResponseError, match=r"users:5: Error in applying operation '\+nope'.*no change"):
+        one.execute_command("ACL LOAD")
+    assert one.acl_users() == ["alice", "bob", "default"] and alice.client_id() == number
+    path.write_text("user alice on >a ~* +@all\nuser eve on nopass +get\n")
+    assert one.execute_command("ACL LOAD")
+    assert all(client.acl_users() == ["alice", "default", "eve"] for client in (one, two))
+    until(lambda: changed(alice, number))
+
+
+def test_a_password_is_of_the_default_user_unless_the_file_has_him(serve, tmp_path):
+    (tmp_path / "password").write_text("secret")
+    path = users_file(tmp_path, "user alice on >a ~* +@all\n")
+    service = serve("--acl-file", str(path), "--password-file", str(tmp_path / "password"))
+    with pytest.raises(redis.AuthenticationError):
+        service.client().ping()
+    assert service.client(password="secret").ping() and service.client(username="alice", password="a").ping()
+    users_file(tmp_path, "user default on >other ~* +@all\n")
+    assert service.client(password="secret").execute_command("ACL LOAD")
+    with pytest.raises(redis.AuthenticationError):
+        service.client(password="secret").ping()
+    assert service.client(password="other").ping()
+    assert "password is open" in service.said().replace(str(tmp_path), "").replace("/", "") and "users is open" not in service.said()
+    arguments = b"".join(Path(f"/proc/{pid}/cmdline").read_bytes() for pid in service.workers())
+    assert b"sidecar.worker" in arguments and b"secret" not in arguments
+
+
+def test_a_bad_file_of_users_is_refused(name, tmp_path):
+    path = users_file(tmp_path, "user default on nopass ~* +@all\nuser bob on +nope\n")
+    argv = [sys.executable, "-m", "shmcache.cli", "serve", name, "--size", "8M", "--port", "0", "--unix", str(tmp_path / "socket")]
+    for options, said in (
+        (["--acl-file", str(path)], "users:2: Error in applying operation '+nope': Unknown command or category name in ACL."),
+        (["--disable-command", "nope"], "'nope': there is no such command or category"),
+    ):
+        out = subprocess.run([*argv, *options], capture_output=True, text=True, check=False, timeout=LIMIT)
+        assert out.returncode == 2 and said in out.stderr
+    out = subprocess.run([*argv, "--acl-file", str(tmp_path / "none")], capture_output=True, text=True, check=False, timeout=LIMIT)
+    assert out.returncode == 1 and "No such file" in out.stderr
+
+
+def test_disabled_commands_are_unknown_to_all(serve):
+    service = serve("--disable-command", "flushall", "--disable-command", "config|set", "--disable-command", "@scripting")
+    client = service.client(single_connection_client=True)
+    with pytest.raises(redis.ResponseError, match="unknown command 'flushall', with args beginning with: 'async'"):
+        client.execute_command("flushall", "async")
+    with pytest.raises(redis.ResponseError, match=r"unknown subcommand 'set'\. Try CONFIG HELP."):
+        client.execute_command("CONFIG", "set", "timeout", "1")
+    assert client.config_get("timeout") == {"timeout": "0"}
+    pipe = client.pipeline()
+    pipe.set("k", "v")
+    pipe.execute_command("FLUSHALL")
+    with pytest.raises(redis.ResponseError, match="unknown command"):
+        pipe.execute()
+    assert client.get("k") is None
+    assert raw(service, b"COMMAND INFO flushall\r\n", read=2) == b"*1\r\n*-1\r\n"
+    listed = client.command_list()
+    assert b"flushdb" in listed and b"config|get" in listed and not {b"flushall", b"config|set", b"function|flush"} & set(listed)
+    assert client.command_count() == sum(b"|" not in each for each in listed)
+    with pytest.raises(redis.ResponseError, match="Command 'flushall' not found"):
+        client.execute_command("ACL", "DRYRUN", "default", "flushall")
+    assert client.execute_command("ACL", "SETUSER", "bob", "-flushall")  # a file of users need not know what is disabled
+
+
+def test_passwords_are_not_in_the_slow_log_nor_told_to_monitors(serve):
+    service = serve()
+    client = service.client()
+    client.config_set("slowlog-log-slower-than", 0)
+    monitor = service.client().monitor()
+    with monitor as m:
+        client.execute_command("ACL", "SETUSER", "bob", ">hush")
+        client.config_set("requirepass", "hush")
+        client.config_set("requirepass", "")
+        client.echo("over")
+        commands = []
+        while not commands or "over" not in commands[-1]:
+            commands.append(m.next_command()["command"])
+    assert not any("hush" in command for command in commands)
+    words = [entry["command"] for entry in client.slowlog_get(100)]
+    assert b"ACL SETUSER (redacted) (redacted)" in words and b"CONFIG SET requirepass (redacted)" in words
+    assert not any(b"hush" in command for command in words)
+
+
 def test_more_connections_than_it_takes(serve):
     service = serve("--maxclients", "3")
     kept = [socket.create_connection(("127.0.0.1", service.port)) for _ in range(3)]

@@ -82,6 +82,8 @@ OTHERS = [grammar.c(*words.split()) for words in (
     "COMMAND DOCS get", "COMMAND INFO get foo", "COMMAND GETKEYS mset a b c d", "COMMAND LIST FILTERBY PATTERN *get*", "DEBUG SLEEP 0", "WAIT 0 0",
     "ROLE", "LASTSAVE", "SAVE", "BGSAVE", "BGREWRITEAOF", "SHUTDOWN NOSAVE", "SHUTDOWN ABORT", "FUNCTION FLUSH", "AUTH secret", "AUTH wrong",
     "AUTH default secret", "AUTH other secret", "HELLO 3 AUTH default secret SETNAME n", "HELLO 2 AUTH default wrong", "RESET", "QUIT", "MULTI", "EXEC",
+    "ACL SETUSER bob on nopass ~k* %R~h* &a* +@all -@dangerous +select|0", "ACL SETUSER bob resetkeys -get", "AUTH bob x", "AUTH bob x", "ACL DELUSER bob",
+    "ACL SETUSER default off", "ACL LIST", "ACL GETUSER bob", "ACL CAT read", "ACL LOG", "ACL LOG RESET", "ACL DRYRUN bob GET k1", "ACL WHOAMI", "ACL SAVE",
 )]  # fmt: skip
 
 
@@ -246,7 +248,7 @@ class Batch:
         try:
             self.server = server = InProcess(name, {"databases": "4", **({"requirepass": PASSWORD.decode()} if locked else {})})
             server.executor.most_pending = MOST_PENDING
-            self.settings = dict(server.settings)
+            self.settings, self.users = dict(server.settings), dict(server.users)
             self.serve(n, show)
             self.settled()
             if not self.answers():
@@ -302,6 +304,9 @@ class Batch:
             server.turn()
         if server.settings != self.settings:
             server.configure(self.settings)
+        if server.users != self.users:
+            server.take_users({**dict.fromkeys(server.users), **self.users})
+            server.turn()
 
     def keeps_little(self, number: int, client: Any) -> None:
         pending, unsent = client.buffered

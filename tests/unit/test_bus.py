@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import random
 import select
+import socket
 
 import pytest
 
-from shmcache.sidecar import bus
+from shmcache.sidecar import acl, bus
 from shmcache.sidecar.bus import ALL, Frames, Hub, Member, frame
 
 
@@ -36,8 +37,9 @@ def test_what_is_no_frame_is_refused():
 
 @pytest.fixture
 def hub():
-    hub = Hub()
+    hub = Hub({})
     hub.ends = {i: hub.join(i) for i in range(3)}
+    assert [bus.read_state(end) for end in hub.ends.values()] == 3 * [{"config": {}, "users": {}}]
 
     def turn():
         while ready := select.select(hub.readers(), [], [], 0)[0]:
@@ -81,6 +83,109 @@ def test_who_does_not_read_is_cut_off(hub, monkeypatch):
         hub.ends[0].sendall(frame("publish", 0, b"c", b"x" * (100 << 10)))
         hub.settle()
     assert set(hub.links) == {0}
+
+
+# ---- what is kept -------------------------------------------------------------------------------------------------------------------
+
+
+class Worker:
+    """As much of a Server as its Link asks for, with the Link's transport: a socket."""
+
+    def __init__(self, hub, number):
+        self.worker, self.settings, self.users, self.monitors = number, {}, {}, {}
+        self.executor = self
+        self.paused_until = 0
+        self.sock = hub.join(number)
+        self.state = bus.read_state(self.sock)
+        self.link = bus.Link(self)
+        self.link.connection_made(self)
+
+    def write(self, data):
+        self.sock.sendall(data)
+
+    def configure(self, changes):
+        self.settings.update(changes)
+
+    def take_users(self, changes):
+        self.users.update({name: user and user.line for name, user in changes.items()})
+
+    def watch_commands(self):
+        pass
+
+    def set(self, **changes):
+        self.configure(changes)
+        self.link.change("config", changes)
+
+    def hear(self):
+        while select.select([self.sock], [], [], 0)[0]:
+            self.link.data_received(self.sock.recv(1 << 16))
+
+
+@pytest.fixture
+def workers():
+    """(a hub, what makes a worker)"""
+    hub, made = Hub({acl.DEFAULT: acl.default_user(b"").line}), []
+
+    def make(number):
+        made.append(Worker(hub, number))
+        return made[-1]
+
+    yield hub, make
+    for sock in [*(worker.sock for worker in made), *hub.readers()]:
+        sock.close()
+
+
+def turn(hub):
+    while ready := select.select(hub.readers(), [], [], 0)[0]:
+        hub.turn(ready, [])
+
+
+def test_who_begins_is_told_what_was_changed(workers):
+    hub, make = workers
+    one, two = make(0), make(1)
+    assert one.state == {"config": {}, "users": {b"default": b"user default on nopass ~* &* +@all"}}
+    one.set(timeout="7")
+    one.link.change("users", {b"bob": b"user bob on", b"eve": b"user eve on"})
+    two.link.change("users", {b"eve": None})
+    turn(hub)
+    two.hear()
+    assert two.settings == {"timeout": "7"} and two.users[b"bob"] == b"user bob on resetchannels -@all"
+    state = make(2).state
+    assert state["config"] == {"timeout": "7"} and set(state["users"]) == {b"default", b"bob"}
+
+
+def test_what_one_has_said_before_he_died_is_heard(workers):
+    hub, make = workers
+    one, two = make(0), make(1)
+    one.set(timeout="7")
+    one.sock.shutdown(socket.SHUT_RDWR)
+    one.sock.close()
+    two.link.say("publish", b"c", b"m")  # the hub cannot pass it on to the dead, and finds that out first
+    hub.turn([hub.links[1]], [])
+    hub.leave(0)
+    assert make(0).state["config"] == {"timeout": "7"}
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_two_that_change_the_same_end_alike(workers, first):
+    hub, make = workers
+    both = [make(0), make(1)]
+    for i, each in enumerate(both):
+        each.set(timeout=str(i), maxclients=str(i))
+        each.set(timeout=str(10 + i))
+    for i in (first, 1 - first):
+        hub.turn([hub.links[i]], [])
+        both[1 - first].hear()
+        assert both[first].settings["timeout"] == str(10 + first)  # what one has set stands till another's later one comes
+    for each in both:
+        each.hear()
+    last = str(11 - first)
+    assert [each.settings["timeout"] for each in both] == [last, last] and hub.state["config"]["timeout"] == last
+    assert both[0].settings == both[1].settings
+    both[first].set(timeout="20")
+    turn(hub)
+    both[1 - first].hear()
+    assert both[1 - first].settings["timeout"] == "20"
 
 
 # ---- questions ----------------------------------------------------------------------------------------------------------------------

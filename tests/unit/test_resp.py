@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import shmcache
 from shmcache.core import _resp
-from shmcache.sidecar import commands
+from shmcache.sidecar import acl, commands
 from tests.redis.inprocess import InProcess
 from tests.redis.resp import encode
 
@@ -156,6 +156,29 @@ def test_commands_are_counted_where_they_end(server):
 )
 def test_numbers_at_their_ends(server, words):
     assert answer(server, say(*words) + say("PING")).endswith(b"+PONG\r\n")
+
+
+def test_a_restricted_user(server):
+    client, bob = server.connect(), acl.User(b"bob").changed(b"on nopass ~a %R~r &c +@all -keys".split())
+    server.users[b"bob"] = bob
+    keys, channels = (b"-NOPERM this user has no permissions to access one of the %b used as arguments\r\n" % what for what in (b"keys", b"channels"))
+    sent = b"".join(
+        (say("AUTH", "bob", "x"), say("SET", "a", "1"), say("GET", "r"), say("SET", "r", "1"), say("KEYS", "*"), say("PUBLISH", "d", "x"),
+         say("KEYS"), say("MULTI"), say("GET", "a"), say("GET", "b"), say("EXEC"), say("MULTI"), say("GET", "a"), say("GET", "r")),
+    )  # fmt: skip
+    assert server.say(client, sent) == (
+        b"+OK\r\n+OK\r\n$-1\r\n" + keys + b"-NOPERM this user has no permissions to run the 'keys' command\r\n" + channels
+        + b"-ERR wrong number of arguments for 'keys' command\r\n+OK\r\n+QUEUED\r\n" + keys
+        + b"-EXECABORT Transaction discarded because of previous errors.\r\n+OK\r\n+QUEUED\r\n+QUEUED\r\n"
+    )  # fmt: skip
+    client.transport.written.clear()
+    server.users[b"bob"] = bob.changed([b"resetkeys", b"~r"])
+    assert server.say(client, say("EXEC")) == (
+        b"*2\r\n-NOPERM ACLs rules changed between the moment the transaction was accumulated and the EXEC call. This command is no longer allowed "
+        b"for the following reason: no permission to touch the specified keys\r\n$-1\r\n"
+    )
+    client.transport.written.clear()
+    assert server.say(client, say("RESET") + say("GET", "a")) == b"+RESET\r\n$1\r\n1\r\n"
 
 
 def test_nothing_is_injected_into_an_error(server):

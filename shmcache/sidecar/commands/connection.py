@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from shmcache.core import _resp
-from shmcache.sidecar import replies
+from shmcache.sidecar import acl, replies
 from shmcache.sidecar.commands.everywhere import everywhere, part
 from shmcache.sidecar.commands.pubsub import forget
 from shmcache.sidecar.commands.table import (
@@ -23,7 +23,7 @@ from shmcache.sidecar.commands.table import (
     integer_of,
     shown,
 )
-from shmcache.sidecar.commands.transactions import discard_transaction
+from shmcache.sidecar.commands.transactions import discard_transaction, is_refused
 from shmcache.sidecar.replies import OK, bulk, integer, nil
 
 if TYPE_CHECKING:
@@ -39,25 +39,29 @@ def select(client: Connection, arguments: list[bytes]) -> bytes:
     return OK
 
 
-def authenticate(client: Connection, user: bytes, password: bytes) -> None:
-    server = client.server
-    if user != b"default" or not server.password_is(password):
+def authenticate(client: Connection, name: bytes, password: bytes, said_by: bytes) -> None:
+    user = client.server.users.get(name)
+    if user is None or not user.accepts(password):
+        client.server.denied(client, "auth", "multi" if client.in_multi else "toplevel", said_by, name)
         raise Error("WRONGPASS invalid username-password pair or user is disabled.")
     client.authenticated = True
-    client.user = "default"
+    become(client, user)
+
+
+def become(client: Connection, user: acl.User) -> None:
+    client.user, client.restricted = user.name, user.restricted
 
 
 @command("auth", -2, NO_AUTH | FREE, group="connection")
 def auth(client: Connection, arguments: list[bytes]) -> bytes:
     if len(arguments) > 2:
         raise Error(SYNTAX)
-    if len(arguments) == 1 and not client.server.settings["requirepass"]:
+    if len(arguments) == 1 and client.server.users[acl.DEFAULT].nopass:
         raise Error(
             "ERR AUTH <password> called without any password configured for the default user. Are you sure your configuration is correct?"
         )
-    user, password = (b"default", arguments[0]) if len(arguments) == 1 else (arguments[0], arguments[1])
-    if client.server.settings["requirepass"] or user != b"default":
-        authenticate(client, user, password)
+    name, password = (acl.DEFAULT, arguments[0]) if len(arguments) == 1 else arguments
+    authenticate(client, name, password, b"AUTH")
     return OK
 
 
@@ -72,22 +76,19 @@ def hello(client: Connection, arguments: list[bytes]) -> bytes:
         if n not in (2, 3):
             raise Error("NOPROTO unsupported protocol version")
         protocol = n
-    credentials = None
     while rest:
         said = rest.pop(0)
         word = said.lower()
         if word == b"auth" and len(rest) >= 2:
-            credentials = rest.pop(0), rest.pop(0)
+            authenticate(client, rest.pop(0), rest.pop(0), b"HELLO")
         elif word == b"setname" and rest:
             name = checked_name(rest.pop(0))
         else:
             raise Error("ERR Syntax error in HELLO option '" + shown(said) + "'")
-    if credentials and (client.server.settings["requirepass"] or credentials[0] != b"default"):
-        authenticate(client, *credentials)
     if not client.authenticated:
         raise Error(
-            "NOAUTH HELLO must be called with the client already authenticated, otherwise the HELLO <proto> AUTH <user> <pass> option can "
-            "be used to authenticate the client and select the RESP protocol version at the same time"
+            "NOAUTH HELLO must be called with the client already authenticated, otherwise the HELLO AUTH <user> <pass> option can be used "
+            "to authenticate the client and select the RESP protocol version at the same time"
         )
     if name is not None:
         client.name = name
@@ -110,9 +111,10 @@ def checked_name(name: bytes, error: str = "ERR Client names cannot contain spac
 def reset(client: Connection, arguments: list[bytes]) -> bytes:
     forget(client)
     discard_transaction(client)
-    client.name, client.protocol, client.user = b"", 2, "default"
+    client.name, client.protocol = b"", 2
     client.silent, client.skip, client.no_evict, client.db = False, 0, False, 0
-    client.authenticated = not client.server.settings["requirepass"]
+    client.authenticated = not client.home.locked
+    become(client, client.server.users[acl.DEFAULT])
     return replies.simple("RESET")
 
 
@@ -122,20 +124,21 @@ def quit_(client: Connection, arguments: list[bytes]) -> bytes:
     return OK
 
 
-def info_line(client: Connection, asked_by: int, word: bytes) -> str:
+def info_line(client: Connection, asked_by: int = 0, word: bytes = b"") -> str:
     """asked_by: id of the client that runs CLIENT and this word."""
     now = time.time()
     flags = ("O" if client.monitoring else "") + ("P" if client.in_pubsub else "") + ("x" if client.in_multi else "")
     flags += ("U" if client.address.startswith("/") else "") + ("b" if client.blocked else "") + ("e" if client.no_evict else "")
     waiting, unsent = client.buffered
     command_name = client.home.names[client.last_command][0] if client.last_command >= 0 else "NULL"
+    user = client.user.decode("latin-1")
     if client.id == asked_by:
         waiting, command_name = client.reading, f"client|{word.decode()}"
     return (
         f"id={client.id} addr={client.address} laddr={client.local_address} fd={client.fd} name={client.name.decode('latin-1')} "
         f"age={int(now - client.began)} idle={client.idle_ms // 1000} flags={flags or 'N'} db={client.db} sub={len(client.channels)} "
         f"psub={len(client.patterns)} ssub=0 multi={len(client.queue) if client.in_multi else -1} qbuf={waiting} qbuf-free=0 argv-mem=0 "
-        f"multi-mem=0 rbs=0 rbp=0 obl={unsent} oll=0 omem=0 tot-mem={client.memory} events=r cmd={command_name} user={client.user} "
+        f"multi-mem=0 rbs=0 rbp=0 obl={unsent} oll=0 omem=0 tot-mem={client.memory} events=r cmd={command_name} user={user} "
         f"redir=-1 resp={client.protocol}"
     )
 
@@ -248,8 +251,9 @@ def kill_clients(server: Server, asked_by: int, rest: list[bytes]) -> int:
         elif word == b"type":
             clients = [c for c in clients if is_of_type(c, value)]
         elif word == b"user":
-            if value != b"default":
-                raise Error(f"ERR No such user '{value.decode('utf-8', 'surrogateescape')}'")
+            if value not in server.users:
+                raise Error(f"ERR No such user '{shown(value)}'")
+            clients = [c for c in clients if c.user == value]
         elif word == b"skipme" and value.lower() in (b"yes", b"no"):
             skip_me = value.lower() == b"yes"
         else:
@@ -258,6 +262,7 @@ def kill_clients(server: Server, asked_by: int, rest: list[bytes]) -> int:
 
 
 def end(asked_by: int, clients: list[Connection]) -> int:
+    """Close them: how many. asked_by: id of the client whose command does it."""
     for c in clients:
         if c.id == asked_by:
             c.closing = True  # after the reply
@@ -280,11 +285,12 @@ def unpause(server: Server) -> None:
 
 
 def go_on(server: Server, client: Connection) -> None:
-    """Run what a pause has kept. For itself: not within another client's command."""
+    """Run what a pause has kept, if its user may still. For itself: not within another client's command."""
     arguments, client.retried_by_pause = client.retried_by_pause, None
-    if arguments is None or client.lost:
+    if arguments is None or client.closing:
         return
     client.blocked = False
-    client.redo(arguments)
+    if not is_refused(client, arguments):
+        client.redo(arguments)
     if not client.blocked:
         server.go_on(client)

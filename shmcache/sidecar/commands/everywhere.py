@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from shmcache.sidecar.server import Connection
+    from shmcache.sidecar.server import Connection, Server
 
     Finish = Callable[[list[Any]], bytes]
 
@@ -24,6 +24,11 @@ def part(run: Callable[..., Any]) -> Callable[..., Any]:
     """run(server, *arguments) -> result, all of it what msgpack takes."""
     PARTS[run.__name__] = run
     return run
+
+
+@part
+def heard(server: Server) -> None:
+    """For what is told in another way, before: frames of one process come in order."""
 
 
 def everywhere(client: Connection, run: Callable[..., Any], arguments: list[Any], finish: Finish) -> bytes | None:

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 from shmcache.core._resp import matches
 from shmcache.sidecar import replies
-from shmcache.sidecar.commands.table import IN_PUBSUB, PUSH_LIMIT, PUSHES, SYNTAX, Error, command, container
+from shmcache.sidecar.commands.table import IN_PUBSUB, PUSH_LIMIT, PUSHES, SYNTAX, Error, categories, command, container, full_name
 from shmcache.sidecar.replies import OK, array, bulk, integer, nil
 
 if TYPE_CHECKING:
+    from shmcache.sidecar.acl import User
     from shmcache.sidecar.server import Connection, Server
 
 
@@ -145,6 +146,11 @@ def pubsub(client: Connection, arguments: list[bytes]) -> bytes:
     raise Error(SYNTAX)
 
 
+def may_stay(client: Connection, user: User) -> bool:
+    """May this user hear what the client has subscribed to?"""
+    return all(user.may_hear(name, pattern) for pattern in (False, True) for name in of_kind(client, pattern)[0])
+
+
 def forget(client: Connection) -> None:
     """The connection is gone, or begins anew."""
     server = client.server
@@ -169,6 +175,9 @@ def monitor(client: Connection, arguments: list[bytes]) -> bytes:
 
 
 def tell_monitors(client: Connection, arguments: list[bytes]) -> None:
+    """Of any command but those of administrators."""
+    if full_name(arguments[0].decode("latin-1").lower(), arguments[1:]) in categories()["admin"]:
+        return
     words = " ".join('"' + "".join(escape(c) for c in word) + '"' for word in arguments)
     line = f"{time.time():.6f} [0 {client.address}] {words}"
     show(client.server, [line], client)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from shmcache.core import _resp
 from shmcache.core._resp import matches
-from shmcache.sidecar import replies
-from shmcache.sidecar.commands.everywhere import everywhere, part
+from shmcache.sidecar import acl, replies
+from shmcache.sidecar.commands.everywhere import everywhere, heard, part
 from shmcache.sidecar.commands.keys import encoding
 from shmcache.sidecar.commands.table import (
     CHANGEABLE,
@@ -18,8 +18,11 @@ from shmcache.sidecar.commands.table import (
     TABLE,
     WRITE,
     Error,
+    categories_of,
     command,
     container,
+    family,
+    fits,
     in_pool,
     integer_of,
     keys_in,
@@ -60,7 +63,12 @@ def config(client: Connection, arguments: list[bytes]) -> bytes | None:
                         f"{limits[1]} inclusive"
                     )
             changes[name] = value
-        return everywhere(client, configure, [changes], lambda _: OK)
+        server.change_settings(changes)
+        if "requirepass" in changes:
+            password = changes["requirepass"].encode("latin-1")
+            user = server.users[acl.DEFAULT].changed([b"resetpass", b">" + password if password else b"nopass"])
+            server.change_users({acl.DEFAULT: user}, client.id)
+        return everywhere(client, heard, [], lambda _: OK)
     if word == b"resetstat" and not rest:
         return everywhere(client, reset_stats, [], lambda _: OK)
     if word == b"rewrite" and not rest:
@@ -69,23 +77,18 @@ def config(client: Connection, arguments: list[bytes]) -> bytes | None:
 
 
 @part
-def configure(server: Server, changes: dict[str, str]) -> None:
-    server.configure(changes)
-
-
-@part
 def reset_stats(server: Server) -> None:
     server.reset_stats()
 
 
-def info_of(name: str) -> bytes:
+def info_of(name: str, protocol: int) -> bytes:
     c = TABLE[name]
     flags = ["write" if c.flags & WRITE else "readonly", *(["no_auth"] if c.flags & NO_AUTH else [])]
-    categories = [f"@{'write' if c.flags & WRITE else 'read'}", f"@{c.group}"]
+    groups = ["@" + category for category in categories_of(name)]
     return array(
         (
-            bulk(name), integer(c.arity), replies.set_(map(replies.simple, flags), 2), *(integer(n) for n in c.keys),
-            replies.set_(map(replies.simple, categories), 2), replies.EMPTY, replies.EMPTY, replies.EMPTY,
+            bulk(name), integer(c.arity), replies.set_(map(replies.simple, flags), protocol), *(integer(n) for n in c.keys),
+            replies.set_(map(replies.simple, groups), protocol), replies.EMPTY, replies.EMPTY, replies.EMPTY,
         )
     )  # fmt: skip
 
@@ -94,34 +97,35 @@ def info_of(name: str) -> bytes:
 @container
 def command_(client: Connection, arguments: list[bytes]) -> bytes:
     word, rest = (arguments[0].lower(), arguments[1:]) if arguments else (b"info", [])
-    names = list(TABLE)
+    enabled, disabled = client.server.commands, client.server.disabled
+    names = list(enabled)
     if word == b"count" and not rest:
         return integer(len(names))
     if word == b"info":
-        wanted = [w.decode("latin-1").lower() for w in rest] if rest else names
-        return array(info_of(name) if name in TABLE else nil_array(client.protocol) for name in wanted)
+        asked = [w.decode("latin-1").lower() for w in rest] if rest else names
+        return array(info_of(name, client.protocol) if name in enabled else nil_array(client.protocol) for name in asked)
     if word == b"list":
         if rest and not (len(rest) == 3 and rest[0].lower() == b"filterby"):
             raise Error(SYNTAX)
+        names = [full for name in names for full in family(name) if full not in disabled]
         if rest and rest[1].lower() == b"pattern":
             names = [name for name in names if matches(rest[2].lower(), name.encode())]
         elif rest and rest[1].lower() == b"aclcat":
-            group = rest[2].decode("latin-1").lower()
-            names = [n for n in names if group in (TABLE[n].group, "write" if TABLE[n].flags & WRITE else "read")]
+            wanted = rest[2].decode("latin-1").lower()
+            names = [name for name in names if wanted in categories_of(name)]
         elif rest and rest[1].lower() == b"module":
             names = []
         elif rest:
             raise Error(SYNTAX)
         return array(map(bulk, names))
     if word == b"docs":
-        wanted = [n for w in rest if (n := w.decode("latin-1").lower()) in TABLE] if rest else names
-        return replies.of({n: {"summary": f"As in Redis {REDIS_VERSION}", "group": TABLE[n].group} for n in wanted}, client.protocol)
+        asked = [n for w in rest if (n := w.decode("latin-1").lower()) in enabled] if rest else names
+        return replies.of({n: {"summary": f"As in Redis {REDIS_VERSION}", "group": TABLE[n].group} for n in asked}, client.protocol)
     if word in (b"getkeys", b"getkeysandflags") and rest:
         name = rest[0].decode("latin-1").lower()
-        if name not in TABLE:
+        if name not in enabled:
             raise Error("ERR Invalid command specified")
-        arity = TABLE[name].arity
-        if (arity > 0 and len(rest) != arity) or len(rest) < -arity:
+        if not fits(TABLE[name].arity, len(rest)):
             raise Error("ERR Invalid number of arguments specified for command")
         found = keys_in(name, rest[1:])
         if not found:

@@ -7,7 +7,7 @@ for what has to be run in a thread of the pool: it is called again there.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,14 +23,15 @@ if TYPE_CHECKING:
 REDIS_VERSION = "7.0.15"  # whose semantics these are
 
 SETTINGS: dict[str, str] = {  # CONFIG's, and what they are if nobody says otherwise
-    "daemonize": "no",
+    "daemonize": "no", "aclfile": "", "acllog-max-len": "128",
     "appendonly": "no", "bind": "127.0.0.1", "databases": "1", "hash-max-listpack-entries": "128", "lfu-log-factor": "10",
     "maxclients": "10000", "maxmemory": "0", "maxmemory-policy": "allkeys-lru", "port": "6379", "proto-max-bulk-len": "536870912",
     "protected-mode": "yes", "requirepass": "", "save": "", "slowlog-log-slower-than": "10000", "slowlog-max-len": "128",
     "tcp-keepalive": "300", "timeout": "0", "unixsocket": "", "latency-monitor-threshold": "0", "enable-debug-command": "no",
 }  # fmt: skip
 CHANGEABLE = {
-    "maxclients": (1, 1 << 20), "slowlog-log-slower-than": (-1, 1 << 62), "slowlog-max-len": (0, 1 << 20), "timeout": (0, 1 << 31),
+    "acllog-max-len": (0, 1 << 20), "maxclients": (1, 1 << 20), "slowlog-log-slower-than": (-1, 1 << 62),
+    "slowlog-max-len": (0, 1 << 20), "timeout": (0, 1 << 31),
     "latency-monitor-threshold": (0, 1 << 62), "requirepass": None, "save": None, "appendonly": None, "maxmemory-policy": None,
     "protected-mode": None,
 }  # fmt: skip
@@ -91,8 +92,9 @@ for _names, _arity, _flags, _keys, _group in (
         TABLE[_name] = Command(_arity, _flags, None, _keys, _group)
 
 
-def table() -> dict[str, tuple[int, int, Run | None]]:
-    return {name: (c.arity, c.flags, c.run) for name, c in TABLE.items()}
+def table(disabled: Container[str] = ()) -> dict[str, tuple[int, int, Run | None]]:
+    """As the executor takes it, without those that are disabled."""
+    return {name: (c.arity, c.flags, c.run) for name, c in TABLE.items() if name not in disabled}
 
 
 def integer_of(text: bytes, error: str = NOT_AN_INTEGER) -> int:
@@ -110,7 +112,7 @@ def in_pool(client: Connection) -> None:
 
 LONG = {"keys", "lcs", "randomkey", "save", "flushall", "flushdb"}  # they may be run in the pool
 OF_LOOP = {"connection", "pubsub", "transactions"}  # groups, and these: they act on connections, which are the loop's
-OF_LOOP_ALONE = {"monitor", "config", "slowlog", "info", "shutdown", "latency", "debug"}
+OF_LOOP_ALONE = {"acl", "monitor", "config", "slowlog", "info", "shutdown", "latency", "debug"}
 NOT_IN_MULTI = {"save", "bgsave", "bgrewriteaof", "shutdown", "debug", "monitor"}
 
 
@@ -129,7 +131,7 @@ def keys_in(name: str, arguments: list[bytes]) -> list[bytes]:
     if first == 0:
         return []
     last = last if last > 0 else len(arguments) + 1 + last
-    return [arguments[i - 1] for i in range(first, last + 1, step) if i - 1 < len(arguments)]
+    return arguments[first - 1 : max(last, 0) : step]
 
 
 def shown(word: bytes) -> str:
@@ -142,6 +144,10 @@ def unknown_subcommand(command: str, word: bytes) -> Error:
 
 
 SUBCOMMANDS: dict[str, dict[str, int]] = {  # of a container: arity with both names, as Redis counts
+    "acl": {
+        "cat": -2, "deluser": -3, "dryrun": -4, "genpass": -2, "getuser": 3, "help": 2, "list": 2, "load": 2, "log": -2, "save": 2,
+        "setuser": -3, "users": 2, "whoami": 2,
+    },
     "client": {
         "getname": 2, "help": 2, "id": 2, "info": 2, "kill": -3, "list": -2, "no-evict": 3, "pause": -3, "reply": 3, "setinfo": 4,
         "setname": 3, "unpause": 2,
@@ -157,17 +163,86 @@ SUBCOMMANDS: dict[str, dict[str, int]] = {  # of a container: arity with both na
 }  # fmt: skip
 
 
-def check_subcommand(name: str, arguments: list[bytes]) -> None:
+def full_name(name: str, arguments: list[bytes]) -> str:
+    """A command's name; with its subcommand, as in config|get, if it is a container."""
+    return f"{name}|{arguments[0].decode('latin-1').lower()}" if name in SUBCOMMANDS and arguments else name
+
+
+def family(name: str) -> tuple[str, ...]:
+    """A command and its subcommands, by full names."""
+    return (name, *(f"{name}|{word}" for word in SUBCOMMANDS.get(name, ())))
+
+
+_EXPIRY = "expire expireat expiretime persist pexpire pexpireat pexpiretime pttl ttl"
+_STRINGS_READ = "get getrange lcs mget strlen substr"
+_CATEGORIES = {  # as Redis has them, in its order; name|*: all its subcommands
+    "keyspace": "copy dbsize del dump exists flushall flushdb keys object|* randomkey rename renamenx restore scan touch type unlink "
+    + _EXPIRY,
+    "read": "bitcount bitfield_ro bitpos dbsize dump exists expiretime getbit keys memory|usage object|encoding object|freq "
+    "object|idletime object|refcount pexpiretime pttl randomkey scan touch ttl type " + _STRINGS_READ,
+    "write": "function|flush",  # and all that are flagged so
+    "set": "", "sortedset": "", "list": "", "hash": "",
+    "string": "append decr decrby getdel getex getset incr incrby incrbyfloat mset msetnx psetex set setex setnx setrange " + _STRINGS_READ,
+    "bitmap": "bitcount bitfield bitfield_ro bitop bitpos getbit setbit",
+    "hyperloglog": "", "geo": "", "stream": "",
+    "pubsub": "psubscribe publish pubsub|channels pubsub|numpat pubsub|numsub pubsub|shardchannels pubsub|shardnumsub punsubscribe "
+    "subscribe unsubscribe",
+    "admin": "acl|deluser acl|dryrun acl|getuser acl|list acl|load acl|log acl|save acl|setuser acl|users bgrewriteaof bgsave client|kill "
+    "client|list client|no-evict client|pause client|unpause config|get config|resetstat config|rewrite config|set debug lastsave "
+    "latency|doctor latency|history latency|latest latency|reset monitor role save shutdown slowlog|get slowlog|len slowlog|reset",
+    "fast": "append auth bitfield_ro dbsize decr decrby discard echo exists get getbit getdel getex getset hello incr incrby incrbyfloat "
+    "lastsave mget multi ping publish quit renamenx reset role select setnx strlen time touch type unlink unwatch watch " + _EXPIRY,
+    "slow": "",  # all that are not fast
+    "blocking": "",
+    "dangerous": "flushall flushdb info keys restore",  # and all of admin
+    "connection": "auth client|* command command|* echo hello ping quit reset select wait",
+    "transaction": "discard exec multi unwatch watch",
+    "scripting": "eval eval_ro evalsha evalsha_ro fcall fcall_ro function|* script|*",
+}  # fmt: skip
+
+
+@functools.cache
+def categories() -> dict[str, frozenset[str]]:
+    """The commands and subcommands of each category, by full names."""
+    everything = {full for name in TABLE for full in family(name)}
+    found = {}
+    for category, text in _CATEGORIES.items():
+        words = text.split()
+        named = {full for word in words for full in (family(word[:-2])[1:] if word.endswith("|*") else (word,))}
+        found[category] = named & everything
+    found["write"] |= {name for name, c in TABLE.items() if c.flags & WRITE}
+    found["slow"] = everything - found["fast"]
+    found["dangerous"] |= found["admin"]
+    return {category: frozenset(names) for category, names in found.items()}
+
+
+def categories_of(full: str) -> list[str]:
+    return [category for category, names in categories().items() if full in names]
+
+
+def arity_of(full: str) -> int | None:
+    """Of a command or subcommand; None: there is none."""
+    name, _, word = full.partition("|")
+    if word:
+        return SUBCOMMANDS.get(name, {}).get(word)
+    return TABLE[name].arity if name in TABLE else None
+
+
+def check_subcommand(client: Connection, name: str, arguments: list[bytes]) -> None:
     """Raises: Error, if a container has no such subcommand, or it does not take so many arguments."""
     if name not in SUBCOMMANDS or (name == "command" and not arguments):
         return
-    word = arguments[0].decode("latin-1").lower()
-    arity = SUBCOMMANDS[name].get(word)
-    if arity is None:
+    full = full_name(name, arguments)
+    arity = SUBCOMMANDS[name].get(full.partition("|")[2])
+    if arity is None or full in client.server.disabled:
         raise unknown_subcommand(name, arguments[0])
-    given = len(arguments) + 1
-    if given != arity if arity > 0 else given < -arity:
-        raise Error(f"ERR wrong number of arguments for '{name}|{word}' command")
+    if not fits(arity, len(arguments) + 1):
+        raise Error(f"ERR wrong number of arguments for '{full}' command")
+
+
+def fits(arity: int, n: int) -> bool:
+    """So many words, with the name."""
+    return n == arity if arity > 0 else n >= -arity
 
 
 def container(run: Run) -> Run:
@@ -176,9 +251,9 @@ def container(run: Run) -> Run:
     @functools.wraps(run)
     def checked(client: Connection, arguments: list[bytes]) -> bytes | None:
         name = run.__name__.rstrip("_")
-        check_subcommand(name, arguments)
+        check_subcommand(client, name, arguments)
         if arguments and arguments[0].lower() == b"help":
-            words = ", ".join(word.upper() for word in SUBCOMMANDS[name])
+            words = ", ".join(word.upper() for word in SUBCOMMANDS[name] if f"{name}|{word}" not in client.server.disabled)
             return array(map(replies.simple, (f"{name.upper()} <subcommand> [<arg> ...]. As in Redis {REDIS_VERSION}:", words)))
         return run(client, arguments)
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 from shmcache.core._core import WouldWait
 from shmcache.core._resp import number
-from shmcache.sidecar import replies
+from shmcache.sidecar import acl, replies
 from shmcache.sidecar.commands.pubsub import tell_monitors
 from shmcache.sidecar.commands.table import (
     FREE,
@@ -30,10 +30,54 @@ from shmcache.sidecar.replies import OK, nil_array
 if TYPE_CHECKING:
     from shmcache.sidecar.server import Connection
 
+REASONS = {  # at EXEC
+    "command": "no permission to execute the command or subcommand",
+    "key": "no permission to touch the specified keys",
+    "channel": "no permission to access one of the channels used as arguments",
+}
+
+
+def is_refused(client: Connection, words: list[bytes]) -> bool:
+    """A command is about to run, or to be queued. True: the client's user may not run it, and that is its reply."""
+    if not client.restricted:
+        return False
+    name, arguments = words[0].decode("latin-1").lower(), words[1:]
+    try:
+        check_subcommand(client, name, arguments)
+        denied = denial(client, name, arguments, "multi" if client.in_multi else "toplevel")
+        if denied is None:
+            return False
+        kind, what = denied
+        to = f"run the '{what.decode()}' command" if kind == "command" else f"access one of the {kind}s used as arguments"
+        raise Error(f"NOPERM this user has no permissions to {to}")
+    except Error as e:
+        client.fail(client.refused(e.args[0], name))
+        return True
+
+
+def denial(client: Connection, name: str, arguments: list[bytes], context: str) -> tuple[str, bytes] | None:
+    """What of this command the client's user may not (acl.User.denied), which is then in ACL LOG; None: he may run it."""
+    server = client.server
+    user = server.users.get(client.user) or acl.User(client.user)  # deleted meanwhile: who may do nothing
+    denied = user.denied(name, arguments)
+    if denied is not None:
+        in_loop(client, server.denied, client, denied[0], context, denied[1])
+    return denied
+
+
+def in_loop(client: Connection, run: Callable[..., None], *arguments: Any) -> None:
+    """Of what acts on other connections or on the server: now, or by the loop if a thread of the pool says it."""
+    if client.ex is client.home:
+        run(*arguments)
+    else:
+        client.server.loop.call_soon_threadsafe(run, *arguments)
+
 
 def before(client: Connection, name: str, flags: int, arguments: list[bytes]) -> bool:
     """True: the command has been answered, queued, or put off, and is not to run now."""
     server = client.server
+    if is_refused(client, arguments):
+        return True
     queued = client.in_multi and not flags & IN_MULTI
     if client.in_pubsub and client.protocol == 2 and not flags & IN_PUBSUB:
         allowed = "(P|S)SUBSCRIBE / (P|S)UNSUBSCRIBE / PING / QUIT / RESET"
@@ -43,7 +87,7 @@ def before(client: Connection, name: str, flags: int, arguments: list[bytes]) ->
         try:
             if name in NOT_IN_MULTI:
                 raise Error("ERR Command not allowed inside a transaction")
-            check_subcommand(name, arguments[1:])
+            check_subcommand(client, name, arguments[1:])
             client.queue_bytes += sum(map(len, arguments)) + 64
             if client.queue_bytes > client.home.most_pending:
                 raise Error("ERR the transaction is larger than is kept")
@@ -60,7 +104,7 @@ def before(client: Connection, name: str, flags: int, arguments: list[bytes]) ->
         client.retried_by_pause = arguments
         client.blocked = True
         return True
-    if executor.watched and name not in ("monitor", "auth", "hello", "exec", "quit"):
+    if executor.watched and name not in ("auth", "hello", "exec", "quit"):
         tell_monitors(client, arguments)
     return False
 
@@ -114,10 +158,20 @@ def exec_(client: Connection, arguments: list[bytes]) -> bytes | None:
 def tell(client: Connection, words: list[bytes]) -> None:
     """Monitors, of a part of a transaction."""
     if client.server.executor.watched:
-        if client.ex is client.home:
-            tell_monitors(client, words)
-        else:  # a thread of the pool
-            client.server.loop.call_soon_threadsafe(tell_monitors, client, words)
+        in_loop(client, tell_monitors, client, words)
+
+
+def is_denied(client: Connection, words: list[bytes]) -> bool:
+    """A part of a transaction is about to run. True: the client's user may not run it any more, and that is its reply."""
+    denied = denial(client, words[0].decode("latin-1").lower(), words[1:], "multi") if client.restricted else None
+    if denied is not None:
+        client.fail(
+            b"NOPERM ACLs rules changed between the moment the transaction was accumulated and the EXEC call. This command is no longer "
+            b"allowed for the following reason: " + REASONS[denied[0]].encode()
+        )
+        return True
+    tell(client, words)
+    return False
 
 
 def execute(client: Connection) -> bytes | None:
@@ -139,9 +193,9 @@ def execute(client: Connection) -> bytes | None:
         log_bytes += (sum(map(len, words)) + 64 * max(1, len(found))) if TABLE[name].flags & WRITE else 0
     if long and not is_of_loop(client):
         in_pool(client)
-    monitored = functools.partial(tell, client) if client.server.executor.watched else None
+    watched, check = client.server.executor.watched, functools.partial(is_denied, client)
     try:
-        done = client.transact(queue, keys, client.watching, log_bytes, monitored)
+        done = client.transact(queue, keys, client.watching, log_bytes, check, watched)
     except WouldWait:  # it is run again where it may
         raise
     except BaseException:
