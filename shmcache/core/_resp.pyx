@@ -218,6 +218,7 @@ cdef class Executor:
     cdef size_t n_prefix                # of `named`: what the keys of this database begin with
     cdef uint8_t named[MAX_KEY + PREFIX_MOST]
     cdef readonly int databases
+    cdef readonly uint64_t held_ns      # when it did, on the monotonic clock
 
     def __cinit__(self, Table table not None, dict commands, *, bint impatient=True, int databases=1):
         cdef uint32_t i
@@ -434,6 +435,7 @@ cdef class Executor:
             #! hold: held
             self.was_impatient = self.table.impatient
             self.table.impatient = False
+            self.held_ns = mono_ns()
             return 0
         for k in range(taken):
             i = stripes[k]
@@ -1358,21 +1360,22 @@ cdef class Client:
             self.hush(out)
 
     def retry(self, Executor executor not None):
-        """Run the command that would have had to wait once more: in a thread of the pool, with its executor, which may wait; or in the loop, with
-        the loop's. True: it is done, and resume() is to be called in the loop; till then the loop sends nothing of this client's. False: it
-        would have to wait again."""
+        """Run the command that would have had to wait once more: in a thread of the pool, with its executor, which may wait. Then resume() is to
+        be called in the loop; till then the loop sends nothing of this client's."""
         cdef uint64_t out = self.n_out
-        cdef bint done
         self.ex = executor
-        self.in_pool = False
         self.point(self.retried)
         self.perform(executor.find(executor.argv[0], executor.argl[0]))
-        done = not self.in_pool
-        if done and unlikely(self.silent or self.skip):
+        if unlikely(self.silent or self.skip):
             self.hush(out)
         executor.shrink()
-        self.blocked = self.in_pool = True
-        return done
+
+    def owe(self, Client other not None):
+        """Another one has run commands for this one: this one's replies wait for what was logged."""
+        if other.log_end:
+            self.log_end = max(self.log_end, other.log_end)
+            self.unheld = self.log_end
+            other.log_end = other.unheld = 0
 
     cdef bytes beginning(self):
         cdef Executor ex = self.ex
@@ -1979,11 +1982,11 @@ cdef class Client:
                 ex.release()
             ex.use(self.db)
 
-    def transact(self, list queue not None, list keys not None, dict watching not None, uint64_t log_bytes, is_denied,
-                 bint watched):
+    def transact(self, list queue not None, list keys not None, dict watching not None, uint64_t log_bytes, is_answered,
+                 bint looked_at):
         """EXEC: the replies to the queued commands are appended, unless a watched key has another version now: False. keys: (db, key) of all of
-        them. is_denied: called with each command before it runs, if they are watched or the user is restricted. True: it has been answered,
-        and does not run.
+        them. is_answered: called with each command before it runs, if they are looked at or the user is restricted. True: it has its reply, and
+        does not run.
         Raises: as hold(), nothing was done then.
 
         Race: between the first stripe and the last command compiled commands do not let another thread of this process run; what is queued
@@ -2005,7 +2008,7 @@ cdef class Client:
                     return False
             self.header(42, len(queue))
             for words in queue:
-                if (watched or self.restricted) and is_denied(words):
+                if (looked_at or self.restricted) and is_answered(words):
                     continue
                 self.call(words)
         finally:

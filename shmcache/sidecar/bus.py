@@ -22,6 +22,8 @@ sent it, too: its place among the others' says whose change was the last, for al
     ["state", i, {"config": ..., "users": ...}]   the first that i reads: what was kept
     ["config", i, {name: value}]                  kept: by CONFIG SET
     ["users", i, {name: ACL LIST's line, or nil}] kept; nil: there is none any more
+    ["scripts", i, [source, ...]]                 they are known by their SHA; to a new one: all
+    ["flush_scripts", i]
     ["pause", i, until_ms, writes_only]           to a new one: CLIENT PAUSE, until then on CLOCK_MONOTONIC
 """
 
@@ -285,6 +287,7 @@ class Link(Member):
         self.heard |= {
             "look": self.looked_for, "ask": self.asked, "counts": self.counts, "publish": self.published, "monitors": self.watched,
             "monitored": self.monitored, "config": self.config, "users": self.users, "pause": self.pause,
+            "scripts": self.scripts, "flush_scripts": self.flush_scripts,
         }  # fmt: skip
         self.told: tuple[dict[bytes, int], dict[bytes, int]] = ({}, {})
         self.unheard: Counter[tuple[str, Any]] = Counter()  # (kind, name) of what this one has changed and that has not come back
@@ -302,9 +305,18 @@ class Link(Member):
         self.say("counts", *self.told, to=worker)
         if self.server.monitors:
             self.say("monitors", len(self.server.monitors), to=worker)
+        if self.server.scripts.known:
+            self.say("scripts", list(self.server.scripts.known.values()), to=worker)
         executor = self.server.executor
         if executor.paused_until:
             self.say("pause", executor.paused_until, executor.paused_writes_only, to=worker)
+
+    def scripts(self, worker: int, sources: list[bytes]) -> None:
+        for source in sources:
+            self.server.scripts.learn(source)
+
+    def flush_scripts(self, worker: int) -> None:
+        self.server.scripts.flush()
 
     def looked_for(self, member: int) -> None:
         self.say("hello", to=member)

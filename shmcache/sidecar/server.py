@@ -24,13 +24,12 @@ from typing import TYPE_CHECKING, Any
 from shmcache import cache as cache_module
 from shmcache.core import _resp
 from shmcache.sidecar import acl, bus, commands
-from shmcache.sidecar.commands import connection, pubsub, transactions
+from shmcache.sidecar.commands import connection, pubsub, scripting, transactions
 
 if TYPE_CHECKING:
     from shmcache.cache import Cache
 
 POOL_THREADS = 4
-AGAIN = 0.001  # seconds till a transaction is tried again in the loop
 CRON_EVERY = 0.1  # seconds
 WRITE_HIGH = 1 << 20  # bytes that the transport holds before its connection is paused
 SLOW_LIMIT = 60.0  # seconds that a connection may be paused before it is dropped
@@ -170,6 +169,7 @@ class Server:
         self.subscribers: dict[bytes, dict[Connection, None]] = {}
         self.pattern_subscribers: dict[bytes, dict[Connection, None]] = {}
         self.monitors: dict[Connection, None] = {}
+        self.scripts = scripting.Scripts()
         self.waiting: deque[tuple[int, Connection]] = deque()  # (ring's end, whose replies wait for it)
         self.wake = threading.Event()
         self.ended = False
@@ -208,6 +208,7 @@ class Server:
         deadline = self.loop.time() + grace
         while self.loop.time() < deadline and any(c.blocked or c.buffered[1] or c.writing_now() for c in self.clients.values()):
             await asyncio.sleep(0.01)
+        self.scripts.doom = b"ERR Script killed: the server ends."
         self.ticker.cancel()
         for client in list(self.clients.values()):
             client.drop()
@@ -218,7 +219,7 @@ class Server:
         self.ended = True
         self.wake.set()
         self.watcher.join()
-        self.pool.shutdown(wait=True)
+        await asyncio.to_thread(self.pool.shutdown)  # what runs there may still need the loop
         self.clients.clear()
         del self.executor
         self.local = threading.local()
@@ -336,22 +337,12 @@ class Server:
     # -- the pool
 
     def defer(self, client: Connection) -> bool:
-        """Run the client's command where it may wait: in a thread; a transaction that acts on connections in the loop, again later. False:
-        too many wait."""
+        """Run the client's command in a thread, where it may wait. False: too many wait."""
         if self.in_pool >= int(self.settings["maxclients"]):
             return False
         self.in_pool += 1
-        if commands.is_of_loop(client):
-            self.loop.call_later(AGAIN, self.again, client)
-        else:
-            self.pool.submit(self.in_thread, client)
+        self.pool.submit(self.in_thread, client)
         return True
-
-    def again(self, client: Connection) -> None:
-        self.in_pool -= 1
-        if client.retry(self.executor):
-            self.in_pool += 1
-            self.done(client)
 
     def in_thread(self, client: Connection) -> None:
         try:

@@ -434,16 +434,8 @@ def test_redis_py_large_and_many(client):
     assert client.mget(list(many)) == list(many.values())
 
 
-@pytest.mark.scripts
-def test_redis_py_lock(client, server):
+def test_redis_py_lock(client):
     redis = pytest.importorskip("redis")
-    if server.kind != "redis-server":
-        try:
-            client.eval("return 1", 0)
-        except redis.ResponseError as e:
-            if "unknown command" in str(e):
-                pytest.skip("redis-py's lock needs EVAL, which the server does not have")
-            raise
     with client.lock("lock", timeout=30) as held:
         assert held.owned()
         assert held.locked()
@@ -456,6 +448,63 @@ def test_redis_py_lock(client, server):
     client.set("lock", "somebody else")
     with pytest.raises(redis.exceptions.LockNotOwnedError):
         other.release()
+
+
+def test_redis_py_scripts(client):
+    redis = pytest.importorskip("redis")
+    double = client.register_script("local n = redis.call('get', KEYS[1]) redis.call('set', KEYS[1], n * ARGV[1]) return n * ARGV[1]")
+    client.set("n", 3)
+    assert double(keys=["n"], args=[2]) == 6
+    client.script_flush()
+    assert double(keys=["n"], args=[2]) == 12
+    with client.pipeline() as pipe:
+        double(keys=["n"], args=[2], client=pipe)
+        pipe.get("n")
+        assert pipe.execute() == [24, b"24"]
+    assert client.script_exists(double.sha) == [True]
+    assert client.eval_ro("return redis.call('get', KEYS[1])", 1, "n") == b"24"
+    with pytest.raises(redis.exceptions.NoScriptError):
+        client.evalsha("0" * 40, 0)
+
+
+def test_dogpile_cache_with_its_distributed_lock(address):
+    """Of many that miss one key at once, one makes the value, in whichever region object."""
+    dogpile = pytest.importorskip("dogpile.cache")
+    redis = pytest.importorskip("redis")
+    made, got, failures = [], [], []
+
+    def region():
+        pool = redis.UnixDomainSocketConnection if "unix_socket_path" in address else redis.Connection
+        where = {"path": address["unix_socket_path"]} if "unix_socket_path" in address else address
+        arguments = {"connection_pool": redis.ConnectionPool(connection_class=pool, **where), "distributed_lock": True, "thread_local_lock": False, "lock_timeout": 30}
+        return dogpile.make_region().configure("dogpile.cache.redis", expiration_time=100, arguments=arguments)
+
+    def make():
+        made.append(1)
+        started.wait(30)
+        return {"value": 1}
+
+    def use():
+        try:
+            got.append(region().get_or_create("key", make))
+        except BaseException as e:
+            failures.append(e)
+
+    started = threading.Barrier(2)
+    threads = [threading.Thread(target=use) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    started.wait(30)
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert got == [{"value": 1}] * 6
+    assert made == [1]
+    one = region()
+    one.set_multi({"a": 1, "b": 2})
+    assert one.get_multi(["a", "b"]) == [1, 2]
+    one.delete("a")
+    assert not one.get("a")
 
 
 def test_redis_py_asyncio(address, protocol):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-# These cannot pass where strings are the only type, and there is neither replication nor scripting nor saving by command. A redis-server
+# These cannot pass where strings are the only type, and there is neither replication nor saving by command. A redis-server
 # that lacks those commands passes all others (suite.py --lean).
 NO_EVENTS = "keyspace notifications are not sent"
 FIXED = "a segment's size is fixed: CONFIG SET maxmemory is refused, nothing is ever out of memory"
 SETTINGS = "CONFIG has the settings that a segment has; most of them cannot be changed while it runs"
 LONG_KEY = "a key of a segment has at most 4,096 bytes"
+UNDECLARED = "a script touches the keys that it declares, no others"
+ENDED = "a script that runs too long is ended: nobody is told BUSY"
+NO_LIBRARY = "of the libraries there are bit, and encode, decode and null of cjson"
 DENIED: dict[str, dict[str, str]] = {
     "unit/type/string": {
         "MGET against non-string key": "needs sets",
@@ -62,10 +65,10 @@ DENIED: dict[str, dict[str, str]] = {
         "DISCARD": "needs lists",
         "MULTI where commands alter argc/argv": "needs sets",
         "EXEC fail on WATCHed key modified by SORT with STORE even if the result is empty": "needs lists",
-        "MULTI and script timeout": "needs scripts",
-        "EXEC and script timeout": "needs scripts",
-        "MULTI-EXEC body and script timeout": "needs scripts",
-        "just EXEC and script timeout": "needs scripts",
+        "MULTI and script timeout": ENDED,
+        "EXEC and script timeout": ENDED,
+        "MULTI-EXEC body and script timeout": ENDED,
+        "just EXEC and script timeout": ENDED,
         "Blocking commands ignores the timeout": "needs lists, sorted sets, streams",
         "MULTI with SAVE": "needs SAVE",
     },
@@ -100,8 +103,48 @@ DENIED: dict[str, dict[str, str]] = {
         "CONFIG SET rollback on apply error": SETTINGS,
         "CONFIG GET hidden configs": SETTINGS,
         "CONFIG GET multiple args": SETTINGS,
-        "MONITOR can log commands issued by the scripting engine": "needs scripts",
-        "MONITOR can log commands issued by functions": "needs scripts",
+        "MONITOR can log commands issued by functions": "needs functions",
+    },
+    "unit/scripting": {
+        "EVAL - Redis multi bulk -> Lua type conversion": "needs lists",
+        "EVAL - Scripts can't run blpop command": "needs lists",
+        "EVAL - Scripts can't run brpop command": "needs lists",
+        "EVAL - Scripts can't run brpoplpush command": "needs lists",
+        "EVAL - Scripts can't run blmove command": "needs lists",
+        "EVAL - Scripts can't run bzpopmin command": "needs sorted sets",
+        "EVAL - Scripts can't run bzpopmax command": "needs sorted sets",
+        "EVAL - Scripts can't run XREAD and XREADGROUP with BLOCK option": "needs streams",
+        "EVAL - redis.call variant raises a Lua error on Redis cmd error (1)": "needs lists",
+        "SORT is normally not alpha re-ordered for the scripting engine": "needs sets",
+        "SORT BY <constant> output gets ordered for scripting": "needs sets",
+        "SORT BY <constant> with GET gets ordered for scripting": "needs sets",
+        "Call Redis command with many args from Lua (issue #1764)": "needs lists",
+        "Script check unpack with massive arguments": "needs lists",
+        "Script with RESP3 map": "needs hashes",
+        "CLUSTER RESET can not be invoke from within a script": "needs CLUSTER",
+        "Script ACL check": "needs redis.acl_check_cmd",
+        "EVAL - Scripts can run non-deterministic commands": UNDECLARED,
+        "Script read key with expiration set": UNDECLARED,
+        "Script del key with expiration set": UNDECLARED,
+        "Script block the time during execution": UNDECLARED,
+        "Script delete the expired key": UNDECLARED,
+        "EVAL - JSON smoke test": NO_LIBRARY,
+        "EVAL - cmsgpack can pack double?": NO_LIBRARY,
+        "EVAL - cmsgpack can pack negative int64?": NO_LIBRARY,
+        "EVAL - cmsgpack pack/unpack smoke test": NO_LIBRARY,
+        "EVAL - cmsgpack can pack and unpack circular references?": NO_LIBRARY,
+        "Try trick readonly table on cmsgpack table": NO_LIBRARY,
+        "Timedout read-only scripts can be killed by SCRIPT KILL": ENDED,
+        "Timedout read-only scripts can be killed by SCRIPT KILL even when use pcall": ENDED,
+        "Timedout script does not cause a false dead client": ENDED,
+        "Timedout script link is still usable after Lua returns": ENDED,
+        "Script - disallow write on OOM": FIXED,
+        "allow-oom shebang flag": FIXED,
+        "reject script do not cause a Lua stack leak": FIXED,
+        "Consistent eval error reporting": FIXED,
+        "not enough good replicas": "needs replication",
+        "LUA redis.error_reply API": "INFO errorstats has no counts",
+        "LUA redis.error_reply API with empty string": "INFO errorstats has no counts",
     },
 }
 

@@ -16,11 +16,27 @@ class Soon:
 
     def __init__(self) -> None:
         self.waiting: deque[tuple[Callable[..., Any], tuple[Any, ...]]] = deque()
+        self.in_pool = False
 
     def call_soon(self, function: Callable[..., Any], *args: Any) -> None:
         self.waiting.append((function, args))
 
-    call_soon_threadsafe = submit = call_soon
+    def submit(self, function: Callable[..., Any], *args: Any) -> None:
+        self.call_soon(self.run_in_pool, function, *args)
+
+    def run_in_pool(self, function: Callable[..., Any], *args: Any) -> None:
+        self.in_pool = True
+        try:
+            function(*args)
+        finally:
+            self.in_pool = False
+
+    def call_soon_threadsafe(self, function: Callable[..., Any], *args: Any) -> None:
+        """From the pool: the loop, which has nothing else to do, runs it at once."""
+        if self.in_pool:
+            function(*args)
+        else:
+            self.call_soon(function, *args)
 
     def call_later(self, delay: float, function: Callable[..., Any], *args: Any) -> None:
         self.call_soon(function, *args)

@@ -105,10 +105,10 @@ def redis_server(*options: str) -> Iterator[Server]:
 
 
 def lean() -> list[str]:
-    """Options that leave a redis-server strings, keys, expiry, transactions and messages: what a server of strings has."""
+    """Options that leave a redis-server strings, keys, expiry, transactions, scripts and messages: what a server of strings has."""
     with redis_server() as (host, port, _):
         connection = Connection((host, port), 10.0)
-        groups = (b"list", b"hash", b"set", b"sortedset", b"stream", b"geo", b"hyperloglog", b"scripting")
+        groups = (b"list", b"hash", b"set", b"sortedset", b"stream", b"geo", b"hyperloglog")
         lists = [parse(connection.call(b"COMMAND", b"LIST", b"FILTERBY", b"ACLCAT", group)) for group in groups]
         connection.close()
     gone = {item.value.decode() for found in lists if found for item in found[0].value if b"|" not in item.value}

@@ -2,14 +2,25 @@
 
 - table.py: names, arity, flags, where the keys are; errors
 - everywhere.py: what runs in every process
-- acl.py, connection.py, transactions.py, keys.py, strings.py, bits.py, pubsub.py, server.py, info.py
+- acl.py, connection.py, transactions.py, keys.py, strings.py, bits.py, pubsub.py, scripting.py, server.py, info.py
 """
 
-from shmcache.sidecar.commands import acl, bits, connection, info, keys, pubsub, server, strings, transactions  # each enters its commands
+from shmcache.sidecar.commands import (  # each enters its commands
+    acl,
+    bits,
+    connection,
+    info,
+    keys,
+    pubsub,
+    scripting,
+    server,
+    strings,
+    transactions,
+)
 from shmcache.sidecar.commands.everywhere import PARTS
-from shmcache.sidecar.commands.table import SETTINGS, TABLE, is_of_loop, table
+from shmcache.sidecar.commands.table import SETTINGS, TABLE, table
 
 __all__ = [
     "PARTS", "SETTINGS", "TABLE",
-    "acl", "bits", "connection", "info", "is_of_loop", "keys", "pubsub", "server", "strings", "table", "transactions",
+    "acl", "bits", "connection", "info", "keys", "pubsub", "scripting", "server", "strings", "table", "transactions",
 ]  # fmt: skip

@@ -146,6 +146,7 @@ def all_sections(server: Server, states: list[dict[str, Any]]) -> dict[str, dict
             "maxmemory_policy": server.settings["maxmemory-policy"],
             "mem_fragmentation_ratio": 1.0,
             "mem_allocator": "shmcache",
+            "number_of_cached_scripts": len(server.scripts.known),
             "mem_clients_normal": total("buffer_bytes"),
         },
         "persistence": {

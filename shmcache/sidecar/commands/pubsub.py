@@ -174,12 +174,12 @@ def monitor(client: Connection, arguments: list[bytes]) -> bytes:
     return OK
 
 
-def tell_monitors(client: Connection, arguments: list[bytes]) -> None:
-    """Of any command but those of administrators."""
+def tell_monitors(client: Connection, arguments: list[bytes], who: str = "") -> None:
+    """Of any command but those of administrators. who: if it is not the client itself."""
     if full_name(arguments[0].decode("latin-1").lower(), arguments[1:]) in categories()["admin"]:
         return
     words = " ".join('"' + "".join(escape(c) for c in word) + '"' for word in arguments)
-    line = f"{time.time():.6f} [0 {client.address}] {words}"
+    line = f"{time.time():.6f} [{client.db} {who or client.address}] {words}"
     show(client.server, [line], client)
     client.server.link.seen(line)
 

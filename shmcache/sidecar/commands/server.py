@@ -14,6 +14,7 @@ from shmcache.sidecar.commands.table import (
     CHANGEABLE,
     NO_AUTH,
     REDIS_VERSION,
+    SCRIPTS,
     SYNTAX,
     TABLE,
     WRITE,
@@ -128,7 +129,7 @@ def command_(client: Connection, arguments: list[bytes]) -> bytes:
         if not fits(TABLE[name].arity, len(rest)):
             raise Error("ERR Invalid number of arguments specified for command")
         found = keys_in(name, rest[1:])
-        if not found:
+        if not found and name not in SCRIPTS:
             raise Error("ERR The command has no key arguments")
         if word == b"getkeys":
             return array(map(bulk, found))
@@ -290,6 +291,9 @@ def debug(client: Connection, arguments: list[bytes]) -> bytes:
         return replies.simple(
             f"Value at:0x0 refcount:1 encoding:{encoding(found[0], found[3])} serializedlength:{len(found[0])} lru:0 lru_seconds_idle:0"
         )
+    if word == b"set-disable-deny-scripts" and len(rest) == 1:
+        client.server.scripts.all_allowed = rest[0] != b"0"
+        return OK
     if word == b"protocol" and len(rest) == 1:
         return protocol_sample(client, rest[0].lower())
     if word in (b"jmap", b"set-active-expire", b"reload", b"loadaof", b"change-repl-id", b"replybuffer", b"stringmatch-len", b"pause-cron"):

@@ -28,12 +28,13 @@ SETTINGS: dict[str, str] = {  # CONFIG's, and what they are if nobody says other
     "maxclients": "10000", "maxmemory": "0", "maxmemory-policy": "allkeys-lru", "port": "6379", "proto-max-bulk-len": "536870912",
     "protected-mode": "yes", "requirepass": "", "save": "", "slowlog-log-slower-than": "10000", "slowlog-max-len": "128",
     "tcp-keepalive": "300", "timeout": "0", "unixsocket": "", "latency-monitor-threshold": "0", "enable-debug-command": "no",
+    "lua-time-limit": "1000",
 }  # fmt: skip
 CHANGEABLE = {
     "acllog-max-len": (0, 1 << 20), "maxclients": (1, 1 << 20), "slowlog-log-slower-than": (-1, 1 << 62),
     "slowlog-max-len": (0, 1 << 20), "timeout": (0, 1 << 31),
     "latency-monitor-threshold": (0, 1 << 62), "requirepass": None, "save": None, "appendonly": None, "maxmemory-policy": None,
-    "protected-mode": None,
+    "protected-mode": None, "lua-time-limit": (1, 60_000),
 }  # fmt: skip
 
 WRITE, NO_AUTH, IN_MULTI, IN_PUBSUB, FREE, PUSHES = (
@@ -110,16 +111,16 @@ def in_pool(client: Connection) -> None:
         raise _core.WouldWait
 
 
-LONG = {"keys", "lcs", "randomkey", "save", "flushall", "flushdb"}  # they may be run in the pool
+SCRIPTS = {"eval", "evalsha", "eval_ro", "evalsha_ro"}
+LONG = {"keys", "lcs", "randomkey", "save", "flushall", "flushdb", "script", *SCRIPTS}  # they may be run in the pool
 OF_LOOP = {"connection", "pubsub", "transactions"}  # groups, and these: they act on connections, which are the loop's
 OF_LOOP_ALONE = {"acl", "monitor", "config", "slowlog", "info", "shutdown", "latency", "debug"}
 NOT_IN_MULTI = {"save", "bgsave", "bgrewriteaof", "shutdown", "debug", "monitor"}
 
 
-def is_of_loop(client: Connection) -> bool:
-    """Is what this client waits for a transaction that acts on connections?"""
-    names = (words[0].decode("latin-1").lower() for words in client.queue)
-    return any(TABLE[name].group in OF_LOOP or name in OF_LOOP_ALONE for name in names)
+def is_of_loop(name: str) -> bool:
+    """Does this command act on connections? Those that are compiled do not."""
+    return TABLE[name].run is not None and (TABLE[name].group in OF_LOOP or name in OF_LOOP_ALONE)
 
 
 def keys_in(name: str, arguments: list[bytes]) -> list[bytes]:
@@ -127,6 +128,9 @@ def keys_in(name: str, arguments: list[bytes]) -> list[bytes]:
     c = TABLE.get(name)
     if c is None:
         return []
+    if name in SCRIPTS:
+        n = _resp.number(arguments[1]) or 0
+        return arguments[2 : 2 + n] if n > 0 else []
     first, last, step = c.keys
     if first == 0:
         return []
@@ -158,6 +162,7 @@ SUBCOMMANDS: dict[str, dict[str, int]] = {  # of a container: arity with both na
     "latency": {"doctor": 2, "help": 2, "history": 3, "latest": 2, "reset": -2},
     "memory": {"doctor": 2, "help": 2, "purge": 2, "usage": -3},
     "object": {"encoding": 3, "freq": 3, "help": 2, "idletime": 3, "refcount": 3},
+    "script": {"exists": -3, "flush": -2, "help": 2, "kill": 2, "load": 3},
     "pubsub": {"channels": -2, "help": 2, "numpat": 2, "numsub": -2, "shardchannels": -2, "shardnumsub": -2},
     "slowlog": {"get": -2, "help": 2, "len": 2, "reset": 2},
 }  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from shmcache.core._core import WouldWait
@@ -67,7 +68,7 @@ def denial(client: Connection, name: str, arguments: list[bytes], context: str) 
 
 def in_loop(client: Connection, run: Callable[..., None], *arguments: Any) -> None:
     """Of what acts on other connections or on the server: now, or by the loop if a thread of the pool says it."""
-    if client.ex is client.home:
+    if client.ex is client.server.executor:
         run(*arguments)
     else:
         client.server.loop.call_soon_threadsafe(run, *arguments)
@@ -161,8 +162,8 @@ def tell(client: Connection, words: list[bytes]) -> None:
         in_loop(client, tell_monitors, client, words)
 
 
-def is_denied(client: Connection, words: list[bytes]) -> bool:
-    """A part of a transaction is about to run. True: the client's user may not run it any more, and that is its reply."""
+def is_answered(client: Connection, words: list[bytes]) -> bool:
+    """A part of a transaction is about to run. True: it has its reply: the client's user may not run it any more, or the loop ran it."""
     denied = denial(client, words[0].decode("latin-1").lower(), words[1:], "multi") if client.restricted else None
     if denied is not None:
         client.fail(
@@ -171,7 +172,10 @@ def is_denied(client: Connection, words: list[bytes]) -> bool:
         )
         return True
     tell(client, words)
-    return False
+    if client.ex is client.server.executor or not is_of_loop(words[0].decode("latin-1").lower()):
+        return False
+    call(client, words)
+    return True
 
 
 def execute(client: Connection) -> bytes | None:
@@ -182,7 +186,7 @@ def execute(client: Connection) -> bytes | None:
         raise Error("EXECABORT Transaction discarded because of previous errors.")
     queue = client.queue
     keys = [*client.watching]
-    long, log_bytes, db = False, 0, client.db
+    long, elsewhere, log_bytes, db = False, False, 0, client.db
     for words in queue:
         name = words[0].decode("latin-1").lower()
         if name == "select" and (n := number(words[1])) is not None and 0 <= n < client.ex.databases:
@@ -190,12 +194,13 @@ def execute(client: Connection) -> bytes | None:
         found = keys_in(name, words[1:])
         keys += [(db, key) for key in found]
         long = long or name in LONG
+        elsewhere = elsewhere or (client.ex is not client.server.executor and is_of_loop(name))
         log_bytes += (sum(map(len, words)) + 64 * max(1, len(found))) if TABLE[name].flags & WRITE else 0
-    if long and not is_of_loop(client):
+    if long:
         in_pool(client)
-    watched, check = client.server.executor.watched, functools.partial(is_denied, client)
+    looked_at = elsewhere or client.server.executor.watched
     try:
-        done = client.transact(queue, keys, client.watching, log_bytes, check, watched)
+        done = client.transact(queue, keys, client.watching, log_bytes, functools.partial(is_answered, client), looked_at)
     except WouldWait:  # it is run again where it may
         raise
     except BaseException:
@@ -203,6 +208,24 @@ def execute(client: Connection) -> bytes | None:
         raise
     discard_transaction(client)
     return None if done else nil_array(client.protocol)
+
+
+def call(client: Connection, words: list[bytes]) -> None:
+    """Run a command as part of another: from a thread of the pool in the loop, if it acts on connections, which are the loop's."""
+    if client.ex is client.server.executor or not is_of_loop(words[0].decode("latin-1").lower()):
+        client.call(words)
+        return
+    done: Future[None] = Future()
+
+    def there() -> None:
+        try:
+            client.call(words)
+            done.set_result(None)
+        except BaseException as e:  # it is the thread's
+            done.set_exception(e)
+
+    client.server.loop.call_soon_threadsafe(there)
+    done.result()
 
 
 class all_of:
