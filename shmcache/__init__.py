@@ -13,6 +13,7 @@ The files, in reading order (arrows point down only; tests/unit/test_layers.py h
     cache.py      Cache, create, attach, open                        -> codec, segment, core
     flight.py     get_or_set, memoize, lock: computed once per host     -> core by cache
     namespace.py  keys of their own, an O(1) clear of their own
+    store/        what stands behind the cache: SQLStore, FunctionStore -> codec
     codec.py      values that are not bytes, str or int              -> errors
     segment.py    the shared memory object, geometry, numpy views    -> core
     core/         layout -> atomics, siphash -> token -> lock -> ring -> slab -> bucket -> big -> settle -> clock -> table
@@ -31,9 +32,12 @@ from shmcache.errors import (
     CapacityError,
     ConfigMismatch,
     DamageError,
+    RowsRefused,
     SegmentExists,
     SegmentNotFound,
     ShmcacheError,
+    StoreRefused,
+    StoreUnavailable,
     UsageError,
 )
 from shmcache.segment import unlink
@@ -41,6 +45,10 @@ from shmcache.segment import unlink
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import subprocess
+
+    from shmcache.store import Store as Store
+    from shmcache.store.function import FunctionStore as FunctionStore
+    from shmcache.store.sql import SQLStore as SQLStore
 
 
 def supervise(name: str) -> "subprocess.Popen[bytes]":
@@ -50,14 +58,27 @@ def supervise(name: str) -> "subprocess.Popen[bytes]":
     return start.supervise(name)
 
 
+def __getattr__(name: str) -> object:
+    """Store, FunctionStore and SQLStore are imported by who uses them."""
+    import importlib
+
+    module = {"Store": "", "FunctionStore": ".function", "SQLStore": ".sql"}.get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"shmcache.store{module}"), name)
+
+
 __all__ = [
     "Cache",
     "CapacityError",
     "ConfigMismatch",
     "DamageError",
+    "RowsRefused",
     "SegmentExists",
     "SegmentNotFound",
     "ShmcacheError",
+    "StoreRefused",
+    "StoreUnavailable",
     "UsageError",
     "attach",
     "create",

@@ -146,6 +146,30 @@ class LivenessUnknown(CapacityError):
     """The kernel does not keep open-file-description locks on this file system, so the dead could not be told."""
 
 
+class StoreUnavailable(CapacityError):
+    """The store (a database, a service) is down, busy or too slow. What was asked is done or not; try again, which does no harm."""
+
+
+class StoreRefused(UsageError):
+    """The store will never do this: its table, its rights or the value are not made for it. Change what the message names."""
+
+
+class RowsRefused(StoreRefused):
+    """The store will never take some of the rows; the others were done. Change those rows, or leave them out.
+
+    Attributes: errors: key -> what is wrong with its row.
+    """
+
+    def __init__(self, errors: dict[bytes, Exception]) -> None:
+        super().__init__(errors)
+        self.errors = errors
+
+    def __str__(self) -> str:
+        shown = "; ".join(f"{key[:100]!r}: {error}" for key, error in list(self.errors.items())[:3])
+        more = len(self.errors) - 3
+        return f"rows refused: {shown}{f'; and {more} more' if more > 0 else ''}. Change them, or leave them out; the others were done"
+
+
 class NotASegment(DamageError):
     """The object of this name is not a shmcache segment (or is damaged). Unlink it, or choose another name."""
 

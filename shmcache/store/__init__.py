@@ -1,0 +1,59 @@
+"""What stands behind the cache: `Store`, the little that a database, a service or a function has to be able to do for it.
+
+    sql.py        SQLStore: a table of SQLite or PostgreSQL (columns.py: keys and values as its columns have them; connections.py)
+    function.py   FunctionStore: functions that load, save and delete
+
+Write one of your own by giving a class the methods of `Store`; it need not derive from it. tests/integration/test_store.py is what stores
+have to pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+MISSING: Any = object()  # what a function of FunctionStore may return for a key that is not there
+TIMEOUT = 5.0  # seconds that a call may take, unless it or the store says otherwise
+
+
+class Entry(NamedTuple):
+    """What a store has under a key. Where a store is given entries, a plain (value, ttl) will do."""
+
+    value: Any
+    ttl: float | None = None  # seconds that it has still to live; None: it does not expire
+
+
+class Store(Protocol):
+    """Many keys at a time, each call with a time limit. Called by several threads at once, and by children of fork.
+
+    Args, of all calls:
+        keys: bytes, as the cache has them.
+        timeout: seconds that the call may take; None: the store's own limit. Nothing of the call should go on in the database after it.
+        versions: for each key a number, 0 <= n < 2**63, that grows with its every change; only for a store that is `ordered`. A row whose
+            version is not less is left as it is, which is no error. So what arrives late (the COMMIT of a process that was killed) undoes
+            nothing that came after it. While the rows live, versions do not begin again; and a row is always written with one, or never.
+
+    Raises, of all calls:
+        StoreUnavailable: down, busy, too slow. Done or not done: as a whole, where the store has transactions. To do it again does no harm.
+        RowsRefused: those keys, or their values, will never do; `errors` says why. The others were done (of a load: ask for them alone).
+        StoreRefused: nothing was done, and never will be: no such table, no right to it.
+        UsageError: the store was closed, or is not ordered.
+    """
+
+    @property
+    def ordered(self) -> bool:
+        """Does it take versions?"""
+
+    def load_many(self, keys: Sequence[bytes], *, timeout: float | None = None) -> dict[bytes, Entry]:
+        """What is there. A key that is not, or has expired, is absent."""
+
+    def store_many(
+        self, items: Mapping[bytes, tuple[Any, float | None]], *, timeout: float | None = None, versions: Mapping[bytes, int] | None = None
+    ) -> None:
+        """Put a value and its ttl under each key, whatever is there; in one transaction."""
+
+    def delete_many(self, keys: Sequence[bytes], *, timeout: float | None = None, versions: Mapping[bytes, int] | None = None) -> None:
+        """Remove the keys, in one transaction; one that is not there is no error."""
+
+    def close(self) -> None:
+        """Wait for the calls that are running, and give back what it holds."""
