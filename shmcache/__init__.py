@@ -13,7 +13,7 @@ The files, in reading order (arrows point down only; tests/unit/test_layers.py h
     cache.py      Cache, create, attach, open                        -> codec, segment, core
     flight.py     get_or_set, memoize, lock: computed once per host     -> core by cache
     namespace.py  keys of their own, an O(1) clear of their own
-    store/        what stands behind the cache: SQLStore, FunctionStore -> codec
+    stores/       what stands behind the cache: SQLStore, FunctionStore -> codec
     codec.py      values that are not bytes, str or int              -> errors
     segment.py    the shared memory object, geometry, numpy views    -> core
     core/         layout -> atomics, siphash -> token -> lock -> ring -> slab -> bucket -> big -> settle -> clock -> table
@@ -46,9 +46,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import subprocess
 
-    from shmcache.store import Store as Store
-    from shmcache.store.function import FunctionStore as FunctionStore
-    from shmcache.store.sql import SQLStore as SQLStore
+    from shmcache.stores import Store as Store
+    from shmcache.stores.function import FunctionStore as FunctionStore
+    from shmcache.stores.sql import SQLStore as SQLStore
 
 
 def supervise(name: str) -> "subprocess.Popen[bytes]":
@@ -65,7 +65,7 @@ def __getattr__(name: str) -> object:
     module = {"Store": "", "FunctionStore": ".function", "SQLStore": ".sql"}.get(name)
     if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"shmcache.store{module}"), name)
+    return getattr(importlib.import_module(f"shmcache.stores{module}"), name)
 
 
 __all__ = [

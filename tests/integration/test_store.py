@@ -27,7 +27,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_sta
 import shmcache
 from shmcache import errors
 from shmcache.codec import MsgpackCodec
-from shmcache.store import MISSING, Entry
+from shmcache.stores import MISSING, Entry
 from tests.integration.test_processes import child, ended
 from tests.postgres import Missing, postgres_server
 

@@ -11,6 +11,7 @@ import pytest
 
 from shmcache.sidecar import acl, bus
 from shmcache.sidecar.bus import ALL, Frames, Hub, Member, frame
+from shmcache.sidecar.commands.scripting import Scripts
 
 
 def parts_of(data):
@@ -94,6 +95,7 @@ class Worker:
     def __init__(self, hub, number):
         self.worker, self.settings, self.users, self.monitors = number, {}, {}, {}
         self.executor = self
+        self.scripts = Scripts()
         self.paused_until = 0
         self.sock = hub.join(number)
         self.state = bus.read_state(self.sock)

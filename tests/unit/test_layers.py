@@ -15,7 +15,7 @@ ALLOWED = {  # module -> what of ours it may import
     "codec": {"errors"},
     "core": {"errors", "core"},
     "segment": {"errors", "core"},
-    "store": {"errors", "codec", "store"},
+    "stores": {"errors", "codec", "stores"},
     "flight": {"errors", "cache"},  # cache for annotations only
     "namespace": {"errors", "flight", "cache"},
     "cache": {"errors", "core", "segment", "codec", "flight", "namespace"},
@@ -23,7 +23,7 @@ ALLOWED = {  # module -> what of ours it may import
     "metrics": set(),
     "sidecar": {"errors", "core", "cache", "metrics", "sidecar"},
     "cli": {"errors", "core", "segment", "supervisor", "metrics", "sidecar"},
-    "__init__": {"errors", "segment", "cache", "supervisor", "store"},
+    "__init__": {"errors", "segment", "cache", "supervisor", "stores"},
 }
 
 
@@ -48,6 +48,6 @@ def test_arrows_point_down():
 
 def test_a_first_get_imports_no_heavy_module(cache):
     cache.set("k", "v")
-    code = f"import sys, shmcache; assert shmcache.attach({cache.name!r}).get('k') == 'v'; print([m for m in ('numpy', 'msgpack', 'psutil', 'hashlib', 'subprocess', 'typing', 'shmcache.store', 'sqlalchemy') if m in sys.modules])"
+    code = f"import sys, shmcache; assert shmcache.attach({cache.name!r}).get('k') == 'v'; print([m for m in ('numpy', 'msgpack', 'psutil', 'hashlib', 'subprocess', 'typing', 'shmcache.stores', 'sqlalchemy') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"

@@ -215,7 +215,7 @@ def categories() -> dict[str, frozenset[str]]:
         words = text.split()
         named = {full for word in words for full in (family(word[:-2])[1:] if word.endswith("|*") else (word,))}
         found[category] = named & everything
-    found["write"] |= {name for name, c in TABLE.items() if c.flags & WRITE}
+    found["write"] |= {name for name, c in TABLE.items() if c.flags & WRITE and name not in SCRIPTS}
     found["slow"] = everything - found["fast"]
     found["dangerous"] |= found["admin"]
     return {category: frozenset(names) for category, names in found.items()}

@@ -12,7 +12,7 @@ from typing import Any
 
 from shmcache import errors
 from shmcache.codec import get_codec
-from shmcache.store import TIMEOUT, Entry
+from shmcache.stores import TIMEOUT, Entry
 
 try:
     import sqlalchemy as sa
@@ -20,8 +20,8 @@ try:
 except ImportError as e:
     raise ImportError('SQLStore needs SQLAlchemy: pip install "shmcache[sql]"') from e
 
-from shmcache.store.columns import Columns, own
-from shmcache.store.connections import Connections, RowRefused, named, parsed_url
+from shmcache.stores.columns import Columns, own
+from shmcache.stores.connections import Connections, RowRefused, named, parsed_url
 
 MOST_SECONDS = 1e6  # of a timeout; as milliseconds they fit 32 bits
 IN_LIMIT = 500  # keys in one IN (...); SQLite takes 999 variables at least
