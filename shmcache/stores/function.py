@@ -14,7 +14,7 @@ class FunctionStore:
     """Functions as a Store: `FunctionStore(load=fetch_user)`.
 
     Args:
-        load: load(key) returns the value, or Entry(value, ttl); it raises KeyError or returns MISSING (of shmcache.stores) if there is none.
+        load: load(key) returns the value, or Entry(value, ttl); if there is none it raises KeyError or returns MISSING, of this package.
         load_many: in place of load: load_many(keys) returns a mapping of those found, to values or Entries.
         save: save(key, value, ttl). delete: delete(key), which may raise KeyError. A store without them can only be read.
         timeout: seconds that a call may take by default. It is looked at before each function's call: none is interrupted.
