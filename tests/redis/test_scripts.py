@@ -330,6 +330,7 @@ return cjson.decode('[1, "a", 2.5, null, true, false, [], {}]')
 return cjson.decode('{"a": {"b": [1, 2]}}').a.b
 return cjson.decode('"\\\\u00e9\\\\ud83d\\\\ude00\\\\n\\\\/"')
 return cjson.decode('12')
+return cjson.decode('"\\\\b\\\\f\\\\n\\\\r\\\\t\\\\"\\\\\\\\\\\\/"')
 return cjson.decode(' [1 , 2 ] ')
 return cjson.decode('[1,2')
 return cjson.decode('[1 2]')

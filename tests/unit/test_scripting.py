@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
+import threading
 from importlib import resources
 
 import pytest
@@ -153,6 +155,36 @@ def test_functions_with_many_parameters_and_more(lua, source, good):
     assert scripting.sound(lua.execute(b"return string.dump(loadstring(...), true)", source.encode())) == good
 
 
+# ---- where commands run ----------------------------------------------------------------------------------------------------------------
+
+
+def test_what_acts_on_connections_is_called_in_the_loop(make):
+    class Calls(_resp.Client):
+        def __init__(self, executor, server):
+            self.server, self.seen = server, {}
+
+        def call(self, words):
+            self.seen[words[0]] = threading.get_ident()
+
+    server = Server(make())
+    server.loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=server.loop.run_forever)
+    thread.start()
+    of_the_pool = _resp.Executor(server.cache, commands.table(), impatient=False)
+    client = Calls(of_the_pool, server)
+    for word in (b"PUBLISH", b"client", b"INFO", b"GET", b"ping", b"INCRBYFLOAT"):
+        commands.transactions.call(client, [word])
+    server.loop.call_soon_threadsafe(server.loop.stop)
+    thread.join()
+    server.loop.close()
+    here = threading.get_ident()
+    assert client.seen == {b"PUBLISH": thread.ident, b"client": thread.ident, b"INFO": thread.ident, b"GET": here, b"ping": here, b"INCRBYFLOAT": here}
+    of_the_loop = Calls(server.executor, server)
+    commands.transactions.call(of_the_loop, [b"INFO"])
+    assert of_the_loop.seen == {b"INFO": here}
+    del client, of_the_loop, of_the_pool, server.executor
+
+
 # ---- without lupa -----------------------------------------------------------------------------------------------------------------------
 
 
@@ -163,6 +195,7 @@ class Client(_resp.Client):
 
 class Server:
     def __init__(self, cache):
+        self.cache = cache
         self.executor = _resp.Executor(cache, commands.table(), impatient=False)
         self.scripts = scripting.Scripts()
         self.local = type("Local", (), {})()

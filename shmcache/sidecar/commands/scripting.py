@@ -16,7 +16,6 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from shmcache.core import _resp
-from shmcache.sidecar import replies
 from shmcache.sidecar.commands.pubsub import tell_monitors
 from shmcache.sidecar.commands.table import (
     SYNTAX,
@@ -41,7 +40,7 @@ ROOM = 64 << 10  # of it, for what crosses the border besides the replies of com
 MOST_KEPT = 16 << 20  # bytes of a state that is used again
 MOST_SCRIPTS = 1000  # known by their SHA, and
 MOST_SOURCE = 1 << 20  # bytes of all of them; of one that is run
-LOG_NOTICE = 2
+LOG_NOTICE = 2  # what is said at this level and above is printed
 MOST_NAMED = 3  # parameters of a function with ... : Lua 5.1 does not look whether its stack has room for them
 NOT_IN_SCRIPTS = {
     "acl", "auth", "bgrewriteaof", "bgsave", "client", "config", "debug", "discard", "eval", "eval_ro", "evalsha", "evalsha_ro", "exec",
@@ -223,7 +222,7 @@ class Runtime:
         try:
             self.check(name, arguments)
         except Error as e:
-            return replies.error(e.args[0].decode("utf-8", "surrogateescape"))
+            return b"-%b\r\n" % e.args[0].replace(b"\r", b" ").replace(b"\n", b" ")
         if self.server.executor.watched:
             self.server.loop.call_soon_threadsafe(tell_monitors, self.caller, list(words), "lua")
         call(self.caller, list(words))

@@ -1,8 +1,8 @@
 -- JSON, as the library cjson of Redis reads and writes it: cjson.encode, cjson.decode, cjson.null.
 
 local fail, bad, string_of = ...
-local byte, char, concat, find, floor, format, gsub, huge, len, next, sub, tonumber, type =
-    string.byte, string.char, table.concat, string.find, math.floor, string.format, string.gsub, math.huge, string.len, next, string.sub, tonumber, type
+local char, concat, find, floor, format, gsub, huge, len, next, sub, tonumber, type =
+    string.char, table.concat, string.find, math.floor, string.format, string.gsub, math.huge, string.len, next, string.sub, tonumber, type
 
 local MOST_NESTED = 1000
 local null = newproxy()

@@ -2,8 +2,8 @@
 -- with the pattern, where no hook is called, and recurse as deep as a pattern is long. Here the hook is called, and the stack is Lua's.
 
 local fail, string_of, number_of, bad = ...
-local byte, concat, find_plain, floor, gsub_once, len, select, sub, tostring, type, unpack =
-    string.byte, table.concat, string.find, math.floor, string.gsub, string.len, select, string.sub, tostring, type, unpack
+local byte, concat, find_plain, floor, gsub_once, len, sub, tostring, type, unpack =
+    string.byte, table.concat, string.find, math.floor, string.gsub, string.len, string.sub, tostring, type, unpack
 local is = string.find
 
 local MOST_CAPTURES = 32

@@ -10,9 +10,11 @@
 
 local ask, load_resp, load_patterns, load_cjson, load_bit = ...
 
-local byte, find, format, gsub, len, lower, rep, sub = string.byte, string.find, string.format, string.gsub, string.len, string.lower, string.rep, string.sub
-local clock, concat, dump, error, floor, getinfo, getmetatable, loadstring, next, pcall, rawset, select, sethook, setfenv, setmetatable, sort, tostring, type, unpack, xpcall =
-    os.clock, table.concat, string.dump, error, math.floor, debug.getinfo, getmetatable, loadstring, next, pcall, rawset, select, debug.sethook, setfenv, setmetatable, table.sort, tostring, type, unpack, xpcall
+local byte, find, format, gsub, len, lower, rep, sub =
+    string.byte, string.find, string.format, string.gsub, string.len, string.lower, string.rep, string.sub
+local clock, concat, dump, floor, getinfo, sethook, sort = os.clock, table.concat, string.dump, math.floor, debug.getinfo, debug.sethook, table.sort
+local error, getmetatable, loadstring, next, pcall, rawset, select, setfenv, setmetatable, tostring, type, unpack, xpcall =
+    error, getmetatable, loadstring, next, pcall, rawset, select, setfenv, setmetatable, tostring, type, unpack, xpcall
 local metatable_of = debug.getmetatable     -- whatever it says of itself
 local create, resume, running, status, yield = coroutine.create, coroutine.resume, coroutine.running, coroutine.status, coroutine.yield
 
