@@ -523,6 +523,7 @@ def do_serve(args: argparse.Namespace) -> int:
     settings = {
         "bind": " ".join(args.bind), "port": str(args.port), "unixsocket": args.unix or "", "maxclients": str(args.maxclients),
         "timeout": str(int(args.timeout)), "protected-mode": args.protected_mode, "databases": str(args.databases),
+        "lua-time-limit": str(args.lua_time_limit),
         "enable-debug-command": "yes" if args.enable_debug_command else "no",
     }  # fmt: skip
     if args.password_file is not None:
@@ -666,6 +667,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--maxclients", type=int, default=10000, metavar="N", help="connections of a process (10000)")
     p.add_argument("--databases", type=_databases, default=1, metavar="N", help="what SELECT chooses from, each with keys of its own (1)")
     p.add_argument("--timeout", type=float, default=0, metavar="S", help="close a connection that is idle so long; 0: never (0)")
+    p.add_argument("--lua-time-limit", type=int, default=500, metavar="MS", help="end a script that runs so long (500)")
     p.add_argument("--tls-cert", metavar="F", help="TCP with TLS: the certificate")
     p.add_argument("--tls-key", metavar="F", help="its key")
     p.add_argument("--tls-ca", metavar="F", help="clients need a certificate of this authority")

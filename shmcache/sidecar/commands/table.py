@@ -28,7 +28,7 @@ SETTINGS: dict[str, str] = {  # CONFIG's, and what they are if nobody says other
     "maxclients": "10000", "maxmemory": "0", "maxmemory-policy": "allkeys-lru", "port": "6379", "proto-max-bulk-len": "536870912",
     "protected-mode": "yes", "requirepass": "", "save": "", "slowlog-log-slower-than": "10000", "slowlog-max-len": "128",
     "tcp-keepalive": "300", "timeout": "0", "unixsocket": "", "latency-monitor-threshold": "0", "enable-debug-command": "no",
-    "lua-time-limit": "1000",
+    "lua-time-limit": "500",
 }  # fmt: skip
 CHANGEABLE = {
     "acllog-max-len": (0, 1 << 20), "maxclients": (1, 1 << 20), "slowlog-log-slower-than": (-1, 1 << 62),
