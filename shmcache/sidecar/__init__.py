@@ -8,10 +8,11 @@ server.py       Connection, Server: one event loop and its pool of threads
 commands/       the other commands
 worker.py       one process with one Server
 serve.py        `shmcache serve`: the supervisor and so many workers, started again when they die
-bus.py          between the processes: publish, subscribe, what concerns all of them
+bus.py          between the processes: publish, subscribe, scripts, what concerns all of them
 metrics.py      the process that serves metrics
 embedded.py     serving()
 replies.py      RESP2 and RESP3
+lua/            what a script sees: sandbox, replies as Lua values, patterns, cjson, bit
 """
 
 from shmcache.sidecar.embedded import Address, serving
