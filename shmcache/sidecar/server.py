@@ -34,7 +34,6 @@ CRON_EVERY = 0.1  # seconds
 WRITE_HIGH = 1 << 20  # bytes that the transport holds before its connection is paused
 SLOW_LIMIT = 60.0  # seconds that a connection may be paused before it is dropped
 NEVER = (1 << 64) - 1  # nanoseconds
-MOST_INPUT = 1 << 30  # bytes of one connection that are kept, above what its command needs
 
 
 class Connection(_resp.Client):
@@ -95,9 +94,7 @@ class Connection(_resp.Client):
                 self.resume()
 
     def overflow(self) -> None:
-        if self.transport is not None and self.buffered[0] > MOST_INPUT:
-            self.transport.abort()
-        elif self.transport is not None:
+        if self.transport is not None:
             self.transport.pause_reading()
             self.server.paused.add(self)
 

@@ -23,6 +23,7 @@ from tests.special import ROOT
         ("cold_start", (), "cold_start"),
         ("snapshot", (), "restore/klen=22/vlen=100"),
         ("log", (), "set/klen=22/vlen=100"),
+        ("sidecar", ("--parts", "rates"), "rates"),
     ],
 )
 def test_a_bench_runs_in_short(bench, arguments, case, tmp_path):
