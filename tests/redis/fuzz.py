@@ -58,7 +58,7 @@ REGION = 1 << 20  # bytes of one read
 PASSWORD = b"secret"
 PAGE = mmap.PAGESIZE
 
-KEYS = [*grammar.KEYS, b"c1", b"x" * 4096, b"x" * 4097, b"x" * 5000]
+KEYS = [*grammar.KEYS, b"c1", b"\0ns\0db:1", b"\0the empty key\0", b"x" * 4096, b"x" * 4097, b"x" * 5000]
 LIES = [b"-1", b"0", b"1", b"-2", b"10", b"11", b"16384", b"16385", b"65536", b"65537", b"%d" % MAX_VALUE, b"%d" % (MAX_VALUE + 1), b"1048576",
         b"1048577", b"2147483647", b"2147483648", b"4294967295", b"4294967296", b"9223372036854775807", b"9223372036854775808",
         b"-9223372036854775808", b"18446744073709551615", b"18446744073709551616", b"", b" 1", b"+1", b"01", b"-0", b"1e3", b"1" * 30]  # fmt: skip
@@ -415,6 +415,7 @@ def watch(seed: int, inputs: int) -> dict[str, Any]:
                     for key in ("outcomes", "replies", "calls"):
                         report[key].update(said[key])
                     report["failed"] += said["failed"]
+                    print(*said["failed"], sep="\n", end="\n" * bool(said["failed"]), file=sys.stderr, flush=True)
                     if report["inputs"] % (40 * BATCH) == 0:
                         print(f"{report['inputs']:,} inputs, {sizes[-1] >> 20} MB", file=sys.stderr, flush=True)
                 if len(report["failed"]) >= FAILURES:
@@ -424,6 +425,7 @@ def watch(seed: int, inputs: int) -> dict[str, Any]:
         if status and len(report["failed"]) < FAILURES:
             how = f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"status {os.WEXITSTATUS(status)}"
             report["failed"].append(f"input {number[0]}: {ended}, {how}: python -m tests.redis.fuzz --seed {seed} --at {number[0]}")
+            print(report["failed"][-1], file=sys.stderr, flush=True)
             first += BATCH
         with contextlib.suppress(shmcache.SegmentNotFound):
             shmcache.unlink(f"q-fuzz-{pid}")
