@@ -362,14 +362,14 @@ def site_demo(*args, **kwargs):
 @pytest.mark.slow
 def test_site_demo_survives_a_killed_worker_and_a_reload():
     pytest.importorskip("gunicorn", reason="the site demo needs gunicorn")
-    out = site_demo("--seconds", "6", "--workers", "2", "--size", "8M", "--json")
+    out = site_demo("--seconds", "6", "--workers", "2", "--size", "4M", "--json")
     assert out.returncode == 0, out.stderr
     r = json.loads(out.stdout)
     assert r["verify"] == []
     assert r["without"]["hit_ratio"] == 0
     assert r["without"]["requests"] > 0
     assert r["reloaded"]["hit_ratio"] > 0.3
-    assert r["evictions"] > 0, "8 MB do not hold all pages"
+    assert r["evictions"] > 0, "4 MB do not hold all pages"
     assert len(r["hit_ratio_by_worker"]) >= 3, "two workers, and whoever came after the kill and the reload"
     assert str(r["killed_pid"]) in r["hit_ratio_by_worker"]
 
