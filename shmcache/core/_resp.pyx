@@ -20,7 +20,7 @@ from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memchr, memcmp, memcpy, memmove, memset
 
 from shmcache.core._core cimport Mapping, Table
-from shmcache.core.atomics cimport ld64, likely, prefetch, unlikely
+from shmcache.core.atomics cimport ld32, ld64, likely, prefetch, unlikely
 from shmcache.core.bucket cimport bucket_of, pthread_self, stripe_of, stripe_release, stripe_take
 from shmcache.core.clock cimport now_ms
 from shmcache.core.layout cimport FLAG_RAW, MAX_KEY, seg_t
@@ -524,16 +524,12 @@ cdef class Executor:
             elif rc != ABSENT:          # somebody came between; or it is no generation
                 if rc == OK and read_end(s, &r) == OK:
                     remove_key(self, self.named, n, r.cas)
-            elif not self.table.durability()["generations_missing"]:
+            elif ld32(&s.header.restoring) != 2:     # 2: generations may still come
                 put_value(self, self.named, n, <const uint8_t*>PyBytes_AS_STRING(urandom(8)), 8, CODEC_BYTES, NEVER, IF_ABSENT, 0)
             elif self.table.impatient:
                 raise WouldWait
             else:
                 self.table.namespace(f"db:{db}").prefix()       # waits for it
-
-    def select(self, int db):
-        """Keys of what follows are of this database."""
-        self.use(db)
 
     cdef bytes shown(self, const uint8_t* key, size_t n):
         """The client's key for a segment's one, None if it is of another database."""
@@ -594,11 +590,6 @@ cdef class Executor:
         """The key's version, 0 if it is not there."""
         cdef raw_t raw
         return raw.version if look(self, <const uint8_t*>PyBytes_AS_STRING(key), PyBytes_GET_SIZE(key), &raw, False) else 0
-
-    def expire(self, bytes key not None, int64_t expires_ms):
-        """Change when a key expires: unix ms, 0: never. True if it is there."""
-        return expire_key(self, <const uint8_t*>PyBytes_AS_STRING(key), PyBytes_GET_SIZE(key),
-                          self.expiry_of(expires_ms) if expires_ms else 0) == OK
 
 
 # ---- keys and values -------------------------------------------------------------------------------------------------------------
@@ -1923,7 +1914,7 @@ cdef class Client:
         cdef Executor ex = self.ex
         cdef raw_t raw
         cdef bint held
-        # of the log: more than its value needs is asked for while stripes are held
+        # of the log: room for a value whose size is not known yet is asked for when it is stored
         held = self.hold_keys(3, 1, ex.argl[1] + ex.argl[2] + 2 * RECORD_ROOM)
         try:
             if not look(ex, ex.argv[1], ex.argl[1], &raw, False):
@@ -1980,7 +1971,6 @@ cdef class Client:
         finally:
             if held:
                 ex.release()
-            ex.use(self.db)
 
     def transact(self, list queue not None, list keys not None, dict watching not None, uint64_t log_bytes, is_answered,
                  bint looked_at):

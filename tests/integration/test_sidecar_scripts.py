@@ -15,25 +15,10 @@ import redis
 
 import shmcache
 from shmcache.sidecar.serve import STOP_LIMIT
-from tests.integration.test_sidecar import LIMIT, Service, running, until
+from tests.integration.service import LIMIT, running, until
 from tests.redis.resp import Connection, encode, parse
 
 INCREMENT = "local n = redis.call('get', KEYS[1]) redis.call('set', KEYS[1], (n or 0) + ARGV[1]) return redis.call('get', KEYS[1])"
-
-
-@pytest.fixture
-def serve(name, tmp_path):
-    services = []
-
-    def go(*options):
-        services.append(Service(name, tmp_path, *options))
-        return services[-1]
-
-    yield go
-    for service in services:
-        service.stop()
-    with contextlib.suppress(shmcache.SegmentNotFound):
-        shmcache.unlink(name)
 
 
 def error_of(client, script, *arguments):

@@ -24,24 +24,10 @@ from prometheus_client.parser import text_string_to_metric_families
 import shmcache
 from shmcache.sidecar import serving
 from shmcache.sidecar.bus import ANSWER_LIMIT
-from tests.integration.test_sidecar import LIMIT, Service, free_port, until
+from tests.integration.service import LIMIT, until
+from tests.redis.servers import free_port
 
 TOOLS = Path(shmcache.__file__).parents[1] / "tools"
-
-
-@pytest.fixture
-def serve(name, tmp_path):
-    services = []
-
-    def go(*options):
-        services.append(Service(name, tmp_path, *options))
-        return services[-1]
-
-    yield go
-    for service in services:
-        service.stop()
-    with contextlib.suppress(shmcache.SegmentNotFound):
-        shmcache.unlink(name)
 
 
 def pid_of(client):

@@ -172,10 +172,15 @@ def is_answered(client: Connection, words: list[bytes]) -> bool:
         )
         return True
     tell(client, words)
-    if client.ex is client.server.executor or not is_of_loop(words[0].decode("latin-1").lower()):
+    if not is_elsewhere(client, words):
         return False
     call(client, words)
     return True
+
+
+def is_elsewhere(client: Connection, words: list[bytes]) -> bool:
+    """Does this command act on connections, which are the loop's, and is this a thread of the pool?"""
+    return client.ex is not client.server.executor and is_of_loop(words[0].decode("latin-1").lower())
 
 
 def execute(client: Connection) -> bytes | None:
@@ -194,7 +199,7 @@ def execute(client: Connection) -> bytes | None:
         found = keys_in(name, words[1:])
         keys += [(db, key) for key in found]
         long = long or name in LONG
-        elsewhere = elsewhere or (client.ex is not client.server.executor and is_of_loop(name))
+        elsewhere = elsewhere or is_elsewhere(client, words)
         log_bytes += (sum(map(len, words)) + 64 * max(1, len(found))) if TABLE[name].flags & WRITE else 0
     if long:
         in_pool(client)
@@ -211,8 +216,8 @@ def execute(client: Connection) -> bytes | None:
 
 
 def call(client: Connection, words: list[bytes]) -> None:
-    """Run a command as part of another: from a thread of the pool in the loop, if it acts on connections, which are the loop's."""
-    if client.ex is client.server.executor or not is_of_loop(words[0].decode("latin-1").lower()):
+    """Run a command as part of another; one that is_elsewhere() in the loop."""
+    if not is_elsewhere(client, words):
         client.call(words)
         return
     done: Future[None] = Future()
