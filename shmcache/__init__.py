@@ -12,6 +12,7 @@ The files, in reading order (arrows point down only; tests/unit/test_layers.py h
     supervisor/   eviction ahead of demand, expiry, snapshots, dump  -> cache, core
     cache.py      Cache, create, attach, open                        -> codec, segment, core
     flight.py     get_or_set, memoize, lock: computed once per host     -> core by cache
+    policy.py     a cache in front of a store: what its writes and misses do there -> cache, flight, stores
     namespace.py  keys of their own, an O(1) clear of their own
     stores/       what stands behind the cache: SQLStore, FunctionStore -> codec
     codec.py      values that are not bytes, str or int              -> errors
@@ -36,6 +37,7 @@ from shmcache.errors import (
     SegmentExists,
     SegmentNotFound,
     ShmcacheError,
+    StoreNeeded,
     StoreRefused,
     StoreUnavailable,
     UsageError,
@@ -46,6 +48,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import subprocess
 
+    from shmcache.policy import Policy as Policy
     from shmcache.stores import Store as Store
     from shmcache.stores.function import FunctionStore as FunctionStore
     from shmcache.stores.sql import SQLStore as SQLStore
@@ -59,13 +62,13 @@ def supervise(name: str) -> "subprocess.Popen[bytes]":
 
 
 def __getattr__(name: str) -> object:
-    """Store, FunctionStore and SQLStore are imported by who uses them."""
+    """Policy, Store, FunctionStore and SQLStore are imported by who uses them."""
     import importlib
 
-    module = {"Store": "", "FunctionStore": ".function", "SQLStore": ".sql"}.get(name)
+    module = {"Policy": "policy", "Store": "stores", "FunctionStore": "stores.function", "SQLStore": "stores.sql"}.get(name)
     if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"shmcache.stores{module}"), name)
+    return getattr(importlib.import_module(f"shmcache.{module}"), name)
 
 
 __all__ = [
@@ -77,6 +80,7 @@ __all__ = [
     "SegmentExists",
     "SegmentNotFound",
     "ShmcacheError",
+    "StoreNeeded",
     "StoreRefused",
     "StoreUnavailable",
     "UsageError",

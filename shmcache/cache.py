@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from datetime import timedelta
     from typing import Any
 
+    from shmcache.policy import Policy
+    from shmcache.stores import Store
+
 DEFAULT_SIZE = "256M"
 
 
@@ -64,6 +67,10 @@ class Cache(_core.Table):
         if value is not flight.MISSING:
             return value
         return flight.get_or_set(self, key, factory, ttl, lease)
+
+    def _keep(self, key: bytes | str, value: Any, version: int, ttl: float | timedelta | None) -> bool:
+        """Store what was computed for a claim: True if the claim is used up."""
+        return self.fill(key, value, version, ttl)
 
     def memoize(self, ttl: float | timedelta | None = None, *, name: str | None = None, lease: float = flight.LEASE) -> Any:
         """A decorator: the function's results are cached by its arguments and computed once per host, as by get_or_set.
@@ -149,9 +156,9 @@ def _reattach(name: str, codec: str, trust: dict[str, Any]) -> Cache:
 def _options(
     default_ttl: float | timedelta | None, max_value: int | str | None, stripes: int | None, max_processes: int | None,
     lock_limit: float | None, log_buffer: int | str | None,
-) -> dict[str, int]:
+) -> dict[str, Any]:
     """Those that were given, as segment.geometry takes them. Raises: InvalidConfig."""
-    given: dict[str, int] = {}
+    given: dict[str, Any] = {}
     if default_ttl is not None:
         seconds = default_ttl if isinstance(default_ttl, (int, float)) else getattr(default_ttl, "total_seconds", lambda: None)()
         if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds < 1e12:
@@ -184,6 +191,7 @@ def create(
     name: str, size: int | str = DEFAULT_SIZE, *, default_ttl: float | timedelta | None = None, codec: str = "msgpack",
     max_value: int | str | None = None, stripes: int | None = None, mode: int = 0o600, group: int | str | None = None,
     max_processes: int | None = None, lock_limit: float | None = None, huge_pages: bool = False, log_buffer: int | str | None = None,
+    policy: Policy | str | None = None, store: Store | None = None,
 ) -> Cache:
     """Create a segment and open it.
 
@@ -201,45 +209,69 @@ def create(
             --log`): a power of two from "64K"; None: no log can be kept.
         huge_pages: put the segment's memory into pages of 2 MiB (Linux 6.1): a large cache is faster, and every worker's page tables are
             smaller. A HugePagesRefused warning says if the kernel has not done it.
+        policy: how the cache stands in front of a store: "through", "around", "back", or a Policy (policy.py); kept in the segment. With a
+            store and no policy: "through".
+        store: a Store (stores/), for this handle. Each process has its own; a handle without one reads what is cached.
     Raises: SegmentExists, SharedMemoryFull, InvalidName, InvalidConfig, SegmentForbidden.
     """
     check_codec(codec)
     options = _options(default_ttl, max_value, stripes, max_processes, lock_limit, log_buffer)
+    options |= _policy_options(policy, store)
     mapping = segment.create(name, segment.parse_size(size), mode=mode, group=group, huge_pages=huge_pages, **options)
-    return Cache(mapping, codec)
+    return _handle(mapping, codec, {}, store)
 
 
-def attach(name: str, *, codec: str = "msgpack", owner: int | str | None = None, group: int | str | None = None) -> Cache:
+def _policy_options(policy: Policy | str | None, store: Store | None) -> dict[str, Any]:
+    """As segment.create takes them. Raises: InvalidConfig."""
+    if policy is None and store is None:
+        return {}
+    from shmcache.policy import Policy
+
+    chosen = Policy(policy or "through") if isinstance(policy, str | None) else policy
+    return {"policy": chosen.number, "config": chosen.packed()}
+
+
+def _handle(mapping: _core.Mapping, codec: str, trust: dict[str, Any], store: Store | None) -> Cache:
+    if store is None:
+        return Cache(mapping, codec, trust)
+    from shmcache.policy import StoredCache
+
+    return StoredCache(mapping, codec, trust, store)
+
+
+def attach(
+    name: str, *, codec: str = "msgpack", owner: int | str | None = None, group: int | str | None = None, store: Store | None = None
+) -> Cache:
     """Open a live segment.
 
-    Args: codec: as in create; it is this handle's. owner, group: a user or group, by id or name, whose segment is trusted.
+    Args: codec, store: as in create; they are this handle's. owner, group: a user or group, by id or name, whose segment is trusted.
     Raises: SegmentNotFound, SegmentForbidden, ForeignSegment, NotASegment, LayoutMismatch, SegmentTruncated, TooManyProcesses.
     """
     check_codec(codec)
     trust = {k: v for k, v in (("owner", owner), ("group", group)) if v is not None}
-    return Cache(segment.attach(name, **trust), codec, trust)
+    return _handle(segment.attach(name, **trust), codec, trust, store)
 
 
 def open(
     name: str, size: int | str | None = None, *, default_ttl: float | timedelta | None = None, codec: str = "msgpack",
     max_value: int | str | None = None, stripes: int | None = None, mode: int = 0o600, group: int | str | None = None,
     max_processes: int | None = None, lock_limit: float | None = None, huge_pages: bool = False, log_buffer: int | str | None = None,
-    owner: int | str | None = None,
+    owner: int | str | None = None, policy: Policy | str | None = None, store: Store | None = None,
 ) -> Cache:
     """Open a segment, and create it if there is none: what a worker calls. Arguments as of create (size: 256M by default).
 
     A live segment keeps its own settings: arguments that differ from them are said in one ConfigMismatch warning.
     """
-    options = _options(default_ttl, max_value, stripes, max_processes, lock_limit, log_buffer)
+    options = _options(default_ttl, max_value, stripes, max_processes, lock_limit, log_buffer) | _policy_options(policy, store)
     size_bytes = None if size is None else segment.parse_size(size)
     for _ in range(100):  # only against somebody who creates and unlinks all the while
         try:
-            cache = attach(name, codec=codec, owner=owner, group=group)
+            cache = attach(name, codec=codec, owner=owner, group=group, store=store)
         except errors.SegmentNotFound:
             try:
                 new_bytes = size_bytes or segment.parse_size(DEFAULT_SIZE)
                 mapping = segment.create(name, new_bytes, mode=mode, group=group, huge_pages=huge_pages, **options)
-                return Cache(mapping, codec)
+                return _handle(mapping, codec, {}, store)
             except errors.SegmentExists:
                 continue
         _warn_of_differences(cache, size_bytes, options)
@@ -248,7 +280,7 @@ def open(
 
 
 def create_restored(
-    name: str, restored_seq: int, epoch: int, was: dict[str, int], *, size: int | str | None = None, codec: str = "msgpack",
+    name: str, restored_seq: int, epoch: int, was: dict[str, Any], *, size: int | str | None = None, codec: str = "msgpack",
     default_ttl: float | timedelta | None = None, max_value: int | str | None = None, stripes: int | None = None, mode: int = 0o600,
     group: int | str | None = None, max_processes: int | None = None, lock_limit: float | None = None, huge_pages: bool = False,
     log_buffer: int | str | None = None, log_policy: int = 0,
@@ -256,6 +288,7 @@ def create_restored(
     """Create a segment of this epoch into which core._stream.Restore then puts items of versions up to restored_seq. was: settings() of the
     segment that they come from, for arguments that are not given; the others, and what is raised, as of create()."""
     options = {k: was[k] for k in ("default_ttl_ms", "max_value_bytes", "stripes", "max_processes", "lock_limit_ms", "ring_bytes")}
+    options |= {k: was[k] for k in ("policy", "config") if k in was}
     options |= _options(default_ttl, max_value, stripes, max_processes, lock_limit, log_buffer)
     size_bytes = was["size_bytes"] if size is None else segment.parse_size(size)
     options |= {"restored_seq": restored_seq, "restored_epoch": epoch, "log_policy": log_policy if options["ring_bytes"] else 0}
@@ -263,14 +296,18 @@ def create_restored(
     return Cache(mapping, codec)
 
 
-def _warn_of_differences(cache: Cache, size_bytes: int | None, options: dict[str, int]) -> None:
+def _warn_of_differences(cache: Cache, size_bytes: int | None, options: dict[str, Any]) -> None:
     live = cache.mapping.settings()
     wanted = dict(options)
     if size_bytes is not None:
         wanted["size_bytes"] = -(-size_bytes // 4096) * 4096
     if "max_value_bytes" in wanted:
         wanted["max_value_bytes"] = min(wanted["max_value_bytes"], live["max_value_most"])
-    differ = [f"{k} {v:,} asked, {live[k]:,} in force" for k, v in wanted.items() if live[k] != v]
+    differ = [f"{k} {v:,} asked, {live[k]:,} in force" for k, v in wanted.items() if k not in ("config", "policy") and live[k] != v]
+    if "config" in wanted and wanted["config"] != live["config"]:
+        from shmcache import policy
+
+        differ.append(f"{policy.unpacked(wanted['config'])} asked, {policy.policy_of(cache.mapping)} in force")
     if differ:
         import warnings
 

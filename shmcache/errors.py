@@ -154,6 +154,10 @@ class StoreRefused(UsageError):
     """The store will never do this: its table, its rights or the value are not made for it. Change what the message names."""
 
 
+class StoreNeeded(UsageError):
+    """The segment stands before a store, and this handle has none. Open it with store=; nothing was changed."""
+
+
 class RowsRefused(StoreRefused):
     """The store will never take some of the rows; the others were done. Change those rows, or leave them out.
 

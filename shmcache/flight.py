@@ -61,7 +61,7 @@ def get_or_set(cache: Cache, key: bytes | str, factory: Callable[[], Any], ttl: 
             elif (value := cache.get(key, MISSING)) is not MISSING:
                 return value
         value = factory()
-        if cache.fill(key, value, version, ttl):
+        if cache._keep(key, value, version, ttl):
             version = 0
         return value
     finally:

@@ -31,7 +31,7 @@ PREFIX = "shmcache."  # of the object's name: what `ls /dev/shm` shows, and what
 MIN_SIZE = 4 << 20
 BIG_PAGES_FROM = 4 << 30  # bytes; from here slab pages have 1 MiB, below 64 KiB (bench: 1 MiB pages cost a small cache 4 points)
 BYTES_PER_BUCKET = 768  # of slab memory: not five of the smallest common items (160 B) to seven slots
-CONFIG = b"\x80"  # an empty msgpack map: policies and watermarks will stand there
+CONFIG = b"\x80"  # an empty msgpack map
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _mappings: dict[tuple[int, int], ref[_core.Mapping]] = {}
@@ -86,6 +86,7 @@ def geometry(
     default_ttl_ms: int = 0,
     lock_limit_ms: int = 1000,
     ring_bytes: int = 0,
+    policy: int = 0,
 ) -> tuple[dict[str, int], list[int]]:
     """Where everything stands in a segment of size_bytes, by header field name; and the slab classes. Allocates nothing."""
     page_shift = 20 if size_bytes >= BIG_PAGES_FROM else 16
@@ -107,6 +108,7 @@ def geometry(
     g["max_value_bytes"] = min(max_value_bytes, slab_bytes // 4, listable, (1 << 32) - 1)
     g["default_ttl_ms"] = default_ttl_ms
     g["lock_limit_ms"] = lock_limit_ms
+    g["policy"] = policy
     g["size_bytes"] = size_bytes
     return g, chunks
 
@@ -144,10 +146,10 @@ def _sections(fixed: dict[str, int], n_pages: int) -> dict[str, int]:
 
 def create(
     name: str, size_bytes: int, *, mode: int = 0o600, group: int | str | None = None, huge_pages: bool = False, restored_seq: int = 0,
-    restored_epoch: int = 0, log_policy: int = 0, **options: int,
+    restored_epoch: int = 0, log_policy: int = 0, config: bytes = CONFIG, **options: int,
 ) -> _core.Mapping:
     """Make a segment and map it. options: of geometry(). restored_seq: it is to be restored, and no version in what comes is higher; its
-    epoch is restored_epoch, and its log's policy from the first moment log_policy.
+    epoch is restored_epoch, and its log's policy from the first moment log_policy. config: a msgpack map, for the header.
 
     Warns: HugePagesRefused.
 
@@ -173,7 +175,7 @@ def create(
         if group is not None:
             os.fchown(fd, -1, _gid(group))
         _reserve(fd, size_bytes)
-        refused = _core.format_segment(fd, g, chunks, _boot_id(), os.urandom(16), CONFIG, huge_pages)
+        refused = _core.format_segment(fd, g, chunks, _boot_id(), os.urandom(16), config, huge_pages)
         _link(fd, path, name)
         if refused:
             _warn_of_small_pages(name, refused)

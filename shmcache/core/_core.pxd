@@ -39,6 +39,7 @@ cdef class Table:
     cdef uint64_t life              # the token for which in_flight counts: a fork child starts at 0
     cdef public Bound _unpack       # of msgpack's bytes: a codec's own, so that a hit runs no Python frame (its errors go through
                                     # _undecoded()); None: by _decode()
+    cdef public bint _reads_through  # a miss of get() is answered by _load_missing(key, default)
     cdef object idle                # set by the last of them when close() waits
     cdef bint impatient      # an event loop's: a write that would wait raises WouldWait, and nothing is changed
     cdef uint64_t noted             # impatient: the ring's end that what was done with the log's policy always wants durable
@@ -63,7 +64,6 @@ cdef class Table:
     cdef int forked(self, seg_t* s, Mapping held, log_t* log) except -1
     cdef int clear_logged(self, seg_t* s, Mapping held, uint32_t epoch) except -1
     cdef int store_logged(self, object key, object value, object ttl, int when, uint64_t version, uint64_t* stored, log_t* log) except -100
-    cdef int store_encoded_logged(self, object key, Encoded value, object ttl, log_t* log) except -1
     cdef int remove_logged(self, object key, uint64_t version, log_t* log) except -100
     cdef int put_view(self, seg_t* s, put_t* op) except -100
     cdef int put_now(self, seg_t* s, put_t* op) except -100

@@ -28,17 +28,17 @@ from shmcache.core.big cimport big_read
 from shmcache.core.bucket cimport bucket_of, pthread_self, stripe_of, stripe_release, stripe_take
 from shmcache.core.clock cimport now_ms
 from shmcache.core.layout cimport (
-    BATCH_CLASSES, BATCH_SLOTS, CLS_POOL, CONFIG_BYTES, FLAG_CLAIM, FLAG_LOCK, LAYOUT_VERSION, LOG_ALWAYS, LOG_OFF, MAX_CLASSES, MAX_KEY, MAX_ROWS, MIN_CHUNK, PARKED_SLOTS,
+    BATCH_CLASSES, BATCH_SLOTS, CLS_POOL, CONFIG_BYTES, FLAG_CLAIM, FLAG_LOCK, FLAG_WRITING, LAYOUT_VERSION, LOG_ALWAYS, LOG_OFF, MAX_CLASSES, MAX_KEY, MAX_ROWS, MIN_CHUNK, PARKED_SLOTS, POLICY_BACK,
     bucket_t, class_t, header_t, item_t, lock_t, overflow_t, page_t, pool_t, ring_t,
     row_t, seg_t, stripe_t)
 from shmcache.core.ring cimport log_t, record_room, ring_of, ring_release, ring_secure, ring_wait, wake_drainer
 from shmcache.core.siphash cimport siphash, siphash13
 from shmcache.core.slab cimport chunk_class, cls_mark, give_back_all, item_at, page_cls
 from shmcache.core.table cimport (
-    ALWAYS, IF_ABSENT, IF_CLAIM, IF_PRESENT, IF_UNCLAIMED, IF_VERSION, RESTARTS, add_to, clear_all, count_items, give_up, next_keys, prefetch_item, put, put_t,
+    ALONE, ALWAYS, IF_ABSENT, IF_CLAIM, IF_PRESENT, IF_UNCLAIMED, IF_UNMARKED, IF_UNMARKED_BY_ANY, IF_VERSION, RESTARTS, add_to, clear_all, count_items, give_up, next_keys, prefetch_item, put, put_t,
     read_begin, read_claim, read_copy, read_end, read_t, remove, remove_claim, same_item, set_expiry, unchanged)
 from shmcache.core.token cimport (
-    ABSENT, AGAIN, BUSY, EXISTS, INTR, KEPT, MISMATCH, NO_OFD, NO_ROOM, NO_ROW, NOT_INT, OK, OS_ERROR, OVERFLOW, SUPERVISOR_BYTE,
+    ABSENT, AGAIN, BUSY, EXISTS, INTR, KEPT, MISMATCH, NO_OFD, NO_ROOM, NO_ROW, NO_STORE, NOT_INT, OK, OS_ERROR, OVERFLOW, SUPERVISOR_BYTE,
     close, dead, getpid, mono_ns, munmap, prober_ready, row_of, shm_ofd_lock, shm_reopen, shm_wiped_page, take_row, wall_ms, word_of)
 
 from shmcache import errors
@@ -124,6 +124,19 @@ def siphash_rounds(const uint8_t[:] data not None, uint64_t k0, uint64_t k1, int
 
 # ---- layout, for the numpy dtypes ---------------------------------------------------------------------------------------
 
+def seconds(ttl):
+    """A ttl as a number of seconds, 0 or at least 0.001. Raises: InvalidTTL."""
+    return ttl_to_ms(ttl) / 1000.0
+
+
+def key_bytes(key):
+    """The bytes of a key. Raises: InvalidKey, InvalidKeyType."""
+    cdef const uint8_t* k
+    cdef size_t n
+    key_view(key, &k, &n)
+    return key if PyBytes_CheckExact(key) else PyBytes_FromStringAndSize(<char*>k, <Py_ssize_t>n)
+
+
 def layout():
     """The structs of layout.pxd: {struct: (size, [(field, offset, numpy format, count)])}."""
     cdef header_t* h = NULL
@@ -162,7 +175,8 @@ def layout():
             ("overflow_off", <size_t>&h.overflow_off, "<u8", 1), ("rings_off", <size_t>&h.rings_off, "<u8", 1),
             ("slab_off", <size_t>&h.slab_off, "<u8", 1), ("max_value_bytes", <size_t>&h.max_value_bytes, "<u8", 1),
             ("default_ttl_ms", <size_t>&h.default_ttl_ms, "<u8", 1), ("lock_limit_ms", <size_t>&h.lock_limit_ms, "<u4", 1),
-            ("config_bytes", <size_t>&h.config_bytes, "<u4", 1), ("epoch", <size_t>&h.epoch, "<u4", 1),
+            ("config_bytes", <size_t>&h.config_bytes, "<u4", 1), ("policy", <size_t>&h.policy, "<u4", 1),
+            ("epoch", <size_t>&h.epoch, "<u4", 1),
             ("restoring", <size_t>&h.restoring, "<u4", 1), ("restored_seq", <size_t>&h.restored_seq, "<u8", 1),
             ("restored_epoch", <size_t>&h.restored_epoch, "<u4", 1),
             ("snapshots_asked", <size_t>&h.snapshots_asked, "<u8", 1), ("snapshots_ended", <size_t>&h.snapshots_ended, "<u8", 1),
@@ -192,7 +206,9 @@ def layout():
             ("stalls", <size_t>&r.stalls, "<u8", 1), ("max_wait_ns", <size_t>&r.max_wait_ns, "<u8", 1),
             ("unlisted", <size_t>&r.unlisted, "<u8", 1), ("repairs", <size_t>&r.repairs, "<u8", 8), ("hazard", <size_t>&r.hazard, "<u8", 8),
             ("parked", <size_t>&r.parked, "<u8", PARKED_SLOTS),
-            ("batch", <size_t>&r.batch, "<u8", (BATCH_CLASSES, BATCH_SLOTS))]),
+            ("batch", <size_t>&r.batch, "<u8", (BATCH_CLASSES, BATCH_SLOTS)), ("store_loads", <size_t>&r.store_loads, "<u8", 1),
+            ("store_found", <size_t>&r.store_found, "<u8", 1), ("store_writes", <size_t>&r.store_writes, "<u8", 1),
+            ("store_errors", <size_t>&r.store_errors, "<u8", 1)]),
         "stripe": (sizeof(stripe_t), [
             ("word", <size_t>&t.lock.word, "<u8", 1), ("stalled", <size_t>&t.lock.stalled, "<u8", 1), ("bell", <size_t>&t.lock.bell, "<u4", 1),
             ("seq", <size_t>&t.seq, "<u8", 1), ("old", <size_t>&t.old, "<u8", 1), ("new", <size_t>&t.new, "<u8", 1),
@@ -258,6 +274,7 @@ def format_segment(int fd, dict g, list chunk_bytes, bytes boot_id, bytes hash_k
         h.buckets_off = g["buckets_off"]; h.overflow_off = g["overflow_off"]; h.rings_off = g["rings_off"]
         h.slab_off = g["slab_off"]
         h.max_value_bytes = g["max_value_bytes"]; h.default_ttl_ms = g["default_ttl_ms"]; h.lock_limit_ms = g["lock_limit_ms"]
+        h.policy = g["policy"]
         #! create: header
         h.ring_bytes = g["ring_bytes"]
         h.epoch = 1
@@ -298,6 +315,11 @@ cdef object damaged_pages():
     return errors.DamageError("a page of this value belongs to somebody else: delete the key, or run shmcache-admin verify --repair")
 
 
+cdef object too_large(uint64_t n, uint64_t most):
+    return errors.ValueTooLarge(f"the encoded value has {n:,} bytes, this segment takes {most:,}: split it, or create the segment larger or "
+                                "with a larger max_value; nothing was stored")
+
+
 cdef object not_durable():
     return errors.NotDurable("the write was done and everybody sees it, but it is not known to be on the disk: is the supervisor running, is "
                              "its disk full?")
@@ -311,6 +333,8 @@ cdef int fail(int rc) except -100:
         raise errors.StripeBusy(
             "a living process holds a lock that this call needs and does not run (stopped, or out of its CPU quota); nothing "
             "was changed: try again, or continue or kill that process")
+    if rc == NO_STORE:
+        raise errors.StoreNeeded("this segment stands before a store, and this handle has none: open it with store=, so that writes get there")
     if rc == NO_ROW:
         raise errors.TooManyProcesses(
             "every process row is taken by a living process: create the segment with a larger max_processes")
@@ -457,6 +481,7 @@ cdef class Mapping:
         s.k1 = h.hash_key[1]
         s.max_value_bytes = h.max_value_bytes
         s.default_ttl_ms = h.default_ttl_ms
+        s.policy = h.policy
         s.limit_ns = s.patience_ns = <uint64_t>h.lock_limit_ms * 1000000
         classes = s.classes
         for i in range(s.n_classes):
@@ -489,7 +514,7 @@ cdef class Mapping:
                 return False
             if i and off[i] < off[i - 1] + need[i - 1]:
                 return False
-        if h.slab_off & ((<uint64_t>1 << h.page_shift) - 1) or h.config_bytes > CONFIG_BYTES:
+        if h.slab_off & ((<uint64_t>1 << h.page_shift) - 1) or h.config_bytes > CONFIG_BYTES or h.policy > POLICY_BACK:
             return False
         classes = <class_t*>(<uint8_t*>h + h.classes_off)
         for i in range(h.n_classes):
@@ -536,7 +561,7 @@ cdef class Mapping:
         return {"size_bytes": s.size_bytes, "default_ttl_ms": s.default_ttl_ms, "max_value_bytes": s.max_value_bytes,
                 "max_value_most": min((s.n_pages << s.page_shift) // 4, list_room, <uint64_t>0xffffffff),
                 "stripes": s.n_stripes, "max_processes": s.n_rows, "lock_limit_ms": s.header.lock_limit_ms,
-                "ring_bytes": s.ring_bytes}
+                "ring_bytes": s.ring_bytes, "policy": s.policy, "config": self.config}
 
     @property
     def config(self):
@@ -796,6 +821,14 @@ cdef class Table:
         stopped process. Locks: none.
         """
         cdef uint64_t version
+        if likely(not self._reads_through):
+            return self.read(key, default, &version)
+        value = self.read(key, MISS, &version)
+        return self._load_missing(key, default) if value is MISS else value
+
+    def peek(self, key, default=None):
+        """get(), but of what is cached, whatever stands behind the cache."""
+        cdef uint64_t version
         return self.read(key, default, &version)
 
     def gets(self, key):
@@ -838,6 +871,8 @@ cdef class Table:
     def __getitem__(self, key):
         cdef uint64_t version
         value = self.read(key, MISS, &version)
+        if value is MISS and self._reads_through:
+            value = self._load_missing(key, MISS)
         if value is MISS:
             raise KeyError(key)
         return value
@@ -880,7 +915,10 @@ cdef class Table:
         """Point op at the value's bytes; the object returned keeps them alive."""
         cdef Py_ssize_t n
         cdef int overflow = 0
-        if PyBytes_CheckExact(value):
+        if type(value) is Encoded:
+            op.codec = (<Encoded>value).codec
+            value = (<Encoded>value).payload
+        elif PyBytes_CheckExact(value):
             op.codec = CODEC_BYTES
         elif PyUnicode_CheckExact(value):
             op.codec = CODEC_STR
@@ -1045,6 +1083,7 @@ cdef class Table:
         op.flags = 0
         op.refs = 0
         op.when = when
+        op.loaded = when == IF_CLAIM
         op.version = version
         key_view(key, &op.key, &op.key_bytes)
         op.hash = siphash13(op.key, op.key_bytes, s.k0, s.k1)
@@ -1056,9 +1095,7 @@ cdef class Table:
             op.expiry_ms = now_ms(s) + s.default_ttl_ms if s.default_ttl_ms else 0
         holder = self.store_view(value, &op, &number)
         if op.value_bytes > s.max_value_bytes:
-            raise errors.ValueTooLarge(
-                f"the encoded value has {op.value_bytes:,} bytes, this segment takes {s.max_value_bytes:,}: split it, or create the "
-                "segment larger or with a larger max_value")
+            raise too_large(op.value_bytes, s.max_value_bytes)
         s = self.ready()                    # an encoder is Python: it may have closed this handle, or forked
         held = self.mapping
         rc = self.put_view(s, &op)
@@ -1095,69 +1132,39 @@ cdef class Table:
         cdef uint64_t stored
         return self.store(key, value, ttl, IF_VERSION if version else IF_ABSENT, version, &stored) == OK
 
+    def encoded(self, value):
+        """A value as its codec has it: Encoded, or the value itself if it needs none. What set() and the like take instead of it.
+
+        Raises: UnsupportedValue, ValueTooLarge.
+        """
+        cdef put_t op
+        cdef int64_t number
+        cdef seg_t* s
+        holder = self.store_view(value, &op, &number)
+        s = self.ready()                    # an encoder is Python
+        if op.value_bytes > s.max_value_bytes:
+            raise too_large(op.value_bytes, s.max_value_bytes)
+        return value if op.codec <= CODEC_INT else Encoded(op.codec, holder)
+
     def set_many(self, mapping, ttl=None):
         """Store several values. All are checked and encoded before the first is stored; each is then stored by itself."""
         cdef list ready = []
         cdef log_t log
-        cdef put_t op
-        cdef int64_t number
+        cdef const uint8_t* k
+        cdef size_t n
         cdef uint64_t stored
         cdef seg_t* s = self.ready()
         cdef Mapping held = self.mapping
         if ttl is not None:
             ttl_to_ms(ttl)
         for key, value in (mapping.items() if hasattr(mapping, "items") else mapping):
-            key_view(key, &op.key, &op.key_bytes)
-            holder = self.store_view(value, &op, &number)
-            if op.value_bytes > s.max_value_bytes:
-                raise errors.ValueTooLarge(f"the encoded value of {key!r} has {op.value_bytes:,} bytes, this segment takes "
-                                           f"{s.max_value_bytes:,}: nothing was stored")
-            ready.append((key, value if op.codec <= CODEC_INT else Encoded(op.codec, holder)))
+            key_view(key, &k, &n)
+            ready.append((key, self.encoded(value)))
         log.end = 0
         for key, value in ready:
-            if type(value) is Encoded:
-                self.store_encoded_logged(key, value, ttl, &log)
-            else:
-                self.store_logged(key, value, ttl, ALWAYS, 0, &stored, &log)
+            self.store_logged(key, value, ttl, ALWAYS, 0, &stored, &log)
         if unlikely(log.end != 0):          # of the last: what is durable up to there is all of them
             self.durable(s, held, &log)
-
-    def store_encoded(self, key, Encoded value not None, ttl):
-        """set() of a value that a codec has turned into bytes already."""
-        cdef log_t log
-        cdef Mapping held = self.mapping
-        self.store_encoded_logged(key, value, ttl, &log)
-        if unlikely(log.end != 0):
-            self.durable(&held.s, held, &log)
-
-    cdef int store_encoded_logged(self, object key, Encoded value, object ttl, log_t* log) except -1:
-        cdef put_t op
-        cdef uint64_t ttl_ms = 0
-        cdef seg_t* s = self.ready()
-        cdef Mapping held = self.mapping
-        cdef int rc
-        op.chunk = 0
-        op.flags = 0
-        op.refs = 0
-        op.when = ALWAYS
-        op.version = 0
-        key_view(key, &op.key, &op.key_bytes)
-        if ttl is not None:
-            ttl_ms = ttl_to_ms(ttl)
-            op.expiry_ms = now_ms(s) + ttl_ms if ttl_ms else 1
-        else:
-            op.expiry_ms = now_ms(s) + s.default_ttl_ms if s.default_ttl_ms else 0
-        op.codec = value.codec
-        op.value = <const uint8_t*>PyBytes_AS_STRING(value.payload)
-        op.value_bytes = <uint64_t>PyBytes_GET_SIZE(value.payload)
-        if op.value_bytes > s.max_value_bytes:
-            raise errors.ValueTooLarge(f"the encoded value has {op.value_bytes:,} bytes, this segment takes {s.max_value_bytes:,}")
-        op.hash = siphash13(op.key, op.key_bytes, s.k0, s.k1)
-        rc = self.put_view(s, &op)
-        log[0] = op.log
-        if rc == OK and ttl is not None and ttl_ms == 0:
-            self.remove_view(s, held, op.key, op.key_bytes, op.hash, 0, True, NULL)
-        return 0
 
     def __setitem__(self, key, value):
         cdef uint64_t stored
@@ -1285,12 +1292,14 @@ cdef class Table:
         """Claim a key that is not there: say that this thread computes its value, or (lock) holds it.
 
         Args: seconds: after which the claim is void, 0: never. lock: clear() leaves it alone.
-        Returns: the claim's version, above 0; 0: a value is there; -1: another living thread's claim stands; -2: this thread's own.
+        Returns: the claim's version, above 0; 0: a value is there; -1: another living thread's claim stands; -2: this thread's own;
+        -3: somebody changes it in the store (mark()); -4: did, and is dead.
         A claim of the dead is taken over. Whoever sets, deletes or (but for a lock) clears the key voids it.
         """
         cdef put_t op
         cdef uint64_t owner[2]
         cdef uint64_t token = 0, thread = 0
+        cdef uint8_t flags = 0
         cdef seg_t* s
         cdef int rc
         cdef Mapping held
@@ -1304,18 +1313,21 @@ cdef class Table:
             op.refs = 0
             op.hash = siphash13(op.key, op.key_bytes, s.k0, s.k1)
             op.version = 0
-            rc = read_claim(s, op.key, op.key_bytes, op.hash, &op.version, &token, &thread)
+            rc = read_claim(s, op.key, op.key_bytes, op.hash, &op.version, &token, &thread, &flags)
             if rc == OK:
                 return 0
             if rc == AGAIN:
                 continue
             if rc == EXISTS:
+                if flags & FLAG_WRITING:
+                    return -4 if dead(s, token) else -3
                 if token == owner[0]:
                     return -2 if thread == owner[1] else -1
                 if not dead(s, token):
                     return -1
             op.when = IF_CLAIM if rc == EXISTS else IF_UNCLAIMED
             op.flags = FLAG_CLAIM | (FLAG_LOCK if lock else 0)
+            op.loaded = True
             op.codec = CODEC_BYTES
             op.value = <const uint8_t*>owner
             op.value_bytes = 16
@@ -1330,13 +1342,49 @@ cdef class Table:
         cdef const uint8_t* k
         cdef size_t n
         cdef uint64_t version = 0, token = 0, thread = 0
+        cdef uint8_t flags = 0
         cdef seg_t* s
         cdef int rc = AGAIN
         key_view(key, &k, &n)
         while rc == AGAIN:
             s = self.ready()
-            rc = read_claim(s, k, n, siphash13(k, n, s.k0, s.k1), &version, &token, &thread)
+            rc = read_claim(s, k, n, siphash13(k, n, s.k0, s.k1), &version, &token, &thread, &flags)
         return version if rc == EXISTS and (not mine or token == s.me[0]) else 0
+
+    def mark(self, key, double seconds, bint alone=False, bint anyway=False, uint64_t version=0):
+        """Say that this thread is about to change a key in the store: whatever is there goes, readers miss, and nobody fills.
+
+        Args: seconds: that the mark stands, also if this process dies: its write may be going on in the store. alone: nobody else is to
+        write meanwhile. anyway: do not ask who else does. version: if the key still has it.
+        Returns: (version, overlapped). The version is for fill() and unclaim(), 0 if a living thread's mark is in the way: one that wants
+        the key for itself; or, alone, any; -1: it has another version. overlapped: another's mark was there, so nobody knows what the store will have in the end.
+        """
+        cdef put_t op
+        cdef uint64_t owner[2]
+        cdef seg_t* s
+        cdef int rc
+        cdef uint64_t token
+        key_view(key, &op.key, &op.key_bytes)
+        while True:
+            s = self.ready()
+            token = s.me[0]
+            owner[0] = s.me[0]
+            owner[1] = <uint64_t>PyThread_get_thread_ident() | (ALONE if alone else 0)
+            op.chunk = 0
+            op.refs = 0
+            op.hash = siphash13(op.key, op.key_bytes, s.k0, s.k1)
+            op.version = version
+            op.overlapped = False
+            op.when = ALWAYS if anyway else IF_UNMARKED_BY_ANY if alone else IF_UNMARKED
+            op.flags = FLAG_CLAIM | FLAG_LOCK | FLAG_WRITING
+            op.loaded = True
+            op.codec = CODEC_BYTES
+            op.value = <const uint8_t*>owner
+            op.value_bytes = 16
+            op.expiry_ms = now_ms(s) + <uint64_t>(seconds * 1000 + 0.999999)
+            rc = self.put_view(s, &op)
+            if rc != MISMATCH or token == s.me[0]:      # else a fork child: the mark was the parent's
+                return (op.cas if rc == OK else -1 if rc == MISMATCH else 0), bool(op.overlapped)
 
     def fill(self, key, value, uint64_t version, ttl=None):
         """Store the value for which claim() gave this version: True if the claim still stood."""
@@ -1654,6 +1702,26 @@ cdef class Table:
         total["repairs"] = dict(zip(("sets_finished", "writes_undone", "removals_finished", "class_lists", "pool_lists", "chunks", "pages",
                                      "overflow_buckets"), repairs))
         return total
+
+    def count_store(self, uint64_t loads=0, uint64_t found=0, uint64_t writes=0, uint64_t errors=0):
+        """Count what this process had to do with the store."""
+        cdef row_t* r = self.ready().row
+        r.store_loads += loads
+        r.store_found += found
+        r.store_writes += writes
+        r.store_errors += errors
+
+    def store_counters(self):
+        """What all processes had to do with the store: keys loaded, found, written (stored or deleted), calls that failed."""
+        cdef seg_t* s = self.ready()
+        cdef uint32_t i
+        cdef uint64_t loads = 0, found = 0, writes = 0, failed = 0
+        for i in range(s.n_rows):
+            loads += s.rows[i].store_loads
+            found += s.rows[i].store_found
+            writes += s.rows[i].store_writes
+            failed += s.rows[i].store_errors
+        return {"loads": loads, "found": found, "writes": writes, "errors": failed}
 
     def processes(self):
         """The living, by row: [{"pid", "row", "started_ms", "hits", "misses", "sets", "deletes"}]."""

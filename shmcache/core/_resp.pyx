@@ -725,6 +725,7 @@ cdef int put_value(Executor ex, const uint8_t* key, size_t n, const uint8_t* val
     op.refs = 0
     op.chunk = 0
     op.when = when
+    op.loaded = False
     op.version = version
     op.expiry_ms = expiry_ms
     if unlikely(expiry_ms == NEVER):

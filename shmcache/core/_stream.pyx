@@ -392,6 +392,7 @@ cdef class Restore:
             op.flags = 0
             op.refs = <uint8_t>min(r.op >> 4, <int>MAX_REFS)
             op.when = RESTORED
+            op.loaded = True
             op.version = r.version
             op.epoch = s.header.restored_epoch
             op.log.bytes = 0                # it is in the log, or in the snapshot, already

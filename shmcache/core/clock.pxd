@@ -23,7 +23,7 @@ from libc.string cimport memset
 from shmcache.core.atomics cimport add64, cas32, cas64, ld8r, ld16r, ld32, ld32r, ld64, ld64r, ldi64r, st8r, st32, st64
 from shmcache.core.big cimport big_free_item_pages
 from shmcache.core.bucket cimport OP_EVICT, bucket_of, remove_locked, slot_naming, stripe_of, stripe_release, stripe_take
-from shmcache.core.layout cimport FLAG_BIG, FLAG_CLAIM, FLAG_LOCK, class_t, item_t, page_t, seg_t, stripe_t
+from shmcache.core.layout cimport FLAG_BIG, FLAG_CLAIM, FLAG_LOCK, FLAG_WRITING, class_t, item_t, page_t, seg_t, stripe_t
 from shmcache.core.lock cimport shm_ring
 from shmcache.core.settle cimport settle_chunk, settle_overflow, settle_pages
 from shmcache.core.slab cimport avail_push_locked, avail_remove_locked, chunk_addr, chunk_class, chunk_free_list, chunk_get, \
@@ -47,12 +47,13 @@ cdef inline bint stale(seg_t* s, item_t* it) noexcept nogil:
     return (ld32r(&it.epoch) != ld32(&s.header.epoch) and not ld8r(&it.flags) & FLAG_LOCK) or (expiry != 0 and expiry <= now_ms(s))
 
 cdef inline bint claim_stands(seg_t* s, uint64_t addr) noexcept nogil:
-    """Is this item a claim of a living process whose time is not over? Its stripe is held."""
+    """Is this item a claim of a living process whose time is not over? A mark stands without its process, too: what that had begun in the
+    store may still go on there. Its stripe is held."""
     cdef item_t* it = item_at(s, addr)
     cdef uint64_t at = value_offset(ld16r(&it.key_bytes))
     if not ld8r(&it.flags) & FLAG_CLAIM or stale(s, it) or at + 16 > page_room(s, addr):
         return False
-    return not dead(s, ld64r(<uint64_t*>(<uint8_t*>it + at)))
+    return ld8r(&it.flags) & FLAG_WRITING or not dead(s, ld64r(<uint64_t*>(<uint8_t*>it + at)))
 
 cdef inline int evict_chunk(seg_t* s, uint64_t addr, uint32_t cls, bint only_stale, uint64_t limit_ns) noexcept nogil:
     """Take the item at this address out of the table, whatever its count: OK leaves it RETIRED(this process), a chunk of class cls.

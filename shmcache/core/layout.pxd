@@ -10,7 +10,7 @@
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 cdef enum:
-    LAYOUT_VERSION = 5      # bump = attach refuses older segments, every host starts cold
+    LAYOUT_VERSION = 6      # bump = attach refuses older segments, every host starts cold
     SLOTS = 7               # of a bucket
     OV_SLOTS = 6            # of an overflow bucket; its last word says whose it is
     GRANULE = 16            # bytes; unit of an address
@@ -38,6 +38,11 @@ cdef enum:
     REPAIRED_OVERFLOW = 7   # an overflow bucket
     CLS_POOL = 0xffff       # page_t.cls of a page in the pool
     CLS_BIG = 0xfffe        # page_t.cls of a page of a big value
+    # what stands behind the cache, and how writes get there (policy.py)
+    POLICY_NONE = 0
+    POLICY_THROUGH = 1
+    POLICY_AROUND = 2
+    POLICY_BACK = 3
     # log policies
     LOG_OFF = 0
     LOG_NO = 1              # written, synced when the kernel likes
@@ -116,7 +121,9 @@ ctypedef struct header_t:   # 4,096 bytes. Written at creation only, where nothi
     uint64_t default_ttl_ms # 0 = items never expire
     uint32_t lock_limit_ms  # how long a writer waits for one lock that a living process holds
     uint32_t config_bytes   # length of the msgpack map in config
-    uint64_t pad0[2]
+    uint32_t policy         # POLICY_*
+    uint32_t pad8
+    uint64_t pad0
     # read by every operation, written seldom: a line of their own
     uint32_t epoch          # clear() counts it up, by compare-and-swap, no lock
     uint32_t restoring      # items of a snapshot are being put in (bucket.pxd, departed); 2: the generations of namespaces are not in yet.
@@ -182,7 +189,11 @@ ctypedef struct row_t:      # 1,024 bytes. Writer: the process that holds the ro
     uint64_t parked[16]     # PARKED_SLOTS: chunks of any class whose class lock was busy when they were freed
     uint64_t batch[16][4]   # BATCH_CLASSES, BATCH_SLOTS: addresses of RESERVED(this process) chunks; 0 = empty.
                             # Put by compare-and-swap, taken by exchange, recalled by others by compare-and-swap
-    uint64_t pad1[8]
+    uint64_t store_loads    # keys asked of the store; of it those that were there
+    uint64_t store_found
+    uint64_t store_writes   # keys stored and deleted there
+    uint64_t store_errors   # calls that failed
+    uint64_t pad1[4]
 
 # ---- rings of the log ---------------------------------------------------------------------------------------------------
 
@@ -241,6 +252,7 @@ cdef enum:
     FLAG_BIG = 1            # instead of the value: u32 page indexes, then the rest of the value
     FLAG_CLAIM = 2          # no value: somebody computes it, or holds this lock. Value: u64 owner's token, u64 thread
     FLAG_LOCK = 4           # a claim that clear() leaves alone
+    FLAG_WRITING = 16       # a claim and lock: somebody changes this key in the store. It stands till its time is over, dead or not
     FLAG_RAW = 8            # for the sidecar: in Redis the value would be of the encoding raw, even if it spells a number. Not in snapshots
 
 # ---- a process's own view, outside the segment ------------------------------------------------------------------------
@@ -285,6 +297,7 @@ ctypedef struct seg_t:
     uint32_t page_chunks[64]    # chunks that a page of the class holds
     uint64_t max_value_bytes
     uint64_t default_ttl_ms
+    uint32_t policy
     uint64_t holder         # the thread of this process that holds several stripes at once; 0: none. One at a time
     uint64_t held[1024]     # which: a bit for each stripe
     bint supervising        # this process is the supervisor: what it evicts, it evicts ahead of demand

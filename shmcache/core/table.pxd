@@ -18,15 +18,15 @@ from shmcache.core.bucket cimport ADDR_MASK, OP_DELETE, OP_EVICT, OP_SET, OP_TOU
     chain_grow_locked, chain_next, chain_t, count_now, count_without, depart, depart_with, departed, note_intent, pthread_self, remove_locked, \
     slot_word, stripe_of, stripe_release, stripe_take
 from shmcache.core.clock cimport claim_stands, now_ms, stale, take_page, take_room
-from shmcache.core.layout cimport CLS_BIG, FLAG_BIG, FLAG_CLAIM, FLAG_LOCK, MAX_REFS, bucket_t, item_t, seg_t, stripe_t
+from shmcache.core.layout cimport CLS_BIG, FLAG_BIG, FLAG_CLAIM, FLAG_LOCK, FLAG_WRITING, MAX_REFS, POLICY_AROUND, POLICY_THROUGH, bucket_t, item_t, seg_t, stripe_t
 from shmcache.core.lock cimport lock_release, lock_take
 from shmcache.core.record cimport RECORD_DELETE, RECORD_EXPIRY, RECORD_SET
 from shmcache.core.ring cimport log_op, log_t
 from shmcache.core.settle cimport INNER_NS, settle_pages
 from shmcache.core.slab cimport chunk_class, chunk_free, class_for, cls_mark, in_slab, item_at, page_from_pool, page_room, page_to_pool, \
     refs_of, value_offset
-from shmcache.core.token cimport ABSENT, AGAIN, BUSY, EXISTS, INTR, LIVE, MISMATCH, NO_ROOM, NOT_INT, OK, OVERFLOW, PAGE_BIG, \
-    PAGE_CUTTING, RETIRED, TAKEN_OVER, word_of
+from shmcache.core.token cimport ABSENT, AGAIN, BUSY, EXISTS, INTR, LIVE, MISMATCH, NO_ROOM, NO_STORE, NOT_INT, OK, OVERFLOW, PAGE_BIG, \
+    PAGE_CUTTING, RETIRED, TAKEN_OVER, dead, word_of
 
 cdef enum:
     RESTARTS = 64           # of a read, before it takes the stripe
@@ -39,6 +39,8 @@ cdef enum:
     IF_VERSION = 3
     IF_UNCLAIMED = 4        # neither a value nor a claim that stands
     IF_CLAIM = 5            # exactly this claim: its version
+    IF_UNMARKED = 7         # no mark of a living thread that wants the key for itself
+    IF_UNMARKED_BY_ANY = 8  # no mark of a living thread
     RESTORED = 6            # nothing is there, nothing left meanwhile, and nobody has cleared: with a version that is given
 
 # ---- read -----------------------------------------------------------------------------------------------------------------
@@ -280,8 +282,9 @@ ctypedef struct put_t:
     uint64_t value_bytes
     uint64_t expiry_ms
     uint8_t codec
-    uint8_t flags           # FLAG_CLAIM, FLAG_LOCK; else a value: FLAG_RAW or 0
-    int when                # ALWAYS, IF_ABSENT, IF_PRESENT, IF_VERSION, IF_UNCLAIMED, IF_CLAIM
+    uint8_t flags           # FLAG_CLAIM, FLAG_LOCK, FLAG_WRITING; else a value: FLAG_RAW or 0
+    bint loaded             # it is what the store has: no write that has to get there
+    int when                # ALWAYS, IF_ABSENT, IF_PRESENT, IF_VERSION, IF_UNCLAIMED, IF_CLAIM, IF_UNMARKED, IF_UNMARKED_BY_ANY
     uint64_t version        # for IF_VERSION and IF_CLAIM; RESTORED: that it had
     uint32_t epoch          # RESTORED: of the segment when the restore began
     uint8_t refs            # its CLOCK count, but of a key that is there: that stays
@@ -291,6 +294,7 @@ ctypedef struct put_t:
     big_t big
     bint is_big
     uint64_t cas            # out: the version of the item stored
+    bint overlapped         # out: it replaced a mark, whoever's and however old
     log_t log
 
 cdef inline int collect_pages(seg_t* s, put_t* op, uint64_t limit_ns) noexcept nogil:
@@ -425,8 +429,28 @@ cdef inline bint my_claim(seg_t* s, uint64_t addr, size_t n) noexcept nogil:
     return item_at(s, addr).value_bytes == 16 and value_offset(n) + 16 <= page_room(s, addr) and \
         ld64r(<uint64_t*>(<uint8_t*>item_at(s, addr) + value_offset(n))) == s.me[0]
 
+cdef extern from *:
+    """
+    #define SHM_ALONE ((uint64_t)1 << 63)   /* of the thread in a mark: user space has no such address */
+    """
+    const uint64_t ALONE "SHM_ALONE"
+
+cdef inline bint passes_by(seg_t* s, const uint8_t* key) noexcept nogil:
+    """Would a plain write of this key pass the store by? Keys that begin with a NUL are the cache's own."""
+    return s.policy != 0 and (s.policy == POLICY_THROUGH or s.policy == POLICY_AROUND) and key[0] != 0
+
+cdef inline bint alone(seg_t* s, uint64_t addr, size_t n) noexcept nogil:
+    """Does the owner of this mark want the key for itself?"""
+    return (ld64r(<uint64_t*>(<uint8_t*>item_at(s, addr) + value_offset(n)) + 1) & ALONE) != 0
+
 cdef inline int allowed(seg_t* s, put_t* op, found_t* f) noexcept nogil:
     cdef bint present = f.slot != NULL and f.live
+    if op.flags & FLAG_WRITING:
+        op.overlapped = f.slot != NULL and ld8r(&item_at(s, f.addr).flags) & FLAG_WRITING
+        if op.overlapped and f.claimed and op.when != ALWAYS and (op.when == IF_UNMARKED_BY_ANY or alone(s, f.addr, op.key_bytes)) and \
+                not dead(s, ld64r(<uint64_t*>(<uint8_t*>item_at(s, f.addr) + value_offset(op.key_bytes)))):
+            return EXISTS
+        return OK if not op.version or (present and ld64(&item_at(s, f.addr).cas) == op.version) else MISMATCH
     if op.when == IF_ABSENT:
         return EXISTS if present else OK
     if op.when == ALWAYS:
@@ -454,6 +478,8 @@ cdef inline int put(seg_t* s, put_t* op, uint64_t limit_ns) noexcept nogil:
     cdef item_t* it
     cdef found_t f
     cdef int rc
+    if unlikely(passes_by(s, op.key)) and not op.loaded:
+        return NO_STORE
     prefetch(&s.buckets[b])
     if op.chunk == 0:
         rc = reserve(s, op, limit_ns)
@@ -571,7 +597,7 @@ cdef inline int remove_claim(seg_t* s, const uint8_t* key, size_t n, uint64_t h,
     return rc
 
 cdef inline int read_claim(seg_t* s, const uint8_t* key, size_t n, uint64_t h, uint64_t* version, uint64_t* token,
-                           uint64_t* thread) noexcept nogil:
+                           uint64_t* thread, uint8_t* flags) noexcept nogil:
     """Whose claim is on this key? OK: a value is there. EXISTS: a claim. ABSENT: neither. AGAIN."""
     cdef read_t r
     cdef uint64_t* at
@@ -579,6 +605,7 @@ cdef inline int read_claim(seg_t* s, const uint8_t* key, size_t n, uint64_t h, u
     if rc != ABSENT or not r.claimed or r.value_bytes != 16:
         return rc
     at = <uint64_t*>(<uint8_t*>item_at(s, r.addr) + value_offset(n))
+    flags[0] = r.flags
     version[0] = r.cas
     token[0] = ld64r(&at[0])
     thread[0] = ld64r(&at[1])
@@ -597,7 +624,7 @@ cdef inline int add_to(seg_t* s, const uint8_t* key, size_t n, uint64_t h, int64
     cdef item_t* it
     cdef int64_t* at
     cdef int64_t was
-    cdef int rc = stripe_take(s, st, limit_ns)
+    cdef int rc = NO_STORE if unlikely(passes_by(s, key)) else stripe_take(s, st, limit_ns)
     if rc != OK:
         return rc
     find_locked(s, b, key, n, h, &f)
@@ -632,7 +659,7 @@ cdef inline int set_expiry(seg_t* s, const uint8_t* key, size_t n, uint64_t h, u
     cdef stripe_t* st = stripe_of(s, b)
     cdef found_t f
     cdef item_t* it
-    cdef int rc = stripe_take(s, st, limit_ns)
+    cdef int rc = NO_STORE if unlikely(passes_by(s, key)) else stripe_take(s, st, limit_ns)
     if rc != OK:
         return rc
     find_locked(s, b, key, n, h, &f)

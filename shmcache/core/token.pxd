@@ -37,6 +37,7 @@ cdef enum rc_t:
     NO_OFD = -10        # this file system does not keep open-file-description locks
     OS_ERROR = -11      # errno says
     AGAIN = -12         # a reader has to begin again
+    NO_STORE = -13      # the segment stands before a store, which this write would pass by
 
 cdef enum:
     # kinds of chunk words: FREE -> RESERVED(token) -> LIVE -> RETIRED(token) -> FREE; KEPT(token): in that process's hand, for later

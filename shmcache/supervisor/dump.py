@@ -74,11 +74,11 @@ def load(cache: Cache, source: BinaryIO) -> int:
             raise errors.DamageError(f'item {n + 1} is no map of "key", "value" (or "pickle") and "ttl": is this the output of dump?')
         ttl = item.get("ttl")
         if "pickle" in item:
-            cache.store_encoded(item["key"], _core.Encoded(PICKLE, item["pickle"]), ttl)
+            cache.set(item["key"], _core.Encoded(PICKLE, item["pickle"]), ttl)
         elif isinstance(item["value"], (bytes, str)) or (type(item["value"]) is int and -1 << 63 <= item["value"] < 1 << 63):
             cache.set(item["key"], item["value"], ttl)
         else:
-            cache.store_encoded(item["key"], _core.Encoded(MSGPACK, msgpack.packb(item["value"], unicode_errors="surrogatepass")), ttl)
+            cache.set(item["key"], _core.Encoded(MSGPACK, msgpack.packb(item["value"], unicode_errors="surrogatepass")), ttl)
         if ttl is None and has_default:
             cache.persist(item["key"])
         n += 1

@@ -8,6 +8,7 @@ import pytest
 
 import shmcache
 from tests.integration.service import Service
+from tests.postgres import Missing, postgres_server
 
 
 @pytest.fixture
@@ -23,3 +24,12 @@ def serve(name, tmp_path):
         service.stop()
     with contextlib.suppress(shmcache.SegmentNotFound):
         shmcache.unlink(name)
+
+
+@pytest.fixture(scope="session")
+def postgres():
+    try:
+        with postgres_server() as url:
+            yield url
+    except Missing as e:
+        pytest.skip(str(e))

@@ -29,7 +29,6 @@ from shmcache import errors
 from shmcache.codec import MsgpackCodec
 from shmcache.stores import MISSING, Entry
 from tests.integration.test_processes import child, ended
-from tests.postgres import Missing, postgres_server
 
 numbers = itertools.count()
 DATABASES = ["sqlite", "postgresql"]
@@ -91,15 +90,6 @@ def function_store():
         save=lambda key, value, ttl: behind.codec.encode(value) and behind.store_many({key: (value, ttl)}),
         delete=lambda key: behind.delete_many([key]),
     )
-
-
-@pytest.fixture(scope="module")
-def postgres():
-    try:
-        with postgres_server() as url:
-            yield url
-    except Missing as e:
-        pytest.skip(str(e))
 
 
 class Database:

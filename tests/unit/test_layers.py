@@ -18,12 +18,13 @@ ALLOWED = {  # module -> what of ours it may import
     "stores": {"errors", "codec", "stores"},
     "flight": {"errors", "cache"},  # cache for annotations only
     "namespace": {"errors", "flight", "cache"},
-    "cache": {"errors", "core", "segment", "codec", "flight", "namespace"},
+    "cache": {"errors", "core", "segment", "codec", "flight", "namespace", "policy", "stores"},  # those two for annotations, and on demand
+    "policy": {"errors", "core", "cache", "flight", "stores"},
     "supervisor": {"errors", "core", "segment", "cache", "supervisor"},
     "metrics": set(),
     "sidecar": {"errors", "core", "cache", "metrics", "sidecar"},
     "cli": {"errors", "core", "segment", "supervisor", "metrics", "sidecar"},
-    "__init__": {"errors", "segment", "cache", "supervisor", "stores"},
+    "__init__": {"errors", "segment", "cache", "policy", "supervisor", "stores"},
 }
 
 

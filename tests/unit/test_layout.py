@@ -17,14 +17,14 @@ OFFSETS = {
     "header": "magic 0 layout_version 8 abi 12 size_bytes 16 created_ms 24 boot_id 32 hash_key 48 n_rows 64 n_stripes 68 n_classes 72 "
     "page_shift 76 n_pages 80 n_buckets 88 n_overflow 96 refs_bytes 104 sketch_bytes 112 rings_bytes 120 rows_off 128 stripes_off 136 "
     "classes_off 144 pages_off 152 refs_off 160 sketch_off 168 buckets_off 176 overflow_off 184 rings_off 192 slab_off 200 "
-    "max_value_bytes 208 default_ttl_ms 216 lock_limit_ms 224 config_bytes 228 epoch 248 restoring 252 clock_shift_ms 256 restored_seq 264 restored_epoch 272 tick 312 "
+    "max_value_bytes 208 default_ttl_ms 216 lock_limit_ms 224 config_bytes 228 policy 232 epoch 248 restoring 252 clock_shift_ms 256 restored_seq 264 restored_epoch 272 tick 312 "
     "supervisor 320 heartbeat_ms 328 asleep 336 snapshots_asked 344 snapshots_ended 352 snapshot_ms 360 snapshot_failed_ms 368 "
     "pages_word 376 pages_stalled 384 pages_list 400 pages_n_free 408 pages_cursor 416 overflow_word 504 overflow_stalled 512 "
     "overflow_list 528 overflow_n_free 536 overflow_cursor 544 big_word 632 big_stalled 640 big_list 656 big_n_free 664 "
     "big_cursor 672 config 760 ring_bytes 1848 log_policy 1856 log_gaps 1864 log_healed 1872 log_failed_ms 1880 log_asleep 1888 log_epoch 1896 log_bell 1904 snapshot_begun_ms 1912",
     "row": "gen 0 pid 8 started_ms 16 hits 64 misses 72 sets 80 deletes 88 expired 96 evictions 104 inline_evictions 112 "
     "chain_evictions 120 retries 128 lock_waits 136 takeovers 144 settled 152 pages_moved 160 stalls 168 max_wait_ns 176 unlisted 184 "
-    "repairs 192 hazard 256 parked 320 batch 448",
+    "repairs 192 hazard 256 parked 320 batch 448 store_loads 960 store_found 968 store_writes 976 store_errors 984",
     "stripe": "word 0 stalled 8 bell 16 seq 24 old 32 new 40 count 48 count_next 56",
     "class": "word 0 stalled 8 bell 16 chunk_bytes 24 page_in_hand 28 ring 32 avail 36 hand 40 n_pages 48 n_free 52",
     "page": "word 0 head 8 stamp 16 next 24 prev 28 next_avail 32 prev_avail 36 free 40 n_free 44 cls 48 cls_check 50 listed 52",

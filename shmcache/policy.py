@@ -1,0 +1,482 @@
+"""Policies: how a cache stands in front of a store, and what its writes do there. `StoredCache`, `Policy`.
+
+    through    a write is stored, then cached
+    around     a write is stored, and what was cached goes; the next miss loads it
+    back       a write is cached and acknowledged; the supervisor stores it (supervisor/writeback.py)
+
+With each a miss loads from the store, once for all processes of the host. The policy stands in the segment's header, so that no two workers
+can disagree; a handle without a store reads what is cached, and is refused writes that would pass the store by.
+
+Through and around. Who writes a key first puts a mark on it (core: Table.mark, a claim of the kind WRITING), which takes away what is
+cached; then changes the store; then, if exactly his mark still stands and no other writer's was in its place, fills it with the value
+(through), else deletes the key. So the cache has a value only if it is what the store has, or was what the store had when no write
+that is acknowledged by now had been asked for (a fill that began before a mark finds its claim gone).
+
+Race table
+    write vs write           the later mark takes the earlier's place and knows it: "overlapped". Neither fills; each deletes at its end,
+                             before it returns: nobody knows which of them the store did last
+    write vs change          add, replace, cas, incr, pop, expire ... mark the key for themselves: a write waits for them, they wait for all
+    write vs load            the mark voids the load's claim: its fill is refused. A load that meets a mark waits for it, then asks again;
+                             if the writer is dead, or slow, it loads and does not fill
+    write vs delete, invalidate, clear    who takes the mark away lets the writer find it gone: he deletes
+    the store fails, in whatever way      what was marked is deleted: a miss, which loads what the store has
+    the writer dies          his mark stands till its time is over, longer than the store may work for him; till then loads do not fill
+    the writer is stopped, and goes on when his mark's time is over: his mark is gone, he deletes before he returns
+    a load vs a load         one has the claim, the others wait for it (flight.py); its death hands over at once
+Writes that other programs do in the store are seen when an item has expired; invalidate(), delete of tags and ttl are for them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from typing import TYPE_CHECKING, Any
+
+import msgpack
+
+from shmcache import errors, flight
+from shmcache.cache import Cache
+from shmcache.core import _core
+from shmcache.stores import Entry
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+    from datetime import timedelta
+
+    from shmcache.stores import Store
+
+    Key = bytes | str
+    Ttl = float | timedelta | None
+    # what a change makes of what is there: (value, seconds to live or None), or DELETE, or KEEP; and what its caller is told
+    Change = Callable[[Entry | None], tuple[Any, Any]]
+
+MODES = ("none", "through", "around", "back")  # by the header's number
+GRACE = 5.0  # seconds that a mark stands beyond the times that waiting and storing may take
+BATCH = 500  # keys in one call of the store
+MISSING: Any = flight.MISSING
+DELETE: Any = object()
+KEEP: Any = object()
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """What create() and open() take as policy=; "through" is Policy("through"). Kept in the segment.
+
+    Args:
+        mode: "through", "around" or "back".
+        timeout: seconds that a call of the store may take, and that a caller waits for another's.
+        negative_ttl: seconds for which it is remembered that a key is not in the store; 0: it is asked each time.
+    """
+
+    mode: str
+    timeout: float = 5.0
+    negative_ttl: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES[1:]:
+            raise errors.InvalidConfig(f"policy is 'through', 'around' or 'back', not {self.mode!r}")
+        for name in ("timeout", "negative_ttl"):
+            n = getattr(self, name)
+            if isinstance(n, bool) or not isinstance(n, (int, float)) or not 0 <= n < 1e6 or (name == "timeout" and n == 0):
+                raise errors.InvalidConfig(f"{name} of a policy is a number of seconds from 0 (timeout: above 0) to a million, not {n!r}")
+
+    @property
+    def number(self) -> int:
+        """In the header."""
+        return MODES.index(self.mode)
+
+    def packed(self) -> bytes:
+        """For the header's configuration."""
+        packed: bytes = msgpack.packb({"policy": dataclasses.asdict(self)})
+        return packed
+
+
+def unpacked(config: bytes) -> Policy:
+    """Of packed()."""
+    return Policy(**msgpack.unpackb(config)["policy"])
+
+
+def policy_of(mapping: _core.Mapping) -> Policy | None:
+    """Of a live segment; None: it stands before no store. Raises: NotASegment if it is damaged."""
+    if mapping.settings()["policy"] == 0:
+        return None
+    try:
+        return unpacked(mapping.config)
+    except (ValueError, TypeError, KeyError, msgpack.UnpackException) as e:
+        raise errors.NotASegment(f"the policy in the header of {mapping.name!r} is damaged ({e}): unlink it and create it again") from None
+
+
+class StoredCache(Cache):
+    """A cache that stands in front of a store, by the segment's policy. Made by create(), open() and attach() with store=.
+
+    Methods are Cache's. A miss loads. A write gets to the store, or raises what the store says (StoreUnavailable: it may have been done,
+    and can be done again; StoreRefused, RowsRefused) and leaves a miss. Keys that begin with a NUL byte, and with them namespaces, locks and
+    memoized results, are the cache's own. A ttl is the value's, also in the store; the segment's default_ttl is that of the cached copy.
+    len(), scan() and clear() are about what is cached.
+    """
+
+    def __init__(self, mapping: _core.Mapping, codec: str, trust: dict[str, Any] | None, store: Store) -> None:
+        super().__init__(mapping, codec, trust)
+        policy = policy_of(mapping)
+        if policy is None:
+            raise errors.InvalidConfig(f"the segment {self.name!r} stands before no store: create it with policy=, or leave store= out")
+        self.policy = policy
+        self.store = store
+        self._age = 2 * policy.timeout + GRACE  # of claims and marks: longer than to wait for another's, and then for the store
+        self._fills = policy.mode == "through"
+        self._reads_through = True
+
+    def __reduce__(self) -> Any:
+        if self.closed:
+            raise errors.CacheClosed("a closed handle cannot be pickled")
+        return _reopened, (self.name, self._codec_name, self._trust, self.store)
+
+    # ---- loads ----
+
+    def _load_missing(self, key: Key, default: Any) -> Any:
+        """What get() does on a miss."""
+        name = _core.key_bytes(key)
+        if name[0] == 0:
+            return default
+        deadline = time.monotonic() + self.policy.timeout
+        while (version := self._claim(name, deadline)) == 0:
+            value = self.peek(name, MISSING)
+            if value is not MISSING:
+                return value
+        entry = self._loaded([name], {name: version}).get(name)
+        return default if entry is None else entry.value
+
+    def _claim(self, name: bytes, deadline: float) -> int:
+        """Of a missing key: a claim's version; 0: there is a value now; -1: load it, and do not fill it.
+
+        Raises: StoreUnavailable: somebody else has been loading it for too long.
+        """
+        pause = flight.waits(deadline)
+        while True:
+            version = self.claim(name, self._age)
+            if version >= 0:
+                return version
+            if version in (-2, -4):  # the load of this very key asks for it; its writer is dead
+                return -1
+            if next(pause, "late"):
+                if version == -3:
+                    return -1
+                raise errors.StoreUnavailable(f"another caller has been loading this key for {self.policy.timeout} s: try again")
+
+    def _loaded(self, names: list[bytes], claims: dict[bytes, int]) -> dict[bytes, Entry]:
+        """What the store has of names, with which those of claims are filled. Claims are given back whatever happens."""
+        try:
+            found: dict[bytes, Entry] = {}
+            refused: dict[bytes, Exception] = {}
+            for i in range(0, len(names), BATCH):
+                found.update(self._call(self._load_some, names[i : i + BATCH], refused))
+            self.count_store(loads=len(names), found=len(found))
+            for name, version in list(claims.items()):
+                entry = found.get(name)
+                if entry is not None and self._filled(name, entry, version):
+                    del claims[name]
+            if refused:
+                raise next(iter(refused.values())) if len(names) == 1 else errors.RowsRefused(refused)
+            return found
+        finally:
+            for name, version in claims.items():
+                if version > 0:
+                    self.unclaim(name, version)
+
+    def _load_some(self, names: list[bytes], refused: dict[bytes, Exception]) -> dict[bytes, Entry]:
+        try:
+            return self.store.load_many(names, timeout=self.policy.timeout)
+        except errors.RowsRefused as e:
+            refused |= e.errors
+            rest = [name for name in names if name not in e.errors]
+            return self._load_some(rest, refused) if rest and len(rest) < len(names) else {}
+
+    def _filled(self, name: bytes, entry: Entry, version: int) -> bool:
+        """Fill a claim or a mark with what the store has. False: it does not stand any more, or this cannot be cached."""
+        if version <= 0:
+            return False
+        try:
+            return self.fill(name, entry.value, version, entry.ttl)
+        except (errors.UnsupportedValue, errors.ValueTooLarge, errors.InvalidTTL, errors.CapacityError):
+            return False  # who asked gets it all the same
+
+    def _call(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A call of the store, counted if it fails."""
+        try:
+            return call(*args, **kwargs)
+        except BaseException:
+            if not self.closed:
+                self.count_store(errors=1)
+            raise
+
+    def get_many(self, keys: Iterable[Key]) -> dict[Any, Any]:
+        wanted = list(keys)
+        found = super().get_many(wanted)
+        missing = {_core.key_bytes(k): k for k in wanted if k not in found}
+        claims: dict[bytes, int] = {}
+        later = []
+        for name in sorted(missing):
+            if name[0] == 0:
+                continue
+            version = self.claim(name, self._age)
+            if version > 0:
+                claims[name] = version
+            else:
+                later.append(name)
+        values = {name: e.value for name, e in self._loaded(list(claims), claims).items()} if claims else {}
+        for name in later:  # somebody else loads or writes them: one by one, for each may be waited for
+            value = self.get(name, MISSING)
+            if value is not MISSING:
+                values[name] = value
+        for k in wanted:
+            if k not in found and (name := _core.key_bytes(k)) in values:
+                found[k] = values[name]
+        return found
+
+    def gets(self, key: Key) -> tuple[Any, int]:
+        """As Cache.gets. The version is the cached copy's: after an eviction cas() finds another one."""
+        name = _core.key_bytes(key)
+        deadline = time.monotonic() + self.policy.timeout
+        while True:
+            value, version = super().gets(name)
+            if version or name[0] == 0 or self.get(name, MISSING) is MISSING:
+                return value, version
+            if time.monotonic() > deadline:
+                raise errors.StoreUnavailable("this key is there, but cannot be cached just now, so it has no version: try again")
+
+    def __contains__(self, key: Key) -> bool:
+        return self.get(key, MISSING) is not MISSING
+
+    def ttl(self, key: Key) -> float | None:
+        """As Cache.ttl; of a key that is not cached, or cannot be, as the store says."""
+        name = _core.key_bytes(key)
+        ttl = super().ttl(name)
+        if ttl is None and name[0] != 0:
+            entry = self._loaded([name], {name: self.claim(name, self._age)}).get(name)
+            if entry is not None:
+                return math.inf if entry.ttl is None else entry.ttl
+        return ttl
+
+    # ---- writes ----
+
+    def set(self, key: Key, value: Any, ttl: Ttl = None) -> None:
+        name = _core.key_bytes(key)
+        if name[0] == 0:
+            super().set(name, value, ttl)
+        else:
+            self._write({name: value}, _seconds(ttl))
+
+    def __setitem__(self, key: Key, value: Any) -> None:
+        self.set(key, value)
+
+    def set_many(self, mapping: Mapping[Any, Any] | Iterable[tuple[Key, Any]], ttl: Ttl = None) -> None:
+        """As Cache.set_many; in the store as few calls, each a transaction where it has them."""
+        values = {_core.key_bytes(k): v for k, v in (mapping.items() if hasattr(mapping, "items") else mapping)}
+        own = {k: v for k, v in values.items() if k[0] == 0}
+        if own:
+            super().set_many(own, ttl)
+        names = sorted(values.keys() - own.keys())
+        seconds = _seconds(ttl)
+        for name in names:
+            self.encoded(values[name])  # all, before the first is stored
+        self._write_all({name: values[name] for name in names}, seconds)
+
+    def delete(self, key: Key) -> bool:
+        return self.delete_many([key]) == 1
+
+    def __delitem__(self, key: Key) -> None:
+        if not self.delete(key):
+            raise KeyError(key)
+
+    def delete_many(self, keys: Iterable[Key]) -> int:
+        names = dict.fromkeys(_core.key_bytes(k) for k in keys)
+        there = super().delete_many([name for name in names if name[0] == 0])
+        stored = sorted(name for name in names if name[0] != 0)
+        unseen = [name for name in stored if self.peek(name, MISSING) is MISSING]
+        there += len(stored) - len(unseen) + len(self._loaded(unseen, {}))
+        self._write_all(dict.fromkeys(stored, DELETE), None)
+        return there
+
+    def _write_all(self, values: dict[bytes, Any], ttl: float | None) -> None:
+        """_write() in batches; what the store refuses of one does not keep it from the others."""
+        refused: dict[bytes, Exception] = {}
+        names = list(values)
+        for i in range(0, len(names), BATCH):
+            try:
+                self._write({name: values[name] for name in names[i : i + BATCH]}, ttl)
+            except errors.RowsRefused as e:
+                refused |= e.errors
+        if refused:
+            raise errors.RowsRefused(refused)
+
+    def _write(self, values: dict[bytes, Any], ttl: float | None) -> None:
+        """Store those values, or delete where it is DELETE (all, or none of them)."""
+        encoded = {name: value if value is DELETE else self.encoded(value) for name, value in values.items()}
+        deadline = time.monotonic() + self.policy.timeout
+        marks: dict[bytes, int] = {}  # 0: overlapped
+        try:
+            for name in sorted(values):
+                marks[name] = self._mark(name, deadline, alone=False)
+            self._store(values, ttl)
+            if self._fills and ttl != 0:
+                for name, value in encoded.items():
+                    if value is not DELETE and self._filled(name, Entry(value, ttl), marks[name]):
+                        del marks[name]
+        finally:
+            self._drop(marks)
+
+    def _mark(self, name: bytes, deadline: float, alone: bool, version: int = 0) -> int:
+        """Put a mark on a key: its version, 0 if another's was there, -1: the key has not this version.
+
+        Raises: StoreUnavailable: who has the key for himself, or (alone) whoever writes it, takes too long.
+        """
+        pause = flight.waits(deadline)
+        while True:
+            mark, overlapped = self.mark(name, self._age, alone, False, version)
+            if mark:
+                return 0 if overlapped and mark > 0 else mark
+            if next(pause, "late"):
+                raise errors.StoreUnavailable(
+                    f"another caller has been writing this key for {self.policy.timeout} s: nothing was changed; try again"
+                )
+
+    def _store(self, values: dict[bytes, Any], ttl: float | None) -> None:
+        gone = [name for name, value in values.items() if value is DELETE or ttl == 0]
+        kept = {name: (value, ttl) for name, value in values.items() if name not in gone} if len(gone) < len(values) else {}
+        if gone:
+            self._call(self.store.delete_many, gone, timeout=self.policy.timeout)
+        if kept:
+            self._call(self.store.store_many, kept, timeout=self.policy.timeout)
+        self.count_store(writes=len(values))
+
+    def _drop(self, names: Iterable[bytes]) -> None:
+        """From the cache alone."""
+        for name in names:
+            Cache.delete(self, name)
+
+    def invalidate(self, *keys: Key) -> None:
+        """Drop the cached copies, not what is in the store: for who has changed it there past this cache."""
+        self._drop([_core.key_bytes(k) for k in keys])
+
+    # ---- changes of what is there ----
+
+    def _change(self, key: Key, change: Change, version: int = 0) -> Any:
+        """Let change() make something else of what the store has, with nobody between: what it tells. MISSING: another version."""
+        name = _core.key_bytes(key)
+        deadline = time.monotonic() + self.policy.timeout
+        mark = self._mark(name, deadline, True, version)
+        if mark < 0:
+            return MISSING
+        filled = False
+        try:
+            was = self._call(self.store.load_many, [name], timeout=self.policy.timeout).get(name)
+            now, told = change(was)
+            if now is KEEP:
+                now = was
+            elif now is DELETE:
+                self._store({name: DELETE}, None)
+            else:
+                self._store({name: now.value}, now.ttl)
+            if isinstance(now, Entry) and now.ttl != 0 and (self._fills or now is was):
+                filled = self._filled(name, now, mark)
+            return told
+        finally:
+            if not filled:
+                self._drop([name])
+
+    def add(self, key: Key, value: Any, ttl: Ttl = None) -> bool:
+        if _is_own(key):
+            return super().add(key, value, ttl)
+        new = Entry(value, _seconds(ttl))
+        self.encoded(value)
+        return bool(self._change(key, lambda was: (new, True) if was is None else (KEEP, False)))
+
+    def replace(self, key: Key, value: Any, ttl: Ttl = None) -> bool:
+        if _is_own(key):
+            return super().replace(key, value, ttl)
+        new = Entry(value, _seconds(ttl))
+        self.encoded(value)
+        return bool(self._change(key, lambda was: (KEEP, False) if was is None else (new, True)))
+
+    def cas(self, key: Key, value: Any, version: int, ttl: Ttl = None) -> bool:
+        if _is_own(key):
+            return super().cas(key, value, version, ttl)
+        if not version:
+            return self.add(key, value, ttl)
+        new = Entry(value, _seconds(ttl))
+        self.encoded(value)
+        return self._change(key, lambda was: (new, True), version) is True
+
+    def pop(self, key: Key, default: Any = None) -> Any:
+        if _is_own(key):
+            return super().pop(key, default)
+        return self._change(key, lambda was: (KEEP, default) if was is None else (DELETE, was.value))
+
+    def incr(self, key: Key, n: int = 1, *, default: int | None = None, ttl: Ttl = None) -> int:
+        if _is_own(key):
+            return super().incr(key, n, default=default, ttl=ttl)
+        if not isinstance(n, int) or not (default is None or isinstance(default, int)):
+            raise errors.NotANumber("incr and decr take an int to add, and an int or None as default")
+        seconds = _seconds(ttl)
+
+        def count(was: Entry | None) -> tuple[Any, int]:
+            if was is None and default is None:
+                raise KeyError(key)
+            base, left = (default, seconds) if was is None else was
+            if type(base) is not int:
+                raise errors.NotANumber("the value of this key was not set as an int: set it to one first")
+            if not -(2**63) <= base + n < 2**63:
+                raise errors.CounterOverflow("the counter would leave the signed 64-bit range; it keeps its value")
+            return Entry(base + n, left), base + n
+
+        return int(self._change(key, count))
+
+    def decr(self, key: Key, n: int = 1, *, default: int | None = None, ttl: Ttl = None) -> int:
+        if not isinstance(n, int):
+            raise errors.NotANumber("incr and decr take an int to add, and an int or None as default")
+        return self.incr(key, -n, default=default, ttl=ttl)
+
+    def touch(self, key: Key, ttl: Ttl = None) -> bool:
+        if _is_own(key):
+            return super().touch(key, ttl)
+        seconds = _seconds(ttl)
+        if seconds == 0:
+            return self.delete(key)
+        return bool(self._change(key, lambda was: (KEEP, False) if was is None else (Entry(was.value, seconds), True)))
+
+    def expire(self, key: Key, ttl: float | timedelta) -> bool:
+        if ttl is None:
+            raise errors.InvalidTTL("expire takes a number of seconds or a timedelta; persist() removes a ttl")
+        return self.touch(key, ttl)
+
+    def persist(self, key: Key) -> bool:
+        return super().persist(key) if _is_own(key) else self.touch(key)
+
+    def get_or_set(self, key: Key, factory: Callable[[], Any], ttl: Ttl = None, *, lease: float = flight.LEASE) -> Any:
+        """As Cache.get_or_set, for a key that the store has not either: factory()'s value is stored."""
+        return super().get_or_set(key, factory, ttl, lease=lease)
+
+    def _keep(self, key: Key, value: Any, version: int, ttl: Ttl) -> bool:
+        return super()._keep(key, value, version, ttl) if _is_own(key) else self.add(key, value, ttl)
+
+    # ---- all of it ----
+
+    def stats(self) -> dict[str, Any]:
+        """As Cache.stats, and "store": policy, loads, found, writes (keys) and errors (calls), of all processes."""
+        return {**super().stats(), "store": {"policy": self.policy.mode, **self.store_counters()}}
+
+
+def _reopened(name: str, codec: str, trust: dict[str, Any], store: Store) -> Cache:
+    from shmcache.cache import attach
+
+    return attach(name, codec=codec, store=store, **trust)
+
+
+def _is_own(key: Key) -> bool:
+    return _core.key_bytes(key)[0] == 0
+
+
+def _seconds(ttl: Ttl) -> float | None:
+    """Raises: InvalidTTL."""
+    return None if ttl is None else _core.seconds(ttl)

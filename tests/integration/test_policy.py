@@ -1,0 +1,667 @@
+"""A cache in front of a store: what every policy has to do, on every kind of store; who meets whom; stores that fail; the dead."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import multiprocessing as mp
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+
+import pytest
+
+import shmcache
+from shmcache import errors, policy
+from shmcache.stores import Entry
+from tests.integration.test_flight import claimer
+from tests.integration.test_processes import child, ended
+from tests.integration.test_store import DATABASES, DictStore, function_store, in_thread, opened, until
+
+fork = mp.get_context("fork")
+POLICIES = ["through", "around"]
+
+
+@pytest.fixture(params=["dict", "function", *DATABASES])
+def store(request, tmp_path):
+    if request.param in DATABASES:
+        with opened(request.param, request, tmp_path) as database:
+            yield database.store()
+    else:
+        yield DictStore() if request.param == "dict" else function_store()
+
+
+@pytest.fixture(params=POLICIES)
+def mode(request):
+    return request.param
+
+
+@pytest.fixture
+def backed(make, mode, store):
+    return make(policy=mode, store=store)
+
+
+@pytest.fixture
+def over(make, mode):
+    """over(store) -> a cache in front of it, by each policy."""
+    return lambda store, **options: make(policy=shmcache.Policy(mode, **options), store=store)
+
+
+class Hooked(DictStore):
+    """A store in whose calls a test has its say."""
+
+    def __init__(self):
+        super().__init__()
+        self.before = self.after = lambda what, keys: None
+        self.calls = []
+
+    def load_many(self, keys, *, timeout=None):
+        self.calls.append(("load", sorted(keys)))
+        self.before("load", keys)
+        found = super().load_many(keys)
+        self.after("load", keys)
+        return found
+
+    def store_many(self, items, *, timeout=None, versions=None):
+        self.calls.append(("store", sorted(items)))
+        self.before("store", items)
+        super().store_many(items, versions=versions)
+        self.after("store", items)
+
+    def delete_many(self, keys, *, timeout=None, versions=None):
+        self.calls.append(("delete", sorted(keys)))
+        self.before("delete", keys)
+        super().delete_many(keys, versions=versions)
+        self.after("delete", keys)
+
+
+@pytest.fixture
+def hooked():
+    return Hooked()
+
+
+def down(what, keys):
+    raise errors.StoreUnavailable(f"no {what} now")
+
+
+def kept(cache):
+    """What a policy leaves of a write in the cache."""
+    return cache.policy.mode != "around"
+
+
+# ---- the contract ------------------------------------------------------------------------------------------------------------------
+
+
+def test_it_behaves_as_a_dict_and_the_store_has_it_all(backed, store):
+    rng = random.Random(7)
+    keys = [b"k%d" % i for i in range(12)]
+    values = [b"bytes", "text", 7, 0, {"a": [1, 2.5, None]}, b"", "é", -(2**63)]
+    model = {}
+
+    def check(got, expected):
+        assert got == expected
+        assert type(got) is type(expected)
+
+    for _ in range(600):
+        key, value = rng.choice(keys), rng.choice(values)
+        what = rng.randrange(18)
+        if what == 0:
+            backed.set(key, value)
+            model[key] = value
+        elif what == 1:
+            backed[key] = value
+            model[key] = value
+        elif what == 2:
+            check(backed.get(key, "none"), model.get(key, "none"))
+        elif what == 3:
+            check(backed.delete(key), model.pop(key, None) is not None)
+        elif what == 4:
+            check(backed.add(key, value), key not in model)
+            model.setdefault(key, value)
+        elif what == 5:
+            check(backed.replace(key, value), key in model)
+            if key in model:
+                model[key] = value
+        elif what == 6:
+            if type(model.get(key)) is int and -(2**63) <= model[key] + 3 < 2**63:
+                model[key] += 3
+                check(backed.incr(key, 3), model[key])
+            elif key in model:
+                with pytest.raises((errors.NotANumber, errors.CounterOverflow)):
+                    backed.incr(key, -1 if type(model[key]) is int else 3)
+            else:
+                with pytest.raises(KeyError):
+                    backed.incr(key)
+                check(backed.incr(key, 2, default=40), 42)
+                model[key] = 42
+        elif what == 7:
+            check(backed.pop(key, "none"), model.pop(key, "none"))
+        elif what == 8:
+            some = rng.sample(keys, 5)
+            check(backed.get_many(some), {k: model[k] for k in some if k in model})
+        elif what == 9:
+            some = {k: rng.choice(values) for k in rng.sample(keys, 4)}
+            backed.set_many(some)
+            model |= some
+        elif what == 10:
+            some = rng.sample(keys, 4)
+            check(backed.delete_many(some), sum(k in model for k in some))
+            for k in some:
+                model.pop(k, None)
+        elif what == 11:
+            check(key in backed, key in model)
+        elif what == 12:
+            got, version = backed.gets(key)
+            check(got, model.get(key))
+            assert (version == 0) == (key not in model)
+            if rng.random() < 0.5:
+                backed.set(key, 1)
+                model[key] = 1
+                check(backed.cas(key, value, version), False)
+            else:
+                check(backed.cas(key, value, version), True)
+                model[key] = value
+        elif what == 13:
+            check(backed.get_or_set(key, lambda value=value: value), model.setdefault(key, value))
+        elif what == 14:
+            backed.invalidate(key)
+        elif what == 15:
+            backed.clear()
+        elif what == 16:
+            check(backed.touch(key, 1000), key in model)
+            check(backed.persist(key), key in model)
+        elif key in model:
+            check(backed[key], model[key])
+        else:
+            with pytest.raises(KeyError):
+                backed[key]
+    assert {key: entry.value for key, entry in store.load_many(keys).items()} == model
+    assert {key: backed.get(key) for key in keys if key in backed} == model
+
+
+def test_a_ttl_is_the_values_also_in_the_store(backed, store):
+    backed.set("k", "v", ttl=1000)
+    assert 990 < store.load_many([b"k"])[b"k"].ttl <= 1000
+    assert 990 < backed.ttl("k") <= 1000
+    backed.invalidate("k")
+    assert 990 < backed.ttl("k") <= 1000
+    assert backed.get("k") == "v"
+    assert 990 < backed.ttl("k") <= 1000
+    assert backed.expire("k", 2000)
+    assert 1990 < store.load_many([b"k"])[b"k"].ttl <= 2000
+    assert backed.persist("k")
+    assert store.load_many([b"k"])[b"k"].ttl is None
+    assert backed.ttl("k") == math.inf
+    backed.set("k", "v", ttl=0)
+    assert store.load_many([b"k"]) == {}
+    assert "k" not in backed
+    assert backed.ttl("k") is None
+
+
+def test_the_default_ttl_is_that_of_the_cached_copy(make, mode, store):
+    cache = make(policy=mode, store=store, default_ttl=100)
+    cache["k"] = "v"
+    assert cache["k"] == "v"
+    assert 90 < cache.ttl("k") <= 100
+    assert store.load_many([b"k"])[b"k"].ttl is None
+
+
+def test_keys_of_the_caches_own_are_not_stored(backed, store):
+    calls = []
+    memoized = backed.memoize(ttl=60, name="f")(lambda x: calls.append(x) or x + 1)
+    assert [memoized(1), memoized(1)] == [2, 2]
+    assert calls == [1]
+    users = backed.namespace("users")
+    users["a"] = 1
+    assert users["a"] == 1
+    assert users.get_or_set("b", lambda: 2) == 2
+    with backed.lock("l"):
+        pass
+    backed.set_many({"\0x": 1, "y": 2})
+    assert backed.get("\0x") == 1
+    assert backed.incr("\0x") == 2
+    assert backed.delete("\0x")
+    assert store.load_many([b"\0x", b"y"]) == {b"y": Entry(2)}
+    assert backed.store_counters()["writes"] == 1
+
+
+def test_a_value_that_has_no_form_changes_nothing(backed, store):
+    backed["k"] = "v"
+    for call in (backed.set, backed.add, backed.replace, lambda k, v: backed.set_many({"other": 1, k: v}), lambda k, v: backed.cas(k, v, 1)):
+        with pytest.raises(errors.UnsupportedValue):
+            call("k", object())
+        with pytest.raises(errors.ValueTooLarge):
+            call("k", bytes(64 << 20))
+    with pytest.raises(errors.InvalidTTL):
+        backed.set("k", "w", ttl=-1)
+    with pytest.raises(errors.InvalidKey):
+        backed.set("", "w")
+    assert backed["k"] == "v"
+    assert store.load_many([b"k", b"other"]) == {b"k": Entry("v")}
+
+
+def test_a_handle_without_a_store_reads_and_is_refused_writes(backed):
+    backed["k"] = 1
+    assert backed["k"] == 1
+    with shmcache.attach(backed.name) as bare:
+        assert bare["k"] == 1
+        assert bare.get("other") is None
+        calls = [lambda: bare.set("k", 2), lambda: bare.add("n", 2), lambda: bare.set_many({"k": 2}), lambda: bare.incr("k"), lambda: bare.touch("k", 9),
+                 lambda: bare.cas("k", 2, bare.gets("k")[1]), lambda: bare.replace("k", 2)]  # fmt: skip
+        for call in calls:
+            with pytest.raises(shmcache.StoreNeeded, match="store="):
+                call()
+        assert bare["k"] == 1
+        bare["\0own"] = 5
+        assert bare.delete("k")  # from the cache
+    assert backed["k"] == 1
+
+
+def test_the_segments_policy_stays_in_force(backed, mode, store):
+    other = "around" if mode == "through" else "through"
+    with pytest.warns(errors.ConfigMismatch, match=f"mode='{other}'.*mode='{mode}'"), shmcache.open(backed.name, policy=other, store=store) as cache:
+        assert cache.policy.mode == mode
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with shmcache.open(backed.name, policy=mode, store=store) as cache:
+            assert cache.policy == backed.policy
+    with shmcache.attach(backed.name, store=store) as cache:
+        assert cache.policy == backed.policy
+
+
+def test_arguments_that_cannot_be(make, hooked, name):
+    plain = make()
+    with pytest.raises(errors.InvalidConfig, match="policy="):
+        shmcache.attach(plain.name, store=hooked)
+    with pytest.raises(errors.InvalidConfig, match="'through'"):
+        shmcache.create("x", policy="sideways")
+    for wrong in ({"timeout": 0}, {"timeout": -1}, {"timeout": math.nan}, {"negative_ttl": -1}, {"timeout": True}, {"negative_ttl": "1"}):
+        with pytest.raises(errors.InvalidConfig):
+            shmcache.Policy("through", **wrong)
+
+
+def test_by_default_a_store_is_written_through(make, hooked):
+    assert make(store=hooked).policy == shmcache.Policy("through")
+
+
+def test_it_is_pickled_with_its_store(make, mode):
+    cache = make(policy=mode, store=Fixed())
+    with pickle.loads(pickle.dumps(cache)) as other:
+        assert other["answer"] == 42
+
+
+class Fixed:
+    ordered = False
+
+    def load_many(self, keys, *, timeout=None):
+        return {key: Entry(42) for key in keys if key == b"answer"}
+
+
+@pytest.mark.parametrize("store", DATABASES, indirect=True)
+def test_after_fork(backed, store):
+    backed["k"] = 1
+    assert ended(child(lambda: backed.incr("k") == 2 and backed["k"] == 2 and backed.set("child", "c") is None)) == 0
+    assert backed["k"] == 2
+    assert backed["child"] == "c"
+    assert store.load_many([b"k"]) == {b"k": Entry(2)}
+
+
+# ---- what is asked of the store -----------------------------------------------------------------------------------------------------
+
+
+def test_a_hit_asks_nothing_and_a_miss_once(over, hooked):
+    cache = over(hooked)
+    hooked.rows[b"k"] = (hooked.codec.encode("v"), None, 0)
+    assert [cache["k"], cache.get("k"), cache.get_many(["k"])["k"], "k" in cache] == ["v", "v", "v", True]
+    assert hooked.calls == [("load", [b"k"])]
+    hooked.calls.clear()
+    assert cache.get_many(["a", "b", "k", "c"]) == {"k": "v"}
+    assert hooked.calls == [("load", [b"a", b"b", b"c"])]
+
+
+def test_many_keys_are_few_calls(over, hooked):
+    cache = over(hooked)
+    cache.set_many({f"k{i:04}": i for i in range(1200)})
+    assert [(what, len(keys)) for what, keys in hooked.calls] == [("store", 500), ("store", 500), ("store", 200)]
+    cache.clear()
+    hooked.calls.clear()
+    assert len(cache.get_many([f"k{i:04}" for i in range(1200)])) == 1200
+    assert [(what, len(keys)) for what, keys in hooked.calls] == [("load", 500), ("load", 500), ("load", 200)]
+    assert len(cache) == 1200
+
+
+def test_through_caches_what_it_wrote_and_around_does_not(over, hooked):
+    cache = over(hooked)
+    cache["k"] = 1
+    assert cache.peek("k") == (1 if kept(cache) else None)
+    cache.incr("k")
+    assert cache.peek("k") == (2 if kept(cache) else None)
+    assert cache["k"] == cache.peek("k") == 2
+
+
+# ---- stores that fail ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_write_that_failed_leaves_a_miss(over, hooked, when):
+    cache = over(hooked)
+    cache["k"] = 1
+    assert cache["k"] == 1
+    setattr(hooked, when, lambda what, keys: down(what, keys) if what != "load" else None)
+    for call in (lambda: cache.set("k", 2), lambda: cache.incr("k"), lambda: cache.delete("k"), lambda: cache.set_many({"k": 3, "other": 1})):
+        with pytest.raises(errors.StoreUnavailable, match="now"):
+            call()
+        assert cache.peek("k") is None
+        assert cache.claim_version("k") == 0
+    there = hooked.rows.get(b"k")
+    hooked.before = hooked.after = lambda what, keys: None
+    assert cache.get("k") == (None if there is None else hooked.codec.decode(*there[0]))
+    assert cache.stats()["store"]["errors"] == 4
+
+
+def test_a_load_that_failed_is_raised_and_the_next_one_tries_again(over, hooked):
+    cache = over(hooked)
+    hooked.rows[b"k"] = (hooked.codec.encode("v"), None, 0)
+    hooked.before = down
+    for call in (lambda: cache.get("k"), lambda: cache["k"], lambda: cache.get_many(["k", "l"]), lambda: "k" in cache, lambda: cache.incr("k"), lambda: cache.ttl("k")):
+        with pytest.raises(errors.StoreUnavailable):
+            call()
+        assert cache.claim_version("k") == 0
+    hooked.before = lambda what, keys: None
+    assert cache["k"] == "v"
+
+
+def test_rows_that_are_refused_do_not_keep_the_others(over, hooked):
+    cache = over(hooked)
+
+    def poison(what, keys):
+        if b"bad" in keys:
+            if what == "load":
+                raise errors.RowsRefused({b"bad": ValueError("rotten")})
+            DictStore.store_many(hooked, {k: v for k, v in keys.items() if k != b"bad"})
+            raise errors.RowsRefused({b"bad": ValueError("rotten")})
+
+    hooked.before = poison
+    with pytest.raises(errors.RowsRefused, match="rotten"):
+        cache.set_many({"a": 1, "bad": 2, **{f"k{i}": i for i in range(600)}})
+    assert cache["a"] == 1
+    assert cache["k599"] == 599
+    with pytest.raises(ValueError, match="rotten"):
+        cache.get("bad")
+    cache.invalidate("a")
+    with pytest.raises(errors.RowsRefused, match="rotten"):
+        cache.get_many(["a", "bad"])
+    assert cache.peek("a") == 1
+
+
+def test_what_the_cache_cannot_hold_is_loaded_all_the_same(over, hooked):
+    cache = over(hooked)
+    large = bytes(4 << 20)
+    hooked.rows[b"k"] = (hooked.codec.encode(large), None, 0)
+    assert cache["k"] == large
+    assert cache.get_many(["k"]) == {"k": large}
+    assert cache.peek("k") is None
+    assert cache.ttl("k") == math.inf
+
+
+# ---- who meets whom -----------------------------------------------------------------------------------------------------------------
+
+
+class Gate:
+    """Holds a call of the store till it is opened."""
+
+    def __init__(self, store, what, when="before"):
+        self.reached, self.opened = threading.Event(), threading.Event()
+        self.what = what
+        setattr(store, when, self)
+
+    def __call__(self, what, keys):
+        if what == self.what and not self.reached.is_set():
+            self.reached.set()
+            assert self.opened.wait(60)
+
+
+@pytest.mark.parametrize("other", ["set", "delete", "invalidate", "clear", "incr"])
+def test_a_fill_of_what_was_loaded_before_a_change_is_refused(over, hooked, other):
+    cache = over(hooked)
+    hooked.rows[b"k"] = (hooked.codec.encode(1), None, 0)
+    gate = Gate(hooked, "load", "after")
+    reader, got = in_thread(cache.get, "k")
+    assert gate.reached.wait(60)
+    {"set": lambda: cache.set("k", 2), "delete": lambda: cache.delete("k"), "invalidate": lambda: cache.invalidate("k"), "clear": cache.clear,
+     "incr": lambda: cache.incr("k")}[other]()  # fmt: skip
+    gate.opened.set()
+    reader.join(60)
+    assert got == [1]  # it asked before
+    expected = {"set": 2, "delete": None, "incr": 2}.get(other, 1)
+    assert cache.peek("k") in (None, expected)
+    if other in ("invalidate", "clear"):
+        assert cache.peek("k") is None
+    assert cache.get("k") == expected
+
+
+def test_overlapping_writers_leave_a_miss(over, hooked):
+    """The first to mark is the last to store: neither's value may stay."""
+    cache = over(hooked)
+    gate = Gate(hooked, "store", "before")
+    first, _ = in_thread(cache.set, "k", "first")
+    assert gate.reached.wait(60)
+    cache.set("k", "second")
+    assert cache.peek("k") is None
+    gate.opened.set()
+    first.join(60)
+    assert cache.peek("k") is None
+    assert hooked.codec.decode(*hooked.rows[b"k"][0]) == "first"
+    assert cache["k"] == "first"
+
+
+def test_a_miss_waits_for_who_writes(over, hooked):
+    cache = over(hooked)
+    gate = Gate(hooked, "store", "after")
+    writer, _ = in_thread(cache.set, "k", "new")
+    assert gate.reached.wait(60)
+    hooked.calls.clear()
+    reader, got = in_thread(cache.get, "k")
+    assert got == []
+    gate.opened.set()
+    writer.join(60)
+    reader.join(60)
+    assert got == ["new"]
+    assert hooked.calls == ([] if kept(cache) else [("load", [b"k"])])
+
+
+def test_changes_of_one_key_come_one_after_another(over, hooked):
+    cache = over(hooked)
+    cache["n"] = 0
+    threads = [in_thread(lambda: [cache.incr("n") for _ in range(50)]) for _ in range(4)]
+    for thread, _ in threads:
+        thread.join(60)
+    assert all(isinstance(got[0], list) for _, got in threads)
+    assert cache["n"] == 200
+    assert hooked.codec.decode(*hooked.rows[b"n"][0]) == 200
+
+
+def test_a_write_waits_for_a_change_and_a_change_for_a_write(over, hooked):
+    cache = over(hooked)
+    cache["n"] = 5
+    gate = Gate(hooked, "store")
+    change, got = in_thread(cache.incr, "n")
+    assert gate.reached.wait(60)
+    write, _ = in_thread(cache.set, "n", 100)
+    assert ("store", [b"n"]) not in hooked.calls[3:]
+    gate.opened.set()
+    change.join(60)
+    write.join(60)
+    assert got == [6]
+    assert cache["n"] == 100
+    assert hooked.codec.decode(*hooked.rows[b"n"][0]) == 100
+
+
+def test_who_waits_too_long_is_told(over, hooked):
+    cache = over(hooked, timeout=0.1)
+    for what, calls in (("load", [lambda: cache.get("k")]), ("store", [lambda: cache.incr("k", default=1)])):
+        gate = Gate(hooked, what)
+        blocked, _ = in_thread(cache.get if what == "load" else cache.set, "k", 1)
+        assert gate.reached.wait(60)
+        for call in calls:
+            with pytest.raises(errors.StoreUnavailable, match="another caller"):
+                call()
+        gate.opened.set()
+        blocked.join(60)
+    assert cache["k"] == 1
+
+
+def test_a_load_that_asks_for_its_own_key_does_not_wait_for_itself(over, hooked):
+    cache = over(hooked)
+    hooked.rows[b"k"] = (hooked.codec.encode(1), None, 0)
+    asked = []
+
+    def again(what, keys):
+        if what == "load" and not asked:
+            asked.append(1)
+            asked.append(cache["k"])
+
+    hooked.before = again
+    assert cache["k"] == 1
+    assert asked == [1, 1]
+
+
+# ---- the dead -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_mark_of_a_dead_writer_stands_till_its_time_is_over(over, hooked, monkeypatch):
+    """What he had begun may still be done in the store: till then nothing that is loaded stays."""
+    monkeypatch.setattr(policy, "GRACE", 1.0)
+    cache = over(hooked, timeout=0.5)
+    cache["k"] = "old"
+    hooked.before = lambda what, keys: os.kill(os.getpid(), signal.SIGKILL) if what == "store" else None
+    assert ended(child(lambda: cache.set("k", "new"))) == -signal.SIGKILL
+    hooked.before = lambda what, keys: None
+    version = cache.claim_version("k")
+    assert version
+    began = time.monotonic()
+    assert [cache["k"], cache["k"]] == ["old", "old"]
+    assert time.monotonic() - began < 1
+    assert cache.peek("k") is None
+    assert cache.claim_version("k") == version
+    cache.clear()
+    assert cache.claim_version("k") == version
+    until(lambda: cache["k"] == "old" and cache.peek("k") == "old")
+
+
+def test_who_writes_over_a_dead_writers_mark_leaves_a_miss(over, hooked):
+    cache = over(hooked)
+    hooked.before = lambda what, keys: os.kill(os.getpid(), signal.SIGKILL) if what == "store" else None
+    assert ended(child(lambda: cache.set("k", "dead"))) == -signal.SIGKILL
+    assert ended(child(lambda: cache.set("n", "dead"))) == -signal.SIGKILL
+    hooked.before = lambda what, keys: None
+    cache.set("k", "alive")
+    assert cache.peek("k") is None
+    assert cache.incr("n", default=4) == 5
+    assert cache.peek("n") is None
+    assert cache["k"] == "alive"
+    assert cache["n"] == 5
+
+
+def test_marks_are_not_evicted(over, hooked):
+    cache = over(hooked)
+    gate = Gate(hooked, "store")
+    writer, _ = in_thread(cache.set, "k", "v")
+    assert gate.reached.wait(60)
+    version = cache.claim_version("k")
+    with shmcache.attach(cache.name) as bare:
+        for i in range(30_000):
+            bare.set(f"\0{i}", bytes(1000 if i % 2 else 10))
+    assert cache.stats()["evictions"] > 1000
+    assert cache.claim_version("k") == version
+    gate.opened.set()
+    writer.join(60)
+    assert cache.peek("k") == ("v" if kept(cache) else None)
+
+
+# ---- at once ------------------------------------------------------------------------------------------------------------------------
+
+
+def misses(name, n, calls, started, hold, results, slot):
+    class Counting(Fixed):
+        def load_many(self, keys, *, timeout=None):
+            with calls.get_lock():
+                calls.value += 1
+            started.set()
+            while not hold.value:
+                time.sleep(0.002)
+            return super().load_many(keys)
+
+    cache = shmcache.attach(name, store=Counting())
+
+    def one(i):
+        results[slot * n + i] = cache.get("answer")
+
+    threads = [threading.Thread(target=one, args=(i,)) for i in range(n)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+
+
+@pytest.mark.parametrize("kill", [False, True], ids=["all live", "the loading process is killed"])
+def test_a_thousand_misses_load_once(make, mode, kill):
+    cache = make(policy=shmcache.Policy(mode, timeout=60), store=Fixed())
+    n = 125
+    calls, started, hold = fork.Value("i", 0), fork.Event(), fork.Value("b", 0, lock=False)
+    results = fork.Array("q", 8 * n, lock=False)
+    procs = [fork.Process(target=misses, args=(cache.name, n, calls, started, hold, results, i)) for i in range(8)]
+    for p in procs:
+        p.start()
+    victim = None
+    try:
+        assert started.wait(60)
+        if kill:
+            owner = claimer(cache, "answer")
+            victim = next(i for i, p in enumerate(procs) if p.pid == owner)
+            started.clear()
+            os.kill(owner, signal.SIGKILL)
+            procs[victim].join(60)
+            assert started.wait(10), "nobody took over"
+        hold.value = 1
+        for p in procs:
+            p.join(60)
+            assert not p.is_alive()
+        assert calls.value == (2 if kill else 1)
+        assert all(results[i] == 42 for i in range(8 * n) if i // n != victim)
+    finally:
+        for p in procs:
+            p.kill()
+            p.join()
+
+
+@pytest.mark.parametrize("database", DATABASES)
+def test_no_reader_sees_an_older_value_than_an_acknowledged_one(mode, database):
+    """In short; python -m tests.stress.stale is the long one."""
+    done = stale("--policy", mode, "--store", database, "--fills", "4000")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_without_leases_a_reader_does(mode):
+    done = stale("--policy", mode, "--fills", "4000", "--no-leases")
+    assert done.returncode == 1
+    assert '"failed": [], "verify": []' in done.stdout, done.stdout + done.stderr
+    assert '"stale": 0' not in done.stdout
+
+
+def stale(*options):
+    return subprocess.run([sys.executable, "-m", "tests.stress.stale", *options], capture_output=True, text=True, timeout=600)
+
+
+def test_it_is_closed_as_any_cache(backed):
+    with contextlib.closing(shmcache.attach(backed.name, store=backed.store)) as cache:
+        cache["k"] = 1
+    for call in (lambda: cache.get("k"), lambda: cache.set("k", 1), lambda: cache.incr("k"), lambda: cache.get_many(["k"]), lambda: cache.stats()):
+        with pytest.raises(errors.CacheClosed):
+            call()
