@@ -111,8 +111,8 @@ class StoredCache(Cache):
     """A cache that stands in front of a store, by the segment's policy. Made by create(), open() and attach() with store=.
 
     Methods are Cache's. A miss loads. A write gets to the store, or raises what the store says (StoreUnavailable: it may have been done,
-    and can be done again; StoreRefused, RowsRefused) and leaves a miss. Keys that begin with a NUL byte, and with them namespaces, locks and
-    memoized results, are the cache's own. A ttl is the value's, also in the store; the segment's default_ttl is that of the cached copy.
+    and can be done again; StoreRefused, RowsRefused) and leaves a miss. Keys that begin with a NUL byte, and with them namespaces, locks
+    and memoized results, are the cache's own. A ttl is the value's, also in the store; the segment's default_ttl is that of the cached copy.
     len(), scan() and clear() are about what is cached.
     """
 

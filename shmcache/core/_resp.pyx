@@ -298,8 +298,9 @@ cdef class Executor:
         return <uint64_t>(unix_ms - self.offset) if unix_ms > self.offset else 1
 
     cdef inline int64_t unix_of(self, uint64_t expiry_ms) noexcept:
+        """The unix time then; never beyond the last that an int64 holds: the clocks drift, and an expiry may be near that."""
         self.clock()
-        return <int64_t>expiry_ms + self.offset
+        return <int64_t>min(expiry_ms + <uint64_t>self.offset, <uint64_t>0x7fffffffffffffff)
 
     cdef name_t* find(self, const uint8_t* p, size_t n) noexcept:
         cdef uint32_t i = shm_name_hash(p, n) & (TABLE_SLOTS - 1)
