@@ -17,7 +17,7 @@ The files, in reading order (arrows point down only; tests/unit/test_layers.py h
     stores/       what stands behind the cache: SQLStore, FunctionStore -> codec
     codec.py      values that are not bytes, str or int              -> errors
     segment.py    the shared memory object, geometry, numpy views    -> core
-    core/         layout -> atomics, siphash -> token -> lock -> ring -> slab -> bucket -> big -> settle -> clock -> table
+    core/         layout, envelope -> atomics, siphash -> token -> lock -> ring -> slab -> bucket -> big -> settle -> clock -> table
                   _core.pyx the edge to Python, _sweep.pyx verify and settling, _stream.pyx items as records,
                   _resp.pyx the Redis protocol
     errors.py     every exception

@@ -40,6 +40,10 @@ if TYPE_CHECKING:
 
 # Stored in each item. Numbers are a format: never reused.
 BYTES, STR, INT, MSGPACK, PICKLE = 0, 1, 2, 3, 4
+ENVELOPE = 5  # a value of one of those, with tags, a stale time, or that there is nothing; opened by the core (core/envelope.pxd)
+
+# What _look() finds, in this order of use to who asks: envelope.pxd has the same.
+FRESH, STALE, NEGATIVE, ABSENT = 0, 1, 2, 3
 
 # msgpack extension types. Numbers are a format: never reused.
 TUPLE, SET, FROZENSET, BIGINT, DATETIME, DATE, TIME, TIMEDELTA, DECIMAL, UUID_, COMPLEX, NDARRAY, NPSCALAR, ORDERED = range(1, 15)

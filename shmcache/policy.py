@@ -35,8 +35,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgpack
 
-from shmcache import errors, flight
-from shmcache.cache import Cache
+from shmcache import codec, errors, flight
+from shmcache.cache import Cache, attach
 from shmcache.core import _core
 from shmcache.stores import Entry
 
@@ -112,12 +112,12 @@ class StoredCache(Cache):
 
     Methods are Cache's. A miss loads. A write gets to the store, or raises what the store says (StoreUnavailable: it may have been done,
     and can be done again; StoreRefused, RowsRefused) and leaves a miss. Keys that begin with a NUL byte, and with them namespaces, locks
-    and memoized results, are the cache's own. A ttl is the value's, also in the store; the segment's default_ttl is that of the cached copy.
-    len(), scan() and clear() are about what is cached.
+    and memoized results, are the cache's own. A ttl is the value's, also in the store; the segment's default_ttl is that of the cached
+    copy. len(), scan() and clear() are about what is cached.
     """
 
-    def __init__(self, mapping: _core.Mapping, codec: str, trust: dict[str, Any] | None, store: Store) -> None:
-        super().__init__(mapping, codec, trust)
+    def __init__(self, mapping: _core.Mapping, codec_name: str, trust: dict[str, Any] | None, store: Store) -> None:
+        super().__init__(mapping, codec_name, trust)
         policy = policy_of(mapping)
         if policy is None:
             raise errors.InvalidConfig(f"the segment {self.name!r} stands before no store: create it with policy=, or leave store= out")
@@ -137,7 +137,7 @@ class StoredCache(Cache):
     def _load_missing(self, key: Key, default: Any) -> Any:
         """What get() does on a miss."""
         name = _core.key_bytes(key)
-        if name[0] == 0:
+        if name[0] == 0 or self._is_negative(name):
             return default
         deadline = time.monotonic() + self.policy.timeout
         while (version := self._claim(name, deadline)) == 0:
@@ -174,7 +174,10 @@ class StoredCache(Cache):
             self.count_store(loads=len(names), found=len(found))
             for name, version in list(claims.items()):
                 entry = found.get(name)
-                if entry is not None and self._filled(name, entry, version):
+                if entry is None and self.policy.negative_ttl and version > 0 and name not in refused:
+                    if self._put_negative(name, self.policy.negative_ttl, version):
+                        del claims[name]
+                elif entry is not None and self._filled(name, entry, version):
                     del claims[name]
             if refused:
                 raise next(iter(refused.values())) if len(names) == 1 else errors.RowsRefused(refused)
@@ -183,6 +186,10 @@ class StoredCache(Cache):
             for name, version in claims.items():
                 if version > 0:
                     self.unclaim(name, version)
+
+    def _is_negative(self, name: bytes) -> bool:
+        """Is it remembered that this key is not in the store?"""
+        return self.policy.negative_ttl > 0 and self._look(name)[0] == codec.NEGATIVE
 
     def _load_some(self, names: list[bytes], refused: dict[bytes, Exception]) -> dict[bytes, Entry]:
         try:
@@ -217,7 +224,7 @@ class StoredCache(Cache):
         claims: dict[bytes, int] = {}
         later = []
         for name in sorted(missing):
-            if name[0] == 0:
+            if name[0] == 0 or self._is_negative(name):
                 continue
             version = self.claim(name, self._age)
             if version > 0:
@@ -252,7 +259,7 @@ class StoredCache(Cache):
         """As Cache.ttl; of a key that is not cached, or cannot be, as the store says."""
         name = _core.key_bytes(key)
         ttl = super().ttl(name)
-        if ttl is None and name[0] != 0:
+        if ttl is None and name[0] != 0 and not self._is_negative(name):
             entry = self._loaded([name], {name: self.claim(name, self._age)}).get(name)
             if entry is not None:
                 return math.inf if entry.ttl is None else entry.ttl
@@ -467,10 +474,8 @@ class StoredCache(Cache):
         return {**super().stats(), "store": {"policy": self.policy.mode, **self.store_counters()}}
 
 
-def _reopened(name: str, codec: str, trust: dict[str, Any], store: Store) -> Cache:
-    from shmcache.cache import attach
-
-    return attach(name, codec=codec, store=store, **trust)
+def _reopened(name: str, codec_name: str, trust: dict[str, Any], store: Store) -> Cache:
+    return attach(name, codec=codec_name, store=store, **trust)
 
 
 def _is_own(key: Key) -> bool:

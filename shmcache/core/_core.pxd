@@ -1,5 +1,6 @@
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
+from shmcache.core.envelope cimport envelope_t
 from shmcache.core.layout cimport header_t, seg_t
 from shmcache.core.ring cimport log_t
 from shmcache.core.table cimport put_t, read_t
@@ -22,6 +23,7 @@ cdef class WritableView:
 cdef class Encoded:
     cdef int codec
     cdef bytes payload
+    cdef uint32_t stale_ms
 
 
 cdef class Bound:
@@ -42,6 +44,8 @@ cdef class Table:
     cdef public bint _reads_through  # a miss of get() is answered by _load_missing(key, default)
     cdef object idle                # set by the last of them when close() waits
     cdef bint impatient      # an event loop's: a write that would wait raises WouldWait, and nothing is changed
+    cdef uint64_t rolled            # hash ^ version of the item that get has last missed early
+    cdef uint64_t rolls
     cdef uint64_t noted             # impatient: the ring's end that what was done with the log's policy always wants durable
     cdef int room_in_log(self, seg_t* s, Mapping held, uint64_t n) except -1
     cdef int note_log(self, log_t* log) except -1
@@ -50,11 +54,17 @@ cdef class Table:
     cdef void enter(self, seg_t* s)
     cdef int leave(self) except -1
     cdef object read(self, object key, object default, uint64_t* version)
-    cdef object read_hashed(self, seg_t* s, const uint8_t* k, size_t n, uint64_t h, object default, uint64_t* version)
+    cdef object read_taking(self, object key, int take, uint64_t* version, int* state)
+    cdef object read_hashed(self, seg_t* s, const uint8_t* k, size_t n, uint64_t h, object default, uint64_t* version, int take, int* state)
+    cdef void note_hidden(self, seg_t* s, const uint8_t* k, size_t n, uint64_t h, read_t* r, int take, int* state)
+    cdef object decoded(self, int codec, const uint8_t* p, uint64_t n)
+    cdef bint given(self, seg_t* s, read_t* r, const uint8_t* p, int take, envelope_t* e) except -1
+    cdef bint rolled_early(self, seg_t* s, read_t* r, envelope_t* e, int take)
     cdef int copy_out(self, seg_t* s, read_t* r, uint8_t* to) except -1
     cdef int copy_long(self, seg_t* s, read_t* r, uint8_t* to) except -1
-    cdef object take_value(self, seg_t* s, read_t* r, uint64_t* version, int* rc)
-    cdef object read_locked(self, seg_t* s, const uint8_t* key, size_t n, uint64_t h, object default, uint64_t* version)
+    cdef object take_value(self, seg_t* s, read_t* r, int take, uint64_t* version, int* rc)
+    cdef object read_locked(self, seg_t* s, const uint8_t* key, size_t n, uint64_t h, object default, uint64_t* version, int take,
+                            int* state)
     cdef object store_view(self, object value, put_t* op, int64_t* number)
     cdef int store(self, object key, object value, object ttl, int when, uint64_t version, uint64_t* stored) except -100
     cdef int secure(self, seg_t* s, Mapping held, log_t* log, uint64_t n) except -1
@@ -64,6 +74,7 @@ cdef class Table:
     cdef int forked(self, seg_t* s, Mapping held, log_t* log) except -1
     cdef int clear_logged(self, seg_t* s, Mapping held, uint32_t epoch) except -1
     cdef int store_logged(self, object key, object value, object ttl, int when, uint64_t version, uint64_t* stored, log_t* log) except -100
+    cdef Encoded wrapped(self, object value, bytes head, uint32_t stale_ms, uint32_t early_ms, int flags)
     cdef int remove_logged(self, object key, uint64_t version, log_t* log) except -100
     cdef int put_view(self, seg_t* s, put_t* op) except -100
     cdef int put_now(self, seg_t* s, put_t* op) except -100

@@ -18,6 +18,7 @@ from cpython.object cimport PyObject
 from cpython.long cimport PyLong_AsLongLongAndOverflow, PyLong_CheckExact
 from cpython.unicode cimport PyUnicode_Check, PyUnicode_DecodeUTF8
 from libc.errno cimport errno
+from libc.math cimport log as ln
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset, strncpy
@@ -27,6 +28,9 @@ from shmcache.core.atomics cimport add64, ld32, ld64, likely, prefetch, st64, un
 from shmcache.core.big cimport big_read
 from shmcache.core.bucket cimport bucket_of, pthread_self, stripe_of, stripe_release, stripe_take
 from shmcache.core.clock cimport now_ms
+from shmcache.core.envelope cimport (
+    CODEC_ENVELOPE, ENVELOPE_FIXED, FLAG_NEGATIVE, STATE_DAMAGED, STATE_FRESH, STATE_GONE, STATE_NEGATIVE, STATE_STALE, TAKE_EARLY, TAKE_STALE,
+    envelope_open, envelope_t)
 from shmcache.core.layout cimport (
     BATCH_CLASSES, BATCH_SLOTS, CLS_POOL, CONFIG_BYTES, FLAG_CLAIM, FLAG_LOCK, FLAG_WRITING, LAYOUT_VERSION, LOG_ALWAYS, LOG_OFF, MAX_CLASSES, MAX_KEY, MAX_ROWS, MIN_CHUNK, PARKED_SLOTS, POLICY_BACK,
     bucket_t, class_t, header_t, item_t, lock_t, overflow_t, page_t, pool_t, ring_t,
@@ -35,8 +39,9 @@ from shmcache.core.ring cimport log_t, record_room, ring_of, ring_release, ring_
 from shmcache.core.siphash cimport siphash, siphash13
 from shmcache.core.slab cimport chunk_class, cls_mark, give_back_all, item_at, page_cls
 from shmcache.core.table cimport (
-    ALONE, ALWAYS, IF_ABSENT, IF_CLAIM, IF_PRESENT, IF_UNCLAIMED, IF_UNMARKED, IF_UNMARKED_BY_ANY, IF_VERSION, RESTARTS, add_to, clear_all, count_items, give_up, next_keys, prefetch_item, put, put_t,
-    read_begin, read_claim, read_copy, read_end, read_t, remove, remove_claim, same_item, set_expiry, unchanged)
+    ALONE, ALWAYS, IF_ABSENT, IF_CLAIM, IF_PRESENT, IF_SAME, IF_UNCLAIMED, IF_UNMARKED, IF_UNMARKED_BY_ANY, IF_VERSION, RESTARTS, add_to, clear_all,
+    count_items, envelope_state, give_up, next_keys, prefetch_item, put, put_t, read_begin, read_claim, read_copy, read_end, read_t, remove,
+    remove_claim, same_item, set_expiry, state_in_place, unchanged)
 from shmcache.core.token cimport (
     ABSENT, AGAIN, BUSY, EXISTS, INTR, KEPT, MISMATCH, NO_OFD, NO_ROOM, NO_ROW, NO_STORE, NOT_INT, OK, OS_ERROR, OVERFLOW, SUPERVISOR_BYTE,
     close, dead, getpid, mono_ns, munmap, prober_ready, row_of, shm_ofd_lock, shm_reopen, shm_wiped_page, take_row, wall_ms, word_of)
@@ -318,6 +323,10 @@ cdef object damaged_pages():
 cdef object too_large(uint64_t n, uint64_t most):
     return errors.ValueTooLarge(f"the encoded value has {n:,} bytes, this segment takes {most:,}: split it, or create the segment larger or "
                                 "with a larger max_value; nothing was stored")
+
+
+cdef object damaged_envelope():
+    return errors.DamageError("the head of a value with tags, stale or negative time is damaged, or of a newer version: delete the key")
 
 
 cdef object not_durable():
@@ -687,13 +696,13 @@ cdef class Table:
         self.ready()
         return 0
 
-    cdef object take_value(self, seg_t* s, read_t* r, uint64_t* version, int* rc):
-        """Copy the value out and check that it was whole: rc OK and the object, or AGAIN and None."""
+    cdef object take_value(self, seg_t* s, read_t* r, int take, uint64_t* version, int* rc):
+        """Copy the value out and check that it was whole: rc OK and the object, or AGAIN and None. Of an envelope what is inside; rc ABSENT,
+        None and r.state if it is hidden from who takes (TAKE_*)."""
         cdef uint8_t stack[STACK_BYTES]
         cdef uint8_t* to = stack
-        cdef int64_t number
         cdef bytes data
-        cdef object value
+        cdef envelope_t e
         if r.codec == CODEC_BYTES:
             data = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>r.value_bytes)
             self.copy_out(s, r, <uint8_t*>PyBytes_AS_STRING(data))
@@ -717,61 +726,127 @@ cdef class Table:
                 return None
             if unlikely(r.damaged):
                 raise damaged_pages()
+            if unlikely(r.codec == CODEC_ENVELOPE):
+                if not self.given(s, r, to, take, &e):
+                    rc[0] = ABSENT
+                    return None
+                s.row.hits += 1
+                return self.decoded(e.codec, to + e.head_bytes, r.value_bytes - e.head_bytes)
             s.row.hits += 1                 # here, for a codec may close the handle
-            if r.codec == CODEC_STR:
-                try:
-                    return PyUnicode_DecodeUTF8(<char*>to, <Py_ssize_t>r.value_bytes, "surrogatepass")
-                except UnicodeDecodeError:
-                    raise errors.DamageError("a str value is not UTF-8: run verify()") from None
-            if r.codec == CODEC_INT and r.value_bytes == 8:
-                memcpy(&number, to, 8)
-                return PyLong_FromLongLong(number)
-            data = PyBytes_FromStringAndSize(<char*>to, <Py_ssize_t>r.value_bytes)
+            return self.decoded(r.codec, to, r.value_bytes)
         finally:
             if to != stack:
                 free(to)
-        if r.codec == CODEC_MSGPACK and self._unpack is not None:
+
+    @cython.final
+    cdef inline object decoded(self, int codec, const uint8_t* p, uint64_t n):
+        """The object of a copied value. May run a codec, which may close this handle."""
+        cdef int64_t number
+        cdef bytes data
+        if codec == CODEC_STR:
+            try:
+                return PyUnicode_DecodeUTF8(<char*>p, <Py_ssize_t>n, "surrogatepass")
+            except UnicodeDecodeError:
+                raise errors.DamageError("a str value is not UTF-8: run verify()") from None
+        if codec == CODEC_INT and n == 8:
+            memcpy(&number, p, 8)
+            return PyLong_FromLongLong(number)
+        data = PyBytes_FromStringAndSize(<char*>p, <Py_ssize_t>n)
+        if codec == CODEC_BYTES:
+            return data
+        if codec == CODEC_MSGPACK and self._unpack is not None:
             try:
                 return self._unpack.call(data)
             except Exception as e:
                 raise self._undecoded(e) from None
-        return self._decode(r.codec, data)
+        return self._decode(codec, data)
+
+    cdef bint given(self, seg_t* s, read_t* r, const uint8_t* p, int take, envelope_t* e) except -1:
+        """Is what is in this envelope, copied to p, given to who takes (TAKE_*)? Its state is then in r."""
+        if not envelope_open(p, r.value_bytes, e):
+            raise damaged_envelope()
+        r.state = envelope_state(s, p, e, r.expiry_ms)
+        if r.state == STATE_FRESH and e.early_ms and take & TAKE_EARLY and r.expiry_ms and self.rolled_early(s, r, e, take):
+            r.state = STATE_STALE
+        return r.state == STATE_FRESH or (r.state == STATE_STALE and take & TAKE_STALE)
+
+    cdef bint rolled_early(self, seg_t* s, read_t* r, envelope_t* e, int take):
+        """Is this the read that misses early? now - early_ms * ln(random) >= the fresh end (XFetch: Vattani, Chierichetti and Lowenstein, VLDB
+        2015). The miss that get has just had is not rolled for again by the _look that follows."""
+        cdef uint64_t now = now_ms(s), end = r.expiry_ms - e.stale_ms, x
+        if take & TAKE_STALE and self.rolled == (r.hash ^ r.cas):
+            self.rolled = 0
+            return True
+        if end <= now or end - now > 45 * <uint64_t>e.early_ms:     # -ln(2 ** -64) = 44.4
+            return False
+        self.rolls += 1                                             # splitmix64 of what is another number in each thread, process and call
+        x = (mono_ns() ^ s.me[0] << 32) + self.rolls * <uint64_t>0x9e3779b97f4a7c15
+        x = (x ^ x >> 30) * <uint64_t>0xbf58476d1ce4e5b9
+        x = (x ^ x >> 27) * <uint64_t>0x94d049bb133111eb
+        x ^= x >> 31
+        if -ln((<double>(x >> 11) + 0.5) / <double>(<uint64_t>1 << 53)) * e.early_ms < end - now:
+            return False
+        self.rolled = r.hash ^ r.cas
+        return True
 
     cdef object read(self, object key, object default, uint64_t* version):
         cdef const uint8_t* k
         cdef size_t n
+        cdef int state
         cdef seg_t* s
         key_view(key, &k, &n)
         s = self.s
         if unlikely(s == NULL or s.me[0] == 0):
             s = self.ready()
-        return self.read_hashed(s, k, n, siphash13(k, n, s.k0, s.k1), default, version)
+        return self.read_hashed(s, k, n, siphash13(k, n, s.k0, s.k1), default, version, TAKE_EARLY, &state)
+
+    cdef object read_taking(self, object key, int take, uint64_t* version, int* state):
+        """read() for who takes (TAKE_*): MISS, and the envelope's state if there is one, STATE_FRESH if not."""
+        cdef const uint8_t* k
+        cdef size_t n
+        cdef seg_t* s = self.ready()
+        key_view(key, &k, &n)
+        state[0] = STATE_FRESH
+        return self.read_hashed(s, k, n, siphash13(k, n, s.k0, s.k1), MISS, version, take, state)
 
     @cython.final
-    cdef inline object read_hashed(self, seg_t* s, const uint8_t* k, size_t n, uint64_t h, object default, uint64_t* version):
+    cdef inline object read_hashed(self, seg_t* s, const uint8_t* k, size_t n, uint64_t h, object default, uint64_t* version, int take,
+                                   int* state):
         cdef read_t r
         cdef int rc, tries
         cdef object value
         for tries in range(RESTARTS):
             rc = read_begin(s, k, n, h, &r)
             if rc == ABSENT:
-                s.row.misses += 1
+                s.row.misses += not take & TAKE_STALE
                 if unlikely(r.expired):
                     remove(s, k, n, h, 0, True, NULL, 0)    # if the stripe is free: it is nobody's duty
                 return default
             if rc == OK:
-                value = self.take_value(s, &r, version, &rc)
+                value = self.take_value(s, &r, take, version, &rc)
                 if rc == OK:
+                    if unlikely(r.codec == CODEC_ENVELOPE):
+                        state[0] = r.state
                     return value
+                if rc == ABSENT:
+                    self.note_hidden(s, k, n, h, &r, take, state)
+                    return default
             s.row.retries += 1
-        return self.read_locked(s, k, n, h, default, version)
+        return self.read_locked(s, k, n, h, default, version, take, state)
 
-    cdef object read_locked(self, seg_t* s, const uint8_t* key, size_t n, uint64_t h, object default, uint64_t* version):
+    cdef void note_hidden(self, seg_t* s, const uint8_t* k, size_t n, uint64_t h, read_t* r, int take, int* state):
+        """A read met an envelope that is hidden from it: a miss. What is hidden for good is taken away, if its stripe is free."""
+        state[0] = r.state
+        s.row.misses += not take & TAKE_STALE
+        if r.state == STATE_GONE:
+            remove(s, k, n, h, r.cas, True, NULL, 0)
+
+    cdef object read_locked(self, seg_t* s, const uint8_t* key, size_t n, uint64_t h, object default, uint64_t* version, int take, int* state):
         """A read that was overtaken by writes 64 times: under the stripe, into memory of ours."""
         cdef read_t r
         cdef uint8_t* copy = NULL
         cdef int rc
-        cdef bytes data
+        cdef envelope_t e
         cdef Mapping held = self.mapping
         self.enter(s)
         try:
@@ -792,25 +867,27 @@ cdef class Table:
         finally:
             self.leave()
         if rc == ABSENT:
-            s.row.misses += 1
+            s.row.misses += not take & TAKE_STALE
             return default
         if rc != OK:
             fail(rc)
         if copy == NULL:
             raise MemoryError
-        data = PyBytes_FromStringAndSize(<char*>copy, <Py_ssize_t>r.value_bytes)
-        free(copy)
-        if r.damaged:
-            raise damaged_pages()
-        s.row.hits += 1
-        version[0] = r.cas
-        if r.codec == CODEC_BYTES:
-            return data
-        if r.codec == CODEC_STR:
-            return data.decode("utf-8", "surrogatepass")
-        if r.codec == CODEC_INT:
-            return int.from_bytes(data, "little", signed=True)
-        return self._decode(r.codec, data)
+        try:
+            if r.damaged:
+                raise damaged_pages()
+            version[0] = r.cas
+            e.codec = r.codec
+            e.head_bytes = 0
+            if r.codec == CODEC_ENVELOPE:
+                if not self.given(s, &r, copy, take, &e):
+                    self.note_hidden(s, key, n, h, &r, take, state)
+                    return default
+                state[0] = r.state
+            s.row.hits += 1
+            return self.decoded(e.codec, copy + e.head_bytes, r.value_bytes - e.head_bytes)
+        finally:
+            free(copy)
 
     def get(self, key, default=None):
         """The key's value, or default.
@@ -834,8 +911,19 @@ cdef class Table:
     def gets(self, key):
         """(value, version) for cas(); (None, 0) if the key is not there. A version is never used twice for one key."""
         cdef uint64_t version = 0
-        value = self.read(key, MISS, &version)
+        cdef int state
+        value = self.read_taking(key, 0, &version, &state)
         return (None, 0) if value is MISS else (value, version)
+
+    def _look(self, key):
+        """(state, value, version) for who takes stale values: codec.FRESH or STALE (near its end also early, as for get) and the value; NEGATIVE
+        or ABSENT and None. The version is 0 if ABSENT. A value counts as a hit; a miss is not counted: get has done so."""
+        cdef uint64_t version = 0
+        cdef int state
+        value = self.read_taking(key, TAKE_EARLY | TAKE_STALE, &version, &state)
+        if value is not MISS:
+            return (state, value, version)
+        return (STATE_NEGATIVE, None, version) if state == STATE_NEGATIVE else (STATE_GONE, None, 0)
 
     def get_many(self, keys):
         """{key: value} of those found, keyed as passed. Each value is whole; together they are not one instant's.
@@ -849,6 +937,7 @@ cdef class Table:
         cdef size_t n[GROUP]
         cdef uint64_t h[GROUP]
         cdef uint64_t version
+        cdef int state
         cdef seg_t* s = self.ready()
         cdef Py_ssize_t at, i, end
         for at in range(0, len(todo), GROUP):
@@ -863,7 +952,7 @@ cdef class Table:
             for i in range(end):
                 if unlikely(self.s == NULL or s.me[0] == 0):        # a codec closed this handle, or forked
                     s = self.ready()
-                value = self.read_hashed(s, k[i], n[i], h[i], MISS, &version)
+                value = self.read_hashed(s, k[i], n[i], h[i], MISS, &version, TAKE_EARLY, &state)
                 if value is not MISS:
                     found[todo[at + i]] = value
         return found
@@ -882,31 +971,44 @@ cdef class Table:
         cdef size_t n
         cdef read_t r
         cdef seg_t* s
-        cdef int rc = AGAIN
+        cdef int rc = AGAIN, state
+        cdef uint32_t stale_ms
         cdef uint64_t version
         key_view(key, &k, &n)
         s = self.ready()
         for _ in range(RESTARTS):
             rc = read_begin(s, k, n, siphash13(k, n, s.k0, s.k1), &r)
+            if unlikely(rc == OK and r.codec == CODEC_ENVELOPE):
+                state = state_in_place(s, &r, False, &stale_ms)
+                if state == AGAIN:
+                    continue
+                return state == STATE_FRESH or state == STATE_DAMAGED
             if rc == ABSENT or (rc == OK and (unchanged(&r) or same_item(s, &r))):
                 return rc == OK
-        return self.read(key, MISS, &version) is not MISS
+        return self.read_taking(key, 0, &version, &state) is not MISS
 
     def ttl(self, key):
-        """Seconds that the key has left (float), math.inf if it never expires, None if it is not there."""
+        """Seconds that the key has left (float; of a value with stale_ttl: till it is stale), math.inf if it never expires, None if it is not there."""
         cdef const uint8_t* k
         cdef size_t n
         cdef read_t r
         cdef seg_t* s
-        cdef int rc
+        cdef int rc, state
+        cdef uint32_t stale_ms = 0
         key_view(key, &k, &n)
         while True:
             s = self.ready()
             rc = read_begin(s, k, n, siphash13(k, n, s.k0, s.k1), &r)
             if rc == ABSENT:
                 return None
+            if unlikely(rc == OK and r.codec == CODEC_ENVELOPE):
+                state = state_in_place(s, &r, False, &stale_ms)
+                if state == AGAIN:
+                    continue
+                if state != STATE_FRESH and state != STATE_DAMAGED:
+                    return None
             if rc == OK and (unchanged(&r) or same_item(s, &r)):
-                return INFINITY if r.expiry_ms == 0 else max(0, <int64_t>(r.expiry_ms - now_ms(s))) / 1000.0
+                return INFINITY if r.expiry_ms == 0 else max(0, <int64_t>(r.expiry_ms - stale_ms - now_ms(s))) / 1000.0
             PyErr_CheckSignals()
 
     # -- set
@@ -1083,7 +1185,7 @@ cdef class Table:
         op.flags = 0
         op.refs = 0
         op.when = when
-        op.loaded = when == IF_CLAIM
+        op.loaded = when == IF_CLAIM or when == IF_SAME
         op.version = version
         key_view(key, &op.key, &op.key_bytes)
         op.hash = siphash13(op.key, op.key_bytes, s.k0, s.k1)
@@ -1094,6 +1196,8 @@ cdef class Table:
         else:
             op.expiry_ms = now_ms(s) + s.default_ttl_ms if s.default_ttl_ms else 0
         holder = self.store_view(value, &op, &number)
+        if type(value) is Encoded and op.expiry_ms > 1:
+            op.expiry_ms += (<Encoded>value).stale_ms
         if op.value_bytes > s.max_value_bytes:
             raise too_large(op.value_bytes, s.max_value_bytes)
         s = self.ready()                    # an encoder is Python: it may have closed this handle, or forked
@@ -1144,7 +1248,7 @@ cdef class Table:
         s = self.ready()                    # an encoder is Python
         if op.value_bytes > s.max_value_bytes:
             raise too_large(op.value_bytes, s.max_value_bytes)
-        return value if op.codec <= CODEC_INT else Encoded(op.codec, holder)
+        return value if op.codec <= CODEC_INT or type(value) is Encoded else Encoded(op.codec, holder)
 
     def set_many(self, mapping, ttl=None):
         """Store several values. All are checked and encoded before the first is stored; each is then stored by itself."""
@@ -1165,6 +1269,28 @@ cdef class Table:
             self.store_logged(key, value, ttl, ALWAYS, 0, &stored, &log)
         if unlikely(log.end != 0):          # of the last: what is durable up to there is all of them
             self.durable(s, held, &log)
+
+    cdef Encoded wrapped(self, object value, bytes head, uint32_t stale_ms, uint32_t early_ms, int flags):
+        """An envelope around a value. head: ENVELOPE_FIXED bytes, of which n_tags is set, and the tags (_carry())."""
+        cdef put_t op
+        cdef int64_t number
+        cdef object holder = self.store_view(value, &op, &number)       # keeps the value's bytes
+        cdef Py_ssize_t n = PyBytes_GET_SIZE(head)
+        cdef bytes payload = PyBytes_FromStringAndSize(NULL, n + <Py_ssize_t>op.value_bytes)
+        cdef uint8_t* p = <uint8_t*>PyBytes_AS_STRING(payload)
+        memcpy(p, PyBytes_AS_STRING(head), n)
+        p[0] = op.codec
+        p[1] = <uint8_t>flags
+        memcpy(p + 4, &stale_ms, 4)
+        memcpy(p + 8, &early_ms, 4)
+        memcpy(p + n, op.value, op.value_bytes)
+        return Encoded(CODEC_ENVELOPE, payload, stale_ms)
+
+    def _put_negative(self, key, ttl=None, uint64_t version=0):
+        """Store that it is known, for ttl seconds, that there is nothing: a miss for everybody but _look(). version: of the claim() under which
+        it was found out; 0: whatever is there. True if it was stored."""
+        cdef uint64_t stored
+        return self.store(key, self.wrapped(b"", bytes(ENVELOPE_FIXED), 0, 0, FLAG_NEGATIVE), ttl, IF_CLAIM if version else ALWAYS, version, &stored) == OK
 
     def __setitem__(self, key, value):
         cdef uint64_t stored
@@ -1276,11 +1402,12 @@ cdef class Table:
         """Remove a key and return the value it had, or default. Of several callers one gets the value."""
         cdef uint64_t version = 0
         cdef seg_t* s
+        cdef int state
         while True:
-            value = self.read(key, MISS, &version)
+            value = self.read_taking(key, 0, &version, &state)
             if value is MISS:
                 s = self.ready()
-                if unlikely(ld32(&s.header.restoring) or (s.ring_bytes and ld64(&s.header.log_policy))):
+                if unlikely(state != STATE_FRESH or ld32(&s.header.restoring) or (s.ring_bytes and ld64(&s.header.log_policy))):
                     self.remove_key(key, 0)         # it is not to come back
                 return default
             if self.remove_key(key, version) == OK:
@@ -1464,7 +1591,8 @@ cdef class Table:
                 if self.store(key, int(total), ttl, IF_ABSENT, 0, &stored) == OK:
                     return int(total)
             elif rc == NOT_INT:
-                raise errors.NotANumber("the value of this key was not set as an int: set it to one first")
+                raise errors.NotANumber("the value of this key was not set as an int, or it was set with tags or a stale_ttl, and is not counted "
+                                        "up: set it to a plain int first")
             elif rc == OVERFLOW:
                 raise errors.CounterOverflow("the counter would leave the signed 64-bit range; it keeps its value")
             elif rc == INTR:
@@ -1856,11 +1984,12 @@ cdef class Table:
 
 
 cdef class Encoded:
-    """A value that a codec has turned into bytes."""
+    """A value that a codec has turned into bytes. stale_ms: of an envelope, stored for so much longer than its ttl."""
 
-    def __init__(self, int codec, bytes payload not None):
+    def __init__(self, int codec, bytes payload not None, uint32_t stale_ms=0):
         self.codec = codec
         self.payload = payload
+        self.stale_ms = stale_ms
 
 
 POLICIES = ("off", "no", "everysec", "always")     # of the log: header.log_policy

@@ -23,11 +23,12 @@ from shmcache.core._core cimport Mapping, Table
 from shmcache.core.atomics cimport ld32, ld64, likely, prefetch, unlikely
 from shmcache.core.bucket cimport bucket_of, pthread_self, stripe_of, stripe_release, stripe_take
 from shmcache.core.clock cimport now_ms
+from shmcache.core.envelope cimport CODEC_ENVELOPE, STATE_FRESH, envelope_open, envelope_t
 from shmcache.core.layout cimport FLAG_RAW, MAX_KEY, seg_t
 from shmcache.core.ring cimport log_t, ring_of
 from shmcache.core.siphash cimport siphash13
 from shmcache.core.table cimport (
-    ALWAYS, IF_ABSENT, IF_PRESENT, IF_VERSION, RESTARTS, next_keys, prefetch_item, put_t, read_begin, read_copy, read_end, read_t)
+    ALWAYS, IF_ABSENT, IF_PRESENT, IF_VERSION, RESTARTS, envelope_state, next_keys, prefetch_item, put_t, read_begin, read_copy, read_end, read_t)
 from shmcache.core.token cimport ABSENT, EXISTS, INTR, NO_ROOM, OK, OVERFLOW, mono_ns, wall_ms
 
 import threading
@@ -124,6 +125,7 @@ cdef enum:
     NAME_MAX = 32
     CODEC_BYTES = 0
     CODEC_INT = 2
+    VERBATIM = 2                # look(): with its envelope, for put_copy
     RAW = 256                   # with a codec: FLAG_RAW
 
 cdef const uint64_t NEVER = <uint64_t>-1      # an expiry: none, whatever the segment's default is
@@ -599,7 +601,7 @@ ctypedef struct raw_t:
     uint8_t* value              # in Executor.scratch, as text if it is an int
     uint64_t n
     uint64_t version
-    uint64_t expiry_ms          # the segment's time; 0: never
+    uint64_t expiry_ms          # the segment's time; 0: never. Of what was in an envelope: when it is fresh no more
     int codec
 
 
@@ -626,12 +628,13 @@ cdef inline uint64_t as_it_was(raw_t* raw) noexcept:
     return raw.expiry_ms if raw.expiry_ms else NEVER
 
 
-cdef bint look(Executor ex, const uint8_t* key, size_t n, raw_t* raw, bint whole) except -1:
-    """Read a key into the scratch (whole; else what is known of it without its bytes): False if it is not there."""
+cdef bint look(Executor ex, const uint8_t* key, size_t n, raw_t* raw, int whole) except -1:
+    """Read a key into the scratch (whole; else what is known of it without its bytes): False if it is not there. Of an envelope what is inside,
+    if it is fresh; VERBATIM: the envelope."""
     return fits(ex, &key, &n) and look_at(ex, key, n, raw, whole)
 
 
-cdef bint look_at(Executor ex, const uint8_t* key, size_t n, raw_t* raw, bint whole) except -1:
+cdef bint look_at(Executor ex, const uint8_t* key, size_t n, raw_t* raw, int whole) except -1:
     """The same, of the segment's key."""
     cdef seg_t* s = ex.s
     cdef read_t r
@@ -646,31 +649,45 @@ cdef bint look_at(Executor ex, const uint8_t* key, size_t n, raw_t* raw, bint wh
             return False
         if rc == OK:
             raw.n = r.value_bytes
-            if whole or r.codec == CODEC_INT:
+            if whole or r.codec == CODEC_INT or r.codec == CODEC_ENVELOPE:
                 ex.grow_scratch(max(<uint64_t>64, r.value_bytes))
                 read_copy(s, &r, ex.scratch)
             if read_end(s, &r) == OK:
                 if r.damaged:
                     raise errors.DamageError("a page of this value belongs to somebody else: delete the key")
-                finish_raw(ex, &r, raw)
-                s.row.hits += 1
-                return True
+                return finish_raw(ex, &r, raw, whole)
         s.row.retries += 1
-    return look_locked(ex, key, n, h, raw)
+    return look_locked(ex, key, n, h, raw, whole)
 
 
-cdef void finish_raw(Executor ex, read_t* r, raw_t* raw) noexcept:
+cdef bint finish_raw(Executor ex, read_t* r, raw_t* raw, int whole) except -1:
+    """What was read, as Redis has it, counted as a hit. False: a miss, since the envelope is hidden."""
     cdef int64_t number
+    cdef envelope_t e
     raw.value = ex.scratch
     raw.version = r.cas
     raw.expiry_ms = r.expiry_ms
     raw.codec = r.codec | (RAW if r.flags & FLAG_RAW else 0)
-    if r.codec == CODEC_INT and raw.n == 8:
+    if unlikely(r.codec == CODEC_ENVELOPE):
+        if not envelope_open(ex.scratch, r.value_bytes, &e):
+            raise errors.DamageError("the head of this value is damaged, or of a newer version: delete the key")
+        if envelope_state(ex.s, ex.scratch, &e, r.expiry_ms) != STATE_FRESH:
+            ex.s.row.misses += 1
+            return False
+        if whole != VERBATIM:
+            raw.codec = e.codec
+            raw.n -= e.head_bytes
+            memmove(ex.scratch, ex.scratch + e.head_bytes, raw.n)
+            if r.expiry_ms:
+                raw.expiry_ms -= min(e.stale_ms, r.expiry_ms - 1)
+    ex.s.row.hits += 1
+    if raw.codec & ~RAW == CODEC_INT and raw.n == 8:
         memcpy(&number, ex.scratch, 8)
         raw.n = shm_digits(<char*>ex.scratch, number)
+    return True
 
 
-cdef bint look_locked(Executor ex, const uint8_t* key, size_t n, uint64_t h, raw_t* raw) except -1:
+cdef bint look_locked(Executor ex, const uint8_t* key, size_t n, uint64_t h, raw_t* raw, int whole) except -1:
     """After so many reads that writes overtook: under the stripe, if it is free now."""
     cdef seg_t* s = ex.s
     cdef read_t r
@@ -692,12 +709,12 @@ cdef bint look_locked(Executor ex, const uint8_t* key, size_t n, uint64_t h, raw
     if rc == OK:
         if r.value_bytes > ex.room_scratch:
             ex.grow_scratch(r.value_bytes)
-            return look_at(ex, key, n, raw, True)
+            return look_at(ex, key, n, raw, max(1, whole))
         if r.damaged:
             raise errors.DamageError("a page of this value belongs to somebody else: delete the key")
         raw.n = r.value_bytes
-        finish_raw(ex, &r, raw)
-    return rc == OK
+        return finish_raw(ex, &r, raw, whole)
+    return False
 
 
 cdef int check_key(Executor ex, const uint8_t** key, size_t* n) except -1:
@@ -1480,7 +1497,7 @@ cdef class Client:
                 if unlikely(r.expired):
                     ex.table.remove_view(s, ex.mapping, key, n, h, 0, True, NULL)
                 return self.nil()
-            if rc == OK and r.codec == CODEC_INT:
+            if rc == OK and (r.codec == CODEC_INT or r.codec == CODEC_ENVELOPE):
                 break
             if rc == OK:
                 self.header(36, r.value_bytes)
@@ -1925,7 +1942,7 @@ cdef class Client:
                 return self.integer(0) if only_if_absent else self.ok()
             if only_if_absent and look(ex, ex.argv[2], ex.argl[2], &raw, False):
                 return self.integer(0)
-            if not look(ex, ex.argv[1], ex.argl[1], &raw, True):    # evicted in between
+            if not look(ex, ex.argv[1], ex.argl[1], &raw, VERBATIM):    # evicted in between
                 return self.error(b"ERR no such key")
             put_copy(ex, ex.argv[2], ex.argl[2], &raw)
             remove_key(ex, ex.argv[1], ex.argl[1], 0)
@@ -1965,7 +1982,7 @@ cdef class Client:
             if not replace and look(ex, ex.argv[2], ex.argl[2], &raw, False):
                 return self.integer(0)
             ex.use(self.db)
-            if not look(ex, ex.argv[1], ex.argl[1], &raw, True):
+            if not look(ex, ex.argv[1], ex.argl[1], &raw, VERBATIM):
                 return self.integer(0)
             ex.use(<int>db)
             put_copy(ex, ex.argv[2], ex.argl[2], &raw)

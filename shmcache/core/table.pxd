@@ -13,16 +13,20 @@ from libc.string cimport memcmp, memcpy
 
 from shmcache.core.atomics cimport add64, cas32, fence_acquire, fence_release, ld8r, ld16r, ld32, ld32r, ld64, ld64r, \
     likely, prefetch, st8r, st32, st64, unlikely
-from shmcache.core.big cimport big_fill, big_free_item_pages, big_free_pages, big_read, big_seal_locked, big_shape, big_t
+from shmcache.core.big cimport big_fill, big_free_item_pages, big_free_pages, big_owns, big_read, big_seal_locked, big_shape, big_t, \
+    page_bytes_of
 from shmcache.core.bucket cimport ADDR_MASK, OP_DELETE, OP_EVICT, OP_SET, OP_TOUCH, bucket_of, bump, chain_first, \
     chain_grow_locked, chain_next, chain_t, count_now, count_without, depart, depart_with, departed, note_intent, pthread_self, remove_locked, \
     slot_word, stripe_of, stripe_release, stripe_take
 from shmcache.core.clock cimport claim_stands, now_ms, stale, take_page, take_room
 from shmcache.core.layout cimport CLS_BIG, FLAG_BIG, FLAG_CLAIM, FLAG_LOCK, FLAG_WRITING, MAX_REFS, POLICY_AROUND, POLICY_THROUGH, bucket_t, item_t, seg_t, stripe_t
+from shmcache.core.envelope cimport CODEC_ENVELOPE, FLAG_NEGATIVE, HEAD_BYTES, STATE_DAMAGED, STATE_FRESH, STATE_GONE, STATE_NEGATIVE, \
+    STATE_STALE, TAG_BYTES, TAG_PREFIX_BYTES, envelope_open, envelope_t
 from shmcache.core.lock cimport lock_release, lock_take
 from shmcache.core.record cimport RECORD_DELETE, RECORD_EXPIRY, RECORD_SET
 from shmcache.core.ring cimport log_op, log_t
 from shmcache.core.settle cimport INNER_NS, settle_pages
+from shmcache.core.siphash cimport siphash13
 from shmcache.core.slab cimport chunk_class, chunk_free, class_for, cls_mark, in_slab, item_at, page_from_pool, page_room, page_to_pool, \
     refs_of, value_offset
 from shmcache.core.token cimport ABSENT, AGAIN, BUSY, EXISTS, INTR, LIVE, MISMATCH, NO_ROOM, NO_STORE, NOT_INT, OK, OVERFLOW, PAGE_BIG, \
@@ -41,6 +45,7 @@ cdef enum:
     IF_CLAIM = 5            # exactly this claim: its version
     IF_UNMARKED = 7         # no mark of a living thread that wants the key for itself
     IF_UNMARKED_BY_ANY = 8  # no mark of a living thread
+    IF_SAME = 9             # exactly this item, fresh or stale: what a stale value is replaced with
     RESTORED = 6            # nothing is there, nothing left meanwhile, and nobody has cleared: with a version that is given
 
 # ---- read -----------------------------------------------------------------------------------------------------------------
@@ -60,6 +65,7 @@ ctypedef struct read_t:
     uint8_t flags
     bint is_big
     bint damaged            # a big value whose pages are not its own
+    int state               # STATE_*, of an envelope that was looked into
     bint expired            # the miss was a hit whose time was over
     bint claimed            # the miss is a claim, at addr
     big_t big
@@ -192,13 +198,79 @@ cdef inline int read_end(seg_t* s, read_t* r) noexcept nogil:
         return OK
     return AGAIN
 
+# ---- envelopes ---------------------------------------------------------------------------------------------------------------
+
+cdef inline int read_generation(seg_t* s, const uint8_t* key, size_t n, uint64_t* generation) noexcept nogil:
+    """The generation under a tag's key: OK, and CLOCK counts the hit; ABSENT; MISMATCH if it is none; AGAIN after 64 tries."""
+    cdef read_t r
+    cdef uint64_t h = siphash13(key, n, s.k0, s.k1)
+    cdef int rc, tries
+    for tries in range(RESTARTS):
+        rc = read_begin(s, key, n, h, &r)
+        if rc == ABSENT:
+            return ABSENT
+        if rc == OK:
+            if r.value_bytes != 8 or r.is_big:
+                return MISMATCH
+            read_copy(s, &r, <uint8_t*>generation)
+            if read_end(s, &r) == OK:
+                return OK
+    return AGAIN
+
+cdef inline int envelope_state(seg_t* s, const uint8_t* p, envelope_t* e, uint64_t expiry_ms) noexcept nogil:
+    """STATE_*, of a copy of the head that is whole. Takes no lock; may be asked under a stripe."""
+    cdef uint8_t key[TAG_PREFIX_BYTES + TAG_BYTES]
+    cdef uint64_t carried, generation = 0
+    cdef int i
+    p += 12
+    for i in range(e.n_tags):
+        memcpy(key, <const char*>b"\0tag\0", TAG_PREFIX_BYTES)
+        memcpy(key + TAG_PREFIX_BYTES, p + 9, p[8])
+        memcpy(&carried, p, 8)
+        if read_generation(s, key, TAG_PREFIX_BYTES + p[8], &generation) != OK or generation != carried:
+            return STATE_GONE
+        p += 9 + p[8]
+    if e.flags & FLAG_NEGATIVE:
+        return STATE_NEGATIVE
+    if e.stale_ms and expiry_ms and expiry_ms <= now_ms(s) + e.stale_ms:
+        return STATE_STALE
+    return STATE_FRESH
+
+cdef inline uint64_t copy_head(seg_t* s, read_t* r, uint8_t* to) noexcept nogil:
+    """At most HEAD_BYTES of the value: how many; 0: damage. As read_copy, it is worth something if nothing has changed."""
+    cdef uint8_t* at = <uint8_t*>item_at(s, r.addr) + value_offset(r.key_bytes)
+    cdef uint64_t n = min(r.value_bytes, <uint64_t>HEAD_BYTES)
+    cdef uint32_t page
+    if r.is_big and r.big.n_pages:
+        page = ld32r(<uint32_t*>at)
+        if not big_owns(s, r.addr, page):
+            return 0
+        at = page_bytes_of(s, page)
+    memcpy(to, at, n)
+    return n
+
+cdef inline int state_in_place(seg_t* s, read_t* r, bint locked, uint32_t* stale_ms) noexcept nogil:
+    """STATE_* of an envelope whose value is not copied, and its stale_ms. Without its stripe: AGAIN if it changes meanwhile."""
+    cdef uint8_t head[HEAD_BYTES]
+    cdef envelope_t e
+    cdef uint64_t n = copy_head(s, r, head)
+    stale_ms[0] = 0
+    if not locked and not unchanged(r) and not same_item(s, r):
+        return AGAIN
+    if not envelope_open(head, n, &e):
+        return STATE_DAMAGED
+    stale_ms[0] = e.stale_ms
+    return envelope_state(s, head, &e, r.expiry_ms)
+
 # ---- find, under the stripe -------------------------------------------------------------------------------------------------
 
 ctypedef struct found_t:
     uint64_t* slot          # of the key, or NULL
     uint64_t addr
-    bint live               # a value; not cleared, not expired
+    bint live               # a value; not cleared, not expired, not hidden
     bint claimed            # a claim; not cleared, not expired
+    int state               # STATE_*, of a value that is neither cleared nor expired; live if it is fresh (or damaged)
+    uint32_t stale_ms       # of an envelope
     uint64_t* empty         # the first free slot of the chain, or NULL
     uint64_t* dull          # the slot whose item is least worth keeping (stale first)
     uint8_t dull_refs
@@ -212,6 +284,8 @@ cdef inline void find_locked(seg_t* s, uint64_t b, const uint8_t* key, size_t n,
     cdef uint8_t refs
     cdef int i
     f.slot = NULL
+    f.state = STATE_FRESH
+    f.stale_ms = 0
     f.empty = NULL
     f.dull = NULL
     f.dull_refs = 255
@@ -232,6 +306,10 @@ cdef inline void find_locked(seg_t* s, uint64_t b, const uint8_t* key, size_t n,
                 f.addr = r.addr
                 f.live = not stale(s, item_at(s, r.addr))
                 f.claimed = f.live and r.flags & FLAG_CLAIM and r.value_bytes == 16
+                if unlikely(r.codec == CODEC_ENVELOPE) and f.live and not r.flags & FLAG_CLAIM:
+                    r.expiry_ms = item_at(s, r.addr).expiry_ms
+                    f.state = state_in_place(s, &r, True, &f.stale_ms)
+                    f.live = f.state == STATE_FRESH or f.state == STATE_DAMAGED
                 if r.flags & FLAG_CLAIM:        # of another size: damage, neither a value nor a claim
                     f.live = False
                 return
@@ -465,6 +543,9 @@ cdef inline int allowed(seg_t* s, put_t* op, found_t* f) noexcept nogil:
         if f.slot == NULL or not f.claimed or ld64(&item_at(s, f.addr).cas) != op.version:
             return MISMATCH
         return OK if op.flags & FLAG_CLAIM or my_claim(s, f.addr, op.key_bytes) else MISMATCH     # a claim on a claim: the dead's is taken over
+    if op.when == IF_SAME:      # it may have expired meanwhile: who deletes, sets or clears it takes the item or its epoch away
+        return OK if f.slot != NULL and not f.claimed and f.state != STATE_GONE and ld64(&item_at(s, f.addr).cas) == op.version and \
+            item_at(s, f.addr).epoch == ld32(&s.header.epoch) else MISMATCH
     if not present:
         return ABSENT
     if op.when == IF_VERSION and ld64(&item_at(s, f.addr).cas) != op.version:
@@ -539,7 +620,7 @@ cdef inline int remove(seg_t* s, const uint8_t* key, size_t n, uint64_t h, uint6
                        log_t* log, uint64_t limit_ns) noexcept nogil:
     """Take a key out: OK, ABSENT, or MISMATCH if version is given (not 0) and is another; BUSY, INTR.
 
-    only_expired: what get does with what it found expired; whoever replaced the item meanwhile wins. log: NULL, or what is secured for it;
+    only_expired: what get does with what it found expired, or (version: its) hidden for good; whoever replaced the item meanwhile wins. log: NULL, or what is secured for it;
     then an absent key's delete takes a version, too: a log may hold an older value that was evicted here. The version first, so that no
     other write gets it if this process dies in between.
     """
@@ -553,6 +634,9 @@ cdef inline int remove(seg_t* s, const uint8_t* key, size_t n, uint64_t h, uint6
     if unlikely(ld32(&s.header.restoring)) and not only_expired and not version:
         depart(s, h)
     if f.slot == NULL or (only_expired and f.live):
+        rc = ABSENT
+    elif f.state != STATE_FRESH and not f.live and (only_expired or version) and ld64(&item_at(s, f.addr).cas) != version:
+        f.slot = NULL
         rc = ABSENT
     elif not f.live:
         if not only_expired or not f.claimed:       # a delete takes a claim away: what is being computed may be old
@@ -601,7 +685,11 @@ cdef inline int read_claim(seg_t* s, const uint8_t* key, size_t n, uint64_t h, u
     """Whose claim is on this key? OK: a value is there. EXISTS: a claim. ABSENT: neither. AGAIN."""
     cdef read_t r
     cdef uint64_t* at
+    cdef uint32_t stale_ms
     cdef int rc = read_begin(s, key, n, h, &r)
+    if unlikely(rc == OK and r.codec == CODEC_ENVELOPE):
+        rc = state_in_place(s, &r, False, &stale_ms)
+        return OK if rc == STATE_FRESH or rc == STATE_DAMAGED else AGAIN if rc == AGAIN else ABSENT
     if rc != ABSENT or not r.claimed or r.value_bytes != 16:
         return rc
     at = <uint64_t*>(<uint8_t*>item_at(s, r.addr) + value_offset(n))
@@ -654,7 +742,7 @@ cdef inline int add_to(seg_t* s, const uint8_t* key, size_t n, uint64_t h, int64
 
 cdef inline int set_expiry(seg_t* s, const uint8_t* key, size_t n, uint64_t h, uint64_t expiry_ms,
                            log_t* log, uint64_t limit_ns) noexcept nogil:
-    """Change when an item expires, in place: OK, ABSENT, BUSY or INTR."""
+    """Change when an item expires, in place (of an envelope: when it is fresh no more): OK, ABSENT, BUSY or INTR."""
     cdef uint64_t b = bucket_of(s, h)
     cdef stripe_t* st = stripe_of(s, b)
     cdef found_t f
@@ -668,7 +756,7 @@ cdef inline int set_expiry(seg_t* s, const uint8_t* key, size_t n, uint64_t h, u
     else:
         it = item_at(s, f.addr)
         note_intent(st, OP_TOUCH, f.addr, 0, st.count)
-        st64(&it.expiry_ms, expiry_ms)
+        st64(&it.expiry_ms, expiry_ms + f.stale_ms if expiry_ms else 0)
         #! touch: expiry
         st64(&it.cas, st.seq + 1)
         #! touch: cas

@@ -345,6 +345,34 @@ def test_through_caches_what_it_wrote_and_around_does_not(over, hooked):
     assert cache["k"] == cache.peek("k") == 2
 
 
+def test_that_a_key_is_not_there_is_remembered(over, hooked):
+    cache = over(hooked, negative_ttl=1000)
+    assert [cache.get("k"), "k" in cache, cache.get_many(["k"]), cache.gets("k"), cache.ttl("k")] == [None, False, {}, (None, 0), None]
+    with pytest.raises(KeyError):
+        cache["k"]
+    assert hooked.calls == [("load", [b"k"])]
+    assert cache.get_many(["k", "a"]) == {}
+    assert cache.get("a") is None
+    assert hooked.calls == [("load", [b"k"]), ("load", [b"a"])]
+    cache["k"] = 1
+    assert cache["k"] == 1
+    assert cache.delete("k")
+    assert cache.add("a", 2)
+    assert [cache.get("k"), cache["a"]] == [None, 2]
+    hooked.calls.clear()
+    assert cache.get("n") is None
+    hooked.rows[b"n"] = (hooked.codec.encode("past the cache"), None, 0)
+    assert cache.get("n") is None
+    cache.invalidate("n")
+    assert cache["n"] == "past the cache"
+    hooked.before = down
+    with pytest.raises(errors.StoreUnavailable):
+        cache.get("x")
+    hooked.before = lambda what, keys: None
+    hooked.rows[b"x"] = (hooked.codec.encode(1), None, 0)
+    assert cache["x"] == 1
+
+
 # ---- stores that fail ---------------------------------------------------------------------------------------------------------------
 
 

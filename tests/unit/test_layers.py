@@ -19,7 +19,7 @@ ALLOWED = {  # module -> what of ours it may import
     "flight": {"errors", "cache"},  # cache for annotations only
     "namespace": {"errors", "flight", "cache"},
     "cache": {"errors", "core", "segment", "codec", "flight", "namespace", "policy", "stores"},  # those two for annotations, and on demand
-    "policy": {"errors", "core", "cache", "flight", "stores"},
+    "policy": {"errors", "codec", "core", "cache", "flight", "stores"},
     "supervisor": {"errors", "core", "segment", "cache", "supervisor"},
     "metrics": set(),
     "sidecar": {"errors", "core", "cache", "metrics", "sidecar"},
