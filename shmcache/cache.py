@@ -7,7 +7,7 @@ here runs when a value is not bytes, str or int, and when a person asks for figu
 from __future__ import annotations
 
 from shmcache import errors, flight, segment
-from shmcache.codec import check_codec, get_codec
+from shmcache.codec import BYTES, INT, STR, check_codec, get_codec
 from shmcache.core import _core
 from shmcache.namespace import Namespace
 from shmcache.segment import Segment
@@ -48,6 +48,14 @@ class Cache(_core.Table):
 
     def _decode(self, codec: int, payload: bytes) -> Any:
         return self._load_codec().decode(codec, payload)
+
+    def _value(self, codec: int, payload: bytes) -> Any:
+        """Of what an item holds."""
+        if codec == BYTES:
+            return payload
+        if codec == STR:
+            return payload.decode("utf-8", "surrogatepass")
+        return int.from_bytes(payload, "little", signed=True) if codec == INT else self._decode(codec, payload)
 
     def _undecoded(self, error: Exception) -> Exception:
         named: Exception = self._load_codec().named(error)
@@ -228,15 +236,15 @@ def _policy_options(policy: Policy | str | None, store: Store | None) -> dict[st
     from shmcache.policy import Policy
 
     chosen = Policy(policy or "through") if isinstance(policy, str | None) else policy
-    return {"policy": chosen.number, "config": chosen.packed()}
+    return {"policy": chosen.number, "config": chosen.packed(), "dirty_limit": chosen.dirty_bytes}
 
 
 def _handle(mapping: _core.Mapping, codec: str, trust: dict[str, Any], store: Store | None) -> Cache:
     if store is None:
         return Cache(mapping, codec, trust)
-    from shmcache.policy import StoredCache
+    from shmcache import policy
 
-    return StoredCache(mapping, codec, trust, store)
+    return policy.handle(mapping, codec, trust, store)
 
 
 def attach(
@@ -288,7 +296,9 @@ def create_restored(
     """Create a segment of this epoch into which core._stream.Restore then puts items of versions up to restored_seq. was: settings() of the
     segment that they come from, for arguments that are not given; the others, and what is raised, as of create()."""
     options = {k: was[k] for k in ("default_ttl_ms", "max_value_bytes", "stripes", "max_processes", "lock_limit_ms", "ring_bytes")}
-    options |= {k: was[k] for k in ("policy", "config") if k in was}
+    options |= {k: was[k] for k in ("policy", "config", "dirty_limit") if k in was}
+    if was.get("policy"):  # versions in the store go on: what comes is newer than all that was
+        options |= {"restored_base": was["version_base"], "version_base": was["version_base"] + restored_seq + 1}
     options |= _options(default_ttl, max_value, stripes, max_processes, lock_limit, log_buffer)
     size_bytes = was["size_bytes"] if size is None else segment.parse_size(size)
     options |= {"restored_seq": restored_seq, "restored_epoch": epoch, "log_policy": log_policy if options["ring_bytes"] else 0}
@@ -303,7 +313,8 @@ def _warn_of_differences(cache: Cache, size_bytes: int | None, options: dict[str
         wanted["size_bytes"] = -(-size_bytes // 4096) * 4096
     if "max_value_bytes" in wanted:
         wanted["max_value_bytes"] = min(wanted["max_value_bytes"], live["max_value_most"])
-    differ = [f"{k} {v:,} asked, {live[k]:,} in force" for k, v in wanted.items() if k not in ("config", "policy") and live[k] != v]
+    no_number = ("config", "policy", "dirty_limit")
+    differ = [f"{k} {v:,} asked, {live[k]:,} in force" for k, v in wanted.items() if k not in no_number and live[k] != v]
     if "config" in wanted and wanted["config"] != live["config"]:
         from shmcache import policy
 

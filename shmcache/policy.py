@@ -38,6 +38,7 @@ import msgpack
 from shmcache import codec, errors, flight
 from shmcache.cache import Cache, attach
 from shmcache.core import _core
+from shmcache.segment import parse_size
 from shmcache.stores import Entry
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
 MODES = ("none", "through", "around", "back")  # by the header's number
 GRACE = 5.0  # seconds that a mark stands beyond the times that waiting and storing may take
 BATCH = 500  # keys in one call of the store
+DELETED = -5  # of claim(): in the store, too, as soon as the supervisor comes to it
 MISSING: Any = flight.MISSING
 DELETE: Any = object()
 KEEP: Any = object()
@@ -67,24 +69,35 @@ class Policy:
         mode: "through", "around" or "back".
         timeout: seconds that a call of the store may take, and that a caller waits for another's.
         negative_ttl: seconds for which it is remembered that a key is not in the store; 0: it is asked each time.
+        flush_every: back: seconds between two passes over what is to be stored.
+        dirty_limit: back: bytes, or "64M", that may wait to be stored; who would write more waits. Never over a quarter of the slab memory.
     """
 
     mode: str
     timeout: float = 5.0
     negative_ttl: float = 0.0
+    flush_every: float = 0.5
+    dirty_limit: int | str | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in MODES[1:]:
             raise errors.InvalidConfig(f"policy is 'through', 'around' or 'back', not {self.mode!r}")
-        for name in ("timeout", "negative_ttl"):
+        for name in ("timeout", "negative_ttl", "flush_every"):
             n = getattr(self, name)
-            if isinstance(n, bool) or not isinstance(n, (int, float)) or not 0 <= n < 1e6 or (name == "timeout" and n == 0):
-                raise errors.InvalidConfig(f"{name} of a policy is a number of seconds from 0 (timeout: above 0) to a million, not {n!r}")
+            if isinstance(n, bool) or not isinstance(n, (int, float)) or not 0 <= n < 1e6 or (name != "negative_ttl" and n == 0):
+                raise errors.InvalidConfig(f"{name} of a policy is a number of seconds above 0 (negative_ttl: or 0), not {n!r}")
+        if self.dirty_limit is not None:
+            parse_size(self.dirty_limit, "dirty_limit")
 
     @property
     def number(self) -> int:
         """In the header."""
         return MODES.index(self.mode)
+
+    @property
+    def dirty_bytes(self) -> int:
+        """dirty_limit in bytes; 0: as much as may be."""
+        return 0 if self.dirty_limit is None else parse_size(self.dirty_limit, "dirty_limit")
 
     def packed(self) -> bytes:
         """For the header's configuration."""
@@ -124,7 +137,7 @@ class StoredCache(Cache):
         self.policy = policy
         self.store = store
         self._age = 2 * policy.timeout + GRACE  # of claims and marks: longer than to wait for another's, and then for the store
-        self._fills = policy.mode == "through"
+        check_ordered(policy, store)
         self._reads_through = True
 
     def __reduce__(self) -> Any:
@@ -144,18 +157,20 @@ class StoredCache(Cache):
             value = self.peek(name, MISSING)
             if value is not MISSING:
                 return value
+        if version == DELETED:
+            return default
         entry = self._loaded([name], {name: version}).get(name)
         return default if entry is None else entry.value
 
     def _claim(self, name: bytes, deadline: float) -> int:
-        """Of a missing key: a claim's version; 0: there is a value now; -1: load it, and do not fill it.
+        """Of a missing key: a claim's version; 0: there is a value now; -1: load it, and do not fill it; DELETED.
 
         Raises: StoreUnavailable: somebody else has been loading it for too long.
         """
         pause = flight.waits(deadline)
         while True:
             version = self.claim(name, self._age)
-            if version >= 0:
+            if version >= 0 or version == DELETED:
                 return version
             if version in (-2, -4):  # the load of this very key asks for it; its writer is dead
                 return -1
@@ -189,7 +204,7 @@ class StoredCache(Cache):
 
     def _is_negative(self, name: bytes) -> bool:
         """Is it remembered that this key is not in the store?"""
-        return self.policy.negative_ttl > 0 and self._look(name)[0] == codec.NEGATIVE
+        return (self.policy.negative_ttl > 0 or self.policy.mode == "back") and self._look(name)[0] == codec.NEGATIVE
 
     def _load_some(self, names: list[bytes], refused: dict[bytes, Exception]) -> dict[bytes, Entry]:
         try:
@@ -260,10 +275,41 @@ class StoredCache(Cache):
         name = _core.key_bytes(key)
         ttl = super().ttl(name)
         if ttl is None and name[0] != 0 and not self._is_negative(name):
-            entry = self._loaded([name], {name: self.claim(name, self._age)}).get(name)
+            version = self.claim(name, self._age)
+            entry = None if version == DELETED else self._loaded([name], {name: version}).get(name)
             if entry is not None:
                 return math.inf if entry.ttl is None else entry.ttl
         return ttl
+
+    def get_or_set(self, key: Key, factory: Callable[[], Any], ttl: Ttl = None, *, lease: float = flight.LEASE) -> Any:
+        """As Cache.get_or_set, for a key that the store has not either: factory()'s value is stored."""
+        return super().get_or_set(key, factory, ttl, lease=lease)
+
+    def _keep(self, key: Key, value: Any, version: int, ttl: Ttl) -> bool:
+        return super()._keep(key, value, version, ttl) if _is_own(key) else self.add(key, value, ttl)
+
+    # ---- all of it ----
+
+    def _drop(self, names: Iterable[bytes]) -> None:
+        """From the cache alone."""
+        for name in names:
+            self.discard(name)
+
+    def invalidate(self, *keys: Key) -> None:
+        """Drop the cached copies, not what is in the store: for who has changed it there past this cache."""
+        self._drop([_core.key_bytes(k) for k in keys])
+
+    def stats(self) -> dict[str, Any]:
+        """As Cache.stats, and "store": policy, loads, found, writes (keys) and errors (calls), of all processes."""
+        return {**super().stats(), "store": {"policy": self.policy.mode, **self.store_counters()}}
+
+
+class ThroughCache(StoredCache):
+    """Through and around: who writes changes the store."""
+
+    def __init__(self, mapping: _core.Mapping, codec_name: str, trust: dict[str, Any] | None, store: Store) -> None:
+        super().__init__(mapping, codec_name, trust, store)
+        self._fills = self.policy.mode == "through"
 
     # ---- writes ----
 
@@ -356,15 +402,6 @@ class StoredCache(Cache):
         if kept:
             self._call(self.store.store_many, kept, timeout=self.policy.timeout)
         self.count_store(writes=len(values))
-
-    def _drop(self, names: Iterable[bytes]) -> None:
-        """From the cache alone."""
-        for name in names:
-            Cache.delete(self, name)
-
-    def invalidate(self, *keys: Key) -> None:
-        """Drop the cached copies, not what is in the store: for who has changed it there past this cache."""
-        self._drop([_core.key_bytes(k) for k in keys])
 
     # ---- changes of what is there ----
 
@@ -460,18 +497,130 @@ class StoredCache(Cache):
     def persist(self, key: Key) -> bool:
         return super().persist(key) if _is_own(key) else self.touch(key)
 
-    def get_or_set(self, key: Key, factory: Callable[[], Any], ttl: Ttl = None, *, lease: float = flight.LEASE) -> Any:
-        """As Cache.get_or_set, for a key that the store has not either: factory()'s value is stored."""
-        return super().get_or_set(key, factory, ttl, lease=lease)
 
-    def _keep(self, key: Key, value: Any, version: int, ttl: Ttl) -> bool:
-        return super()._keep(key, value, version, ttl) if _is_own(key) else self.add(key, value, ttl)
+class BackCache(StoredCache):
+    """Back: set() and the like are the compiled ones, and what they write is dirty; who wants to know what is there loads it first."""
 
-    # ---- all of it ----
+    def delete(self, key: Key) -> bool:
+        return self.delete_many([key]) == 1
 
-    def stats(self) -> dict[str, Any]:
-        """As Cache.stats, and "store": policy, loads, found, writes (keys) and errors (calls), of all processes."""
-        return {**super().stats(), "store": {"policy": self.policy.mode, **self.store_counters()}}
+    def __delitem__(self, key: Key) -> None:
+        if not self.delete(key):
+            raise KeyError(key)
+
+    def delete_many(self, keys: Iterable[Key]) -> int:
+        names = dict.fromkeys(_core.key_bytes(k) for k in keys)
+        unseen = [name for name in names if name[0] != 0 and self._look(name)[0] == codec.ABSENT and self.claim_version(name) == 0]
+        there = self._loaded(unseen, {})
+        return sum([super(BackCache, self).delete(name) or name in there for name in names])
+
+    def _changed(self, key: Key, change: Callable[[bytes], Any], absent: Any) -> Any:
+        """What change() says, once the key is cached; MISSING is that it is not. absent: it is not in the store."""
+        name = _core.key_bytes(key)
+        deadline = time.monotonic() + self.policy.timeout
+        while True:
+            told = change(name)
+            if told is not MISSING:
+                return told
+            if name[0] == 0 or self.get(name, MISSING) is MISSING:
+                return absent
+            if time.monotonic() > deadline:
+                raise errors.StoreUnavailable("this key is in the store, but cannot be cached just now, so nothing was changed: try again")
+
+    def replace(self, key: Key, value: Any, ttl: Ttl = None) -> bool:
+        return bool(self._changed(key, lambda name: super(BackCache, self).replace(name, value, ttl) or MISSING, False))
+
+    def touch(self, key: Key, ttl: Ttl = None) -> bool:
+        return bool(self._changed(key, lambda name: super(BackCache, self).touch(name, ttl) or MISSING, False))
+
+    def expire(self, key: Key, ttl: float | timedelta) -> bool:
+        return bool(self._changed(key, lambda name: super(BackCache, self).expire(name, ttl) or MISSING, False))
+
+    def persist(self, key: Key) -> bool:
+        return bool(self._changed(key, lambda name: super(BackCache, self).persist(name) or MISSING, False))
+
+    def pop(self, key: Key, default: Any = None) -> Any:
+        def taken(name: bytes) -> Any:
+            while True:
+                value, version = super(StoredCache, self).gets(name)
+                if not version:
+                    return MISSING
+                if self._delete_version(name, version):
+                    return value
+
+        return self._changed(key, taken, default)
+
+    def cas(self, key: Key, value: Any, version: int, ttl: Ttl = None) -> bool:
+        return super().cas(key, value, version, ttl) if version else self.add(key, value, ttl)
+
+    def add(self, key: Key, value: Any, ttl: Ttl = None) -> bool:
+        name = _core.key_bytes(key)
+        if name[0] == 0:
+            return super().add(name, value, ttl)
+        value = self.encoded(value)
+        deadline = time.monotonic() + self.policy.timeout
+        while True:
+            state, _, _ = self._look(name)
+            if state in (codec.FRESH, codec.STALE):
+                return False
+            version = DELETED if state == codec.NEGATIVE else self._claim(name, deadline)
+            if version == DELETED:
+                if super().add(name, value, ttl):
+                    return True
+            elif version:
+                try:
+                    entry = self._call(self.store.load_many, [name], timeout=self.policy.timeout).get(name)
+                    self.count_store(loads=1, found=entry is not None)
+                    if entry is not None:
+                        self._filled(name, entry, version)
+                        return False
+                    if self._add_claimed(name, value, version, ttl) if version > 0 else super().add(name, value, ttl):
+                        return True
+                finally:
+                    if version > 0:
+                        self.unclaim(name, version)
+
+    def incr(self, key: Key, n: int = 1, *, default: int | None = None, ttl: Ttl = None) -> int:
+        def counted(name: bytes) -> Any:
+            try:
+                return super(BackCache, self).incr(name, n)
+            except KeyError:
+                return MISSING
+
+        while (total := self._changed(key, counted, None)) is None:
+            if default is None:
+                raise KeyError(key)
+            total = default + n
+            if not -(2**63) <= total < 2**63:
+                raise errors.CounterOverflow("default + n is not a signed 64-bit number: nothing was changed")
+            if self.add(key, total, ttl):
+                break
+        return int(total)
+
+    def decr(self, key: Key, n: int = 1, *, default: int | None = None, ttl: Ttl = None) -> int:
+        if not isinstance(n, int):
+            raise errors.NotANumber("incr and decr take an int to add, and an int or None as default")
+        return self.incr(key, -n, default=default, ttl=ttl)
+
+    def clear(self) -> None:
+        """As Cache.clear; what the store has not got is stored first. Raises: StoreUnavailable, and nothing is cleared."""
+        self.flush()
+        super().clear()
+
+
+def check_ordered(policy: Policy, store: Store) -> None:
+    """Raises: InvalidConfig."""
+    if policy.mode == "back" and not store.ordered:
+        raise errors.InvalidConfig(
+            "write-back needs a store that takes versions, or what a killed supervisor had begun could undo newer writes: "
+            "give SQLStore version_column=, or take policy='through'"
+        )
+
+
+def handle(mapping: _core.Mapping, codec_name: str, trust: dict[str, Any], store: Store) -> StoredCache:
+    """A cache on a segment and its store. Raises: InvalidConfig: the segment has no policy, or not one for this store."""
+    policy = policy_of(mapping)
+    return (BackCache if policy is not None and policy.mode == "back" else ThroughCache)(mapping, codec_name, trust, store)
 
 
 def _reopened(name: str, codec_name: str, trust: dict[str, Any], store: Store) -> Cache:

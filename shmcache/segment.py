@@ -31,6 +31,8 @@ PREFIX = "shmcache."  # of the object's name: what `ls /dev/shm` shows, and what
 MIN_SIZE = 4 << 20
 BIG_PAGES_FROM = 4 << 30  # bytes; from here slab pages have 1 MiB, below 64 KiB (bench: 1 MiB pages cost a small cache 4 points)
 BYTES_PER_BUCKET = 768  # of slab memory: not five of the smallest common items (160 B) to seven slots
+WRITE_BACK = 3  # layout.pxd, POLICY_BACK
+DIRTY_SHARE = 4  # so much of the slab memory, a quarter, may hold at most what the store has not got yet
 CONFIG = b"\x80"  # an empty msgpack map
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -87,12 +89,14 @@ def geometry(
     lock_limit_ms: int = 1000,
     ring_bytes: int = 0,
     policy: int = 0,
+    dirty_limit: int = 0,
 ) -> tuple[dict[str, int], list[int]]:
     """Where everything stands in a segment of size_bytes, by header field name; and the slab classes. Allocates nothing."""
     page_shift = 20 if size_bytes >= BIG_PAGES_FROM else 16
     page_bytes = 1 << page_shift
     chunks = slab_classes(page_bytes)
     fixed = {"n_rows": max_processes, "n_stripes": stripes, "n_classes": len(chunks), "page_shift": page_shift, "ring_bytes": ring_bytes}
+    fixed["policy"] = policy
     n_pages = size_bytes >> page_shift
     while True:
         if n_pages < 1:
@@ -108,7 +112,7 @@ def geometry(
     g["max_value_bytes"] = min(max_value_bytes, slab_bytes // 4, listable, (1 << 32) - 1)
     g["default_ttl_ms"] = default_ttl_ms
     g["lock_limit_ms"] = lock_limit_ms
-    g["policy"] = policy
+    g["dirty_limit"] = min(dirty_limit or slab_bytes, slab_bytes // DIRTY_SHARE)
     g["size_bytes"] = size_bytes
     return g, chunks
 
@@ -128,10 +132,11 @@ def _sections(fixed: dict[str, int], n_pages: int) -> dict[str, int]:
         "sketch": sketch_bytes,
         "buckets": n_buckets * size_of["bucket"],
         "overflow": n_overflow * size_of["overflow"],
+        "dirty": (slab_bytes >> 10) + 8 if fixed["policy"] == WRITE_BACK else 0,
         "rings": fixed["n_rows"] * (size_of["ring"] + fixed["ring_bytes"]) if fixed["ring_bytes"] else 0,
     }
     g = dict(fixed, n_pages=n_pages, n_buckets=n_buckets, n_overflow=n_overflow)
-    g.update(refs_bytes=sections["refs"], sketch_bytes=sketch_bytes, rings_bytes=sections["rings"])
+    g.update(refs_bytes=sections["refs"], sketch_bytes=sketch_bytes, rings_bytes=sections["rings"], dirty_bytes=sections["dirty"])
     at = size_of["header"]
     for name, n_bytes in sections.items():
         g[name + "_off"] = at
@@ -146,10 +151,12 @@ def _sections(fixed: dict[str, int], n_pages: int) -> dict[str, int]:
 
 def create(
     name: str, size_bytes: int, *, mode: int = 0o600, group: int | str | None = None, huge_pages: bool = False, restored_seq: int = 0,
-    restored_epoch: int = 0, log_policy: int = 0, config: bytes = CONFIG, **options: int,
+    restored_epoch: int = 0, log_policy: int = 0, config: bytes = CONFIG, version_base: int = 0, restored_base: int = 0,
+    **options: int,
 ) -> _core.Mapping:
     """Make a segment and map it. options: of geometry(). restored_seq: it is to be restored, and no version in what comes is higher; its
-    epoch is restored_epoch, and its log's policy from the first moment log_policy. config: a msgpack map, for the header.
+    epoch is restored_epoch, and its log's policy from the first moment log_policy. config: a msgpack map, for the header. version_base: at
+    least; restored_base: of what is restored.
 
     Warns: HugePagesRefused.
 
@@ -165,6 +172,7 @@ def create(
     g, chunks = geometry(size_bytes, **options)
     if restored_seq:
         g["restored_seq"], g["epoch"], g["log_policy"] = restored_seq, restored_epoch, log_policy
+    g["version_base"], g["restored_base"] = version_base, restored_base
     try:
         # Not posix_ipc's O_CREAT under a temporary name: a creator that is killed would leave it, with all its memory.
         fd = os.open(SHM_DIR, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, mode)

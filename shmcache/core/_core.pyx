@@ -27,12 +27,13 @@ from posix.unistd cimport usleep
 from shmcache.core.atomics cimport add64, ld32, ld64, likely, prefetch, st64, unlikely
 from shmcache.core.big cimport big_read
 from shmcache.core.bucket cimport bucket_of, pthread_self, stripe_of, stripe_release, stripe_take
-from shmcache.core.clock cimport now_ms
+from shmcache.core.clock cimport now_ms, ring_supervisor
 from shmcache.core.envelope cimport (
     CODEC_ENVELOPE, ENVELOPE_FIXED, FLAG_NEGATIVE, STATE_DAMAGED, STATE_FRESH, STATE_GONE, STATE_NEGATIVE, STATE_STALE, TAKE_EARLY, TAKE_STALE,
     envelope_open, envelope_t)
+from shmcache.core.dirty cimport writes_back
 from shmcache.core.layout cimport (
-    BATCH_CLASSES, BATCH_SLOTS, CLS_POOL, CONFIG_BYTES, FLAG_CLAIM, FLAG_LOCK, FLAG_WRITING, LAYOUT_VERSION, LOG_ALWAYS, LOG_OFF, MAX_CLASSES, MAX_KEY, MAX_ROWS, MIN_CHUNK, PARKED_SLOTS, POLICY_BACK,
+    BATCH_CLASSES, BATCH_SLOTS, CLS_POOL, CONFIG_BYTES, FLAG_CLAIM, FLAG_COPY_TTL, FLAG_LOCK, FLAG_WRITING, LAYOUT_VERSION, LOG_ALWAYS, LOG_OFF, MAX_CLASSES, MAX_KEY, MAX_ROWS, MIN_CHUNK, PARKED_SLOTS, POLICY_BACK,
     bucket_t, class_t, header_t, item_t, lock_t, overflow_t, page_t, pool_t, ring_t,
     row_t, seg_t, stripe_t)
 from shmcache.core.ring cimport log_t, record_room, ring_of, ring_release, ring_secure, ring_wait, wake_drainer
@@ -105,12 +106,14 @@ cdef enum:
     CODEC_STR = 1
     CODEC_INT = 2
     CODEC_MSGPACK = 3
+    WRITTEN = 32                # with IF_CLAIM: a write, that has to get to the store
     MOST_BOUND = 7              # keyword arguments of a Bound
     GROUP = 16                  # keys that get_many fetches ahead
     STACK_BYTES = 1024          # values up to this are copied to the stack before they are decoded
     LOG_WAIT_NS = 1000000000    # for room in the ring
     LONG_COPY = 32 << 20        # bytes: copying them takes about the interpreter's switch interval, for which getting the GIL back may have to wait
 
+cdef char* TOMBSTONE = b"\0\1\0\0\0\0\0\0\0\0\0\0"      # an envelope: nothing, negative, no tags
 cdef uint64_t NEVER = <uint64_t>-1              # log_t.end: it is in no log
 cdef uint64_t DURABLE_WAIT_NS = 10000000000     # for an fsync
 
@@ -195,7 +198,13 @@ def layout():
             ("log_gaps", <size_t>&h.log_gaps, "<u8", 1), ("log_healed", <size_t>&h.log_healed, "<u8", 1),
             ("log_failed_ms", <size_t>&h.log_failed_ms, "<u8", 1), ("log_asleep", <size_t>&h.log_asleep, "<u8", 1),
             ("log_epoch", <size_t>&h.log_epoch, "<u8", 1), ("log_bell", <size_t>&h.log_bell, "<u4", 1),
-            ("snapshot_begun_ms", <size_t>&h.snapshot_begun_ms, "<u8", 1)]),
+            ("snapshot_begun_ms", <size_t>&h.snapshot_begun_ms, "<u8", 1), ("dirty_off", <size_t>&h.dirty_off, "<u8", 1),
+            ("dirty_bytes", <size_t>&h.dirty_bytes, "<u8", 1), ("dirty_limit", <size_t>&h.dirty_limit, "<u8", 1),
+            ("version_base", <size_t>&h.version_base, "<u8", 1), ("restored_base", <size_t>&h.restored_base, "<u8", 1),
+            ("dirty", <size_t>&h.dirty, "<u8", 1), ("flushes_asked", <size_t>&h.flushes_asked, "<u8", 1),
+            ("flushes_ended", <size_t>&h.flushes_ended, "<u8", 1), ("flushed_ms", <size_t>&h.flushed_ms, "<u8", 1),
+            ("flush_failed_ms", <size_t>&h.flush_failed_ms, "<u8", 1), ("flush_refused", <size_t>&h.flush_refused, "<u8", 1),
+            ("oldest_dirty_ms", <size_t>&h.oldest_dirty_ms, "<u8", 1)]),
         "ring": (sizeof(ring_t), [
             ("head", <size_t>&g.head, "<u8", 1), ("drained", <size_t>&g.drained, "<u8", 1), ("durable", <size_t>&g.durable, "<u8", 1),
             ("bell", <size_t>&g.bell, "<u4", 1)]),
@@ -280,6 +289,9 @@ def format_segment(int fd, dict g, list chunk_bytes, bytes boot_id, bytes hash_k
         h.slab_off = g["slab_off"]
         h.max_value_bytes = g["max_value_bytes"]; h.default_ttl_ms = g["default_ttl_ms"]; h.lock_limit_ms = g["lock_limit_ms"]
         h.policy = g["policy"]
+        h.dirty_off = g["dirty_off"]; h.dirty_bytes = g["dirty_bytes"]; h.dirty_limit = g["dirty_limit"]
+        h.version_base = max(h.created_ms << 20, g.get("version_base", 0))
+        h.restored_base = g.get("restored_base", 0)
         #! create: header
         h.ring_bytes = g["ring_bytes"]
         h.epoch = 1
@@ -491,6 +503,7 @@ cdef class Mapping:
         s.max_value_bytes = h.max_value_bytes
         s.default_ttl_ms = h.default_ttl_ms
         s.policy = h.policy
+        s.dirty = <uint64_t*>(s.base + h.dirty_off)
         s.limit_ns = s.patience_ns = <uint64_t>h.lock_limit_ms * 1000000
         classes = s.classes
         for i in range(s.n_classes):
@@ -498,8 +511,8 @@ cdef class Mapping:
             s.page_chunks[i] = <uint32_t>(s.page_bytes // classes[i].chunk_bytes)
 
     cdef bint geometry_sound(self, header_t* h, uint64_t size):
-        cdef uint64_t off[10]
-        cdef uint64_t need[10]
+        cdef uint64_t off[11]
+        cdef uint64_t need[11]
         cdef class_t* classes
         cdef uint32_t i, last = 0
         if not (0 < h.n_rows <= MAX_ROWS and 0 < h.n_classes <= MAX_CLASSES and 0 < h.n_stripes <= 65536):
@@ -509,16 +522,18 @@ cdef class Mapping:
         if h.ring_bytes and (h.ring_bytes & (h.ring_bytes - 1) or not 65536 <= h.ring_bytes <= <uint64_t>1 << 30 or
                              h.rings_bytes < h.n_rows * (sizeof(ring_t) + h.ring_bytes)):
             return False
+        if h.policy == POLICY_BACK and h.dirty_bytes < ((h.n_pages << h.page_shift) >> 10) + 8:
+            return False
         if h.sketch_bytes < 64 or h.sketch_bytes & (h.sketch_bytes - 1):
             return False
         if h.n_pages >> 32 or h.n_buckets == 0 or h.n_buckets >> 32 or h.n_overflow == 0 or h.n_overflow >> 31:
             return False
         off = [h.rows_off, h.stripes_off, h.classes_off, h.pages_off, h.refs_off, h.sketch_off, h.buckets_off, h.overflow_off,
-               h.rings_off, h.slab_off]
+               h.dirty_off, h.rings_off, h.slab_off]
         need = [h.n_rows * sizeof(row_t), h.n_stripes * sizeof(stripe_t), h.n_classes * sizeof(class_t),
                 h.n_pages * sizeof(page_t), (h.n_pages << h.page_shift) >> 7, h.sketch_bytes, h.n_buckets * sizeof(bucket_t),
-                h.n_overflow * sizeof(overflow_t), h.rings_bytes, h.n_pages << h.page_shift]
-        for i in range(10):
+                h.n_overflow * sizeof(overflow_t), h.dirty_bytes, h.rings_bytes, h.n_pages << h.page_shift]
+        for i in range(11):
             if off[i] & 63 or off[i] < sizeof(header_t) or off[i] > size or need[i] > size - off[i]:
                 return False
             if i and off[i] < off[i - 1] + need[i - 1]:
@@ -570,7 +585,8 @@ cdef class Mapping:
         return {"size_bytes": s.size_bytes, "default_ttl_ms": s.default_ttl_ms, "max_value_bytes": s.max_value_bytes,
                 "max_value_most": min((s.n_pages << s.page_shift) // 4, list_room, <uint64_t>0xffffffff),
                 "stripes": s.n_stripes, "max_processes": s.n_rows, "lock_limit_ms": s.header.lock_limit_ms,
-                "ring_bytes": s.ring_bytes, "policy": s.policy, "config": self.config}
+                "ring_bytes": s.ring_bytes, "policy": s.policy, "config": self.config,
+                "version_base": s.header.version_base, "dirty_limit": s.header.dirty_limit}
 
     @property
     def config(self):
@@ -1117,6 +1133,8 @@ cdef class Table:
         cdef int rc = BUSY
         op.log.bytes = 0
         op.log.end = 0
+        if unlikely(writes_back(s, op.key)) and not op.loaded:
+            self.wait_stored(s, self.mapping)
         if likely(s.ring_bytes == 0) or op.flags & FLAG_CLAIM:
             return self.put_now(s, op)
         held = self.mapping
@@ -1126,6 +1144,56 @@ cdef class Table:
         finally:
             self.over(s, &op.log, rc == OK)
         return rc
+
+    cdef int wait_stored(self, seg_t* s, Mapping held) except -1:
+        """Write-back: room for one more dirty item. No lock is held; who holds some does not wait."""
+        cdef uint64_t until
+        if likely(ld64(&s.header.dirty) < ld64(&s.header.dirty_limit) >> 3):
+            return 0
+        ring_supervisor(s)
+        if ld64(&s.header.dirty) < ld64(&s.header.dirty_limit) or s.holder == pthread_self():
+            return 0
+        if self.impatient:
+            raise WouldWait
+        until = mono_ns() + DURABLE_WAIT_NS
+        self.enter(s)
+        try:
+            while ld64(&s.header.dirty) >= ld64(&s.header.dirty_limit):
+                if mono_ns() > until:
+                    raise errors.StoreUnavailable("as much as may be is waiting to be stored, and it does not become less: is the supervisor "
+                                                  "running with --store, is its store up? Nothing was changed: try again")
+                with nogil:
+                    ring_supervisor(s)
+                    usleep(500)
+                self.interrupted(s, held)
+        finally:
+            self.leave()
+        return 0
+
+    cdef int bury(self, seg_t* s, const uint8_t* key, size_t n, uint64_t h, uint64_t version, log_t* log) except -100:
+        """Write-back: delete a key, of which the store may have more than the cache: a tombstone is what is stored. As remove_view()."""
+        cdef put_t op
+        cdef int rc
+        op.chunk = 0
+        op.flags = 0
+        op.refs = 0
+        op.when = IF_VERSION if version else ALWAYS
+        op.loaded = False
+        op.version = version
+        op.key = key
+        op.key_bytes = n
+        op.hash = h
+        op.expiry_ms = 0
+        op.codec = CODEC_ENVELOPE
+        op.value = <const uint8_t*>TOMBSTONE
+        op.value_bytes = ENVELOPE_FIXED
+        rc = self.put_view(s, &op)
+        if log != NULL:
+            log[0] = op.log
+        if rc == OK:
+            s.row.sets -= 1
+            s.row.deletes += op.was_live
+        return (OK if op.was_live else ABSENT) if rc == OK else rc
 
     cdef int put_now(self, seg_t* s, put_t* op) except -100:
         cdef Mapping held = self.mapping
@@ -1184,7 +1252,7 @@ cdef class Table:
         op.chunk = 0
         op.flags = 0
         op.refs = 0
-        op.when = when
+        op.when = when & ~WRITTEN
         op.loaded = when == IF_CLAIM or when == IF_SAME
         op.version = version
         key_view(key, &op.key, &op.key_bytes)
@@ -1195,6 +1263,8 @@ cdef class Table:
             op.expiry_ms = now_ms(s) + ttl_ms if ttl_ms else 1
         else:
             op.expiry_ms = now_ms(s) + s.default_ttl_ms if s.default_ttl_ms else 0
+            if unlikely(s.policy == POLICY_BACK) and s.default_ttl_ms:
+                op.flags = FLAG_COPY_TTL
         holder = self.store_view(value, &op, &number)
         if type(value) is Encoded and op.expiry_ms > 1:
             op.expiry_ms += (<Encoded>value).stale_ms
@@ -1207,7 +1277,10 @@ cdef class Table:
         if rc == OK:
             stored[0] = op.cas
             if ttl is not None and ttl_ms == 0:
-                self.remove_view(s, held, op.key, op.key_bytes, op.hash, 0, True, NULL)
+                if unlikely(writes_back(s, op.key)):
+                    self.bury(s, op.key, op.key_bytes, op.hash, op.cas, log)
+                else:
+                    self.remove_view(s, held, op.key, op.key_bytes, op.hash, 0, True, NULL)
         return rc
 
     def set(self, key, value, ttl=None):
@@ -1321,6 +1394,8 @@ cdef class Table:
                          bint only_expired, log_t* log) except -100:
         """log: out, for durable(); NULL: what expires is not logged."""
         cdef int rc = BUSY
+        if unlikely(writes_back(s, key)) and not only_expired:
+            return self.bury(s, key, n, h, version, log)
         if likely(s.ring_bytes == 0) or log == NULL:
             return self.remove_now(s, held, key, n, h, version, only_expired, NULL)
         self.secure(s, held, log, record_room(s, n, 0))
@@ -1374,6 +1449,53 @@ cdef class Table:
         """Remove a key: True if it was there."""
         return self.remove_key(key, 0) == OK
 
+    def discard(self, key):
+        """Drop the cached copy of a key, whatever stands behind the cache: True if there was one. What the store has not got yet stays."""
+        cdef const uint8_t* k
+        cdef size_t n
+        cdef log_t log
+        cdef seg_t* s
+        cdef Mapping held = self.mapping
+        cdef int rc
+        key_view(key, &k, &n)
+        s = self.ready()
+        log.bytes = 0
+        log.end = 0
+        if s.ring_bytes:
+            self.secure(s, held, &log, record_room(s, n, 0))
+        try:
+            rc = self.remove_now(s, held, k, n, siphash13(k, n, s.k0, s.k1), 0, False, &log)
+        finally:
+            if s.ring_bytes:
+                self.over(s, &log, False)
+        return rc == OK
+
+    def flush(self, double timeout=30.0):
+        """Write-back: wait till the store has everything that was written before this call. With any other policy it has.
+
+        Args: timeout: seconds.
+        Raises: StoreUnavailable: it has not, after that time; or it refuses some of it (stats(): store, refused).
+        """
+        cdef seg_t* s = self.ready()
+        cdef Mapping held = self.mapping
+        cdef uint64_t until = mono_ns() + <uint64_t>(max(0.0, min(timeout, 1e6)) * 1e9), asked
+        if s.policy != POLICY_BACK or ld64(&s.header.dirty) == 0:
+            return
+        asked = add64(&s.header.flushes_asked, 1) + 1
+        self.enter(s)
+        try:
+            while ld64(&s.header.flushes_ended) < asked:
+                if mono_ns() > until:
+                    raise errors.StoreUnavailable(
+                        f"{ld64(&s.header.dirty):,} bytes are not stored after {timeout} s; they are kept: is the supervisor running with --store, "
+                        "is its store up, does it refuse some (stats)?")
+                with nogil:
+                    ring_supervisor(s)
+                    usleep(500)
+                self.interrupted(s, held)
+        finally:
+            self.leave()
+
     def delete_many(self, keys):
         """Remove several keys: how many were there."""
         cdef list todo = list(keys)
@@ -1420,7 +1542,8 @@ cdef class Table:
 
         Args: seconds: after which the claim is void, 0: never. lock: clear() leaves it alone.
         Returns: the claim's version, above 0; 0: a value is there; -1: another living thread's claim stands; -2: this thread's own;
-        -3: somebody changes it in the store (mark()); -4: did, and is dead.
+        -3: somebody changes it in the store (mark()); -4: did, and is dead; -5: it was
+        deleted, and the store does not know yet.
         A claim of the dead is taken over. Whoever sets, deletes or (but for a lock) clears the key voids it.
         """
         cdef put_t op
@@ -1461,6 +1584,8 @@ cdef class Table:
             op.expiry_ms = now_ms(s) + <uint64_t>(seconds * 1000 + 0.999999) if seconds else 0
             if self.put_view(s, &op) == OK:
                 return op.cas
+            if op.unstored:             # a tombstone, for a value would have been seen
+                return -5
             if op.when == IF_UNCLAIMED:
                 PyErr_CheckSignals()
 
@@ -1517,6 +1642,15 @@ cdef class Table:
         """Store the value for which claim() gave this version: True if the claim still stood."""
         cdef uint64_t stored
         return self.store(key, value, ttl, IF_CLAIM, version, &stored) == OK
+
+    def _add_claimed(self, key, value, uint64_t version, ttl=None):
+        """fill(), of a value that the store has not got."""
+        cdef uint64_t stored
+        return self.store(key, value, ttl, IF_CLAIM | WRITTEN, version, &stored) == OK
+
+    def _delete_version(self, key, uint64_t version):
+        """Remove a key if it still has this version: True if it was removed."""
+        return self.remove_key(key, version) == OK
 
     def unclaim(self, key, uint64_t version):
         """Give a claim back: True if it still stood."""
@@ -1606,6 +1740,8 @@ cdef class Table:
         cdef int rc = BUSY
         log.bytes = 0
         log.end = 0
+        if unlikely(writes_back(s, key)):
+            self.wait_stored(s, held)
         if unlikely(s.ring_bytes != 0):
             self.secure(s, held, log, record_room(s, n, 8))
         try:

@@ -24,7 +24,8 @@ from shmcache.core.atomics cimport ld32, ld64, likely, prefetch, unlikely
 from shmcache.core.bucket cimport bucket_of, pthread_self, stripe_of, stripe_release, stripe_take
 from shmcache.core.clock cimport now_ms
 from shmcache.core.envelope cimport CODEC_ENVELOPE, STATE_FRESH, envelope_open, envelope_t
-from shmcache.core.layout cimport FLAG_RAW, MAX_KEY, seg_t
+from shmcache.core.dirty cimport writes_back
+from shmcache.core.layout cimport FLAG_COPY_TTL, FLAG_RAW, MAX_KEY, POLICY_BACK, seg_t
 from shmcache.core.ring cimport log_t, ring_of
 from shmcache.core.siphash cimport siphash13
 from shmcache.core.table cimport (
@@ -750,11 +751,16 @@ cdef int put_value(Executor ex, const uint8_t* key, size_t n, const uint8_t* val
         op.expiry_ms = 0
     elif expiry_ms == 0 and s.default_ttl_ms:
         op.expiry_ms = now_ms(s) + s.default_ttl_ms
+        if s.policy == POLICY_BACK:
+            op.flags |= FLAG_COPY_TTL
     rc = ex.table.put_view(s, &op)
     if unlikely(op.log.end != 0):
         ex.table.note_log(&op.log)
     if unlikely(expiry_ms == 1) and rc == OK:       # it is over already
-        ex.table.remove_view(s, ex.mapping, key, n, op.hash, 0, True, NULL)
+        if writes_back(s, key):
+            ex.table.bury(s, key, n, op.hash, op.cas, NULL)
+        else:
+            ex.table.remove_view(s, ex.mapping, key, n, op.hash, 0, True, NULL)
     return rc
 
 

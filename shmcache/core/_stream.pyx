@@ -22,9 +22,9 @@ from shmcache.core.atomics cimport add64, fence_acquire, ld8r, ld16r, ld32, ld32
 from shmcache.core.big cimport big_read, big_shape, big_t
 from shmcache.core.bucket cimport ADDR_MASK, OP_TOUCH, bucket_of, chain_first, chain_next, chain_t, stripe_of, stripe_release, stripe_take
 from shmcache.core.clock cimport now_ms
-from shmcache.core.layout cimport FLAG_BIG, FLAG_CLAIM, MAX_KEY, MAX_REFS, SLOTS, item_t, ring_t, seg_t, stripe_t
+from shmcache.core.layout cimport FLAG_BIG, FLAG_CLAIM, FLAG_DIRTY, MAX_KEY, MAX_REFS, POLICY_BACK, SLOTS, item_t, ring_t, seg_t, stripe_t
 from shmcache.core.lock cimport shm_sleep
-from shmcache.core.record cimport RECORD_CLEAR, RECORD_DELETE, RECORD_EXPIRY, RECORD_GAP, RECORD_REF, RECORD_SET, record_t
+from shmcache.core.record cimport RECORD_CLEAR, RECORD_DELETE, RECORD_DIRTY, RECORD_EXPIRY, RECORD_GAP, RECORD_REF, RECORD_SET, record_t
 from shmcache.core.ring cimport ring_of
 from shmcache.core.siphash cimport siphash13
 from shmcache.core.slab cimport in_slab, item_at, page_room, refs_of, value_offset
@@ -92,7 +92,7 @@ cdef int copy_chain(seg_t* s, uint64_t b, uint32_t stripe, copy_t* c) noexcept n
             offset = value_offset(r.key_bytes)
             if (w ^ h) >> 48 or bucket_of(s, h) != b or r.key_bytes == 0 or r.key_bytes > MAX_KEY or 48 + r.key_bytes > room:
                 continue
-            if flags & FLAG_CLAIM or r.epoch != epoch or (expiry != 0 and expiry <= now_ms(s)):
+            if flags & FLAG_CLAIM or (not flags & FLAG_DIRTY and (r.epoch != epoch or (expiry != 0 and expiry <= now_ms(s)))):
                 continue
             if flags & FLAG_BIG:
                 big_shape(s, r.key_bytes, r.value_bytes, &big)
@@ -118,7 +118,9 @@ cdef int copy_chain(seg_t* s, uint64_t b, uint32_t stripe, copy_t* c) noexcept n
                 return NO_ROOM
             r.expires_ms = <uint64_t>(<int64_t>expiry + c.to_wall_ms) if expiry else 0
             r.stripe = stripe
-            r.op = <uint8_t>(RECORD_SET | ld8r(refs_of(s, addr)) << 4)
+            r.op = <uint8_t>(RECORD_SET | min(ld8r(refs_of(s, addr)), <uint8_t>MAX_REFS) << 4 | (RECORD_DIRTY if flags & FLAG_DIRTY else 0))
+            if flags & FLAG_DIRTY:
+                r.epoch = epoch             # cleared or not: it is to be stored
             memcpy(c.to + at, &r, sizeof(record_t))
             at += sizeof(record_t)
             memcpy(c.to + at, <uint8_t*>it + 48, r.key_bytes)
@@ -355,18 +357,20 @@ cdef class Restore:
         cdef record_t r
         cdef put_t op
         cdef uint64_t size, hash
+        cdef bint dirty
         cdef int rc, tries
         while at[0] < end and not self.cleared:
             size = record_bytes(payload, at[0], end, &r)
             if size == 0:
                 return MISMATCH
-            if r.op & 15 != RECORD_SET or (heat >= 0 and (<int>MAX_REFS if of_log else min(r.op >> 4, <int>MAX_REFS)) != heat):
+            if r.op & 15 != RECORD_SET or (heat >= 0 and (<int>MAX_REFS if of_log else min(r.op >> 4 & 3, <int>MAX_REFS)) != heat):
                 at[0] += size
                 continue
             if is_generation(payload + at[0] + sizeof(record_t), r.key_bytes) != generations or r.epoch < least_epoch:
                 at[0] += size
                 continue
-            if heat >= 0 and self.full:
+            dirty = r.op & RECORD_DIRTY and s.policy == POLICY_BACK
+            if heat >= 0 and self.full and not dirty:
                 self.dropped += 1
                 at[0] += size
                 continue
@@ -374,7 +378,8 @@ cdef class Restore:
             if tail is not None and not tail.wins(hash, &r, of_log):
                 at[0] += size
                 continue
-            if r.expires_ms and r.expires_ms <= wall:
+            dirty = r.op & RECORD_DIRTY and s.policy == POLICY_BACK      # also by the tail
+            if r.expires_ms and r.expires_ms <= wall and not dirty:
                 self.expired += 1
                 at[0] += size
                 continue
@@ -387,10 +392,10 @@ cdef class Restore:
             op.value = op.key + r.key_bytes
             op.value_bytes = r.value_bytes
             op.hash = hash
-            op.expiry_ms = now_ms(s) + (r.expires_ms - wall) if r.expires_ms else 0
+            op.expiry_ms = now_ms(s) + (r.expires_ms - wall) if r.expires_ms > wall else 1 if r.expires_ms else 0
             op.codec = r.codec
-            op.flags = 0
-            op.refs = <uint8_t>min(r.op >> 4, <int>MAX_REFS)
+            op.flags = FLAG_DIRTY if dirty else 0
+            op.refs = <uint8_t>min(r.op >> 4 & 3, <int>MAX_REFS)
             op.when = RESTORED
             op.loaded = True
             op.version = r.version
@@ -548,6 +553,7 @@ cdef class Tail:
         if e.expiry_version > r.version:
             r.expires_ms = e.expires_ms
             r.version = e.expiry_version
+            r.op |= RECORD_DIRTY        # in write-back the store may not have that
         return True
 
 
@@ -692,7 +698,7 @@ cdef class Drain:
             return OK
         while self.at[row] < head:
             self.out(s, ring, self.at[row], <uint8_t*>&r, sizeof(record_t))
-            op = r.op
+            op = r.op & 15
             value_bytes = r.value_bytes if op == RECORD_SET else 0
             size = (sizeof(record_t) + r.key_bytes + value_bytes + 7) & ~<uint64_t>7
             if r.key_bytes == 0 or r.key_bytes > MAX_KEY or size > head - self.at[row] or op == RECORD_CLEAR or op > RECORD_REF:
@@ -744,7 +750,7 @@ cdef class Drain:
             found.value_bytes = <uint32_t>read.value_bytes
             found.codec = read.codec
             found.epoch = ld32r(&it.epoch)
-            found.op = RECORD_SET
+            found.op = RECORD_SET | (RECORD_DIRTY if read.flags & FLAG_DIRTY else 0)
             found.expires_ms = 0
             if read.expiry_ms:
                 found.expires_ms = <uint64_t>(<int64_t>read.expiry_ms + <int64_t>wall_ms() - <int64_t>now_ms(s))

@@ -24,6 +24,7 @@ Invariants, by the numbers that verify() reports. They hold for whoever holds th
     I19  a chunk KEPT by a living process is named by a slot of its row                                  (none; looked at five times)
     I20  the header still says what it said when this process attached                                   (none)
     I21  a page's row says free, being cut, of a class, or of a big value, and its class fits            (page pool)
+    I22  the map has the bit of every dirty item (dirty.pxd, D2)                                         (stripe; looked at five times)
 """
 from cpython.exc cimport PyErr_CheckSignals
 from libc.errno cimport errno
@@ -33,12 +34,13 @@ from libc.string cimport memcmp, memset
 from posix.unistd cimport usleep
 
 from shmcache.core._core cimport Mapping, Table
-from shmcache.core.atomics cimport add64, cas32, ld16r, ld32, ld32r, ld64, st8r, st32, st64
+from shmcache.core.atomics cimport add64, cas32, ld8r, ld16r, ld32, ld32r, ld64, st8r, st32, st64
 from shmcache.core.big cimport big_lists, big_owns, big_shape, big_t
 from shmcache.core.bucket cimport (
     ADDR_MASK, MAX_HOPS, bucket_of, bump, chain_first, chain_next, chain_t, overflow_push_locked, overflow_repair, overflow_take, slot_naming, stripe_of, stripe_release, stripe_take)
 from shmcache.core.layout cimport (
-    BATCH_CLASSES, BATCH_SLOTS, CLS_BIG, CLS_POOL, FLAG_BIG, MAX_KEY, MAX_REFS, OV_SLOTS, REFS_SHIFT, PARKED_SLOTS, class_t, item_t, overflow_t, page_t, seg_t, stripe_t)
+    BATCH_CLASSES, BATCH_SLOTS, CLS_BIG, CLS_POOL, FLAG_BIG, FLAG_DIRTY, MAX_KEY, MAX_REFS, OV_SLOTS, REFS_SHIFT, PARKED_SLOTS, POLICY_BACK, class_t, item_t, overflow_t, page_t, seg_t, stripe_t)
+from shmcache.core.dirty cimport dirty_bit
 from shmcache.core.clock cimport evict_chunk, evict_one, give_page, stale, take_page
 from shmcache.core.lock cimport lock_release, lock_take, shm_ring, shm_sleep
 from shmcache.core.settle cimport in_chain, settle_chunk, settle_overflow, settle_page, settle_pages
@@ -46,8 +48,9 @@ from shmcache.core.siphash cimport siphash13
 from shmcache.core.slab cimport (
     chunk_addr, chunk_class, chunk_free_list, cls_mark, chunk_push_locked, class_release, class_repair, class_take, in_slab, item_at, page_cls, page_in_class, page_room, pool_push_locked, pool_repair, pool_take, rebuild_page_locked,
     refs_of, value_offset, avail_push_locked)
+from shmcache.core.table cimport dirty_at
 from shmcache.core.token cimport (
-    FREE, KEPT, LIVE, OK, OV_FREE, OV_LINKED, OV_RESERVED, PAGE_ACTIVE, PAGE_BIG, PAGE_CUTTING, PAGE_DRAINING, PAGE_FREE, RESERVED, RETIRED,
+    ABSENT, FREE, KEPT, LIVE, OK, OV_FREE, OV_LINKED, OV_RESERVED, PAGE_ACTIVE, PAGE_BIG, PAGE_CUTTING, PAGE_DRAINING, PAGE_FREE, RESERVED, RETIRED,
     SUPERVISOR_BYTE, close, dead, kind_of, mono_ns, munmap, prober_ready, row_of, shm_keep_description, shm_ofd_lock, shm_reopen, token_of, word_of)
 
 import gc
@@ -198,7 +201,24 @@ cdef class Verifier:
                 self.say(f"I9 page {p} chunk {i}: LIVE, and no slot of bucket {bucket_of(s, it.hash)} names it")
             elif kind_of(ld64(&it.word)) == KEPT and not self.kept(addr):
                 self.say(f"I19 page {p} chunk {i}: KEPT by row {row_of(token_of(it.word))}, none of whose slots names it")
+            elif s.policy == POLICY_BACK and ld8r(&it.flags) & FLAG_DIRTY and not dirty_bit(s, addr) and self.not_in_map(addr):
+                self.say(f"I22 page {p} chunk {i}: dirty, and the map does not have it")
         return 0
+
+    cdef bint not_in_map(self, uint64_t addr) except -1:
+        """Who looks for dirty items clears a bit before he looks again."""
+        cdef seg_t* s = self.s
+        cdef uint8_t key[4096]
+        cdef size_t n
+        cdef int rc, i
+        for i in range(5):
+            with nogil:
+                rc = dirty_at(s, addr, key, &n, 10 * s.limit_ns)
+            if rc == ABSENT or dirty_bit(s, addr):
+                return False
+            self.wait(rc)
+            usleep(1000)
+        return True
 
     cdef bint named(self, uint64_t p, uint32_t cls, uint64_t addr) except -1:
         cdef seg_t* s = self.s
@@ -385,8 +405,8 @@ cdef class Verifier:
         cdef seg_t* s = self.s
         h = s.header
         if (h.n_rows, h.n_stripes, h.n_classes, h.page_shift, h.n_pages, h.n_buckets, h.n_overflow, h.slab_off, h.hash_key[0],
-                h.hash_key[1]) != (s.n_rows, s.n_stripes, s.n_classes, s.page_shift, s.n_pages, s.n_buckets, s.n_overflow,
-                                   s.slab_off, s.k0, s.k1):
+                h.hash_key[1], h.policy, h.dirty_off) != (s.n_rows, s.n_stripes, s.n_classes, s.page_shift, s.n_pages, s.n_buckets, s.n_overflow,
+                                   s.slab_off, s.k0, s.k1, s.policy, <uint8_t*>s.dirty - s.base):
             self.say("I20 the header's geometry or key is not what it was at attach")
         for i in range(s.n_classes):
             if s.classes[i].chunk_bytes != s.chunk_bytes[i]:

@@ -22,6 +22,7 @@ cdef extern from *:
     static inline uint64_t add64(uint64_t *p, uint64_t v) { return __atomic_fetch_add(p, v, __ATOMIC_RELAXED); }
     static inline uint64_t sub64(uint64_t *p, uint64_t v) { return __atomic_fetch_sub(p, v, __ATOMIC_SEQ_CST); }
     static inline uint64_t or64(uint64_t *p, uint64_t v) { return __atomic_fetch_or(p, v, __ATOMIC_SEQ_CST); }
+    static inline uint64_t and64(uint64_t *p, uint64_t v) { return __atomic_fetch_and(p, v, __ATOMIC_SEQ_CST); }
     static inline void fence_acquire(void) { __atomic_thread_fence(__ATOMIC_ACQUIRE); }
     static inline void fence_release(void) { __atomic_thread_fence(__ATOMIC_RELEASE); }
     static inline uint64_t mulhi64(uint64_t a, uint64_t b) { return (uint64_t)(((unsigned __int128)a * b) >> 64); }
@@ -52,6 +53,7 @@ cdef extern from *:
     uint64_t add64(uint64_t* p, uint64_t v) noexcept nogil
     uint64_t sub64(uint64_t* p, uint64_t v) noexcept nogil
     uint64_t or64(uint64_t* p, uint64_t v) noexcept nogil
+    uint64_t and64(uint64_t* p, uint64_t v) noexcept nogil
     void fence_acquire() noexcept nogil
     void fence_release() noexcept nogil
     uint64_t mulhi64(uint64_t a, uint64_t b) noexcept nogil

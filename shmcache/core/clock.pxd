@@ -23,7 +23,7 @@ from libc.string cimport memset
 from shmcache.core.atomics cimport add64, cas32, cas64, ld8r, ld16r, ld32, ld32r, ld64, ld64r, ldi64r, st8r, st32, st64
 from shmcache.core.big cimport big_free_item_pages
 from shmcache.core.bucket cimport OP_EVICT, bucket_of, remove_locked, slot_naming, stripe_of, stripe_release, stripe_take
-from shmcache.core.layout cimport FLAG_BIG, FLAG_CLAIM, FLAG_LOCK, FLAG_WRITING, class_t, item_t, page_t, seg_t, stripe_t
+from shmcache.core.layout cimport FLAG_BIG, FLAG_CLAIM, FLAG_DIRTY, FLAG_LOCK, FLAG_WRITING, class_t, item_t, page_t, seg_t, stripe_t
 from shmcache.core.lock cimport shm_ring
 from shmcache.core.settle cimport settle_chunk, settle_overflow, settle_pages
 from shmcache.core.slab cimport avail_push_locked, avail_remove_locked, chunk_addr, chunk_class, chunk_free_list, chunk_get, \
@@ -44,6 +44,8 @@ cdef inline uint64_t now_ms(seg_t* s) noexcept nogil:
 cdef inline bint stale(seg_t* s, item_t* it) noexcept nogil:
     """Cleared or expired: nobody may be given it any more."""
     cdef uint64_t expiry = ld64r(&it.expiry_ms)
+    if ld8r(&it.flags) & FLAG_DIRTY:
+        return False
     return (ld32r(&it.epoch) != ld32(&s.header.epoch) and not ld8r(&it.flags) & FLAG_LOCK) or (expiry != 0 and expiry <= now_ms(s))
 
 cdef inline bint claim_stands(seg_t* s, uint64_t addr) noexcept nogil:
@@ -76,7 +78,7 @@ cdef inline int evict_chunk(seg_t* s, uint64_t addr, uint32_t cls, bint only_sta
         stripe_release(s, st)
         return NO_ROOM
     was_stale = stale(s, it)
-    if (only_stale and not was_stale) or claim_stands(s, addr):
+    if (only_stale and not was_stale) or claim_stands(s, addr) or ld8r(&it.flags) & FLAG_DIRTY:
         stripe_release(s, st)
         return NO_ROOM
     remove_locked(s, st, b, slot, addr, OP_EVICT, NULL)
@@ -324,7 +326,7 @@ cdef inline int give_page(seg_t* s, uint64_t p, uint32_t cls, uint64_t limit_ns)
     return publish_page(s, p, cls, limit_ns)
 
 cdef inline void ring_supervisor(seg_t* s) noexcept nogil:
-    """A writer had to evict for himself: wake who should have done it ahead of him."""
+    """A writer had to evict for himself, or much is to be stored: wake who should have done it ahead of him."""
     if ld32(&s.header.asleep) and cas32(&s.header.asleep, 1, 0):
         shm_ring(&s.header.doorbell)
 

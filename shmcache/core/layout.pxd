@@ -158,7 +158,21 @@ ctypedef struct header_t:   # 4,096 bytes. Written at creation only, where nothi
     uint32_t log_bell       # a futex
     uint32_t pad5
     uint64_t snapshot_begun_ms  # wall clock, when the one began that is being written; 0: none is, unless its writer died. Writer: who writes it
-    uint64_t pad6[272]
+    uint64_t pad6
+    # write-back: dirty.pxd. The first four are written at creation only
+    uint64_t dirty_off      # a bit for each 128 bytes of slab memory
+    uint64_t dirty_bytes
+    uint64_t dirty_limit    # bytes of items; who would write beyond waits
+    uint64_t version_base   # added to an item's version: its row's version. Later segments have a higher one
+    uint64_t restored_base  # the same, of what was restored
+    uint64_t dirty          # bytes of dirty items. Anyone, no lock; counted anew by the supervisor, for a death loses count
+    uint64_t flushes_asked  # counted up by who wants everything stored. Any process, no lock
+    uint64_t flushes_ended  # flushes_asked when the last pass over everything began that left nothing. Writer: the supervisor
+    uint64_t flushed_ms     # wall clock, when a batch was stored last. Writer: the supervisor
+    uint64_t flush_failed_ms    # wall clock, since when the store fails; 0: it does not. Writer: the supervisor
+    uint64_t flush_refused  # dirty items that the store refused at the last pass. Writer: the supervisor
+    uint64_t oldest_dirty_ms    # wall clock, when what was the oldest dirty item at the last pass was found dirty; 0: none. Writer: the supervisor
+    uint64_t pad9[259]
 
 # ---- process rows ---------------------------------------------------------------------------------------------------
 
@@ -253,6 +267,8 @@ cdef enum:
     FLAG_CLAIM = 2          # no value: somebody computes it, or holds this lock. Value: u64 owner's token, u64 thread
     FLAG_LOCK = 4           # a claim that clear() leaves alone
     FLAG_WRITING = 16       # a claim and lock: somebody changes this key in the store. It stands till its time is over, dead or not
+    FLAG_DIRTY = 32         # write-back: the store has not got it yet. Neither evicted, nor expired, nor cleared (dirty.pxd)
+    FLAG_COPY_TTL = 64      # write-back: it expires by the segment's default, which is that of the copy, not of what is stored
     FLAG_RAW = 8            # for the sidecar: in Redis the value would be of the encoding raw, even if it spells a number. Not in snapshots
 
 # ---- a process's own view, outside the segment ------------------------------------------------------------------------
@@ -298,6 +314,7 @@ ctypedef struct seg_t:
     uint64_t max_value_bytes
     uint64_t default_ttl_ms
     uint32_t policy
+    uint64_t* dirty         # the bits
     uint64_t holder         # the thread of this process that holds several stripes at once; 0: none. One at a time
     uint64_t held[1024]     # which: a bit for each stripe
     bint supervising        # this process is the supervisor: what it evicts, it evicts ahead of demand

@@ -9,7 +9,7 @@ ctypedef struct record_t:   # 32 bytes, then the key, then the value; nothing be
     uint32_t epoch
     uint16_t key_bytes
     uint8_t codec
-    uint8_t op              # RECORD_*; of RECORD_SET the CLOCK count in the upper half
+    uint8_t op              # RECORD_*; of RECORD_SET the CLOCK count in bits 4 and 5, and RECORD_DIRTY
 
 cdef enum:
     RECORD_SET = 0
@@ -18,3 +18,4 @@ cdef enum:
     RECORD_CLEAR = 3
     RECORD_GAP = 5      # in files only: so many operations (version) before it are not in the log
     RECORD_REF = 4      # in a ring only: of a SET whose value is to be fetched from the table
+    RECORD_DIRTY = 128  # with RECORD_SET or RECORD_REF: write-back, and the store had not got it yet

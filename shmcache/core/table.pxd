@@ -17,9 +17,10 @@ from shmcache.core.big cimport big_fill, big_free_item_pages, big_free_pages, bi
     page_bytes_of
 from shmcache.core.bucket cimport ADDR_MASK, OP_DELETE, OP_EVICT, OP_SET, OP_TOUCH, bucket_of, bump, chain_first, \
     chain_grow_locked, chain_next, chain_t, count_now, count_without, depart, depart_with, departed, note_intent, pthread_self, remove_locked, \
-    slot_word, stripe_of, stripe_release, stripe_take
+    slot_naming, slot_word, stripe_of, stripe_release, stripe_take
 from shmcache.core.clock cimport claim_stands, now_ms, stale, take_page, take_room
-from shmcache.core.layout cimport CLS_BIG, FLAG_BIG, FLAG_CLAIM, FLAG_LOCK, FLAG_WRITING, MAX_REFS, POLICY_AROUND, POLICY_THROUGH, bucket_t, item_t, seg_t, stripe_t
+from shmcache.core.dirty cimport dirty_clear, dirty_gone, dirty_in_place, dirty_placed, dirty_set, writes_back
+from shmcache.core.layout cimport CLS_BIG, FLAG_BIG, FLAG_CLAIM, FLAG_DIRTY, FLAG_LOCK, FLAG_WRITING, MAX_REFS, POLICY_AROUND, POLICY_THROUGH, bucket_t, item_t, seg_t, stripe_t
 from shmcache.core.envelope cimport CODEC_ENVELOPE, FLAG_NEGATIVE, HEAD_BYTES, STATE_DAMAGED, STATE_FRESH, STATE_GONE, STATE_NEGATIVE, \
     STATE_STALE, TAG_BYTES, TAG_PREFIX_BYTES, envelope_open, envelope_t
 from shmcache.core.lock cimport lock_release, lock_take
@@ -136,9 +137,9 @@ cdef inline int read_begin(seg_t* s, const uint8_t* key, size_t n, uint64_t h, r
             r.slot = &c.slot[i]
             r.slot_word = w
             r.expiry_ms = ld64r(&it.expiry_ms)
-            if unlikely(ld32r(&it.epoch) != ld32(&s.header.epoch)) and not r.flags & FLAG_LOCK:
+            if unlikely(ld32r(&it.epoch) != ld32(&s.header.epoch)) and not r.flags & (FLAG_LOCK | FLAG_DIRTY):
                 return ABSENT if unchanged(r) else AGAIN
-            if unlikely(r.expiry_ms != 0) and r.expiry_ms <= now_ms(s):
+            if unlikely(r.expiry_ms != 0) and r.expiry_ms <= now_ms(s) and not r.flags & FLAG_DIRTY:
                 if not unchanged(r):
                     return AGAIN
                 r.expired = True
@@ -335,7 +336,7 @@ cdef inline void find_dull_locked(seg_t* s, uint64_t b, found_t* f) noexcept nog
                 f.dull = &c.slot[i]
                 f.addr = 0
                 return
-            if claim_stands(s, addr):
+            if claim_stands(s, addr) or ld8r(&item_at(s, addr).flags) & FLAG_DIRTY:
                 continue
             refs = ld8r(refs_of(s, addr))
             cas = item_at(s, addr).cas
@@ -372,6 +373,8 @@ ctypedef struct put_t:
     big_t big
     bint is_big
     uint64_t cas            # out: the version of the item stored
+    bint was_live           # out: there was a value
+    bint unstored           # out: there was a dirty item, be it a tombstone
     bint overlapped         # out: it replaced a mark, whoever's and however old
     log_t log
 
@@ -523,6 +526,10 @@ cdef inline bint alone(seg_t* s, uint64_t addr, size_t n) noexcept nogil:
 
 cdef inline int allowed(seg_t* s, put_t* op, found_t* f) noexcept nogil:
     cdef bint present = f.slot != NULL and f.live
+    op.was_live = present
+    op.unstored = f.slot != NULL and ld8r(&item_at(s, f.addr).flags) & FLAG_DIRTY
+    if unlikely(op.unstored) and op.loaded:
+        return EXISTS           # what was loaded is older, and a claim would take a tombstone's place
     if op.flags & FLAG_WRITING:
         op.overlapped = f.slot != NULL and ld8r(&item_at(s, f.addr).flags) & FLAG_WRITING
         if op.overlapped and f.claimed and op.when != ALWAYS and (op.when == IF_UNMARKED_BY_ANY or alone(s, f.addr, op.key_bytes)) and \
@@ -561,6 +568,8 @@ cdef inline int put(seg_t* s, put_t* op, uint64_t limit_ns) noexcept nogil:
     cdef int rc
     if unlikely(passes_by(s, op.key)) and not op.loaded:
         return NO_STORE
+    if unlikely(writes_back(s, op.key)) and not op.loaded:
+        op.flags |= FLAG_DIRTY
     prefetch(&s.buckets[b])
     if op.chunk == 0:
         rc = reserve(s, op, limit_ns)
@@ -590,6 +599,8 @@ cdef inline int put(seg_t* s, put_t* op, uint64_t limit_ns) noexcept nogil:
     op.cas = st.seq + 1 if likely(op.when != RESTORED) else op.version
     st64(&it.cas, op.cas)
     #! put: cas
+    if unlikely(op.flags & FLAG_DIRTY):
+        dirty_placed(s, op.chunk, old)
     note_intent(st, OP_SET, old, op.chunk, (count_without(s, count, old) if old else count) + 1)     # 4
     if old:
         st64(&item_at(s, old).word, word_of(RETIRED, s.me[0]))      # 5
@@ -631,6 +642,9 @@ cdef inline int remove(seg_t* s, const uint8_t* key, size_t n, uint64_t h, uint6
     if rc != OK:
         return rc
     find_locked(s, b, key, n, h, &f)
+    if f.slot != NULL and unlikely(ld8r(&item_at(s, f.addr).flags) & FLAG_DIRTY):
+        stripe_release(s, st)       # only a newer value takes its place
+        return ABSENT
     if unlikely(ld32(&s.header.restoring)) and not only_expired and not version:
         depart(s, h)
     if f.slot == NULL or (only_expired and f.live):
@@ -729,6 +743,8 @@ cdef inline int add_to(seg_t* s, const uint8_t* key, size_t n, uint64_t h, int64
                 rc = OVERFLOW
             else:
                 out[0] = was + by
+                if unlikely(writes_back(s, key)):
+                    dirty_in_place(s, f.addr, False)
                 note_intent(st, OP_TOUCH, f.addr, 0, st.count)
                 st64(<uint64_t*>at, <uint64_t>(was + by))
                 #! incr: value
@@ -755,6 +771,8 @@ cdef inline int set_expiry(seg_t* s, const uint8_t* key, size_t n, uint64_t h, u
         rc = ABSENT
     else:
         it = item_at(s, f.addr)
+        if unlikely(writes_back(s, key)):
+            dirty_in_place(s, f.addr, True)
         note_intent(st, OP_TOUCH, f.addr, 0, st.count)
         st64(&it.expiry_ms, expiry_ms + f.stale_ms if expiry_ms else 0)
         #! touch: expiry
@@ -764,6 +782,66 @@ cdef inline int set_expiry(seg_t* s, const uint8_t* key, size_t n, uint64_t h, u
         st64(&st.seq, st.seq + 1)
         #! touch: seq
     stripe_release(s, st)
+    return rc
+
+# ---- write-back (dirty.pxd) -------------------------------------------------------------------------------------------------
+
+cdef inline int mark_clean(seg_t* s, const uint8_t* key, size_t n, uint64_t h, uint64_t version, uint64_t limit_ns) noexcept nogil:
+    """The store has this version of a key: OK; MISMATCH: there is a newer one; BUSY, INTR. A tombstone goes."""
+    cdef uint64_t b = bucket_of(s, h)
+    cdef stripe_t* st = stripe_of(s, b)
+    cdef found_t f
+    cdef item_t* it
+    cdef bint tombstone = False
+    cdef int rc = stripe_take(s, st, limit_ns)
+    if rc != OK:
+        return rc
+    find_locked(s, b, key, n, h, &f)
+    rc = MISMATCH
+    if f.slot != NULL:
+        it = item_at(s, f.addr)
+        if it.flags & FLAG_DIRTY and it.cas == version:
+            rc = OK
+            dirty_gone(s, f.addr)
+            dirty_clear(s, f.addr)
+            #! clean: bit
+            st8r(&it.flags, it.flags & ~FLAG_DIRTY)
+            #! clean: flag
+            tombstone = f.state == STATE_NEGATIVE
+            if tombstone:
+                remove_locked(s, st, b, f.slot, f.addr, OP_EVICT, NULL)
+    stripe_release(s, st)
+    if tombstone:
+        free_old(s, f.addr, limit_ns)
+    return rc
+
+cdef inline int dirty_at(seg_t* s, uint64_t addr, uint8_t* key, size_t* n, uint64_t limit_ns) noexcept nogil:
+    cdef item_t* it = item_at(s, addr)
+    cdef uint64_t h = ld64(&it.hash)
+    cdef stripe_t* st = stripe_of(s, bucket_of(s, h))
+    cdef bint dirty
+    cdef int rc = stripe_take(s, st, limit_ns)
+    if rc != OK:
+        return rc
+    dirty = slot_naming(s, bucket_of(s, h), addr) != NULL and ld64(&it.hash) == h and ld64(&it.word) == word_of(LIVE, 0) and \
+        ld8r(&it.flags) & FLAG_DIRTY
+    if dirty:
+        n[0] = ld16r(&it.key_bytes)
+        dirty = 0 < n[0] <= 4096 and 48 + n[0] <= page_room(s, addr)
+        if dirty:
+            memcpy(key, <uint8_t*>it + 48, n[0])
+    stripe_release(s, st)
+    return OK if dirty else ABSENT
+
+cdef inline int find_dirty(seg_t* s, uint64_t addr, uint8_t* key, size_t* n, uint64_t limit_ns) noexcept nogil:
+    """Is the item at this address, whose bit was set, dirty? OK, and its key; or ABSENT and the bit is cleared; BUSY, INTR."""
+    cdef int rc = dirty_at(s, addr, key, n, limit_ns)
+    if rc == ABSENT:
+        dirty_clear(s, addr)
+        #! find dirty: bit cleared
+        rc = dirty_at(s, addr, key, n, limit_ns)    # who set it before is seen now; who sets it later sets it
+        if rc != ABSENT:
+            dirty_set(s, addr)
     return rc
 
 # ---- the whole table, cheaply --------------------------------------------------------------------------------------------------

@@ -28,9 +28,11 @@ from shmcache import errors
 from shmcache.core import _stream, _sweep
 from shmcache.supervisor import appendlog, snapshot
 from shmcache.supervisor.appendlog import AppendLog
+from shmcache.supervisor.writeback import WriteBack
 
 if TYPE_CHECKING:
     from shmcache.cache import Cache
+    from shmcache.stores import Store
 
 BUSY_TICK = 0.002  # seconds
 IDLE_TICK = 1.0
@@ -52,13 +54,14 @@ class Supervisor:
 
     Args: cache: a handle of its own. parent: pid of the process that started it, with which it ends; None: it stays. folder: a data
     directory that was taken (datadir.take), for snapshots every so many seconds, of which the newest `keep` are left. log: "no",
-    "everysec" or "always": what is written is logged there, too (appendlog.py). None, "off": it is not.
+    "everysec" or "always": what is written is logged there, too (appendlog.py). None, "off": it is not. store: of a segment whose policy
+    is write-back: what is written is stored there (writeback.py).
     Raises: SupervisorRunning; UsageError: the segment was created without a log_buffer; OSError.
     """
 
     def __init__(
         self, cache: Cache, parent: int | None = None, *, folder: Path | None = None, every: float = SNAPSHOT_EVERY,
-        keep: int = snapshot.KEEP, compress: bool = False, log: str | None = None,
+        keep: int = snapshot.KEEP, compress: bool = False, log: str | None = None, store: Store | None = None,
     ) -> None:
         self.cache = cache
         self.hold = _sweep.Supervision(cache)
@@ -83,7 +86,10 @@ class Supervisor:
         self.writer: threading.Thread | None = None
         self.stop_writing = threading.Event()
         self.log: AppendLog | None = None
+        self.writeback: WriteBack | None = None
         try:
+            if store is not None:
+                self.writeback = WriteBack(cache, store)
             self.begin_log(log)
         except BaseException:
             self.close()
@@ -121,12 +127,17 @@ class Supervisor:
                     return
                 if self.fill() or self.sweep(now):
                     busy_till = now + BUSY_FOR
+                if self.writeback is not None:
+                    self.writeback.look()
                 self.look_for_the_dead(now)
                 self.snapshots(now)
                 if self.log is not None and not self.log.thread.is_alive():
                     raise RuntimeError("the thread that writes the log has ended")
                 if self.hold.sleep(BUSY_TICK if now < busy_till else IDLE_TICK):
                     busy_till = time.monotonic() + BUSY_FOR
+            if self.writeback is not None:
+                self.writeback.stop()
+                self.writeback = None
             if self.folder is not None and not self.cache.unlinked:
                 self.end_writer()
                 self.write(throttled=False)
@@ -136,6 +147,9 @@ class Supervisor:
     def close(self) -> None:
         """Let go of the segment, and of the views that keep it mapped."""
         self.end_writer()
+        if self.writeback is not None:
+            self.writeback.stop()
+            self.writeback = None
         if self.log is not None:
             self.log.close()
             self.log = None

@@ -20,12 +20,13 @@ import pytest
 import shmcache
 from shmcache import errors, policy
 from shmcache.stores import Entry
+from shmcache.supervisor import writeback
 from tests.integration.test_flight import claimer
 from tests.integration.test_processes import child, ended
 from tests.integration.test_store import DATABASES, DictStore, function_store, in_thread, opened, until
 
 fork = mp.get_context("fork")
-POLICIES = ["through", "around"]
+POLICIES = ["through", "around", "back"]
 
 
 @pytest.fixture(params=["dict", "function", *DATABASES])
@@ -37,20 +38,48 @@ def store(request, tmp_path):
         yield DictStore() if request.param == "dict" else function_store()
 
 
-@pytest.fixture(params=POLICIES)
+@pytest.fixture(params=["through", "around"])
 def mode(request):
     return request.param
 
 
-@pytest.fixture
-def backed(make, mode, store):
-    return make(policy=mode, store=store)
+@pytest.fixture(params=POLICIES)
+def any_mode(request):
+    return request.param
 
 
 @pytest.fixture
-def over(make, mode):
-    """over(store) -> a cache in front of it, by each policy."""
-    return lambda store, **options: make(policy=shmcache.Policy(mode, **options), store=store)
+def front(make):
+    """front(store, mode, **options of Policy) -> a cache in front of it; if it writes back, to a thread of this process."""
+    with contextlib.ExitStack() as stack:
+
+        def made(store, mode, default_ttl=None, **options):
+            cache = make(policy=shmcache.Policy(mode, flush_every=0.01, **options), store=store, default_ttl=default_ttl)
+            if mode == "back":
+                other = stack.enter_context(shmcache.attach(cache.name))
+                stack.callback(writeback.WriteBack(other, store).stop)
+            return cache
+
+        yield made
+
+
+@pytest.fixture
+def backed(front, any_mode, store):
+    if any_mode == "back" and not store.ordered:
+        pytest.skip("write-back needs versions")
+    return front(store, any_mode)
+
+
+@pytest.fixture
+def over(front, mode):
+    """over(store, **options of Policy) -> a cache in front of it that is written through, or around."""
+    return lambda store, **options: front(store, mode, **options)
+
+
+def stored(cache, *keys):
+    """What the store has, when it has everything."""
+    cache.flush()
+    return cache.store.load_many([k.encode() for k in keys])
 
 
 class Hooked(DictStore):
@@ -181,35 +210,38 @@ def test_it_behaves_as_a_dict_and_the_store_has_it_all(backed, store):
         else:
             with pytest.raises(KeyError):
                 backed[key]
+    backed.flush()
     assert {key: entry.value for key, entry in store.load_many(keys).items()} == model
     assert {key: backed.get(key) for key in keys if key in backed} == model
 
 
 def test_a_ttl_is_the_values_also_in_the_store(backed, store):
     backed.set("k", "v", ttl=1000)
-    assert 990 < store.load_many([b"k"])[b"k"].ttl <= 1000
+    assert 990 < stored(backed, "k")[b"k"].ttl <= 1000
     assert 990 < backed.ttl("k") <= 1000
     backed.invalidate("k")
     assert 990 < backed.ttl("k") <= 1000
     assert backed.get("k") == "v"
     assert 990 < backed.ttl("k") <= 1000
     assert backed.expire("k", 2000)
-    assert 1990 < store.load_many([b"k"])[b"k"].ttl <= 2000
+    assert 1990 < stored(backed, "k")[b"k"].ttl <= 2000
     assert backed.persist("k")
-    assert store.load_many([b"k"])[b"k"].ttl is None
+    assert stored(backed, "k")[b"k"].ttl is None
     assert backed.ttl("k") == math.inf
     backed.set("k", "v", ttl=0)
-    assert store.load_many([b"k"]) == {}
+    assert stored(backed, "k") == {}
     assert "k" not in backed
     assert backed.ttl("k") is None
 
 
-def test_the_default_ttl_is_that_of_the_cached_copy(make, mode, store):
-    cache = make(policy=mode, store=store, default_ttl=100)
+def test_the_default_ttl_is_that_of_the_cached_copy(front, any_mode, hooked):
+    cache = front(hooked, any_mode, default_ttl=100)
     cache["k"] = "v"
     assert cache["k"] == "v"
     assert 90 < cache.ttl("k") <= 100
-    assert store.load_many([b"k"])[b"k"].ttl is None
+    assert stored(cache, "k")[b"k"].ttl is None
+    cache.touch("k", 1000)
+    assert 990 < stored(cache, "k")[b"k"].ttl <= 1000
 
 
 def test_keys_of_the_caches_own_are_not_stored(backed, store):
@@ -227,7 +259,7 @@ def test_keys_of_the_caches_own_are_not_stored(backed, store):
     assert backed.get("\0x") == 1
     assert backed.incr("\0x") == 2
     assert backed.delete("\0x")
-    assert store.load_many([b"\0x", b"y"]) == {b"y": Entry(2)}
+    assert stored(backed, "\0x", "y") == {b"y": Entry(2)}
     assert backed.store_counters()["writes"] == 1
 
 
@@ -243,10 +275,11 @@ def test_a_value_that_has_no_form_changes_nothing(backed, store):
     with pytest.raises(errors.InvalidKey):
         backed.set("", "w")
     assert backed["k"] == "v"
-    assert store.load_many([b"k", b"other"]) == {b"k": Entry("v")}
+    assert stored(backed, "k", "other") == {b"k": Entry("v")}
 
 
-def test_a_handle_without_a_store_reads_and_is_refused_writes(backed):
+def test_a_handle_without_a_store_reads_and_is_refused_writes(over, hooked):
+    backed = over(hooked)
     backed["k"] = 1
     assert backed["k"] == 1
     with shmcache.attach(backed.name) as bare:
@@ -263,13 +296,14 @@ def test_a_handle_without_a_store_reads_and_is_refused_writes(backed):
     assert backed["k"] == 1
 
 
-def test_the_segments_policy_stays_in_force(backed, mode, store):
+def test_the_segments_policy_stays_in_force(over, mode, hooked):
+    store, backed = hooked, over(hooked)
     other = "around" if mode == "through" else "through"
     with pytest.warns(errors.ConfigMismatch, match=f"mode='{other}'.*mode='{mode}'"), shmcache.open(backed.name, policy=other, store=store) as cache:
         assert cache.policy.mode == mode
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with shmcache.open(backed.name, policy=mode, store=store) as cache:
+        with shmcache.open(backed.name, policy=backed.policy, store=store) as cache:
             assert cache.policy == backed.policy
     with shmcache.attach(backed.name, store=store) as cache:
         assert cache.policy == backed.policy
@@ -309,7 +343,7 @@ def test_after_fork(backed, store):
     assert ended(child(lambda: backed.incr("k") == 2 and backed["k"] == 2 and backed.set("child", "c") is None)) == 0
     assert backed["k"] == 2
     assert backed["child"] == "c"
-    assert store.load_many([b"k"]) == {b"k": Entry(2)}
+    assert stored(backed, "k") == {b"k": Entry(2)}
 
 
 # ---- what is asked of the store -----------------------------------------------------------------------------------------------------

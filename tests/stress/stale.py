@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import shmcache
-from shmcache.policy import MISSING, StoredCache
+from shmcache.policy import MISSING, ThroughCache
 
 EVENT = struct.Struct("<BHQQQ")  # kind, key, value (0: none), from, to; monotonic ns, which all processes of a host share
 READ, WRITE = 0, 1
@@ -63,7 +63,7 @@ class Slow:
         self.behind.close()
 
 
-class Leaseless(StoredCache):
+class Leaseless(ThroughCache):
     """What this test has to find: the lease is taken when the value is there already."""
 
     def _load_missing(self, key: Any, default: Any) -> Any:

@@ -19,8 +19,8 @@ ALLOWED = {  # module -> what of ours it may import
     "flight": {"errors", "cache"},  # cache for annotations only
     "namespace": {"errors", "flight", "cache"},
     "cache": {"errors", "core", "segment", "codec", "flight", "namespace", "policy", "stores"},  # those two for annotations, and on demand
-    "policy": {"errors", "codec", "core", "cache", "flight", "stores"},
-    "supervisor": {"errors", "core", "segment", "cache", "supervisor"},
+    "policy": {"errors", "codec", "core", "segment", "cache", "flight", "stores"},
+    "supervisor": {"errors", "codec", "core", "segment", "cache", "policy", "stores", "supervisor"},
     "metrics": set(),
     "sidecar": {"errors", "core", "cache", "metrics", "sidecar"},
     "cli": {"errors", "core", "segment", "supervisor", "metrics", "sidecar"},

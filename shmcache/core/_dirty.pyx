@@ -1,0 +1,182 @@
+# cython: binding=False, embedsignature=True, boundscheck=False, wraparound=False, cdivision=True
+"""What the store has not got yet (dirty.pxd), for who flushes it: `Dirty`."""
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.exc cimport PyErr_CheckSignals
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+
+from shmcache.core._core cimport Mapping, Table
+from shmcache.core.atomics cimport fence_acquire, ld8r, ld64, st64
+from shmcache.core.bucket cimport ADDR_MASK, bucket_of, chain_first, chain_next, chain_t, stripe_of, stripe_release, stripe_take
+from shmcache.core.clock cimport now_ms
+from shmcache.core.dirty cimport dirty_set, dirty_size
+from shmcache.core.layout cimport FLAG_CLAIM, FLAG_COPY_TTL, FLAG_DIRTY, POLICY_BACK, item_t, seg_t
+from shmcache.core.siphash cimport siphash13
+from shmcache.core.slab cimport in_slab, item_at
+from shmcache.core.table cimport RESTARTS, find_dirty, mark_clean, read_begin, read_copy, read_t, same_item, unchanged
+from shmcache.core.token cimport ABSENT, BUSY, INTR, OK
+
+from shmcache import errors
+
+cdef uint64_t GROUP = 1024          # buckets of a look at all, before signals are seen to
+
+
+cdef class Dirty:
+    """Find dirty items, and say that they are stored. For one thread at a time.
+
+    Args: table: a handle of a segment whose policy is write-back.
+    """
+    cdef Table table
+    cdef Mapping mapping
+    cdef uint64_t words
+
+    def __init__(self, Table table not None):
+        cdef seg_t* s = table.ready()
+        if s.policy != POLICY_BACK:
+            raise errors.UsageError("nothing is written back in this segment: create it with policy='back'")
+        self.table = table
+        self.mapping = table.mapping
+        self.words = (((s.slab_hi - s.slab_lo) >> 3) + 63) >> 6
+
+    def find(self, uint64_t at, Py_ssize_t most):
+        """(items, at): at most so many dirty items behind a place in the map, 0 at first, and the place to go on; 0: that was all.
+
+        An item is (key, codec, payload, seconds to live or None, version, row's version). A tombstone is a negative envelope.
+        """
+        cdef seg_t* s = self.table.ready()
+        cdef list found = []
+        cdef uint8_t key[4096]
+        cdef size_t n = 0
+        cdef uint64_t bits, addr
+        cdef int rc, bit
+        while at < self.words << 6:
+            bits = ld64(&s.dirty[at >> 6]) >> (at & 63)
+            if bits == 0:
+                at = (at | 63) + 1
+                continue
+            bit = 0
+            while not bits >> bit & 1:
+                bit += 1
+            at += bit
+            addr = s.slab_lo + (at << 3)
+            at += 1
+            if addr >= s.slab_hi:
+                break
+            with nogil:
+                rc = find_dirty(s, addr, key, &n, s.limit_ns)
+            if rc == INTR:
+                PyErr_CheckSignals()
+                s = self.table.ready()
+                at -= 1
+            elif rc == OK:
+                item = self.read(s, PyBytes_FromStringAndSize(<char*>key, <Py_ssize_t>n))
+                if item is not None:
+                    found.append(item)
+                    if len(found) == most:
+                        return found, at
+        return found, 0
+
+    cdef object read(self, seg_t* s, bytes key):
+        cdef const uint8_t* k = <const uint8_t*>PyBytes_AS_STRING(key)
+        cdef size_t n = PyBytes_GET_SIZE(key)
+        cdef uint64_t h = siphash13(k, n, s.k0, s.k1), now
+        cdef read_t r
+        cdef bytes payload
+        cdef int rc, tries = 0
+        while True:
+            tries += 1
+            if tries > RESTARTS:            # who changes it is slow, stopped or dead: with the stripe it is repaired, or left for the next pass
+                with nogil:
+                    rc = stripe_take(s, stripe_of(s, bucket_of(s, h)), s.limit_ns)
+                    if rc == OK:
+                        stripe_release(s, stripe_of(s, bucket_of(s, h)))
+                if rc == BUSY:
+                    return None
+                tries = 0
+            rc = read_begin(s, k, n, h, &r)
+            if rc == ABSENT:
+                return None
+            if rc == OK:
+                payload = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>r.value_bytes)
+                read_copy(s, &r, <uint8_t*>PyBytes_AS_STRING(payload))
+                fence_acquire()
+                # a counter changes in place, and its version behind it: of a value with the version before there is no telling
+                if (unchanged(&r) or same_item(s, &r)) and ld64(&item_at(s, r.addr).cas) == r.cas and \
+                        ld64(&stripe_of(s, r.head - s.buckets).old) & ADDR_MASK != r.addr:
+                    break
+            PyErr_CheckSignals()
+            s = self.table.ready()
+        if not r.flags & FLAG_DIRTY:
+            return None
+        if r.damaged:
+            raise errors.DamageError(f"a page of the value of {key!r} belongs to somebody else: run shmcache-admin verify --repair")
+        left = None
+        if r.expiry_ms and not r.flags & FLAG_COPY_TTL:
+            now = now_ms(s)
+            left = (r.expiry_ms - now) / 1000.0 if r.expiry_ms > now else 0.0
+        return key, r.codec, payload, left, r.cas, r.cas + (s.header.restored_base if r.cas <= s.header.restored_seq else s.header.version_base)
+
+    def clean(self, bytes key not None, uint64_t version):
+        """The store has this version of a key: True. False: it has been written since, or a process that does not run holds its stripe; then
+        it is dirty still."""
+        cdef seg_t* s = self.table.ready()
+        cdef const uint8_t* k = <const uint8_t*>PyBytes_AS_STRING(key)
+        cdef size_t n = PyBytes_GET_SIZE(key)
+        cdef uint64_t h = siphash13(k, n, s.k0, s.k1)
+        cdef int rc = INTR
+        while rc == INTR:
+            with nogil:
+                rc = mark_clean(s, k, n, h, version, s.limit_ns)
+            if rc == INTR:
+                PyErr_CheckSignals()
+                s = self.table.ready()
+        return rc == OK
+
+    def recount(self):
+        """Look at every item: set the bits that are missing, and count anew. (items, bytes)."""
+        cdef seg_t* s = self.table.ready()
+        cdef uint64_t b = 0, total = 0, items = 0, end
+        cdef int rc
+        while b < s.n_buckets:
+            end = min(b + GROUP, s.n_buckets)
+            while b < end:
+                with nogil:
+                    rc = look_at(s, b, &items, &total)
+                if rc == OK or rc == BUSY:          # busy: its items are counted the next time
+                    b += 1
+                else:
+                    break
+            PyErr_CheckSignals()
+            s = self.table.ready()
+        st64(&s.header.dirty, total)
+        return items, total
+
+    def items(self):
+        """How many bits are set: so many items are dirty, or nearly."""
+        cdef seg_t* s = self.table.ready()
+        cdef uint64_t i, bits, total = 0
+        for i in range(self.words):
+            bits = ld64(&s.dirty[i])
+            while bits:
+                bits &= bits - 1
+                total += 1
+        return total
+
+
+cdef int look_at(seg_t* s, uint64_t b, uint64_t* items, uint64_t* total) noexcept nogil:
+    cdef chain_t c
+    cdef uint64_t addr
+    cdef int i, rc = stripe_take(s, stripe_of(s, b), s.limit_ns)
+    if rc != OK:
+        return rc
+    chain_first(s, b, &c)
+    while True:
+        for i in range(c.n_slots):
+            addr = ld64(&c.slot[i]) & ADDR_MASK
+            if in_slab(s, addr) and ld8r(&item_at(s, addr).flags) & FLAG_DIRTY and not ld8r(&item_at(s, addr).flags) & FLAG_CLAIM:
+                dirty_set(s, addr)
+                items[0] += 1
+                total[0] += dirty_size(s, addr)
+        if not chain_next(s, &c):
+            break
+    stripe_release(s, stripe_of(s, b))
+    return OK

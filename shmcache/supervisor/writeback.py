@@ -1,0 +1,182 @@
+"""Write-back: what the cache has and the store has not yet is stored, in batches, by a thread of the supervisor's.
+
+A pass goes over all dirty items (core/dirty.pxd), BATCH at a time: reads them, stores them with their versions, and makes those clean that
+have not been written since; of a key that was written ten times between two passes the last value is stored. A pass begins every
+flush_every seconds, at once when an eighth of what may be dirty is, or somebody waits in flush().
+
+Who was killed in the middle has changed nothing but the store, and what his COMMIT still does there has versions that are not above those
+of his successor, which the store leaves alone. A store that is down is tried again, after a pause that doubles, with jitter, up to
+LONGEST_PAUSE. A row that it refuses stays dirty, is said once, and tried again every RETRY_REFUSED seconds, or when it is written again.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+from shmcache import codec, errors
+from shmcache.core import _dirty
+from shmcache.policy import check_ordered, policy_of
+
+if TYPE_CHECKING:
+    from shmcache.cache import Cache
+    from shmcache.stores import Store
+
+BATCH = 500  # keys in one call of the store
+FIRST_PAUSE = 0.05  # seconds
+LONGEST_PAUSE = 5.0
+RETRY_REFUSED = 60.0
+AT_END = 30.0  # seconds for which stop() tries to store what is left
+
+
+class WriteBack:
+    """The thread. Args: cache: a handle of its own on a segment whose policy is write-back. store: its to use; closed by its maker.
+
+    Raises: InvalidConfig: the store takes no versions.
+    """
+
+    def __init__(self, cache: Cache, store: Store) -> None:
+        policy = policy_of(cache.mapping)
+        assert policy is not None
+        check_ordered(policy, store)
+        self.cache, self.store, self.policy = cache, store, policy
+        self.dirty = _dirty.Dirty(cache)
+        self.header = cache.views(writable=True).header
+        self.refused: dict[bytes, tuple[int, float]] = {}  # key -> version, when to try again
+        self.pause = FIRST_PAUSE
+        self.since: dict[bytes, float] = {}  # dirty at the last pass -> since when, as far as is known
+        self.wake = threading.Event()
+        self.stopping = False
+        self.batches = self.rows = 0
+        self.dirty.recount()  # who was before may have died
+        self.thread = threading.Thread(target=self.run, name="writeback", daemon=True)
+        self.thread.start()
+
+    def look(self) -> None:
+        """Called often: begin a pass if somebody waits for it, or there is much to store."""
+        header = self.header
+        if header["flushes_asked"] > header["flushes_ended"] or header["dirty"] > header["dirty_limit"] >> 3:
+            self.wake.set()
+
+    def run(self) -> None:
+        while not self.stopping:
+            self.wake.wait(self.policy.flush_every)
+            self.wake.clear()
+            if not self.stopping and not self.one_pass():
+                pause = self.pause * random.uniform(0.5, 1.5)
+                self.pause = min(2 * self.pause, LONGEST_PAUSE)
+                deadline = time.monotonic() + pause
+                while not self.stopping and time.monotonic() < deadline:
+                    self.wake.wait(max(0.0, deadline - time.monotonic()))
+                    self.wake.clear()
+
+    def one_pass(self) -> bool:
+        """Store what is dirty now: False if the store failed. What is refused, or was written meanwhile, stays dirty."""
+        asked = int(self.header["flushes_asked"])
+        at, left, began = 0, 0, time.time()
+        seen: dict[bytes, float] = {}
+        while True:
+            items, at = self.dirty.find(at, BATCH)
+            now = time.monotonic()
+            due = [item for item in items if not self._waits(item[0], item[4], now)]
+            left += len(items) - len(due)
+            for item in items:
+                seen[item[0]] = self.since.get(item[0], began)
+            if due:
+                refused = self._store(due)
+                if refused is None:
+                    self.since |= seen
+                    self.header["oldest_dirty_ms"] = int(min(self.since.values()) * 1000)
+                    return False
+                left += len(refused)
+                for item in due:
+                    if item[0] not in refused and self.dirty.clean(item[0], item[4]):
+                        seen.pop(item[0], None)
+            if at == 0:
+                break
+        self.since = seen
+        self.pause = FIRST_PAUSE
+        self.header["flush_failed_ms"] = 0
+        self.header["flush_refused"] = left
+        self.header["oldest_dirty_ms"] = int(min(seen.values()) * 1000) if seen else 0
+        if left == 0:
+            self.header["flushes_ended"] = asked
+        return True
+
+    def _waits(self, key: bytes, version: int, now: float) -> bool:
+        """Was this version of it refused a short while ago?"""
+        refused = self.refused.get(key)
+        if refused is None:
+            return False
+        if refused[0] == version and now < refused[1]:
+            return True
+        del self.refused[key]
+        return False
+
+    def _store(self, items: list[_dirty.Item]) -> dict[bytes, Exception] | None:
+        """Those that were refused; None: the store failed."""
+        refused: dict[bytes, Exception] = {}
+        kept: dict[bytes, tuple[Any, float | None]] = {}
+        gone: list[bytes] = []
+        for key, number, payload, left, _, _ in items:
+            try:
+                number, payload, negative = codec.unwrapped(number, payload)
+                if negative or left == 0:
+                    gone.append(key)
+                else:
+                    kept[key] = (self.cache._value(number, payload), left)
+            except Exception as e:  # a codec: anybody's code
+                refused[key] = e
+        versions = {item[0]: item[5] for item in items}
+        try:
+            timeout = self.policy.timeout
+            try:
+                if kept:
+                    self.store.store_many(kept, timeout=timeout, versions={key: versions[key] for key in kept})
+            except errors.RowsRefused as e:
+                refused |= e.errors
+            try:
+                if gone:
+                    self.store.delete_many(gone, timeout=timeout, versions={key: versions[key] for key in gone})
+            except errors.RowsRefused as e:
+                refused |= e.errors
+        except errors.ShmcacheError as e:
+            self._failed(e)
+            return None
+        self.header["flushed_ms"] = int(time.time() * 1000)
+        self.batches += 1
+        self.rows += len(items) - len(refused)
+        self.cache.count_store(writes=len(items) - len(refused))
+        again = time.monotonic() + RETRY_REFUSED
+        for key, _, _, _, version, _ in items:
+            if key in refused:
+                self.refused[key] = (version, again)
+        if refused:
+            self._say(f"{errors.RowsRefused(refused)}; they are kept, and tried again")
+        return refused
+
+    def _failed(self, error: Exception) -> None:
+        self.cache.count_store(errors=1)
+        if not self.header["flush_failed_ms"]:
+            self.header["flush_failed_ms"] = int(time.time() * 1000)
+            self._say(f"the store fails ({error}); what it has not got is kept, and tried again")
+
+    def _say(self, what: str) -> None:
+        print(f"shmcache: {self.cache.name}: {what}", file=sys.stderr, flush=True)
+
+    def stop(self) -> None:
+        """End the thread; then try for a while to store what is left, and say if something is."""
+        self.stopping = True
+        self.wake.set()
+        self.thread.join()
+        deadline = time.monotonic() + AT_END
+        while not self.one_pass() and time.monotonic() < deadline:
+            time.sleep(min(self.pause, max(0.0, deadline - time.monotonic())))
+            self.pause = min(2 * self.pause, LONGEST_PAUSE)
+        left = self.dirty.items()
+        if left:
+            self._say(f"{left} items are not stored; they are in the segment, and in its snapshot if there is one")
+        del self.header
