@@ -9,12 +9,12 @@ from __future__ import annotations
 from shmcache import errors, flight, segment
 from shmcache.codec import check_codec, get_codec
 from shmcache.core import _core
-from shmcache.namespace import Namespace
+from shmcache.namespace import Namespace, generation, renew
 from shmcache.segment import Segment
 
 TYPE_CHECKING = False  # see segment.py
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from datetime import timedelta
     from typing import Any
 
@@ -50,28 +50,52 @@ class Cache(_core.Table):
         named: Exception = self._load_codec().named(error)
         return named
 
+    def _new_generation(self, key: bytes) -> bytes:
+        return generation(self, key)
+
     def get_or_set(
-        self, key: bytes | str, factory: Callable[[], Any], ttl: float | timedelta | None = None, *, lease: float = flight.LEASE
+        self, key: bytes | str, factory: Callable[[], Any], ttl: float | timedelta | None = None, *, lease: float = flight.LEASE,
+        stale_ttl: float | timedelta | None = None, early: float | bool = 0.0, tags: Iterable[str] | None = None,
     ) -> Any:
         """The key's value; on a miss factory()'s, stored. Of all threads of all processes that miss at once one computes, the rest wait.
 
-        Args: factory: called without arguments. lease: seconds that it may take before another caller tries as well.
+        Args: factory: called without arguments. lease: seconds that it may take before another caller tries as well. stale_ttl: seconds
+        after ttl in which one caller computes the value anew and the others are given the old one at once (who passes neither stale_ttl nor
+        early waits, as for a miss). early: before ttl is over one caller computes it anew, the more likely the nearer the end is and the
+        longer factory takes (XFetch; True is 1.0, more is earlier). tags: as for set; those from before factory is called.
         If it raises, the caller gets the exception and one of those who wait tries in turn. If its process dies, one takes over at once. If
-        the key is set, deleted or cleared meanwhile, that wins: the computed value is returned to its caller, and not stored.
+        the key is set, deleted or cleared meanwhile, or one of the tags invalidated, that wins: the computed value is returned to its
+        caller, and nobody else is given it.
         Raises: as set; what factory raises.
+        Source: Vattani, Chierichetti, Lowenstein, Optimal Probabilistic Cache Stampede Prevention, VLDB 2015.
         """
         value = self.get(key, flight.MISSING)
         if value is not flight.MISSING:
             return value
-        return flight.get_or_set(self, key, factory, ttl, lease)
+        return flight.get_or_set(self, key, factory, lease, flight.Terms(self, ttl, stale_ttl, early, tags))
 
-    def memoize(self, ttl: float | timedelta | None = None, *, name: str | None = None, lease: float = flight.LEASE) -> Any:
+    def memoize(
+        self, ttl: float | timedelta | None = None, *, name: str | None = None, lease: float = flight.LEASE,
+        stale_ttl: float | timedelta | None = None, early: float | bool = 0.0,
+        tags: Iterable[str] | Callable[..., Iterable[str]] | None = None,
+    ) -> Any:
         """A decorator: the function's results are cached by its arguments and computed once per host, as by get_or_set.
 
-        Args: name: that results are kept under, else the function's module and qualified name. Arguments are told apart by their encoded
-        bytes, so they are what the codec takes; 1 and True and 1.0 are three. The function gets `cache_key(*args)` and `forget(*args)`.
+        Args: name: that results are kept under, else the function's module and qualified name. stale_ttl, early: as for get_or_set; tags:
+        too, or a function that makes them of the arguments. Arguments are told apart by their encoded bytes, so they are what the codec
+        takes; 1 and True and 1.0 are three. The function gets `cache_key(*args)` and `forget(*args)`.
         """
-        return flight.memoize(self, ttl, name, lease)
+        return flight.memoize(self, ttl, name, lease, stale_ttl, early, tags)
+
+    def invalidate_tag(self, *tags: str) -> None:
+        """Remove all items that were stored with one of these tags, for everybody: one write a tag, however many items there are.
+
+        What is being computed with one of them (get_or_set) is not found either; what a set stores after it stays.
+        Raises: InvalidTag.
+        """
+        keys = [self._tag_key(tag) for tag in tags]  # all are checked before the first is renewed
+        for key in keys:
+            renew(self, key)
 
     def lock(self, name: bytes | str, ttl: float | None = None) -> flight.Lock:
         """A lock that all processes share: `with cache.lock("report", ttl=30): ...`. Its owner's death, or ttl seconds, release it."""

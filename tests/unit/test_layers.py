@@ -16,10 +16,10 @@ ALLOWED = {  # module -> what of ours it may import
     "core": {"errors", "core"},
     "segment": {"errors", "core"},
     "stores": {"errors", "codec", "stores"},
-    "flight": {"errors", "cache"},  # cache for annotations only
+    "flight": {"errors", "codec", "cache"},  # cache for annotations only
     "namespace": {"errors", "flight", "cache"},
     "cache": {"errors", "core", "segment", "codec", "flight", "namespace"},
-    "supervisor": {"errors", "core", "segment", "cache", "supervisor"},
+    "supervisor": {"errors", "codec", "core", "segment", "cache", "supervisor"},
     "metrics": set(),
     "sidecar": {"errors", "core", "cache", "metrics", "sidecar"},
     "cli": {"errors", "core", "segment", "supervisor", "metrics", "sidecar"},
