@@ -90,12 +90,35 @@ class Cache(_core.Table):
     def invalidate_tag(self, *tags: str) -> None:
         """Remove all items that were stored with one of these tags, for everybody: one write a tag, however many items there are.
 
-        What is being computed with one of them (get_or_set) is not found either; what a set stores after it stays.
+        What is being computed with one of them (get_or_set, a lease) is not found either; what a set stores after it stays.
         Raises: InvalidTag.
         """
         keys = [self._tag_key(tag) for tag in tags]  # all are checked before the first is renewed
         for key in keys:
             renew(self, key)
+
+    def get_lease(self, key: bytes | str, seconds: float = flight.LEASE, tags: Iterable[str] | None = None) -> flight.Lease:
+        """The key's value, or the right to fill it: memcached's lease, for who fills by hand. Never waits.
+
+        Args: seconds: after which another gets it. tags: whose invalidation voids the lease. Returns: a Lease; see its attributes.
+            lease = cache.get_lease("k")
+            if lease.found: return lease.value
+            if lease.held: cache.fill(lease, compute(), ttl=60)
+        Source: Nishtala et al., Scaling Memcache at Facebook, NSDI 2013, 3.2.1.
+        """
+        return flight.get_lease(self, key, seconds, tags)
+
+    def fill(self, lease: flight.Lease, value: Any, ttl: float | timedelta | None = None, tags: Iterable[str] = ()) -> bool:
+        """Store the value of a held lease, with its tags and these: True. It is held no more then.
+
+        False if a set, delete, clear or incr of the key, invalidate_tag of one of its tags, or the end of its seconds has voided it.
+        Raises: as set; UsageError: it is not held.
+        """
+        return flight.fill(self, lease, value, ttl, tags)
+
+    def release(self, lease: flight.Lease) -> bool:
+        """Give a lease back without a value, so that the next to ask gets one at once: True if it still stood."""
+        return flight.release(self, lease)
 
     def lock(self, name: bytes | str, ttl: float | None = None) -> flight.Lock:
         """A lock that all processes share: `with cache.lock("report", ttl=30): ...`. Its owner's death, or ttl seconds, release it."""

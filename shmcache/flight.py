@@ -173,6 +173,72 @@ def check_lease(seconds: float) -> None:
         raise errors.InvalidTTL(f"lease is a number of seconds above 0, not {seconds!r}")
 
 
+class Lease:
+    """What get_lease() has found: a value, the right to fill, or that another has it.
+
+    Attributes: found: there is a value, `value`. held: this caller is the one to fill(), or to release(). If neither, another thread of
+    some process has the lease: wait and ask again, or do without.
+    """
+
+    __slots__ = ("_head", "_tags", "_version", "found", "key", "value")
+
+    def __init__(self, key: bytes | str, value: Any, found: bool, version: int, tags: tuple[str, ...], head: bytes | None) -> None:
+        self.key, self.value, self.found = key, value, found
+        self._version, self._tags, self._head = version, tags, head
+
+    @property
+    def held(self) -> bool:
+        return self._version > 0
+
+    def __repr__(self) -> str:
+        return f"<shmcache.Lease on {self.key!r}: {'a value' if self.found else 'to be filled' if self.held else 'not held'}>"
+
+
+def get_lease(cache: Cache, key: bytes | str, seconds: float, tags: Iterable[str] | None) -> Lease:
+    """Cache.get_lease."""
+    check_lease(seconds)
+    names = several(tags)
+    while True:
+        value, seen = cache.gets(key)
+        if seen:
+            return Lease(key, value, True, 0, (), None)
+        version = cache.claim(key, seconds)
+        if version:
+            break
+    if version < 0:
+        return Lease(key, None, False, 0, (), None)
+    try:
+        return Lease(key, None, False, version, names, cache._carry(names) if names else None)
+    except BaseException:
+        cache.unclaim(key, version)
+        raise
+
+
+def fill(cache: Cache, lease: Lease, value: Any, ttl: float | timedelta | None, tags: Iterable[str]) -> bool:
+    """Cache.fill."""
+    version, lease._version = lease._version, 0
+    if not version:
+        raise errors.UsageError("this lease is not held: get_lease() has found a value or another's lease, or it was filled or released")
+    filled = False
+    try:
+        more = several(tags)
+        head = lease._head
+        if more:
+            head = cache._carry(more, head)
+        if lease._head is None or cache._carry(lease._tags) == lease._head:
+            filled = cache.fill_claim(lease.key, value, version, ttl, head)
+    finally:
+        if not filled:
+            cache.unclaim(lease.key, version)
+    return filled
+
+
+def release(cache: Cache, lease: Lease) -> bool:
+    """Cache.release."""
+    version, lease._version = lease._version, 0
+    return version > 0 and cache.unclaim(lease.key, version)
+
+
 def memoize(
     cache: Cache, ttl: float | timedelta | None, name: str | None, lease: float, stale_ttl: float | timedelta | None, early: float | bool,
     tags: Iterable[str] | Callable[..., Iterable[str]] | None,

@@ -136,6 +136,15 @@ class Namespace:
     ) -> Any:
         return self.cache.get_or_set(self._key(key), factory, ttl, lease=lease, stale_ttl=stale_ttl, early=early, tags=tags)
 
+    def get_lease(self, key: Key, seconds: float = flight.LEASE, tags: Iterable[str] | None = None) -> flight.Lease:
+        return self.cache.get_lease(self._key(key), seconds, tags)
+
+    def fill(self, lease: flight.Lease, value: Any, ttl: Ttl = None, tags: Iterable[str] = ()) -> bool:
+        return self.cache.fill(lease, value, ttl, tags)
+
+    def release(self, lease: flight.Lease) -> bool:
+        return self.cache.release(lease)
+
     def scan(self, prefix: Key = b"") -> Iterator[bytes]:
         """The keys, as bytes, that begin with prefix: as they are in the namespace."""
         own = self.prefix()

@@ -517,6 +517,62 @@ def test_memoize_with_tags_and_a_stale_time(cache):
     assert calls[-1] == 1
 
 
+def test_lease(cache):
+    lease = cache.get_lease("k")
+    assert (lease.found, lease.held, lease.value) == (False, True, None)
+    other = []
+    t = threading.Thread(target=lambda: other.append(cache.get_lease("k")))
+    t.start()
+    t.join()
+    assert (other[0].found, other[0].held) == (False, False)
+    for not_held in (other[0], cache.get_lease("k")):
+        assert not not_held.held
+        with pytest.raises(errors.UsageError):
+            cache.fill(not_held, 1)
+        assert not cache.release(not_held)
+    assert cache.fill(lease, "v", 50, tags=("t",))
+    assert 49 < cache.ttl("k") <= 50
+    with pytest.raises(errors.UsageError):
+        cache.fill(lease, "again")
+    found = cache.get_lease("k")
+    assert (found.found, found.held, found.value) == (True, False, "v")
+    cache.invalidate_tag("t")
+    lease = cache.get_lease("k")
+    assert lease.held
+    assert cache.release(lease)
+    assert not cache.release(lease)
+    assert cache.get_lease("k").held
+    cache.set("none", None)
+    assert cache.get_lease("none").found
+    with pytest.raises(errors.InvalidTTL):
+        cache.get_lease("x", 0)
+
+
+@pytest.mark.parametrize("meanwhile", ["set", "delete", "clear", "incr", "invalidate_tag", "time"])
+def test_a_void_lease_fills_nothing(cache, meanwhile):
+    lease = cache.get_lease("k", 10, tags=("t",))
+    if meanwhile == "set":
+        cache.set("k", "newer")
+    elif meanwhile == "incr":
+        cache.incr("k", default=1)
+    elif meanwhile == "invalidate_tag":
+        cache.invalidate_tag("t")
+    elif meanwhile == "time":
+        pass_time(cache, 11)
+    else:
+        getattr(cache, meanwhile)(*["k"] * (meanwhile == "delete"))
+    assert not cache.fill(lease, "older", tags=("u",))
+    assert cache.get("k") == {"set": "newer", "incr": 2}.get(meanwhile)
+    assert cache.claim_version("k") == 0, "the next to ask gets it at once"
+
+
+def test_a_lease_whose_value_cannot_be_stored_is_given_back(cache):
+    lease = cache.get_lease("k")
+    with pytest.raises(errors.UnsupportedValue):
+        cache.fill(lease, object())
+    assert cache.get_lease("k").held
+
+
 def test_a_lock_whose_time_is_over_is_free(cache):
     lock = cache.lock("l", ttl=0.001)
     lock.acquire()

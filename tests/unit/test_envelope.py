@@ -337,7 +337,8 @@ def test_a_generation_that_is_gone_never_comes_back(cache):
 def test_a_wrong_tag_changes_nothing(cache, tags):
     cache.set("k", "old")
     for call in (cache.set, cache.replace, lambda k, v, tags: cache.cas(k, v, cache.gets(k)[1], tags=tags),
-                 lambda k, v, tags: cache.set_many({k: v}, tags=tags), lambda k, v, tags: cache.get_or_set("new", lambda: v, tags=tags)):  # fmt: skip
+                 lambda k, v, tags: cache.set_many({k: v}, tags=tags), lambda k, v, tags: cache.get_or_set("new", lambda: v, tags=tags),
+                 lambda k, v, tags: cache.get_lease("new", tags=tags)):  # fmt: skip
         with pytest.raises(TypeError if tags == 5 else errors.InvalidTag):
             call("k", "new", tags=tags)
     if isinstance(tags, tuple) and len(tags) == 1:
@@ -364,9 +365,12 @@ def test_a_namespaces_tags_are_the_caches(cache):
     assert users.replace("a", 4, tags=("t",))
     assert users.cas("a", 5, users.gets("a")[1], tags=("t",))
     assert users.get_or_set("f", lambda: 6, tags=("t",)) == 6
-    assert users.get_many(["k", "m", "a", "f"]) == {"k": 1, "m": 2, "a": 5, "f": 6}
+    lease = users.get_lease("l", tags=("t",))
+    assert users.fill(lease, 7)
+    assert not users.release(lease)
+    assert users.get_many(["k", "m", "a", "f", "l"]) == {"k": 1, "m": 2, "a": 5, "f": 6, "l": 7}
     cache.invalidate_tag("t")
-    assert users.get_many(["k", "m", "a", "f"]) == {}
+    assert users.get_many(["k", "m", "a", "f", "l"]) == {}
 
 
 def test_a_tools_reader_reads_what_the_core_wrote(cache):
