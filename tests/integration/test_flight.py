@@ -377,6 +377,19 @@ def test_what_happens_during_a_refresh_wins(cache, meanwhile):
     assert cache.verify() == []
 
 
+def test_who_gets_the_claim_after_a_refresh_looks_again(cache):
+    cache.get_or_set("k", lambda: "old", 10, stale_ttl=100)
+    pass_time(cache, 11)
+    state, value, seen = cache._look("k")
+    assert state == codec.STALE
+    assert cache.get_or_set("k", lambda: "new", 10, stale_ttl=100) == "new"
+    late = (60, flight.Terms(cache, 10, 100, 0, None), value, seen)
+    assert flight.refreshed(cache, "k", lambda: pytest.fail("computed"), *late) == "new"
+    cache.delete("k")
+    assert flight.refreshed(cache, "k", lambda: pytest.fail("computed"), *late) is flight.MISSING
+    assert len(cache) == 0
+
+
 def test_an_invalidated_value_is_not_refreshed_without_its_tags(cache):
     cache.get_or_set("k", lambda: "old", 10, stale_ttl=100, tags=("t",))
     pass_time(cache, 11)
