@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 BYTES, STR, INT, MSGPACK, PICKLE = 0, 1, 2, 3, 4
 ENVELOPE = 5  # a value of one of those, with tags, a stale time, or that there is nothing; opened by the core (core/envelope.pxd)
 
-# What _look() finds, in this order of use to who asks: envelope.pxd has the same.
+# What _look() finds: a value; one that is past its ttl, or to be computed anew early; that there is nothing; no item. As in envelope.pxd.
 FRESH, STALE, NEGATIVE, ABSENT = 0, 1, 2, 3
 
 # msgpack extension types. Numbers are a format: never reused.

@@ -1735,7 +1735,7 @@ cdef class Table:
         return rc
 
     def touch(self, key, ttl=None):
-        """Let a key expire ttl seconds from now (None: the segment's default; 0: remove it): True if it was there."""
+        """Let a key expire ttl seconds from now (None: the segment's default; 0: remove it): True if it was there. With a stale_ttl it is stale then."""
         cdef uint64_t ms = 0 if ttl is None else ttl_to_ms(ttl)
         cdef seg_t* s = self.ready()
         if ttl is None:

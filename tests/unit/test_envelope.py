@@ -111,6 +111,7 @@ def test_what_is_hidden_is_absent_for_every_operation(cache, why):
     if why == "stale":
         version = cache.gets("c")[1]
         pass_time(cache, 1001)
+    assert list(cache.scan()) == []
     assert cache.add("a", 2)
     assert not cache.replace("b", 2)
     assert not cache.cas("c", 2, version)
@@ -425,6 +426,7 @@ def test_a_redis_client_reads_what_is_inside(cache, redis, tagged):
     assert redis("GETRANGE", "b", 1, 2) == b"$2\r\nyt\r\n"
     assert redis("EXISTS", "b", "s", "i", "no") == b":3\r\n"
     assert redis("TTL", "b") == b":10\r\n"
+    assert redis("KEYS", "[a-z]").count(b"$1\r\n") == 3
     assert redis("TYPE", "b") == b"+string\r\n"
     assert redis("GETBIT", "b", 1) == b":1\r\n"
     assert redis("OBJECT", "ENCODING", "i") == b"$3\r\nint\r\n"
@@ -445,6 +447,7 @@ def test_for_a_redis_client_what_is_hidden_is_not_there(cache, redis, tagged, wh
     assert counted(cache) == (before[0], before[1] + 2)
     assert redis("EXISTS", "b") == redis("STRLEN", "b") == redis("EXPIRE", "b", 5) == redis("PERSIST", "b") == b":0\r\n"
     assert redis("TTL", "b") == b":-2\r\n"
+    assert redis("KEYS", "[a-z]*") == b"*0\r\n"
     assert redis("TYPE", "b") == b"+none\r\n"
     assert redis("GETRANGE", "b", 0, 1) == b"$0\r\n\r\n"
     assert redis("SET", "b", "x", "XX") == redis("GETDEL", "b") == b"$-1\r\n"
