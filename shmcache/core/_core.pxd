@@ -73,6 +73,7 @@ cdef class Table:
     cdef int forked(self, seg_t* s, Mapping held, log_t* log) except -1
     cdef int clear_logged(self, seg_t* s, Mapping held, uint32_t epoch) except -1
     cdef int store_logged(self, object key, object value, object ttl, int when, uint64_t version, uint64_t* stored, log_t* log) except -100
+    cdef bytes carried(self, object tags, bytes head)
     cdef int store_tagged(self, object key, object value, object ttl, object tags, int when, uint64_t version) except -100
     cdef int store_wrapped(self, object key, Encoded value, object ttl, int when, uint64_t version) except -100
     cdef int store_encoded_logged(self, object key, Encoded value, object ttl, int when, uint64_t version, log_t* log) except -100

@@ -1225,7 +1225,7 @@ cdef class Table:
     def set_many(self, mapping, ttl=None, tags=None):
         """Store several values, each with all of the tags. All are checked and encoded before the first is stored; each is then stored by itself."""
         cdef list ready = []
-        cdef bytes head = None if tags is None else self._carry(tags)
+        cdef bytes head = None if tags is None else self.carried(tags, None)
         cdef log_t log
         cdef put_t op
         cdef int64_t number
@@ -1259,11 +1259,11 @@ cdef class Table:
     def store_encoded(self, key, Encoded value not None, ttl, tags=None):
         """set() of a value that a codec has turned into bytes already."""
         if tags is not None:
-            value = self.wrapped(value, self._carry(tags), 0, 0, 0)
+            value = self.wrapped(value, self.carried(tags, None), 0, 0, 0)
         self.store_wrapped(key, value, ttl, ALWAYS, 0)
 
     cdef int store_tagged(self, object key, object value, object ttl, object tags, int when, uint64_t version) except -100:
-        cdef bytes head = self._carry(tags)
+        cdef bytes head = self.carried(tags, None)
         return self.store_wrapped(key, self.wrapped(value, head, 0, 0, 0), ttl, when, version)
 
     cdef int store_wrapped(self, object key, Encoded value, object ttl, int when, uint64_t version) except -100:
@@ -1312,6 +1312,7 @@ cdef class Table:
         cdef Py_ssize_t n = PyBytes_GET_SIZE(head)
         cdef bytes payload
         cdef uint8_t* p
+        cdef Encoded out
         if type(value) is Encoded:
             holder = (<Encoded>value).payload
             op.codec = <uint8_t>(<Encoded>value).codec
@@ -1327,11 +1328,18 @@ cdef class Table:
         memcpy(p + 4, &stale_ms, 4)
         memcpy(p + 8, &early_ms, 4)
         memcpy(p + n, op.value, op.value_bytes)
-        return Encoded(CODEC_ENVELOPE, payload, stale_ms)
+        out = <Encoded>Encoded.__new__(Encoded)
+        out.codec = CODEC_ENVELOPE
+        out.payload = payload
+        out.stale_ms = stale_ms
+        return out
 
     def _carry(self, tags, bytes head=None):
         """The head of an envelope with these tags' generations as they are now, behind those of another head. What is stored with it is hidden by
         every invalidate_tag() from here on. Raises: InvalidTag."""
+        return self.carried(tags, head)
+
+    cdef bytes carried(self, object tags, bytes head):
         cdef uint8_t to[HEAD_BYTES]
         cdef uint8_t key[TAG_PREFIX_BYTES + TAG_BYTES]
         cdef uint64_t generation = 0, at = ENVELOPE_FIXED
