@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import peers as of
-from harness import fresh, key, loop_ns, options, report, summary
+from harness import VALUE, fresh, key, loop_ns, options, report, summary
 from peers import Peer, inside_uwsgi, opened
 
 BUDGET = 48 << 20  # bytes of values that a peer is filled with at most
@@ -134,6 +134,7 @@ def of_our_own(args: Any, keys: list[bytes], notes: list[str]) -> dict[str, Any]
             p.set(b"str" + k, "v" * 100)
             p.set(b"rec" + k, RECORD)
             p.set(b"pak" + k, packed)
+            p.set(b"tag" + k, b"v" * 100, None, ("one",))
         unpackb, get = msgpack.unpackb, p.get
 
         def get_and_unpack(k: bytes) -> Any:
@@ -147,6 +148,7 @@ def of_our_own(args: Any, keys: list[bytes], notes: list[str]) -> dict[str, Any]
             "str key": (get, bytes.decode),
             "int value": (get, lambda k: b"int" + k),
             "str value": (get, lambda k: b"str" + k),
+            "value with one tag": (get, lambda k: b"tag" + k),
             "dict value, one frame": (get_only, lambda k: b"rec" + k),
             "bytes value and msgpack.unpackb, one frame": (get_and_unpack, lambda k: b"pak" + k),
         }
@@ -157,7 +159,23 @@ def of_our_own(args: Any, keys: list[bytes], notes: list[str]) -> dict[str, Any]
                 ns = loop_ns(f, arguments)
                 if r:
                     times[kind].append(ns)
-        return {"get/kinds of keys and values": summary(times)}
+        out = {"get/kinds of keys and values": summary(times)}
+        put = p.set
+
+        def with_tag(k: bytes) -> None:
+            put(k, VALUE, None, ("one",))
+
+        puts: dict[str, tuple[Any, Callable[[bytes], Any]]] = {
+            "shmcache": (with_value(put, VALUE), lambda k: k),
+            "value with one tag": (with_tag, lambda k: b"tag" + k),
+        }
+        times = {kind: [] for kind in puts}
+        for r in range(args.rounds + 1):
+            for kind, (f, made) in puts.items():
+                ns = loop_ns(f, [made(k) for k in fresh(keys, args.ops // 2, r)])
+                if r:
+                    times[kind].append(ns)
+        return out | {"set/kinds of values": summary(times)}
 
 
 def evicting(args: Any, notes: list[str]) -> dict[str, Any]:

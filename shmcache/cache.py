@@ -9,12 +9,12 @@ from __future__ import annotations
 from shmcache import errors, flight, segment
 from shmcache.codec import BYTES, INT, STR, check_codec, get_codec
 from shmcache.core import _core
-from shmcache.namespace import Namespace
+from shmcache.namespace import Namespace, generation, renew
 from shmcache.segment import Segment
 
 TYPE_CHECKING = False  # see segment.py
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from datetime import timedelta
     from typing import Any
 
@@ -61,32 +61,79 @@ class Cache(_core.Table):
         named: Exception = self._load_codec().named(error)
         return named
 
+    def _new_generation(self, key: bytes) -> bytes:
+        return generation(self, key)
+
     def get_or_set(
-        self, key: bytes | str, factory: Callable[[], Any], ttl: float | timedelta | None = None, *, lease: float = flight.LEASE
+        self, key: bytes | str, factory: Callable[[], Any], ttl: float | timedelta | None = None, *, lease: float = flight.LEASE,
+        stale_ttl: float | timedelta | None = None, early: float | bool = 0.0, tags: Iterable[str] | None = None,
     ) -> Any:
         """The key's value; on a miss factory()'s, stored. Of all threads of all processes that miss at once one computes, the rest wait.
 
-        Args: factory: called without arguments. lease: seconds that it may take before another caller tries as well.
+        Args: factory: called without arguments. lease: seconds that it may take before another caller tries as well. stale_ttl: seconds
+        after ttl in which one caller computes the value anew and the others are given the old one at once (who passes neither stale_ttl nor
+        early waits, as for a miss). early: before ttl is over one caller computes it anew, the more likely the nearer the end is and the
+        longer factory takes (XFetch; True is 1.0, more is earlier). tags: as for set; those from before factory is called.
         If it raises, the caller gets the exception and one of those who wait tries in turn. If its process dies, one takes over at once. If
-        the key is set, deleted or cleared meanwhile, that wins: the computed value is returned to its caller, and not stored.
+        the key is set, deleted or cleared meanwhile, or one of the tags invalidated, that wins: the computed value is returned to its
+        caller, and nobody else is given it.
         Raises: as set; what factory raises.
+        Source: Vattani, Chierichetti, Lowenstein, Optimal Probabilistic Cache Stampede Prevention, VLDB 2015.
         """
         value = self.get(key, flight.MISSING)
         if value is not flight.MISSING:
             return value
-        return flight.get_or_set(self, key, factory, ttl, lease)
+        return flight.get_or_set(self, key, factory, lease, flight.Terms(self, ttl, stale_ttl, early, tags))
 
-    def _keep(self, key: bytes | str, value: Any, version: int, ttl: float | timedelta | None) -> bool:
-        """Store what was computed for a claim: True if the claim is used up."""
-        return self.fill(key, value, version, ttl)
+    def _fill_computed(self, key: bytes | str, value: Any, version: int, terms: flight.Terms, refresh: bool) -> bool:
+        """Store what was computed for a claim (refresh: a stale item) of this version: True if that is used up."""
+        return version > 0 and terms.fill_claim(key, value, version, refresh)
 
-    def memoize(self, ttl: float | timedelta | None = None, *, name: str | None = None, lease: float = flight.LEASE) -> Any:
+    def memoize(
+        self, ttl: float | timedelta | None = None, *, name: str | None = None, lease: float = flight.LEASE,
+        stale_ttl: float | timedelta | None = None, early: float | bool = 0.0,
+        tags: Iterable[str] | Callable[..., Iterable[str]] | None = None,
+    ) -> Any:
         """A decorator: the function's results are cached by its arguments and computed once per host, as by get_or_set.
 
-        Args: name: that results are kept under, else the function's module and qualified name. Arguments are told apart by their encoded
-        bytes, so they are what the codec takes; 1 and True and 1.0 are three. The function gets `cache_key(*args)` and `forget(*args)`.
+        Args: name: that results are kept under, else the function's module and qualified name. stale_ttl, early: as for get_or_set; tags:
+        too, or a function that makes them of the arguments. Arguments are told apart by their encoded bytes, so they are what the codec
+        takes; 1 and True and 1.0 are three. The function gets `cache_key(*args)` and `forget(*args)`.
         """
-        return flight.memoize(self, ttl, name, lease)
+        return flight.memoize(self, ttl, name, lease, stale_ttl, early, tags)
+
+    def invalidate_tag(self, *tags: str) -> None:
+        """Remove all items that were stored with one of these tags, for everybody: one write a tag, however many items there are.
+
+        What is being computed with one of them (get_or_set, a lease) is not found either; what a set stores after it stays.
+        Raises: InvalidTag.
+        """
+        keys = [self._tag_key(tag) for tag in tags]  # all are checked before the first is renewed
+        for key in keys:
+            renew(self, key)
+
+    def get_lease(self, key: bytes | str, seconds: float = flight.LEASE, tags: Iterable[str] | None = None) -> flight.Lease:
+        """The key's value, or the right to fill it: memcached's lease, for who fills by hand. Never waits.
+
+        Args: seconds: after which another gets it. tags: whose invalidation voids the lease. Returns: a Lease; see its attributes.
+            lease = cache.get_lease("k")
+            if lease.found: return lease.value
+            if lease.held: cache.fill(lease, compute(), ttl=60)
+        Source: Nishtala et al., Scaling Memcache at Facebook, NSDI 2013, 3.2.1.
+        """
+        return flight.get_lease(self, key, seconds, tags)
+
+    def fill(self, lease: flight.Lease, value: Any, ttl: float | timedelta | None = None, tags: Iterable[str] = ()) -> bool:
+        """Store the value of a held lease, with its tags and these: True. It is held no more then.
+
+        False if a set, delete, clear or incr of the key, invalidate_tag of one of its tags, or the end of its seconds has voided it.
+        Raises: as set; UsageError: it is not held.
+        """
+        return flight.fill(self, lease, value, ttl, tags)
+
+    def release(self, lease: flight.Lease) -> bool:
+        """Give a lease back without a value, so that the next to ask gets one at once: True if it still stood."""
+        return flight.release(self, lease)
 
     def lock(self, name: bytes | str, ttl: float | None = None) -> flight.Lock:
         """A lock that all processes share: `with cache.lock("report", ttl=30): ...`. Its owner's death, or ttl seconds, release it."""
@@ -199,7 +246,7 @@ def create(
     name: str, size: int | str = DEFAULT_SIZE, *, default_ttl: float | timedelta | None = None, codec: str = "msgpack",
     max_value: int | str | None = None, stripes: int | None = None, mode: int = 0o600, group: int | str | None = None,
     max_processes: int | None = None, lock_limit: float | None = None, huge_pages: bool = False, log_buffer: int | str | None = None,
-    policy: Policy | str | None = None, store: Store | None = None,
+    policy: Policy | str | None = None, store: Store | None = None, tags: Callable[[bytes], Iterable[str]] | None = None,
 ) -> Cache:
     """Create a segment and open it.
 
@@ -220,13 +267,14 @@ def create(
         policy: how the cache stands in front of a store: "through", "around", "back", or a Policy (policy.py); kept in the segment. With a
             store and no policy: "through".
         store: a Store (stores/), for this handle. Each process has its own; a handle without one reads what is cached.
+        tags: with a store: a function that makes the tags of a key's cached copy of the key's bytes, for invalidate_tag().
     Raises: SegmentExists, SharedMemoryFull, InvalidName, InvalidConfig, SegmentForbidden.
     """
     check_codec(codec)
     options = _options(default_ttl, max_value, stripes, max_processes, lock_limit, log_buffer)
     options |= _policy_options(policy, store)
     mapping = segment.create(name, segment.parse_size(size), mode=mode, group=group, huge_pages=huge_pages, **options)
-    return _handle(mapping, codec, {}, store)
+    return _handle(mapping, codec, {}, store, tags)
 
 
 def _policy_options(policy: Policy | str | None, store: Store | None) -> dict[str, Any]:
@@ -239,25 +287,28 @@ def _policy_options(policy: Policy | str | None, store: Store | None) -> dict[st
     return {"policy": chosen.number, "config": chosen.packed(), "dirty_limit": chosen.dirty_bytes}
 
 
-def _handle(mapping: _core.Mapping, codec: str, trust: dict[str, Any], store: Store | None) -> Cache:
+def _handle(
+    mapping: _core.Mapping, codec: str, trust: dict[str, Any], store: Store | None, tags: Callable[[bytes], Iterable[str]] | None
+) -> Cache:
     if store is None:
         return Cache(mapping, codec, trust)
     from shmcache import policy
 
-    return policy.handle(mapping, codec, trust, store)
+    return policy.handle(mapping, codec, trust, store, tags)
 
 
 def attach(
-    name: str, *, codec: str = "msgpack", owner: int | str | None = None, group: int | str | None = None, store: Store | None = None
+    name: str, *, codec: str = "msgpack", owner: int | str | None = None, group: int | str | None = None, store: Store | None = None,
+    tags: Callable[[bytes], Iterable[str]] | None = None,
 ) -> Cache:
     """Open a live segment.
 
-    Args: codec, store: as in create; they are this handle's. owner, group: a user or group, by id or name, whose segment is trusted.
+    Args: codec, store, tags: as in create; they are this handle's. owner, group: a user or group, by id or name, whose segment is trusted.
     Raises: SegmentNotFound, SegmentForbidden, ForeignSegment, NotASegment, LayoutMismatch, SegmentTruncated, TooManyProcesses.
     """
     check_codec(codec)
     trust = {k: v for k, v in (("owner", owner), ("group", group)) if v is not None}
-    return _handle(segment.attach(name, **trust), codec, trust, store)
+    return _handle(segment.attach(name, **trust), codec, trust, store, tags)
 
 
 def open(
@@ -265,6 +316,7 @@ def open(
     max_value: int | str | None = None, stripes: int | None = None, mode: int = 0o600, group: int | str | None = None,
     max_processes: int | None = None, lock_limit: float | None = None, huge_pages: bool = False, log_buffer: int | str | None = None,
     owner: int | str | None = None, policy: Policy | str | None = None, store: Store | None = None,
+    tags: Callable[[bytes], Iterable[str]] | None = None,
 ) -> Cache:
     """Open a segment, and create it if there is none: what a worker calls. Arguments as of create (size: 256M by default).
 
@@ -274,12 +326,12 @@ def open(
     size_bytes = None if size is None else segment.parse_size(size)
     for _ in range(100):  # only against somebody who creates and unlinks all the while
         try:
-            cache = attach(name, codec=codec, owner=owner, group=group, store=store)
+            cache = attach(name, codec=codec, owner=owner, group=group, store=store, tags=tags)
         except errors.SegmentNotFound:
             try:
                 new_bytes = size_bytes or segment.parse_size(DEFAULT_SIZE)
                 mapping = segment.create(name, new_bytes, mode=mode, group=group, huge_pages=huge_pages, **options)
-                return _handle(mapping, codec, {}, store)
+                return _handle(mapping, codec, {}, store, tags)
             except errors.SegmentExists:
                 continue
         _warn_of_differences(cache, size_bytes, options)

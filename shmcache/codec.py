@@ -42,13 +42,34 @@ if TYPE_CHECKING:
 BYTES, STR, INT, MSGPACK, PICKLE = 0, 1, 2, 3, 4
 ENVELOPE = 5  # a value of one of those, with tags, a stale time, or that there is nothing; opened by the core (core/envelope.pxd)
 
-# What _look() finds, in this order of use to who asks: envelope.pxd has the same.
+# What _look() finds: a value; one that is past its ttl, or to be computed anew early; that there is nothing; no item. As in envelope.pxd.
 FRESH, STALE, NEGATIVE, ABSENT = 0, 1, 2, 3
 
 # msgpack extension types. Numbers are a format: never reused.
 TUPLE, SET, FROZENSET, BIGINT, DATETIME, DATE, TIME, TIMEDELTA, DECIMAL, UUID_, COMPLEX, NDARRAY, NPSCALAR, ORDERED = range(1, 15)
 
 MAX_DEPTH = 100  # of containers; msgpack itself stops near 500, the interpreter's stack may stop earlier
+
+
+def open_envelope(payload: bytes) -> tuple[int, bool, int, list[tuple[str, bytes]], bytes]:
+    """(codec of what is inside, whether it is known that there is nothing, stale_ms, tags with their generations, what is inside).
+
+    For tools; readers use the core's. Raises: DamageError.
+    """
+    import struct
+
+    try:
+        codec, flags, n_tags, stale_ms, _ = struct.unpack_from("<BBHII", payload)
+        tags, at = [], 12
+        for _ in range(n_tags):
+            generation, n = struct.unpack_from("<8sB", payload, at)
+            tags.append((payload[at + 9 : at + 9 + n].decode(), generation))
+            at += 9 + n
+    except (struct.error, UnicodeDecodeError) as e:
+        raise errors.DamageError(f"the head of a value is damaged ({e}): delete the key") from None
+    if codec >= ENVELOPE or flags & ~1 or n_tags > 16 or at > len(payload):
+        raise errors.DamageError("the head of a value is damaged, or of a newer version: delete the key")
+    return codec, bool(flags), stale_ms, tags, payload[at:]
 
 
 def get_codec(name: str) -> Codec:

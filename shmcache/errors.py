@@ -58,6 +58,10 @@ class InvalidTTL(UsageError, ValueError):
     """A ttl is a finite number of seconds, zero or more, or a timedelta, or None. Pass such a one."""
 
 
+class InvalidTag(UsageError, ValueError):
+    """A tag is a str of 1 to 200 bytes in UTF-8, and an item has at most 16, in a tuple. Shorten it, or use fewer."""
+
+
 class InvalidName(UsageError, ValueError):
     """A segment name is 1 to 200 characters without a slash, not '.' or '..'. Choose another."""
 

@@ -1,8 +1,14 @@
-"""Single flight: a missing value is computed once per host, not once per worker; and locks across processes by the same means.
+"""Single flight: a missing value is computed once per host, not once per worker; stale values meanwhile; and locks by the same means.
 
 Who misses claims the key (core: Table.claim): an item without a value that carries the claimer's token. Others see a miss with a claim
 on it and wait; who claims next after the claimer's death takes over. The claim's version is the lease: the fill succeeds only if exactly
 that claim still stands, so a set, delete, clear or take-over in the meantime wins over what was computed from older data.
+
+A value with stale_ttl or early is stored in an envelope (core/envelope.pxd). Who asks for stale values and meets one claims another key,
+REFRESH_PREFIX + key, for a claim on the key itself would replace the value; who has not got that claim goes on with the stale value at
+once. The refresher's lease is the version of the stale item: it is replaced only if it is still that one.
+
+A fill with tags carries the generations that they had before the factory was called.
 
 Race table
     claim vs claim            the stripe decides; the loser waits
@@ -12,18 +18,30 @@ Race table
     the claimer dies          the kernel drops its row's lock; the next waiter to look takes over. A thread that ends without a fill
                               (its process lives) gives its claim back in `finally`; else `lease` bounds it
     fork while a claim is held: the child has another token: it fills and releases none of its parent's
-    a factory asks its own key again: computed at once, not stored; waiting would be for itself
+    a factory asks its own key again: computed at once, not stored; waiting would be for itself. If it refreshes: it gets the stale value
+    refresh vs set / delete / clear / touch
+                              one of these first: the item is gone or has another version, the refresh is refused, its caller gets the
+                              computed value all the same. Refresh first: as fill first
+    refresh vs expiry         what has expired meanwhile and is not taken away is replaced; what is taken away, or claimed, is not
+    refresh vs refresh        the second looks again when it has the claim: it returns what the first has stored. After `lease` seconds both
+                              compute, the first to be ready stores
+    the refresher dies        its claim is void at once: the next to ask refreshes; nobody has waited
+    the factory raises        in the refresher: its caller gets the exception, the others the stale value, and the next to ask tries
+    fill vs invalidate_tag    invalidated while the factory runs: what is stored carries the old generation and is never found
+    who does not ask for stale values misses, and claims the key as ever: the stale value is gone then, and who asks for it waits, too
 """
 
 from __future__ import annotations
 
+import math
 import time
 
 from shmcache import errors
+from shmcache.codec import FRESH, STALE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from datetime import timedelta
     from typing import Any
 
@@ -34,6 +52,9 @@ LONGEST_WAIT = 0.016
 LEASE = 60.0
 FOREVER = 3e9  # seconds; a ttl that outlives the segment, whatever its default
 LOCK_PREFIX = b"\x00lock\x00"
+REFRESH_PREFIX = b"\x00refresh\x00"
+LONGEST_NAMED = 4096 - len(REFRESH_PREFIX)  # bytes of a key that stands behind it as it is
+MOST_EARLY_MS = (1 << 32) - 1
 MISSING: Any = object()
 
 
@@ -46,22 +67,77 @@ def waits(deadline: float | None) -> Any:
         yield
 
 
-def get_or_set(cache: Cache, key: bytes | str, factory: Callable[[], Any], ttl: float | timedelta | None, lease: float) -> Any:
+def several(tags: Iterable[str] | None) -> tuple[str, ...]:
+    """Tags that are gone through more than once. Raises: InvalidTag: a str, whose characters they would be."""
+    if isinstance(tags, str):
+        raise errors.InvalidTag(f"tags is a tuple of str, not str: write tags=({tags!r},)")
+    return tuple(tags or ())
+
+
+class Terms:
+    """How what is computed is stored: its ttl, stale_ttl, early and tags. One call's."""
+
+    __slots__ = ("_beta", "_cache", "_early_ms", "_head", "_stale_ttl", "_tags", "ttl")
+
+    def __init__(
+        self, cache: Cache, ttl: float | timedelta | None, stale_ttl: float | timedelta | None, early: float | bool,
+        tags: Iterable[str] | None,
+    ) -> None:
+        if not 0 <= early < 1e6:
+            raise errors.UsageError(f"early is True (1.0), or by what the time is multiplied that the factory takes, not {early!r}")
+        self._cache, self.ttl, self._stale_ttl, self._beta, self._tags = cache, ttl, stale_ttl, float(early), several(tags)
+        self._head: bytes | None = None
+        self._early_ms = 0
+
+    @property
+    def stale(self) -> bool:
+        """Does the caller take a stale value, if somebody refreshes it?"""
+        return self._stale_ttl is not None or self._beta > 0
+
+    def compute(self, factory: Callable[[], Any]) -> Any:
+        """factory()'s value, with the generations from before it."""
+        self._head = self._cache._carry(self._tags) if self._tags else None
+        began = time.monotonic()
+        value = factory()
+        if self._beta:
+            self._early_ms = min(math.ceil((time.monotonic() - began) * self._beta * 1000), MOST_EARLY_MS)
+        return value
+
+    def fill(self, key: bytes | str, value: Any, version: int, refresh: bool) -> bool:
+        return self._cache._fill_computed(key, value, version, self, refresh)
+
+    def fill_claim(self, key: bytes | str, value: Any, version: int, refresh: bool) -> bool:
+        return self._cache.fill_claim(key, value, version, self.ttl, self._head, self._stale_ttl, self._early_ms, refresh)
+
+
+def get_or_set(cache: Cache, key: bytes | str, factory: Callable[[], Any], lease: float, terms: Terms) -> Any:
     """Cache.get_or_set, after the first miss."""
-    if not 0 < lease < 1e9:
-        raise errors.InvalidTTL(f"lease is a number of seconds above 0, not {lease!r}")
+    check_lease(lease)
     pause = waits(None)
     version = 0
     try:
-        while (version := cache.claim(key, lease)) <= 0:
+        while True:
+            if terms.stale:
+                state, value, seen = cache._look(key)
+                if state == FRESH:
+                    return value
+                if state == STALE and (value := refreshed(cache, key, factory, lease, terms, value, seen)) is not MISSING:
+                    return value
+            version = cache.claim(key, lease)
+            if version > 0:
+                break
             if version == -2:
                 return factory()
-            if version == -1:
+            if version in (-1, -3, -4):  # another's; or somebody changes the key in the store, or was when he died
                 next(pause)
-            elif (value := cache.get(key, MISSING)) is not MISSING:
-                return value
-        value = factory()
-        if cache._keep(key, value, version, ttl):
+            elif version == -5:  # deleted, which the store has not got yet
+                break
+            else:
+                value, seen = cache.gets(key)  # not get: that may miss early again
+                if seen:
+                    return value
+        value = terms.compute(factory)
+        if terms.fill(key, value, version, False):
             version = 0
         return value
     finally:
@@ -69,8 +145,108 @@ def get_or_set(cache: Cache, key: bytes | str, factory: Callable[[], Any], ttl: 
             cache.unclaim(key, version)
 
 
+def refreshed(cache: Cache, key: bytes | str, factory: Callable[[], Any], lease: float, terms: Terms, stale: Any, seen: int) -> Any:
+    """A value for who has met a stale one: computed if nobody else does so, else the stale one. MISSING: it is not there any more."""
+    claimed = refresh_key(key)
+    version = cache.claim(claimed, lease)
+    if version <= 0:
+        return stale
+    try:
+        state, newer, now = cache._look(key)
+        if now != seen:
+            return newer if state in (FRESH, STALE) else MISSING
+        value = terms.compute(factory)
+        terms.fill(key, value, seen, True)
+        return value
+    finally:
+        cache.unclaim(claimed, version)
+
+
+def refresh_key(key: bytes | str) -> bytes:
+    """Who has claimed this key refreshes that one."""
+    raw = key.encode() if isinstance(key, str) else key
+    if len(raw) > LONGEST_NAMED:
+        from hashlib import blake2b
+
+        raw = blake2b(raw, digest_size=32, person=b"refresh").digest()
+    return REFRESH_PREFIX + raw
+
+
+def check_lease(seconds: float) -> None:
+    """Raises: InvalidTTL."""
+    if not 0 < seconds < 1e9:
+        raise errors.InvalidTTL(f"lease is a number of seconds above 0, not {seconds!r}")
+
+
+class Lease:
+    """What get_lease() has found: a value, the right to fill, or that another has it.
+
+    Attributes: found: there is a value, `value`. held: this caller is the one to fill(), or to release(). If neither, another thread of
+    some process has the lease: wait and ask again, or do without.
+    """
+
+    __slots__ = ("_head", "_tags", "_version", "found", "key", "value")
+
+    def __init__(self, key: bytes | str, value: Any, found: bool, version: int, tags: tuple[str, ...], head: bytes | None) -> None:
+        self.key, self.value, self.found = key, value, found
+        self._version, self._tags, self._head = version, tags, head
+
+    @property
+    def held(self) -> bool:
+        return self._version > 0
+
+    def __repr__(self) -> str:
+        return f"<shmcache.Lease on {self.key!r}: {'a value' if self.found else 'to be filled' if self.held else 'not held'}>"
+
+
+def get_lease(cache: Cache, key: bytes | str, seconds: float, tags: Iterable[str] | None) -> Lease:
+    """Cache.get_lease."""
+    check_lease(seconds)
+    names = several(tags)
+    while True:
+        value, seen = cache.gets(key)
+        if seen:
+            return Lease(key, value, True, 0, (), None)
+        version = cache.claim(key, seconds)
+        if version:
+            break
+    if version < 0:
+        return Lease(key, None, False, 0, (), None)
+    try:
+        return Lease(key, None, False, version, names, cache._carry(names) if names else None)
+    except BaseException:
+        cache.unclaim(key, version)
+        raise
+
+
+def fill(cache: Cache, lease: Lease, value: Any, ttl: float | timedelta | None, tags: Iterable[str]) -> bool:
+    """Cache.fill."""
+    version, lease._version = lease._version, 0
+    if not version:
+        raise errors.UsageError("this lease is not held: get_lease() has found a value or another's lease, or it was filled or released")
+    filled = False
+    try:
+        more = several(tags)
+        head = lease._head
+        if more:
+            head = cache._carry(more, head)
+        if lease._head is None or cache._carry(lease._tags) == lease._head:
+            filled = cache.fill_claim(lease.key, value, version, ttl, head)
+    finally:
+        if not filled:
+            cache.unclaim(lease.key, version)
+    return filled
+
+
+def release(cache: Cache, lease: Lease) -> bool:
+    """Cache.release."""
+    version, lease._version = lease._version, 0
+    return version > 0 and cache.unclaim(lease.key, version)
+
+
 def memoize(
-    cache: Cache, ttl: float | timedelta | None, name: str | None, lease: float
+    cache: Cache, ttl: float | timedelta | None, name: str | None, lease: float, stale_ttl: float | timedelta | None, early: float | bool,
+    tags: Iterable[str] | Callable[..., Iterable[str]] | None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Cache.memoize."""
     import functools  # here: a worker that memoizes nothing does not pay for them
@@ -89,7 +265,12 @@ def memoize(
 
         @functools.wraps(function)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
-            return cache.get_or_set(cache_key(*args, **kwargs), lambda: function(*args, **kwargs), ttl, lease=lease)
+            key = cache_key(*args, **kwargs)
+            value = cache.get(key, MISSING)
+            if value is not MISSING:
+                return value
+            terms = Terms(cache, ttl, stale_ttl, early, tags(*args, **kwargs) if callable(tags) else tags)
+            return get_or_set(cache, key, lambda: function(*args, **kwargs), lease, terms)
 
         wrapper.cache_key = cache_key  # type: ignore[attr-defined]
         wrapper.forget = lambda *args, **kwargs: cache.delete(cache_key(*args, **kwargs))  # type: ignore[attr-defined]

@@ -1,9 +1,9 @@
-"""Namespaces: keys of their own, and a clear() of their own that costs one write.
+"""Namespaces: keys of their own, and a clear() of their own that costs one write; and the generations by which that, and tags, are done.
 
 A namespace has a generation, a random number under a key of the cache; every key carries it. clear() stores another one: what carries the
-old one is never found again, and goes as the CLOCK hand meets it. A generation that was evicted is replaced by a new random one: a
-namespace may lose what is in it, it never sees again what was cleared. While a segment is restored generations come first, and whoever
-needs one waits for them, a second at most.
+old one is never found again, and goes as the CLOCK hand meets it. A tag has a generation, too, which the item carries instead of its key
+(core/envelope.pxd). A generation that was evicted is replaced by a new random one: a namespace or a tag may lose what is in it, it never
+sees again what was cleared. While a segment is restored generations come first, and whoever needs one waits for them, a second at most.
 """
 
 from __future__ import annotations
@@ -28,6 +28,28 @@ PREFIX = b"\x00ns\x00"
 RESTORE_WAIT = 1.0  # seconds
 
 
+def generation(cache: Cache, key: bytes) -> bytes:
+    """The eight bytes under a generation's key; if there are none, new ones."""
+    found = cache.get(key)
+    if found is None and cache.durability()["generations_missing"]:
+        until = time.monotonic() + RESTORE_WAIT
+        while cache.durability()["generations_missing"] and time.monotonic() < until:
+            time.sleep(0.002)
+        found = cache.get(key)
+    while not isinstance(found, bytes) or len(found) != 8:
+        if found is None:
+            cache.add(key, os.urandom(8), ttl=flight.FOREVER)
+        else:
+            renew(cache, key)
+        found = cache.get(key)
+    return found
+
+
+def renew(cache: Cache, key: bytes) -> None:
+    """Another generation: what carries the one before is never found again."""
+    cache.set(key, os.urandom(8), ttl=flight.FOREVER)
+
+
 class Namespace:
     """A part of a cache, with the cache's operations on keys, and clear(). Made by cache.namespace(name)."""
 
@@ -40,16 +62,7 @@ class Namespace:
 
     def prefix(self) -> bytes:
         """What its keys begin with in the cache, till the next clear()."""
-        generation = self.cache.get(self._generation_key)
-        if generation is None and self.cache.durability()["generations_missing"]:
-            until = time.monotonic() + RESTORE_WAIT
-            while self.cache.durability()["generations_missing"] and time.monotonic() < until:
-                time.sleep(0.002)
-            generation = self.cache.get(self._generation_key)
-        while generation is None:
-            self.cache.add(self._generation_key, os.urandom(8), ttl=flight.FOREVER)
-            generation = self.cache.get(self._generation_key)
-        return self._generation_key + b"\x00" + bytes(generation)
+        return self._generation_key + b"\x00" + generation(self.cache, self._generation_key)
 
     def _key(self, key: Key) -> bytes:
         if not isinstance(key, (bytes, str)):
@@ -60,7 +73,7 @@ class Namespace:
 
     def clear(self) -> None:
         """Remove everything in the namespace, for everybody, in one step."""
-        self.cache.set(self._generation_key, os.urandom(8), ttl=flight.FOREVER)
+        renew(self.cache, self._generation_key)
 
     def get(self, key: Key, default: Any = None) -> Any:
         return self.cache.get(self._key(key), default)
@@ -68,17 +81,17 @@ class Namespace:
     def gets(self, key: Key) -> tuple[Any, int]:
         return self.cache.gets(self._key(key))
 
-    def set(self, key: Key, value: Any, ttl: Ttl = None) -> None:
-        self.cache.set(self._key(key), value, ttl)
+    def set(self, key: Key, value: Any, ttl: Ttl = None, tags: Iterable[str] | None = None) -> None:
+        self.cache.set(self._key(key), value, ttl, tags)
 
-    def add(self, key: Key, value: Any, ttl: Ttl = None) -> bool:
-        return self.cache.add(self._key(key), value, ttl)
+    def add(self, key: Key, value: Any, ttl: Ttl = None, tags: Iterable[str] | None = None) -> bool:
+        return self.cache.add(self._key(key), value, ttl, tags)
 
-    def replace(self, key: Key, value: Any, ttl: Ttl = None) -> bool:
-        return self.cache.replace(self._key(key), value, ttl)
+    def replace(self, key: Key, value: Any, ttl: Ttl = None, tags: Iterable[str] | None = None) -> bool:
+        return self.cache.replace(self._key(key), value, ttl, tags)
 
-    def cas(self, key: Key, value: Any, version: int, ttl: Ttl = None) -> bool:
-        return self.cache.cas(self._key(key), value, version, ttl)
+    def cas(self, key: Key, value: Any, version: int, ttl: Ttl = None, tags: Iterable[str] | None = None) -> bool:
+        return self.cache.cas(self._key(key), value, version, ttl, tags)
 
     def delete(self, key: Key) -> bool:
         return self.cache.delete(self._key(key))
@@ -109,16 +122,28 @@ class Namespace:
         wanted = {prefix + (k.encode() if isinstance(k, str) else k): k for k in keys}
         return {wanted[bytes(k)]: v for k, v in self.cache.get_many(wanted).items()}
 
-    def set_many(self, mapping: Mapping[Key, Any], ttl: Ttl = None) -> None:
+    def set_many(self, mapping: Mapping[Key, Any], ttl: Ttl = None, tags: Iterable[str] | None = None) -> None:
         prefix = self.prefix()
-        self.cache.set_many({prefix + (k.encode() if isinstance(k, str) else k): v for k, v in mapping.items()}, ttl)
+        self.cache.set_many({prefix + (k.encode() if isinstance(k, str) else k): v for k, v in mapping.items()}, ttl, tags)
 
     def delete_many(self, keys: Iterable[Key]) -> int:
         prefix = self.prefix()
         return self.cache.delete_many([prefix + (k.encode() if isinstance(k, str) else k) for k in keys])
 
-    def get_or_set(self, key: Key, factory: Callable[[], Any], ttl: Ttl = None, *, lease: float = flight.LEASE) -> Any:
-        return self.cache.get_or_set(self._key(key), factory, ttl, lease=lease)
+    def get_or_set(
+        self, key: Key, factory: Callable[[], Any], ttl: Ttl = None, *, lease: float = flight.LEASE, stale_ttl: Ttl = None,
+        early: float | bool = 0.0, tags: Iterable[str] | None = None,
+    ) -> Any:
+        return self.cache.get_or_set(self._key(key), factory, ttl, lease=lease, stale_ttl=stale_ttl, early=early, tags=tags)
+
+    def get_lease(self, key: Key, seconds: float = flight.LEASE, tags: Iterable[str] | None = None) -> flight.Lease:
+        return self.cache.get_lease(self._key(key), seconds, tags)
+
+    def fill(self, lease: flight.Lease, value: Any, ttl: Ttl = None, tags: Iterable[str] = ()) -> bool:
+        return self.cache.fill(lease, value, ttl, tags)
+
+    def release(self, lease: flight.Lease) -> bool:
+        return self.cache.release(lease)
 
     def scan(self, prefix: Key = b"") -> Iterator[bytes]:
         """The keys, as bytes, that begin with prefix: as they are in the namespace."""

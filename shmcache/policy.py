@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 
     Key = bytes | str
     Ttl = float | timedelta | None
+    Tags = Iterable[str] | None
     # what a change makes of what is there: (value, seconds to live or None), or DELETE, or KEEP; and what its caller is told
     Change = Callable[[Entry | None], tuple[Any, Any]]
 
@@ -69,6 +70,7 @@ class Policy:
         mode: "through", "around" or "back".
         timeout: seconds that a call of the store may take, and that a caller waits for another's.
         negative_ttl: seconds for which it is remembered that a key is not in the store; 0: it is asked each time.
+        stale_ttl: seconds beyond its ttl for which a copy is given while one caller loads it anew, or the store is down.
         flush_every: back: seconds between two passes over what is to be stored.
         dirty_limit: back: bytes, or "64M", that may wait to be stored; who would write more waits. Never over a quarter of the slab memory.
     """
@@ -76,16 +78,17 @@ class Policy:
     mode: str
     timeout: float = 5.0
     negative_ttl: float = 0.0
+    stale_ttl: float = 0.0
     flush_every: float = 0.5
     dirty_limit: int | str | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in MODES[1:]:
             raise errors.InvalidConfig(f"policy is 'through', 'around' or 'back', not {self.mode!r}")
-        for name in ("timeout", "negative_ttl", "flush_every"):
+        for name in ("timeout", "negative_ttl", "stale_ttl", "flush_every"):
             n = getattr(self, name)
-            if isinstance(n, bool) or not isinstance(n, (int, float)) or not 0 <= n < 1e6 or (name != "negative_ttl" and n == 0):
-                raise errors.InvalidConfig(f"{name} of a policy is a number of seconds above 0 (negative_ttl: or 0), not {n!r}")
+            if isinstance(n, bool) or not isinstance(n, (int, float)) or not 0 <= n < 1e6 or (n == 0 and not name.endswith("_ttl")):
+                raise errors.InvalidConfig(f"{name} of a policy is a number of seconds, above 0 but for a ttl, not {n!r}")
         if self.dirty_limit is not None:
             parse_size(self.dirty_limit, "dirty_limit")
 
@@ -127,9 +130,14 @@ class StoredCache(Cache):
     and can be done again; StoreRefused, RowsRefused) and leaves a miss. Keys that begin with a NUL byte, and with them namespaces, locks
     and memoized results, are the cache's own. A ttl is the value's, also in the store; the segment's default_ttl is that of the cached
     copy. len(), scan() and clear() are about what is cached.
+
+    tags: of a stored key's copies, made of the key's bytes, so that who changes the store past the cache can drop them by invalidate_tag().
     """
 
-    def __init__(self, mapping: _core.Mapping, codec_name: str, trust: dict[str, Any] | None, store: Store) -> None:
+    def __init__(
+        self, mapping: _core.Mapping, codec_name: str, trust: dict[str, Any] | None, store: Store,
+        tags: Callable[[bytes], Iterable[str]] | None = None,
+    ) -> None:
         super().__init__(mapping, codec_name, trust)
         policy = policy_of(mapping)
         if policy is None:
@@ -138,12 +146,15 @@ class StoredCache(Cache):
         self.store = store
         self._age = 2 * policy.timeout + GRACE  # of claims and marks: longer than to wait for another's, and then for the store
         check_ordered(policy, store)
+        if tags is not None and policy.mode == "back":
+            raise errors.InvalidConfig("what is written back has no tags: take policy='through', or leave tags= out")
+        self._tags_of = tags
         self._reads_through = True
 
     def __reduce__(self) -> Any:
         if self.closed:
             raise errors.CacheClosed("a closed handle cannot be pickled")
-        return _reopened, (self.name, self._codec_name, self._trust, self.store)
+        return _reopened, (self.name, self._codec_name, self._trust, self.store, self._tags_of)
 
     # ---- loads ----
 
@@ -152,6 +163,10 @@ class StoredCache(Cache):
         name = _core.key_bytes(key)
         if name[0] == 0 or self._is_negative(name):
             return default
+        if self.policy.stale_ttl:
+            state, value, seen = self._look(name)
+            if state == codec.FRESH or (state == codec.STALE and (value := self._refreshed(name, value, seen)) is not MISSING):
+                return value
         deadline = time.monotonic() + self.policy.timeout
         while (version := self._claim(name, deadline)) == 0:
             value = self.peek(name, MISSING)
@@ -161,6 +176,30 @@ class StoredCache(Cache):
             return default
         entry = self._loaded([name], {name: version}).get(name)
         return default if entry is None else entry.value
+
+    def _refreshed(self, name: bytes, stale: Any, seen: int) -> Any:
+        """A stale copy, of which one caller at a time loads another. MISSING: the store has none."""
+        claimed = flight.refresh_key(name)
+        version = self.claim(claimed, self._age)
+        if version <= 0:
+            return stale
+        try:
+            head = self._head(name)
+            entry = self._call(self.store.load_many, [name], timeout=self.policy.timeout).get(name)
+            self.count_store(loads=1, found=entry is not None)
+            if entry is None:
+                self._delete_version(name, seen)
+                return MISSING
+            self._filled(name, entry, seen, head, True)
+            return entry.value
+        except errors.StoreUnavailable:
+            return stale
+        finally:
+            self.unclaim(claimed, version)
+
+    def _head(self, name: bytes) -> bytes | None:
+        """The tags of a key's copy, as they are before it is loaded."""
+        return None if self._tags_of is None else self._carry(self._tags_of(name))
 
     def _claim(self, name: bytes, deadline: float) -> int:
         """Of a missing key: a claim's version; 0: there is a value now; -1: load it, and do not fill it; DELETED.
@@ -184,6 +223,7 @@ class StoredCache(Cache):
         try:
             found: dict[bytes, Entry] = {}
             refused: dict[bytes, Exception] = {}
+            heads = {name: self._head(name) for name in claims}
             for i in range(0, len(names), BATCH):
                 found.update(self._call(self._load_some, names[i : i + BATCH], refused))
             self.count_store(loads=len(names), found=len(found))
@@ -192,7 +232,7 @@ class StoredCache(Cache):
                 if entry is None and self.policy.negative_ttl and version > 0 and name not in refused:
                     if self._put_negative(name, self.policy.negative_ttl, version):
                         del claims[name]
-                elif entry is not None and self._filled(name, entry, version):
+                elif entry is not None and self._filled(name, entry, version, heads[name]):
                     del claims[name]
             if refused:
                 raise next(iter(refused.values())) if len(names) == 1 else errors.RowsRefused(refused)
@@ -214,12 +254,12 @@ class StoredCache(Cache):
             rest = [name for name in names if name not in e.errors]
             return self._load_some(rest, refused) if rest and len(rest) < len(names) else {}
 
-    def _filled(self, name: bytes, entry: Entry, version: int) -> bool:
+    def _filled(self, name: bytes, entry: Entry, version: int, head: bytes | None, refresh: bool = False) -> bool:
         """Fill a claim or a mark with what the store has. False: it does not stand any more, or this cannot be cached."""
         if version <= 0:
             return False
         try:
-            return self.fill(name, entry.value, version, entry.ttl)
+            return self.fill_claim(name, entry.value, version, entry.ttl, head, self.policy.stale_ttl or None, 0, refresh)
         except (errors.UnsupportedValue, errors.ValueTooLarge, errors.InvalidTTL, errors.CapacityError):
             return False  # who asked gets it all the same
 
@@ -281,12 +321,14 @@ class StoredCache(Cache):
                 return math.inf if entry.ttl is None else entry.ttl
         return ttl
 
-    def get_or_set(self, key: Key, factory: Callable[[], Any], ttl: Ttl = None, *, lease: float = flight.LEASE) -> Any:
-        """As Cache.get_or_set, for a key that the store has not either: factory()'s value is stored."""
-        return super().get_or_set(key, factory, ttl, lease=lease)
+    def get_or_set(self, key: Key, factory: Callable[[], Any], ttl: Ttl = None, **options: Any) -> Any:
+        """As Cache.get_or_set, for a key that the store has not either: factory()'s value is stored. Options: lease alone."""
+        if not _is_own(key) and options.keys() - {"lease"}:
+            raise errors.UsageError("in front of a store stale_ttl is the policy's, and tags are open()'s: leave them, and early, out here")
+        return super().get_or_set(key, factory, ttl, **options)
 
-    def _keep(self, key: Key, value: Any, version: int, ttl: Ttl) -> bool:
-        return super()._keep(key, value, version, ttl) if _is_own(key) else self.add(key, value, ttl)
+    def _fill_computed(self, key: Key, value: Any, version: int, terms: flight.Terms, refresh: bool) -> bool:
+        return super()._fill_computed(key, value, version, terms, refresh) if _is_own(key) else self.add(key, value, terms.ttl)
 
     # ---- all of it ----
 
@@ -307,28 +349,31 @@ class StoredCache(Cache):
 class ThroughCache(StoredCache):
     """Through and around: who writes changes the store."""
 
-    def __init__(self, mapping: _core.Mapping, codec_name: str, trust: dict[str, Any] | None, store: Store) -> None:
-        super().__init__(mapping, codec_name, trust, store)
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
         self._fills = self.policy.mode == "through"
 
     # ---- writes ----
 
-    def set(self, key: Key, value: Any, ttl: Ttl = None) -> None:
+    def set(self, key: Key, value: Any, ttl: Ttl = None, tags: Tags = None) -> None:
         name = _core.key_bytes(key)
         if name[0] == 0:
-            super().set(name, value, ttl)
+            super().set(name, value, ttl, tags)
         else:
+            _no_tags(tags)
             self._write({name: value}, _seconds(ttl))
 
     def __setitem__(self, key: Key, value: Any) -> None:
         self.set(key, value)
 
-    def set_many(self, mapping: Mapping[Any, Any] | Iterable[tuple[Key, Any]], ttl: Ttl = None) -> None:
+    def set_many(self, mapping: Mapping[Any, Any] | Iterable[tuple[Key, Any]], ttl: Ttl = None, tags: Tags = None) -> None:
         """As Cache.set_many; in the store as few calls, each a transaction where it has them."""
         values = {_core.key_bytes(k): v for k, v in (mapping.items() if hasattr(mapping, "items") else mapping)}
         own = {k: v for k, v in values.items() if k[0] == 0}
+        if own.keys() != values.keys():
+            _no_tags(tags)
         if own:
-            super().set_many(own, ttl)
+            super().set_many(own, ttl, tags)
         names = sorted(values.keys() - own.keys())
         seconds = _seconds(ttl)
         for name in names:
@@ -368,13 +413,14 @@ class ThroughCache(StoredCache):
         encoded = {name: value if value is DELETE else self.encoded(value) for name, value in values.items()}
         deadline = time.monotonic() + self.policy.timeout
         marks: dict[bytes, int] = {}  # 0: overlapped
+        heads = {name: self._head(name) for name in values} if self._fills else {}
         try:
             for name in sorted(values):
                 marks[name] = self._mark(name, deadline, alone=False)
             self._store(values, ttl)
             if self._fills and ttl != 0:
                 for name, value in encoded.items():
-                    if value is not DELETE and self._filled(name, Entry(value, ttl), marks[name]):
+                    if value is not DELETE and self._filled(name, Entry(value, ttl), marks[name], heads[name]):
                         del marks[name]
         finally:
             self._drop(marks)
@@ -414,6 +460,7 @@ class ThroughCache(StoredCache):
             return MISSING
         filled = False
         try:
+            head = self._head(name)
             was = self._call(self.store.load_many, [name], timeout=self.policy.timeout).get(name)
             now, told = change(was)
             if now is KEEP:
@@ -423,29 +470,32 @@ class ThroughCache(StoredCache):
             else:
                 self._store({name: now.value}, now.ttl)
             if isinstance(now, Entry) and now.ttl != 0 and (self._fills or now is was):
-                filled = self._filled(name, now, mark)
+                filled = self._filled(name, now, mark, head)
             return told
         finally:
             if not filled:
                 self._drop([name])
 
-    def add(self, key: Key, value: Any, ttl: Ttl = None) -> bool:
+    def add(self, key: Key, value: Any, ttl: Ttl = None, tags: Tags = None) -> bool:
         if _is_own(key):
-            return super().add(key, value, ttl)
+            return super().add(key, value, ttl, tags)
+        _no_tags(tags)
         new = Entry(value, _seconds(ttl))
         self.encoded(value)
         return bool(self._change(key, lambda was: (new, True) if was is None else (KEEP, False)))
 
-    def replace(self, key: Key, value: Any, ttl: Ttl = None) -> bool:
+    def replace(self, key: Key, value: Any, ttl: Ttl = None, tags: Tags = None) -> bool:
         if _is_own(key):
-            return super().replace(key, value, ttl)
+            return super().replace(key, value, ttl, tags)
+        _no_tags(tags)
         new = Entry(value, _seconds(ttl))
         self.encoded(value)
         return bool(self._change(key, lambda was: (KEEP, False) if was is None else (new, True)))
 
-    def cas(self, key: Key, value: Any, version: int, ttl: Ttl = None) -> bool:
+    def cas(self, key: Key, value: Any, version: int, ttl: Ttl = None, tags: Tags = None) -> bool:
         if _is_own(key):
-            return super().cas(key, value, version, ttl)
+            return super().cas(key, value, version, ttl, tags)
+        _no_tags(tags)
         if not version:
             return self.add(key, value, ttl)
         new = Entry(value, _seconds(ttl))
@@ -527,8 +577,8 @@ class BackCache(StoredCache):
             if time.monotonic() > deadline:
                 raise errors.StoreUnavailable("this key is in the store, but cannot be cached just now, so nothing was changed: try again")
 
-    def replace(self, key: Key, value: Any, ttl: Ttl = None) -> bool:
-        return bool(self._changed(key, lambda name: super(BackCache, self).replace(name, value, ttl) or MISSING, False))
+    def replace(self, key: Key, value: Any, ttl: Ttl = None, tags: Tags = None) -> bool:
+        return bool(self._changed(key, lambda name: super(BackCache, self).replace(name, value, ttl, tags) or MISSING, False))
 
     def touch(self, key: Key, ttl: Ttl = None) -> bool:
         return bool(self._changed(key, lambda name: super(BackCache, self).touch(name, ttl) or MISSING, False))
@@ -550,13 +600,14 @@ class BackCache(StoredCache):
 
         return self._changed(key, taken, default)
 
-    def cas(self, key: Key, value: Any, version: int, ttl: Ttl = None) -> bool:
-        return super().cas(key, value, version, ttl) if version else self.add(key, value, ttl)
+    def cas(self, key: Key, value: Any, version: int, ttl: Ttl = None, tags: Tags = None) -> bool:
+        return super().cas(key, value, version, ttl, tags) if version else self.add(key, value, ttl, tags)
 
-    def add(self, key: Key, value: Any, ttl: Ttl = None) -> bool:
+    def add(self, key: Key, value: Any, ttl: Ttl = None, tags: Tags = None) -> bool:
         name = _core.key_bytes(key)
         if name[0] == 0:
-            return super().add(name, value, ttl)
+            return super().add(name, value, ttl, tags)
+        _no_tags(tags)
         value = self.encoded(value)
         deadline = time.monotonic() + self.policy.timeout
         while True:
@@ -572,7 +623,7 @@ class BackCache(StoredCache):
                     entry = self._call(self.store.load_many, [name], timeout=self.policy.timeout).get(name)
                     self.count_store(loads=1, found=entry is not None)
                     if entry is not None:
-                        self._filled(name, entry, version)
+                        self._filled(name, entry, version, None)
                         return False
                     if self._add_claimed(name, value, version, ttl) if version > 0 else super().add(name, value, ttl):
                         return True
@@ -617,14 +668,24 @@ def check_ordered(policy: Policy, store: Store) -> None:
         )
 
 
-def handle(mapping: _core.Mapping, codec_name: str, trust: dict[str, Any], store: Store) -> StoredCache:
+def handle(
+    mapping: _core.Mapping, codec_name: str, trust: dict[str, Any], store: Store, tags: Callable[[bytes], Iterable[str]] | None
+) -> StoredCache:
     """A cache on a segment and its store. Raises: InvalidConfig: the segment has no policy, or not one for this store."""
     policy = policy_of(mapping)
-    return (BackCache if policy is not None and policy.mode == "back" else ThroughCache)(mapping, codec_name, trust, store)
+    kind = BackCache if policy is not None and policy.mode == "back" else ThroughCache
+    return kind(mapping, codec_name, trust, store, tags)
 
 
-def _reopened(name: str, codec_name: str, trust: dict[str, Any], store: Store) -> Cache:
-    return attach(name, codec=codec_name, store=store, **trust)
+def _reopened(
+    name: str, codec_name: str, trust: dict[str, Any], store: Store, tags: Callable[[bytes], Iterable[str]] | None
+) -> Cache:
+    return attach(name, codec=codec_name, store=store, tags=tags, **trust)
+
+
+def _no_tags(tags: Tags) -> None:
+    if tags is not None:
+        raise errors.UsageError("a copy that is loaded again would not have these tags: give open() tags=, a function of the key, instead")
 
 
 def _is_own(key: Key) -> bool:

@@ -29,8 +29,8 @@ from shmcache.core.big cimport big_read
 from shmcache.core.bucket cimport bucket_of, pthread_self, stripe_of, stripe_release, stripe_take
 from shmcache.core.clock cimport now_ms, ring_supervisor
 from shmcache.core.envelope cimport (
-    CODEC_ENVELOPE, ENVELOPE_FIXED, FLAG_NEGATIVE, STATE_DAMAGED, STATE_FRESH, STATE_GONE, STATE_NEGATIVE, STATE_STALE, TAKE_EARLY, TAKE_STALE,
-    envelope_open, envelope_t)
+    CODEC_ENVELOPE, ENVELOPE_FIXED, FLAG_NEGATIVE, HEAD_BYTES, MOST_TAGS, STATE_DAMAGED, STATE_FRESH, STATE_GONE, STATE_NEGATIVE, STATE_STALE, TAG_BYTES, TAG_PREFIX_BYTES,
+    TAKE_EARLY, TAKE_STALE, envelope_open, envelope_t)
 from shmcache.core.dirty cimport writes_back
 from shmcache.core.layout cimport (
     BATCH_CLASSES, BATCH_SLOTS, CLS_POOL, CONFIG_BYTES, FLAG_CLAIM, FLAG_COPY_TTL, FLAG_LOCK, FLAG_WRITING, LAYOUT_VERSION, LOG_ALWAYS, LOG_OFF, MAX_CLASSES, MAX_KEY, MAX_ROWS, MIN_CHUNK, PARKED_SLOTS, POLICY_BACK,
@@ -41,7 +41,7 @@ from shmcache.core.siphash cimport siphash, siphash13
 from shmcache.core.slab cimport chunk_class, cls_mark, give_back_all, item_at, page_cls
 from shmcache.core.table cimport (
     ALONE, ALWAYS, IF_ABSENT, IF_CLAIM, IF_PRESENT, IF_SAME, IF_UNCLAIMED, IF_UNMARKED, IF_UNMARKED_BY_ANY, IF_VERSION, RESTARTS, add_to, clear_all,
-    count_items, envelope_state, give_up, next_keys, prefetch_item, put, put_t, read_begin, read_claim, read_copy, read_end, read_t, remove,
+    count_items, envelope_state, give_up, next_keys, prefetch_item, put, put_t, read_begin, read_claim, read_copy, read_end, read_generation, read_t, remove,
     remove_claim, same_item, set_expiry, state_in_place, unchanged)
 from shmcache.core.token cimport (
     ABSENT, AGAIN, BUSY, EXISTS, INTR, KEPT, MISMATCH, NO_OFD, NO_ROOM, NO_ROW, NO_STORE, NOT_INT, OK, OS_ERROR, OVERFLOW, SUPERVISOR_BYTE,
@@ -383,6 +383,21 @@ cdef inline int key_view(object key, const uint8_t** p, size_t* n) except -1:
                                 ("use a longer one" if size == 0 else "shorten it, or use a digest of it"))
     n[0] = <size_t>size
     return 0
+
+
+cdef const char* tag_view(object tag, Py_ssize_t* n) except NULL:
+    """A tag's UTF-8, which lives as long as it. Raises: InvalidTag."""
+    cdef const char* name
+    if not PyUnicode_Check(tag):
+        raise errors.InvalidTag(f"a tag is a str, not {type(tag).__name__}: convert it, for example with str(tag)")
+    try:
+        name = PyUnicode_AsUTF8AndSize(tag, n)
+    except UnicodeEncodeError as e:
+        raise errors.InvalidTag(f"this str has no UTF-8 form ({e.reason}): use another as the tag") from None
+    if not 0 < n[0] <= TAG_BYTES:
+        raise errors.InvalidTag(f"a tag has 1 to {TAG_BYTES} bytes, this one {n[0]:,}: " +
+                                ("use a longer one" if n[0] == 0 else "shorten it, or use a digest of it"))
+    return name
 
 
 cdef uint64_t ttl_to_ms(object ttl) except? 0xffffffffffffffff:
@@ -1283,31 +1298,42 @@ cdef class Table:
                     self.remove_view(s, held, op.key, op.key_bytes, op.hash, 0, True, NULL)
         return rc
 
-    def set(self, key, value, ttl=None):
+    def set(self, key, value, ttl=None, tags=None):
         """Store a value.
 
         Args: key: bytes or str of 1 to 4,096 bytes. value: bytes, str, int, or what the codec takes. ttl: seconds (int, float or
-        timedelta) until it expires; None: the segment's default; 0: already expired, so that an existing value is removed.
-        Raises: InvalidKey, InvalidTTL, UnsupportedValue, ValueTooLarge; NoRoom, StripeBusy. After an error nothing is changed.
+        timedelta) until it expires; None: the segment's default; 0: already expired, so that an existing value is removed. tags: str
+        of 1 to 200 bytes, at most 16: invalidate_tag() of one of them removes it.
+        Raises: InvalidKey, InvalidTTL, InvalidTag, UnsupportedValue, ValueTooLarge; NoRoom, StripeBusy. After an error nothing is changed.
         Locks: one stripe; a slab class if nothing is in hand.
         """
         cdef uint64_t stored
-        self.store(key, value, ttl, ALWAYS, 0, &stored)
+        if unlikely(tags is not None):
+            self.store_tagged(key, value, ttl, tags, ALWAYS, 0)
+        else:
+            self.store(key, value, ttl, ALWAYS, 0, &stored)
 
-    def add(self, key, value, ttl=None):
+    def add(self, key, value, ttl=None, tags=None):
         """Store a value if the key is not there: True if it was stored."""
         cdef uint64_t stored
+        if unlikely(tags is not None):
+            return self.store_tagged(key, value, ttl, tags, IF_ABSENT, 0) == OK
         return self.store(key, value, ttl, IF_ABSENT, 0, &stored) == OK
 
-    def replace(self, key, value, ttl=None):
+    def replace(self, key, value, ttl=None, tags=None):
         """Store a value if the key is there: True if it was stored."""
         cdef uint64_t stored
+        if unlikely(tags is not None):
+            return self.store_tagged(key, value, ttl, tags, IF_PRESENT, 0) == OK
         return self.store(key, value, ttl, IF_PRESENT, 0, &stored) == OK
 
-    def cas(self, key, value, uint64_t version, ttl=None):
+    def cas(self, key, value, uint64_t version, ttl=None, tags=None):
         """Store a value if the key still has the version that gets() gave (0: is still not there): True if it was stored."""
         cdef uint64_t stored
-        return self.store(key, value, ttl, IF_VERSION if version else IF_ABSENT, version, &stored) == OK
+        cdef int when = IF_VERSION if version else IF_ABSENT
+        if unlikely(tags is not None):
+            return self.store_tagged(key, value, ttl, tags, when, version) == OK
+        return self.store(key, value, ttl, when, version, &stored) == OK
 
     def encoded(self, value):
         """A value as its codec has it: Encoded, or the value itself if it needs none. What set() and the like take instead of it.
@@ -1323,9 +1349,10 @@ cdef class Table:
             raise too_large(op.value_bytes, s.max_value_bytes)
         return value if op.codec <= CODEC_INT or type(value) is Encoded else Encoded(op.codec, holder)
 
-    def set_many(self, mapping, ttl=None):
-        """Store several values. All are checked and encoded before the first is stored; each is then stored by itself."""
+    def set_many(self, mapping, ttl=None, tags=None):
+        """Store several values, each with all of the tags. All are checked and encoded before the first is stored; each is then stored by itself."""
         cdef list ready = []
+        cdef bytes head = None if tags is None else self.carried(tags, None)
         cdef log_t log
         cdef const uint8_t* k
         cdef size_t n
@@ -1336,28 +1363,94 @@ cdef class Table:
             ttl_to_ms(ttl)
         for key, value in (mapping.items() if hasattr(mapping, "items") else mapping):
             key_view(key, &k, &n)
-            ready.append((key, self.encoded(value)))
+            ready.append((key, self.encoded(value) if head is None else self.encoded(self.wrapped(value, head, 0, 0, 0))))
         log.end = 0
         for key, value in ready:
             self.store_logged(key, value, ttl, ALWAYS, 0, &stored, &log)
         if unlikely(log.end != 0):          # of the last: what is durable up to there is all of them
             self.durable(s, held, &log)
 
+    cdef int store_tagged(self, object key, object value, object ttl, object tags, int when, uint64_t version) except -100:
+        cdef uint64_t stored
+        return self.store(key, self.wrapped(value, self.carried(tags, None), 0, 0, 0), ttl, when, version, &stored)
+
     cdef Encoded wrapped(self, object value, bytes head, uint32_t stale_ms, uint32_t early_ms, int flags):
         """An envelope around a value. head: ENVELOPE_FIXED bytes, of which n_tags is set, and the tags (_carry())."""
         cdef put_t op
         cdef int64_t number
-        cdef object holder = self.store_view(value, &op, &number)       # keeps the value's bytes
+        cdef object holder                  # keeps the value's bytes
         cdef Py_ssize_t n = PyBytes_GET_SIZE(head)
-        cdef bytes payload = PyBytes_FromStringAndSize(NULL, n + <Py_ssize_t>op.value_bytes)
-        cdef uint8_t* p = <uint8_t*>PyBytes_AS_STRING(payload)
+        cdef bytes payload
+        cdef uint8_t* p
+        cdef Encoded out
+        if type(value) is Encoded:
+            holder = (<Encoded>value).payload
+            op.codec = <uint8_t>(<Encoded>value).codec
+            op.value = <const uint8_t*>PyBytes_AS_STRING(holder)
+            op.value_bytes = <uint64_t>PyBytes_GET_SIZE(holder)
+        else:
+            holder = self.store_view(value, &op, &number)
+        payload = PyBytes_FromStringAndSize(NULL, n + <Py_ssize_t>op.value_bytes)
+        p = <uint8_t*>PyBytes_AS_STRING(payload)
         memcpy(p, PyBytes_AS_STRING(head), n)
         p[0] = op.codec
         p[1] = <uint8_t>flags
         memcpy(p + 4, &stale_ms, 4)
         memcpy(p + 8, &early_ms, 4)
         memcpy(p + n, op.value, op.value_bytes)
-        return Encoded(CODEC_ENVELOPE, payload, stale_ms)
+        out = <Encoded>Encoded.__new__(Encoded)
+        out.codec = CODEC_ENVELOPE
+        out.payload = payload
+        out.stale_ms = stale_ms
+        return out
+
+    def _carry(self, tags, bytes head=None):
+        """The head of an envelope with these tags' generations as they are now, behind those of another head. What is stored with it is hidden by
+        every invalidate_tag() from here on. Raises: InvalidTag."""
+        return self.carried(tags, head)
+
+    cdef bytes carried(self, object tags, bytes head):
+        cdef uint8_t to[HEAD_BYTES]
+        cdef uint8_t key[TAG_PREFIX_BYTES + TAG_BYTES]
+        cdef uint64_t generation = 0, at = ENVELOPE_FIXED
+        cdef uint16_t n_tags = 0
+        cdef Py_ssize_t n
+        cdef const char* name
+        cdef seg_t* s
+        memset(to, 0, ENVELOPE_FIXED)
+        if head is not None:
+            at = <uint64_t>PyBytes_GET_SIZE(head)
+            memcpy(to, PyBytes_AS_STRING(head), at)
+            memcpy(&n_tags, to + 2, 2)
+        if isinstance(tags, (str, bytes)):
+            raise errors.InvalidTag(f"tags is a tuple of str, not {type(tags).__name__}: write tags=({tags!r},)")
+        for tag in tags:
+            name = tag_view(tag, &n)
+            if n_tags == MOST_TAGS:
+                raise errors.InvalidTag(f"an item has at most {MOST_TAGS} tags: use fewer")
+            memcpy(key, <const char*>b"\0tag\0", TAG_PREFIX_BYTES)
+            memcpy(key + TAG_PREFIX_BYTES, name, n)
+            s = self.ready()
+            if read_generation(s, key, TAG_PREFIX_BYTES + n, &generation) != OK:
+                made = self._new_generation(PyBytes_FromStringAndSize(<char*>key, TAG_PREFIX_BYTES + n))
+                memcpy(&generation, PyBytes_AS_STRING(made), 8)
+            memcpy(to + at, &generation, 8)
+            to[at + 8] = <uint8_t>n
+            memcpy(to + at + 9, name, n)
+            at += 9 + <uint64_t>n
+            n_tags += 1
+        memcpy(to + 2, &n_tags, 2)
+        return PyBytes_FromStringAndSize(<char*>to, <Py_ssize_t>at)
+
+    def _tag_key(self, tag):
+        """The key of a tag's generation. Raises: InvalidTag."""
+        cdef Py_ssize_t n
+        cdef const char* name = tag_view(tag, &n)
+        return b"\0tag\0" + PyBytes_FromStringAndSize(name, n)
+
+    def _new_generation(self, bytes key):
+        """The eight bytes under the key of a generation that was not found; while a segment is restored it may still come."""
+        raise errors.UnsupportedValue("this table keeps no tags")
 
     def _put_negative(self, key, ttl=None, uint64_t version=0):
         """Store that it is known, for ttl seconds, that there is nothing: a miss for everybody but _look(). version: of the claim() under which
@@ -1638,10 +1731,23 @@ cdef class Table:
             if rc != MISMATCH or token == s.me[0]:      # else a fork child: the mark was the parent's
                 return (op.cas if rc == OK else -1 if rc == MISMATCH else 0), bool(op.overlapped)
 
-    def fill(self, key, value, uint64_t version, ttl=None):
-        """Store the value for which claim() gave this version: True if the claim still stood."""
-        cdef uint64_t stored
-        return self.store(key, value, ttl, IF_CLAIM, version, &stored) == OK
+    def fill_claim(self, key, value, uint64_t version, ttl=None, bytes head=None, stale_ttl=None, uint32_t early_ms=0, bint refresh=False):
+        """Store the value for which claim() gave this version: True if the claim still stood.
+
+        Args: head: the tags, by _carry(), from before the value was computed. stale_ttl: seconds, beside ttl, in which it may be given to who
+        takes a stale value. early_ms: XFetch's delta * beta (core/envelope.pxd). refresh: version is that of the stale value which it replaces.
+        """
+        cdef uint64_t stored, stale_ms = 0
+        cdef int when = IF_SAME if refresh else IF_CLAIM
+        if stale_ttl is not None:
+            stale_ms = ttl_to_ms(stale_ttl)
+            if stale_ms > 0xffffffff:
+                raise errors.InvalidTTL(f"stale_ttl is at most 49 days, not {stale_ttl} seconds")
+        if stale_ms == 0 and early_ms == 0 and (head is None or PyBytes_GET_SIZE(head) == ENVELOPE_FIXED):
+            return self.store(key, value, ttl, when, version, &stored) == OK
+        if head is None:
+            head = bytes(ENVELOPE_FIXED)
+        return self.store(key, self.wrapped(value, head, <uint32_t>stale_ms, early_ms, 0), ttl, when, version, &stored) == OK
 
     def _add_claimed(self, key, value, uint64_t version, ttl=None):
         """fill(), of a value that the store has not got."""
@@ -1812,7 +1918,7 @@ cdef class Table:
         return rc
 
     def touch(self, key, ttl=None):
-        """Let a key expire ttl seconds from now (None: the segment's default; 0: remove it): True if it was there."""
+        """Let a key expire ttl seconds from now (None: the segment's default; 0: remove it): True if it was there. With a stale_ttl it is stale then."""
         cdef uint64_t ms = 0 if ttl is None else ttl_to_ms(ttl)
         cdef seg_t* s = self.ready()
         if ttl is None:

@@ -293,7 +293,9 @@ cdef class Walk:
         return OK
 
 cdef bint is_generation(const uint8_t* key, uint64_t n) noexcept nogil:
-    """Is it the key of a namespace's generation (namespace.py)?"""
+    """Is it the key of a namespace's or a tag's generation (namespace.py)?"""
+    if n > 5 and memcmp(key, b"\0tag\0", 5) == 0:
+        return True
     return n > 4 and memcmp(key, b"\0ns\0", 4) == 0 and memchr(key + 4, 0, n - 4) == NULL
 
 # ---- in -------------------------------------------------------------------------------------------------------------------------
@@ -329,8 +331,8 @@ cdef class Restore:
         """Store the records of one block. Without the GIL.
 
         Args: clock_back_ms: added to the wall clock. heat: only those with this CLOCK count, and end where the segment is full (-1: all).
-        least_epoch: items of an earlier one were cleared. generations: only those of namespaces, which workers need before the rest; else all but
-        those. tail: what the log has since; of_log: the block is the log's.
+        least_epoch: items of an earlier one were cleared. generations: only those of namespaces and tags, which workers need before the rest; else
+        all but those. tail: what the log has since; of_log: the block is the log's.
         Raises: DamageError: the payload is not whole records; StripeBusy.
         """
         cdef uint64_t at = 0, end = payload.shape[0]
@@ -424,7 +426,7 @@ cdef class Restore:
         return OK
 
     def generations_done(self):
-        """Those of all namespaces are in: workers need not wait for them any more."""
+        """Those of all namespaces and tags are in: workers need not wait for them any more."""
         cdef seg_t* s = self.table.ready()
         if ld32(&s.header.restoring):
             st32(&s.header.restoring, 1)

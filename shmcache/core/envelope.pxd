@@ -7,7 +7,7 @@
 #     does not end within the value: damage.
 # E2  it is fresh until expiry_ms - stale_ms. In the stale_ms before its expiry only who asks for stale values is given it.
 # E3  it is there for nobody if the generation of one of its tags (under TAG_PREFIX + name in the table) is not the one it carries.
-# Where an envelope is not to be given (hidden), its key is absent for every operation: get, add, replace, cas, claim, delete, touch, incr.
+# Where an envelope is not to be given (hidden), its key is absent for every operation: get, add, replace, cas, claim, delete, touch, incr, scan.
 #
 # Race table
 #   get vs invalidate_tag       the tag's generation is read after the value: the new one hides it, the old one was good when it was read

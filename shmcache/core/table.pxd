@@ -263,6 +263,20 @@ cdef inline int state_in_place(seg_t* s, read_t* r, bint locked, uint32_t* stale
     stale_ms[0] = e.stale_ms
     return envelope_state(s, head, &e, r.expiry_ms)
 
+cdef inline bint hidden_at(seg_t* s, uint64_t addr, uint64_t key_bytes) noexcept nogil:
+    """Is the envelope at this address given to nobody who does not ask for it? Without its stripe the caller sees that it has not changed."""
+    cdef read_t r
+    cdef item_t* it = item_at(s, addr)
+    cdef uint32_t stale_ms
+    cdef int state
+    r.addr = addr
+    r.hash = ld64r(&it.hash)
+    if not load_item(s, &r, <uint8_t*>it + 48, key_bytes):
+        return False
+    r.expiry_ms = ld64r(&it.expiry_ms)
+    state = state_in_place(s, &r, True, &stale_ms)
+    return state != STATE_FRESH and state != STATE_DAMAGED
+
 # ---- find, under the stripe -------------------------------------------------------------------------------------------------
 
 ctypedef struct found_t:
@@ -905,6 +919,8 @@ cdef inline int copy_keys(seg_t* s, uint64_t b, uint8_t* to, uint32_t room, uint
             klen = ld16r(&it.key_bytes)
             if klen == 0 or klen > 4096 or 48 + klen > page_room(s, addr) or stale(s, it) or \
                     ld8r(&it.flags) & FLAG_CLAIM:
+                continue
+            if unlikely(ld8r(&it.codec) == CODEC_ENVELOPE) and hidden_at(s, addr, klen):
                 continue
             if used[0] + 2 + klen > room:
                 return NO_ROOM

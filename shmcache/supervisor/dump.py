@@ -2,6 +2,9 @@
 
 Each item is a map {"key": bytes, "value": ..., "ttl": seconds or nil}. A value is what it is in msgpack: bytes, str, int, or what the
 msgpack codec has made of it (its extension types as in codec.py). A value of the pickle codec is bytes under "pickle" instead of "value".
+An item with tags has them under "tags", and load() stores it with the generations that these tags have in its segment. Of a value with a
+stale time the ttl is that till it is stale, and the stale time is not dumped; what a get would not find (stale, negative, of a tag that was
+invalidated) is left out. So are the generations: another segment has its own.
 """
 
 from __future__ import annotations
@@ -13,13 +16,14 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import msgpack
 
 from shmcache import errors
+from shmcache.codec import ENVELOPE, INT, MSGPACK, PICKLE, STR, open_envelope
 from shmcache.core import _core, _stream
 from shmcache.supervisor import format as fmt
 
 if TYPE_CHECKING:
     from shmcache.cache import Cache
 
-BYTES, STR, INT, MSGPACK, PICKLE = range(5)  # codec.py
+TAG_PREFIX = b"\x00tag\x00"  # of the keys of generations
 MOST_BYTES = (1 << 32) - 1  # of one item in a stream
 READ_BYTES = 1 << 20
 
@@ -35,17 +39,31 @@ def dump(
         now_ms = time.time() * 1000
         with memoryview(walk) as payload:
             for r in fmt.records(payload):
-                if not r.key.startswith(prefix):
+                if not r.key.startswith(prefix) or r.key.startswith(TAG_PREFIX):
                     continue
-                packer.pack_map_header(3)
-                for part in ("key", r.key, "pickle" if r.codec == PICKLE else "value"):
+                codec, value, expires_ms, tags = r.codec, r.value, r.expires_ms, None
+                if codec == ENVELOPE:
+                    try:
+                        codec, negative, stale_ms, carried, value = open_envelope(value)
+                    except errors.DamageError as e:
+                        raise errors.DamageError(f"{r.key!r}: {e}") from None
+                    expires_ms = max(0, expires_ms - stale_ms)
+                    gone = any(cache.get(TAG_PREFIX + tag.encode()) != generation for tag, generation in carried)
+                    if negative or gone or (r.expires_ms and expires_ms <= now_ms):
+                        continue
+                    tags = [tag for tag, _ in carried]
+                packer.pack_map_header(4 if tags else 3)
+                if tags:
+                    packer.pack("tags")
+                    packer.pack(tags)
+                for part in ("key", r.key, "pickle" if codec == PICKLE else "value"):
                     packer.pack(part)
                 out.write(packer.bytes())
                 packer.reset()
-                plain = r.value if r.codec == MSGPACK else msgpack.packb(_plain(r.codec, r.value), unicode_errors="surrogatepass")
+                plain = value if codec == MSGPACK else msgpack.packb(_plain(codec, value), unicode_errors="surrogatepass")
                 out.write(plain)
                 packer.pack("ttl")
-                packer.pack(max(0.001, (r.expires_ms - now_ms) / 1000) if r.expires_ms else None)
+                packer.pack(max(0.001, (expires_ms - now_ms) / 1000) if r.expires_ms else None)
                 n += 1
         out.write(packer.bytes())
         packer.reset()
@@ -72,13 +90,16 @@ def load(cache: Cache, source: BinaryIO) -> int:
         sound = isinstance(item, dict) and isinstance(item.get("key"), (bytes, str)) and ("value" in item) != ("pickle" in item)
         if not sound or not isinstance(item.get("pickle", b""), bytes):
             raise errors.DamageError(f'item {n + 1} is no map of "key", "value" (or "pickle") and "ttl": is this the output of dump?')
-        ttl = item.get("ttl")
+        ttl, tags = item.get("ttl"), item.get("tags")
+        if not (tags is None or (isinstance(tags, list) and all(isinstance(tag, str) for tag in tags))):
+            raise errors.DamageError(f"the tags of item {n + 1} are no list of str: is this the output of dump?")
         if "pickle" in item:
-            cache.set(item["key"], _core.Encoded(PICKLE, item["pickle"]), ttl)
+            cache.set(item["key"], _core.Encoded(PICKLE, item["pickle"]), ttl, tags)
         elif isinstance(item["value"], (bytes, str)) or (type(item["value"]) is int and -1 << 63 <= item["value"] < 1 << 63):
-            cache.set(item["key"], item["value"], ttl)
+            cache.set(item["key"], item["value"], ttl, tags)
         else:
-            cache.set(item["key"], _core.Encoded(MSGPACK, msgpack.packb(item["value"], unicode_errors="surrogatepass")), ttl)
+            encoded = _core.Encoded(MSGPACK, msgpack.packb(item["value"], unicode_errors="surrogatepass"))
+            cache.set(item["key"], encoded, ttl, tags)
         if ttl is None and has_default:
             cache.persist(item["key"])
         n += 1

@@ -321,7 +321,7 @@ def get_expired(b: Bench) -> None:
 @scenario(prepare=lambda b: (absent(b), setattr(b, "victim", [None, NEW]))[0])
 def claim_and_fill(b: Bench) -> None:
     version = b.cache.claim(VICTIM, 60.0)
-    b.cache.fill(VICTIM, NEW, version)
+    b.cache.fill_claim(VICTIM, NEW, version)
 
 
 @scenario(prepare=lambda b: (absent(b), setattr(b, "victim", [None]))[0])

@@ -271,7 +271,7 @@ def test_a_value_that_was_made_a_claim_by_damage_is_claimed_over(place):
     assert place.cache.get(b"k") is None
     version = place.cache.claim(b"k", 10.0)
     assert version > 0
-    assert place.cache.fill(b"k", b"new", version)
+    assert place.cache.fill_claim(b"k", b"new", version)
     settled(place)
     assert place.cache[b"k"] == b"new"
 

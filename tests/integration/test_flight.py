@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing as mp
 import os
 import signal
@@ -11,7 +12,7 @@ import time
 import pytest
 
 import shmcache
-from shmcache import errors
+from shmcache import codec, errors, flight
 
 fork = mp.get_context("fork")
 
@@ -177,8 +178,8 @@ def test_a_late_fill_is_refused(cache):
         pass
     second = cache.claim("k", 60)
     assert second > version
-    assert not cache.fill("k", "late", version)
-    assert cache.fill("k", "in time", second)
+    assert not cache.fill_claim("k", "late", version)
+    assert cache.fill_claim("k", "in time", second)
     assert cache["k"] == "in time"
     assert not cache.unclaim("k", second)
 
@@ -278,7 +279,7 @@ def test_a_fork_child_releases_and_fills_nothing_of_its_parents(cache):
             with pytest.raises(errors.UsageError, match="not held"):
                 lock.release()
             assert not lock.acquire(blocking=False)
-            assert not cache.fill("k", "the child's", version)
+            assert not cache.fill_claim("k", "the child's", version)
             assert not cache.unclaim("k", version)
             os._exit(0)
         finally:
@@ -286,8 +287,303 @@ def test_a_fork_child_releases_and_fills_nothing_of_its_parents(cache):
     assert os.waitpid(child, 0)[1] == 0
     assert lock.owned()
     lock.release()
-    assert cache.fill("k", "the parent's", version)
+    assert cache.fill_claim("k", "the parent's", version)
     assert cache["k"] == "the parent's"
+
+
+# ---- stale values, early refresh, tags, leases ---------------------------------------------------------------------------------
+
+
+def pass_time(cache, seconds):
+    """Move the segment's clock: for every process, at once."""
+    cache.views(writable=True).header["clock_shift_ms"] += int(seconds * 1000)
+
+
+def refresh_in_a_process(name, started, hold, result):
+    cache = shmcache.attach(name)
+
+    def factory():
+        started.set()
+        while not hold.value:
+            time.sleep(0.002)
+        return "new"
+
+    result.value = cache.get_or_set("k", factory, 10, stale_ttl=100) == "new"
+
+
+@pytest.mark.parametrize("kill", [False, True], ids=["all live", "the refresher is killed"])
+def test_one_refreshes_and_the_others_get_the_stale_value(cache, kill):
+    assert cache.get_or_set("k", lambda: "old", 10, stale_ttl=100) == "old"
+    assert 9 < cache.ttl("k") <= 10
+    pass_time(cache, 11)
+    started, hold, result = fork.Event(), fork.Value("b", 0, lock=False), fork.Value("b", 0, lock=False)
+    refresher = fork.Process(target=refresh_in_a_process, args=(cache.name, started, hold, result))
+    refresher.start()
+    try:
+        assert started.wait(60)
+        for _ in range(100):
+            assert cache.get_or_set("k", lambda: pytest.fail("computed"), 10, stale_ttl=100) == "old"
+        assert cache.get("k") is None, "who does not ask for a stale value"
+        if kill:
+            refresher.kill()
+            refresher.join(60)
+            assert cache.get_or_set("k", lambda: "newer", 10, stale_ttl=100) == "newer"
+        else:
+            hold.value = 1
+            refresher.join(60)
+            assert result.value
+        assert cache["k"] == ("newer" if kill else "new")
+        assert 9 < cache.ttl("k") <= 10
+        assert cache.get_or_set("k", lambda: pytest.fail("computed"), 10, stale_ttl=100) == cache["k"]
+        assert len(cache) == 1, "no claim is left"
+    finally:
+        refresher.kill()
+        refresher.join()
+
+
+def test_who_does_not_ask_for_stale_values_computes(cache):
+    cache.get_or_set("k", lambda: "old", 10, stale_ttl=100)
+    pass_time(cache, 11)
+    assert cache.get_or_set("k", lambda: "new", 10) == "new"
+    assert cache["k"] == "new"
+
+
+@pytest.mark.parametrize("meanwhile", ["set", "delete", "clear", "touch", "invalidate_tag", "add", "another refresh"])
+def test_what_happens_during_a_refresh_wins(cache, meanwhile):
+    cache.get_or_set("k", lambda: "old", 10, stale_ttl=100, tags=("t",))
+    pass_time(cache, 11)
+
+    def factory():
+        if meanwhile in ("set", "add"):
+            assert getattr(cache, meanwhile)("k", "newer") in (None, True)
+        elif meanwhile == "delete":
+            assert not cache.delete("k"), "it was a miss"
+        elif meanwhile == "clear":
+            cache.clear()
+        elif meanwhile == "invalidate_tag":
+            cache.invalidate_tag("t")
+        elif meanwhile == "touch":
+            cache.persist("k")  # refused: it is a miss
+            cache.set("k", "newer")
+            assert cache.touch("k", 50)
+        else:
+            assert cache.fill_claim("k", "newer", cache._look("k")[2], 10, None, 100, 0, True)
+        return "computed"
+
+    assert cache.get_or_set("k", factory, 10, stale_ttl=100, tags=("t",)) == "computed"
+    assert cache.get("k") == (None if meanwhile in ("delete", "clear", "invalidate_tag") else "newer")
+    assert not any(key.startswith(flight.REFRESH_PREFIX) for key in cache.scan())
+    assert cache.get_or_set("k", lambda: "next", 10, stale_ttl=100) in ("next", "newer")
+    assert cache.verify() == []
+
+
+def test_who_gets_the_claim_after_a_refresh_looks_again(cache):
+    cache.get_or_set("k", lambda: "old", 10, stale_ttl=100)
+    pass_time(cache, 11)
+    state, value, seen = cache._look("k")
+    assert state == codec.STALE
+    assert cache.get_or_set("k", lambda: "new", 10, stale_ttl=100) == "new"
+    late = (60, flight.Terms(cache, 10, 100, 0, None), value, seen)
+    assert flight.refreshed(cache, "k", lambda: pytest.fail("computed"), *late) == "new"
+    cache.delete("k")
+    assert flight.refreshed(cache, "k", lambda: pytest.fail("computed"), *late) is flight.MISSING
+    assert len(cache) == 0
+
+
+def test_an_invalidated_value_is_not_refreshed_without_its_tags(cache):
+    cache.get_or_set("k", lambda: "old", 10, stale_ttl=100, tags=("t",))
+    pass_time(cache, 11)
+    assert cache.get_or_set("k", lambda: cache.invalidate_tag("t") or "computed", 10, stale_ttl=100) == "computed"
+    assert cache.get("k") is None
+
+
+def test_what_expires_during_a_refresh_is_stored(cache):
+    cache.get_or_set("k", lambda: "old", 10, stale_ttl=100)
+    pass_time(cache, 11)
+    assert cache.get_or_set("k", lambda: pass_time(cache, 200) or "new", 10, stale_ttl=100) == "new"
+    assert cache["k"] == "new"
+
+
+def test_a_refreshers_exception_is_its_own(cache):
+    cache.get_or_set("k", lambda: "old", 10, stale_ttl=100)
+    pass_time(cache, 11)
+    with pytest.raises(ZeroDivisionError):
+        cache.get_or_set("k", lambda: 1 // 0, 10, stale_ttl=100)
+    assert cache._look("k")[:2] == (codec.STALE, "old")
+    assert cache.get_or_set("k", lambda: "new", 10, stale_ttl=100) == "new"
+
+
+def test_a_refresher_that_asks_its_own_key_gets_the_stale_value(cache):
+    cache.get_or_set("k", lambda: ["old"], 10, stale_ttl=100)
+    pass_time(cache, 11)
+
+    def factory():
+        return [*cache.get_or_set("k", lambda: pytest.fail("computed"), 10, stale_ttl=100), "new"]
+
+    assert cache.get_or_set("k", factory, 10, stale_ttl=100) == ["old", "new"]
+
+
+@pytest.mark.parametrize("length", [4096, 4088, 4087])
+def test_a_key_of_any_length_is_refreshed(cache, length):
+    key = "k" * length
+    cache.get_or_set(key, lambda: "old", 10, stale_ttl=100)
+    pass_time(cache, 11)
+    assert cache.get_or_set(key, lambda: cache.get_or_set(key, None, 10, stale_ttl=100) + "+", 10, stale_ttl=100) == "old+"
+    assert flight.refresh_key(key) != flight.refresh_key("l" + key[1:])
+
+
+def test_early_refresh(cache, monkeypatch):
+    """The factory takes a second by its clock: half a second before the end e ** -0.5 of the reads are early, and one computes."""
+    now = [0.0]
+    monkeypatch.setattr(flight.time, "monotonic", lambda: now[0])
+
+    def slow():
+        now[0] += 1.0
+        return "old"
+
+    assert cache.get_or_set("k", slow, 100, early=True) == "old"
+    assert cache.get_or_set("k", lambda: pytest.fail("computed"), 100, early=True) == "old", "a hundred seconds before the end"
+    pass_time(cache, 99.5)
+    calls = []
+
+    def factory():
+        calls.append(1)
+        for _ in range(200):
+            assert cache.get_or_set("k", lambda: pytest.fail("computed by a second one"), 100, early=True) == "old"
+        return "new"
+
+    while not calls:
+        assert cache.get_or_set("k", factory, 100, early=True) in ("old", "new")
+    assert calls == [1]
+    assert cache["k"] == "new"
+    assert 99 < cache.ttl("k") <= 100
+    cache.get_or_set("fast", lambda: 1, 100, early=True)
+    pass_time(cache, 99.5)
+    assert all(cache.get("fast") == 1 for _ in range(200)), "what costs nothing is not computed early"
+    for early in (-1, float("nan"), 1e9):
+        with pytest.raises(errors.UsageError):
+            cache.get_or_set("x", lambda: 1, early=early)
+
+
+def test_stale_ttl_is_bounded(cache):
+    for stale_ttl in (-1, "5", 5e6):
+        with pytest.raises(errors.InvalidTTL):
+            cache.get_or_set("k", lambda: 1, 10, stale_ttl=stale_ttl)
+        assert cache.claim_version("k") == 0
+    cache.get_or_set("k", lambda: 1, stale_ttl=5)
+    assert cache.ttl("k") == math.inf, "no default: never stale"
+
+
+def test_an_invalidation_during_the_computation_wins(cache):
+    def factory():
+        cache.invalidate_tag("t")
+        return "older"
+
+    assert cache.get_or_set("k", factory, tags=("t",)) == "older"
+    assert cache.get("k") is None
+    assert cache.get_or_set("k", lambda: "newer", tags=("t",)) == "newer"
+    assert cache["k"] == "newer"
+
+
+def test_a_thousand_invalidations_while_it_is_computed(cache):
+    """As with deletes: rows that a writer changes, and their tag invalidated, against two who fill."""
+    row = [0]
+    end = threading.Event()
+    stale = []
+
+    def reader():
+        while not end.is_set():
+            cache.get_or_set("k", lambda: row[0], tags=("t",))
+
+    threads = [threading.Thread(target=reader) for _ in range(2)]
+    for t in threads:
+        t.start()
+    for i in range(1000):
+        row[0] = i + 1
+        cache.invalidate_tag("t")
+        value = cache.get_or_set("k", lambda: row[0], tags=("t",))
+        if value != row[0] or cache.get("k", row[0]) != row[0]:
+            stale.append((i, value))
+    end.set()
+    for t in threads:
+        t.join()
+    assert stale == []
+
+
+def test_memoize_with_tags_and_a_stale_time(cache):
+    calls = []
+
+    @cache.memoize(10, stale_ttl=100, tags=lambda n: (f"u:{n}", "all"))
+    def f(n):
+        calls.append(n)
+        return n * 2
+
+    assert [f(1), f(1), f(2)] == [2, 2, 4]
+    cache.invalidate_tag("u:1")
+    assert [f(1), f(2)] == [2, 4]
+    assert calls == [1, 2, 1]
+    cache.invalidate_tag("all")
+    assert [f(1), f(2)] == [2, 4]
+    assert calls == [1, 2, 1, 1, 2]
+    pass_time(cache, 11)
+    assert f(1) == 2
+    assert calls[-1] == 1
+
+
+def test_lease(cache):
+    lease = cache.get_lease("k")
+    assert (lease.found, lease.held, lease.value) == (False, True, None)
+    other = []
+    t = threading.Thread(target=lambda: other.append(cache.get_lease("k")))
+    t.start()
+    t.join()
+    assert (other[0].found, other[0].held) == (False, False)
+    for not_held in (other[0], cache.get_lease("k")):
+        assert not not_held.held
+        with pytest.raises(errors.UsageError):
+            cache.fill(not_held, 1)
+        assert not cache.release(not_held)
+    assert cache.fill(lease, "v", 50, tags=("t",))
+    assert 49 < cache.ttl("k") <= 50
+    with pytest.raises(errors.UsageError):
+        cache.fill(lease, "again")
+    found = cache.get_lease("k")
+    assert (found.found, found.held, found.value) == (True, False, "v")
+    cache.invalidate_tag("t")
+    lease = cache.get_lease("k")
+    assert lease.held
+    assert cache.release(lease)
+    assert not cache.release(lease)
+    assert cache.get_lease("k").held
+    cache.set("none", None)
+    assert cache.get_lease("none").found
+    with pytest.raises(errors.InvalidTTL):
+        cache.get_lease("x", 0)
+
+
+@pytest.mark.parametrize("meanwhile", ["set", "delete", "clear", "incr", "invalidate_tag", "time"])
+def test_a_void_lease_fills_nothing(cache, meanwhile):
+    lease = cache.get_lease("k", 10, tags=("t",))
+    if meanwhile == "set":
+        cache.set("k", "newer")
+    elif meanwhile == "incr":
+        cache.incr("k", default=1)
+    elif meanwhile == "invalidate_tag":
+        cache.invalidate_tag("t")
+    elif meanwhile == "time":
+        pass_time(cache, 11)
+    else:
+        getattr(cache, meanwhile)(*["k"] * (meanwhile == "delete"))
+    assert not cache.fill(lease, "older", tags=("u",))
+    assert cache.get("k") == {"set": "newer", "incr": 2}.get(meanwhile)
+    assert cache.claim_version("k") == 0, "the next to ask gets it at once"
+
+
+def test_a_lease_whose_value_cannot_be_stored_is_given_back(cache):
+    lease = cache.get_lease("k")
+    with pytest.raises(errors.UnsupportedValue):
+        cache.fill(lease, object())
+    assert cache.get_lease("k").held
 
 
 def test_a_lock_whose_time_is_over_is_free(cache):

@@ -29,13 +29,24 @@ fork = mp.get_context("fork")
 POLICIES = ["through", "around", "back"]
 
 
-@pytest.fixture(params=["dict", "function", *DATABASES])
-def store(request, tmp_path):
-    if request.param in DATABASES:
-        with opened(request.param, request, tmp_path) as database:
+STORES = ["dict", "function", *DATABASES]
+# functions take no versions
+TOGETHER = [(mode, kind) for mode in POLICIES for kind in STORES if (mode, kind) != ("back", "function")]
+
+
+@pytest.fixture
+def store(request, together, tmp_path):
+    _, kind = together
+    if kind in DATABASES:
+        with opened(kind, request, tmp_path) as database:
             yield database.store()
     else:
-        yield DictStore() if request.param == "dict" else function_store()
+        yield DictStore() if kind == "dict" else function_store()
+
+
+@pytest.fixture(params=TOGETHER, ids="-".join)
+def together(request):
+    return request.param
 
 
 @pytest.fixture(params=["through", "around"])
@@ -64,10 +75,8 @@ def front(make):
 
 
 @pytest.fixture
-def backed(front, any_mode, store):
-    if any_mode == "back" and not store.ordered:
-        pytest.skip("write-back needs versions")
-    return front(store, any_mode)
+def backed(front, together, store):
+    return front(store, together[0])
 
 
 @pytest.fixture
@@ -337,7 +346,7 @@ class Fixed:
         return {key: Entry(42) for key in keys if key == b"answer"}
 
 
-@pytest.mark.parametrize("store", DATABASES, indirect=True)
+@pytest.mark.parametrize("together", [pair for pair in TOGETHER if pair[1] in DATABASES], ids="-".join, indirect=True)
 def test_after_fork(backed, store):
     backed["k"] = 1
     assert ended(child(lambda: backed.incr("k") == 2 and backed["k"] == 2 and backed.set("child", "c") is None)) == 0

@@ -22,8 +22,8 @@ import pytest
 
 import shmcache
 from shmcache import cache as cache_module
-from shmcache import errors
-from shmcache.core import _stream
+from shmcache import codec, errors
+from shmcache.core import _core, _stream
 from shmcache.supervisor import datadir, dump, snapshot
 from shmcache.supervisor import format as fmt
 
@@ -677,6 +677,82 @@ def test_dump_and_load(make, name, tmp_path):
         with pytest.raises(errors.DamageError):
             dump.load(cache, io.BytesIO(wrong))
     assert dump.load(cache, io.BytesIO(b"")) == 0
+
+
+def test_what_carries_tags_is_dumped_with_them(make):
+    cache = make("8M")
+    cache.set("a", [1], 100, ("t", "u"))
+    cache.set("b", b"b", tags=("gone",))
+    cache.invalidate_tag("gone")
+    cache._put_negative("c", 100)
+    cache.get_or_set("d", lambda: 4, 50, stale_ttl=1000)
+    out = io.BytesIO()
+    assert dump.dump(cache, out) == 2
+    cache.clear()
+    cache.invalidate_tag("t")
+    assert dump.load(cache, io.BytesIO(out.getvalue())) == 2
+    assert cache["a"] == [1]
+    assert cache["d"] == 4
+    assert 49 < cache.ttl("d") <= 50
+    cache.invalidate_tag("u")
+    assert cache.get("a") is None
+    wrong = io.BytesIO(b"\x83\xa3key\xc4\x01k\xa5value\x05\xa4tags\x05")
+    with pytest.raises(errors.DamageError, match="tags"):
+        dump.load(cache, wrong)
+    cache.store_encoded("bad", _core.Encoded(5, b"short"), None)
+    with pytest.raises(errors.DamageError, match="bad"):
+        dump.dump(cache, io.BytesIO())
+
+
+def test_tags_and_stale_times_are_restored(make, restored, folder):
+    cache = make("8M")
+    cache.set("a", "kept", tags=("t",))
+    cache.set("b", "gone", tags=("u",))
+    cache.invalidate_tag("u")
+    cache.get_or_set("c", lambda: "fresh for long", 5000, stale_ttl=1000)
+    cache._put_negative("d", 5000)
+    cache.set("e", "late", tags=("v",))
+    cache.set("f", os.urandom(100_000), tags=("t",))
+    big = cache["f"]
+    snapshot.write(cache, folder)
+    _, after = restored(folder)
+    assert after["a"] == "kept"
+    assert after["f"] == big
+    assert after.get("b") is None
+    assert after["c"] == "fresh for long"
+    assert 4990 < after.ttl("c") <= 5000
+    assert after._look("d")[0] == codec.NEGATIVE
+    after.invalidate_tag("v", "t")
+    assert after.get_many(["a", "e", "f"]) == {}
+
+
+def test_a_tag_waits_for_its_generation(make, folder, name):
+    """Generations come first: a set with a tag waits for its one, so that what the snapshot has of that tag stays with it."""
+    cache = make("16M")
+    cache.set("k", "old", tags=("t",))
+    cache.set("gone", "old", tags=("u",))
+    cache.invalidate_tag("u")
+    snapshot.write(cache, folder)
+    (found,), _ = snapshot.find(folder)
+    into = cache_module.create_restored(name + "b", found.newest + snapshot.VERSIONS_AHEAD, 1, found.settings)
+    try:
+        setter = threading.Thread(target=lambda: into.set("new", 1, tags=("t", "u")))
+        setter.start()
+        restore = _stream.Restore(into)
+        found.check(lambda payload: restore.put(payload, generations=True))
+        assert restore.stored == 2
+        restore.generations_done()
+        setter.join(LIMIT)
+        found.check(restore.put)
+        restore.finish()
+        assert into["k"] == "old"
+        assert into["new"] == 1
+        assert into.get("gone") is None
+        into.invalidate_tag("t")
+        assert into.get_many(["k", "new"]) == {}
+    finally:
+        shmcache.unlink(into.name)
+        into.close()
 
 
 def test_pickled_values_are_dumped_as_they_are(name, make):

@@ -24,6 +24,7 @@ VALUES = st.one_of(
     st.tuples(st.integers(), st.floats(allow_nan=False)),
     st.sampled_from([100, 3000, 33_000, 70_000, 300_000]).map(lambda n: b"z" * n),
 )
+TAGS = st.lists(st.sampled_from(["a", "b", "c"]), min_size=1, max_size=2)
 TTLS = st.sampled_from([None, None, None, 0, 5, 50])
 
 
@@ -39,6 +40,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.model = {}  # key -> (value, seconds at which it expires or None)
         self.now = 0.0
         self.versions = {}
+        self.tags = {}  # key -> those that it was stored with
 
     def alive(self, key):
         if key in self.model and self.model[key][1] is not None and self.model[key][1] <= self.now:
@@ -55,7 +57,8 @@ class CacheMachine(RuleBasedStateMachine):
             del self.model[key]
         return key in self.model
 
-    def store(self, key, value, ttl):
+    def store(self, key, value, ttl, tags=()):
+        self.tags[key] = tags
         if ttl == 0:
             self.model.pop(key, None)
         else:
@@ -95,6 +98,33 @@ class CacheMachine(RuleBasedStateMachine):
         if expected:
             self.store(key, value, ttl)
 
+    @rule(key=KEYS, value=VALUES, ttl=TTLS, tags=TAGS, how=st.sampled_from(["set", "add", "replace", "set_many"]))
+    def store_with_tags(self, key, value, ttl, tags, how):
+        there = self.here(key)
+        if how == "set_many":
+            self.cache.set_many({key: value}, ttl, tags)
+        else:
+            assert getattr(self.cache, how)(key, value, ttl, tags) is {"set": None, "add": not there, "replace": there}[how]
+        if there is not {"add": True, "replace": False}.get(how):
+            self.store(key, value, ttl, tags)
+
+    @rule(key=KEYS, value=VALUES, ttl=st.sampled_from([5, 50]), tags=TAGS)
+    def get_or_set(self, key, value, ttl, tags):
+        """One caller: it computes what has expired, stale or not."""
+        there = self.here(key)
+        got = self.cache.get_or_set(key, lambda: value, ttl, stale_ttl=20, tags=tags)
+        if there:
+            self.check(key, got)
+        else:
+            assert got == value
+            self.store(key, value, ttl, tags)
+
+    @rule(tag=st.sampled_from(["a", "b", "c"]))
+    def invalidate_tag(self, tag):
+        self.cache.invalidate_tag(tag)
+        for key in [key for key in self.model if tag in self.tags[key]]:
+            del self.model[key]
+
     @rule(key=KEYS)
     def gets(self, key):
         value, version = self.cache.gets(key)
@@ -122,13 +152,14 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule(key=KEYS, n=st.integers(-1000, 1000))
     def incr(self, key, n):
-        if self.here(key) and type(self.model[key][0]) is not int:
+        if self.here(key) and (type(self.model[key][0]) is not int or self.tags[key]):
             return
         value, expires = self.model.get(key, (0, None)) if self.alive(key) else (0, None)
         if not -(2**63) <= value + n < 2**63:
             return
         assert self.cache.incr(key, n, default=0) == value + n
         self.model[key] = (value + n, expires)
+        self.tags[key] = ()
 
     @rule(key=KEYS, ttl=st.sampled_from([5, 50]))
     def expire(self, key, ttl):
@@ -169,7 +200,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule()
     def scan(self):
-        found = list(self.cache.scan())
+        found = [k for k in self.cache.scan() if not k.startswith(b"\0tag\0")]
         assert len(found) == len(set(found))
         live = {k for k in list(self.model) if self.alive(k)}
         assert set(found) == live if self.exact else set(found) <= live
@@ -206,7 +237,7 @@ class TightMachine(CacheMachine):
 
     @rule()
     def scan(self):
-        found = [k for k in self.cache.scan() if not k.startswith(b"ballast")]
+        found = [k for k in self.cache.scan() if not k.startswith((b"ballast", b"\0tag\0"))]
         assert set(found) <= {k for k in list(self.model) if self.alive(k)}
 
 

@@ -71,7 +71,7 @@ class Leaseless(ThroughCache):
         self.count_store(loads=1, found=entry is not None)
         version = self.claim(key, 5.0)
         if version > 0:
-            self._filled(key, entry, version) if entry else self.unclaim(key, version)
+            self._filled(key, entry, version, None) if entry else self.unclaim(key, version)
         return entry.value if entry else default
 
 

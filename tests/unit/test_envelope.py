@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shmcache import errors
-from shmcache.codec import ABSENT, BYTES, ENVELOPE, FRESH, INT, MSGPACK, NEGATIVE, STALE, STR
-from shmcache.core import _core
+from shmcache.codec import ABSENT, BYTES, ENVELOPE, FRESH, INT, MSGPACK, NEGATIVE, STALE, STR, open_envelope
+from shmcache.core import _core, _stream
+from shmcache.supervisor import format as fmt
 from tests.redis.inprocess import InProcess
 from tests.redis.resp import encode
 from tests.unit.test_cache import pass_time
@@ -110,6 +111,7 @@ def test_what_is_hidden_is_absent_for_every_operation(cache, why):
     if why == "stale":
         version = cache.gets("c")[1]
         pass_time(cache, 1001)
+    assert list(cache.scan()) == []
     assert cache.add("a", 2)
     assert not cache.replace("b", 2)
     assert not cache.cas("c", 2, version)
@@ -289,6 +291,106 @@ def test_a_damaged_head_is_an_error(cache, what):
     assert cache["k"] == 1
 
 
+# ---- tags ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_tags(cache):
+    cache.set("a", 1, tags=("t",))
+    cache.set("b", {"x": (1,)}, 50, ("t", "u"))
+    cache.set("c", "plain")
+    assert cache.add("d", b"d", tags=["u"])
+    assert not cache.add("d", b"e", tags=["u"])
+    assert cache.replace("d", b"f", tags=["v"])
+    assert cache.cas("d", b"g", cache.gets("d")[1], tags=("u", "u"))
+    cache.set_many({"e": 5, "f": [6]}, ttl=50, tags=("t",))
+    cache.set("g", "no tags", tags=())
+    everything = {"a": 1, "b": {"x": (1,)}, "c": "plain", "d": b"g", "e": 5, "f": [6], "g": "no tags"}
+    assert cache.get_many(everything) == everything
+    assert 49 < cache.ttl("b") <= 50
+    assert 49 < cache.ttl("f") <= 50
+    cache.invalidate_tag("never used")
+    assert cache.get_many(everything) == everything
+    cache.invalidate_tag("t")
+    assert cache.get_many(everything) == {"c": "plain", "d": b"g", "g": "no tags"}
+    cache.set("a", 2, tags=("t",))
+    assert cache["a"] == 2
+    cache.invalidate_tag("u", "t")
+    assert cache.get_many(everything) == {"c": "plain", "g": "no tags"}
+    cache.set("a", 1, 0, ("t",))
+    assert "a" not in cache
+
+
+def test_a_generation_that_is_gone_never_comes_back(cache):
+    cache.set("k", "old", tags=("t",))
+    assert cache.delete(cache._tag_key("t")), "as an eviction would"
+    assert cache.get("k") is None
+    cache.set("k", "old", tags=("t",))
+    cache.delete(cache._tag_key("t"))
+    cache.set("other", 1, tags=("t",))
+    assert cache.get("k") is None
+    cache.set(cache._tag_key("t"), "what a user put there")
+    assert cache.get("other") is None
+    cache.set("k", "new", tags=("t",))
+    assert cache["k"] == "new"
+
+
+@pytest.mark.parametrize("tags", ["t", b"t", (b"t",), (1,), ("",), ("x" * 201,), ("\ud800",), ("ü" * 101,), ("t",) * 17, 5])
+def test_a_wrong_tag_changes_nothing(cache, tags):
+    cache.set("k", "old")
+    for call in (cache.set, cache.replace, lambda k, v, tags: cache.cas(k, v, cache.gets(k)[1], tags=tags),
+                 lambda k, v, tags: cache.set_many({k: v}, tags=tags), lambda k, v, tags: cache.get_or_set("new", lambda: v, tags=tags),
+                 lambda k, v, tags: cache.get_lease("new", tags=tags)):  # fmt: skip
+        with pytest.raises(TypeError if tags == 5 else errors.InvalidTag):
+            call("k", "new", tags=tags)
+    if isinstance(tags, tuple) and len(tags) == 1:
+        with pytest.raises(errors.InvalidTag):
+            cache.invalidate_tag("fine", *tags)
+    assert cache["k"] == "old"
+    assert cache.claim_version("new") == 0
+    assert len(cache) == 1 or tags == ("t",) * 17
+
+
+def test_the_most_that_is_allowed(cache):
+    tags = tuple(f"{i:x}" + "ü" * 99 + "x" for i in range(16))
+    cache.set("k", b"v" * 100_000, tags=tags)
+    assert cache["k"] == b"v" * 100_000
+    cache.invalidate_tag(tags[-1])
+    assert cache.get("k") is None
+
+
+def test_a_namespaces_tags_are_the_caches(cache):
+    users = cache.namespace("users")
+    users.set("k", 1, tags=("t",))
+    users.set_many({"m": 2}, tags=("t",))
+    assert users.add("a", 3, tags=("t",))
+    assert users.replace("a", 4, tags=("t",))
+    assert users.cas("a", 5, users.gets("a")[1], tags=("t",))
+    assert users.get_or_set("f", lambda: 6, tags=("t",)) == 6
+    lease = users.get_lease("l", tags=("t",))
+    assert users.fill(lease, 7)
+    assert not users.release(lease)
+    assert users.get_many(["k", "m", "a", "f", "l"]) == {"k": 1, "m": 2, "a": 5, "f": 6, "l": 7}
+    cache.invalidate_tag("t")
+    assert users.get_many(["k", "m", "a", "f", "l"]) == {}
+
+
+def test_a_tools_reader_reads_what_the_core_wrote(cache):
+    cache.set("k", b"inside", tags=("t", "u"))
+    walk = _stream.Walk(cache)
+    found = {}
+    while walk.block():
+        with memoryview(walk) as payload:
+            found.update({r.key: (r.codec, r.value) for r in fmt.records(payload)})
+    codec, payload = found[b"k"]
+    assert codec == ENVELOPE
+    tags = [("t", cache[cache._tag_key("t")]), ("u", cache[cache._tag_key("u")])]
+    assert open_envelope(payload) == (BYTES, False, 0, tags, b"inside")
+    for what in BAD.values():
+        if b"t" * 201 not in what and what[2:4] != b"\1\0":
+            with pytest.raises(errors.DamageError):
+                open_envelope(what)
+
+
 # ---- the sidecar --------------------------------------------------------------------------------------------------------------
 
 
@@ -324,6 +426,7 @@ def test_a_redis_client_reads_what_is_inside(cache, redis, tagged):
     assert redis("GETRANGE", "b", 1, 2) == b"$2\r\nyt\r\n"
     assert redis("EXISTS", "b", "s", "i", "no") == b":3\r\n"
     assert redis("TTL", "b") == b":10\r\n"
+    assert redis("KEYS", "[a-z]").count(b"$1\r\n") == 3
     assert redis("TYPE", "b") == b"+string\r\n"
     assert redis("GETBIT", "b", 1) == b":1\r\n"
     assert redis("OBJECT", "ENCODING", "i") == b"$3\r\nint\r\n"
@@ -344,6 +447,7 @@ def test_for_a_redis_client_what_is_hidden_is_not_there(cache, redis, tagged, wh
     assert counted(cache) == (before[0], before[1] + 2)
     assert redis("EXISTS", "b") == redis("STRLEN", "b") == redis("EXPIRE", "b", 5) == redis("PERSIST", "b") == b":0\r\n"
     assert redis("TTL", "b") == b":-2\r\n"
+    assert redis("KEYS", "[a-z]*") == b"*0\r\n"
     assert redis("TYPE", "b") == b"+none\r\n"
     assert redis("GETRANGE", "b", 0, 1) == b"$0\r\n\r\n"
     assert redis("SET", "b", "x", "XX") == redis("GETDEL", "b") == b"$-1\r\n"

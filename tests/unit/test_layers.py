@@ -16,7 +16,7 @@ ALLOWED = {  # module -> what of ours it may import
     "core": {"errors", "core"},
     "segment": {"errors", "core"},
     "stores": {"errors", "codec", "stores"},
-    "flight": {"errors", "cache"},  # cache for annotations only
+    "flight": {"errors", "codec", "cache"},  # cache for annotations only
     "namespace": {"errors", "flight", "cache"},
     "cache": {"errors", "core", "segment", "codec", "flight", "namespace", "policy", "stores"},  # those two for annotations, and on demand
     "policy": {"errors", "codec", "core", "segment", "cache", "flight", "stores"},
