@@ -93,6 +93,11 @@ def test_every_operation_is_in_the_log(logged, folder, policy):
     cache.set("big", os.urandom(100_000))
     cache.get_or_set("computed", lambda: "x")
     cache.namespace("ns").set("k", "v")
+    cache.set("invalidated", 1, tags=("t",))
+    cache.invalidate_tag("t")
+    cache.set("tagged", 1, tags=("t", "u"))
+    cache.get_or_set("fresh", lambda: 1, 10, stale_ttl=500)
+    cache.touch("fresh", 300)
     with cache.lock("locked"):
         pass
     big = cache["big"]
@@ -104,7 +109,10 @@ def test_every_operation_is_in_the_log(logged, folder, policy):
         assert after.get_many(["set", "added", "n", "m1", "m2", "touched", "persisted", "big", "computed"]) == {
             "set": 2, "added": "d", "n": 4, "m1": [1], "m2": (2,), "touched": 1, "persisted": 1, "big": big, "computed": "x",
         }  # fmt: skip
-        assert not any(after.get(k) for k in ("deleted", "popped", "gone", "locked"))
+        assert not any(after.get(k) for k in ("deleted", "popped", "gone", "locked", "invalidated"))
+        assert after["tagged"] == after["fresh"] == 1 and 200 < after.ttl("fresh") <= 300
+        after.invalidate_tag("u")
+        assert after.get("tagged") is None
         assert 400 < after.ttl("touched") <= 500 and 900 < after.ttl("added") <= 1000 and after.ttl("persisted") == float("inf")
         assert after.namespace("ns").get("k") == "v"
         assert {k: after.gets(k)[1] for k in versions} == versions
