@@ -602,6 +602,9 @@ cdef inline int put(seg_t* s, put_t* op, uint64_t limit_ns) noexcept nogil:
     count = count_now(s, st)
     if unlikely(op.when == RESTORED) and rc == OK and count >> 32 != op.epoch:
         rc = MISMATCH
+    if op.loaded and rc == OK and (op.when == IF_CLAIM or op.when == IF_SAME) and item_at(s, f.addr).epoch != count >> 32 and \
+            not item_at(s, f.addr).flags & FLAG_LOCK:
+        rc = MISMATCH           # cleared since find_locked
     if rc != OK:
         stripe_release(s, st)
         return rc
