@@ -124,9 +124,9 @@ def build(*flags: str) -> Path:
             pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target", str(folder), str(source)]
             run(pip, CFLAGS=" ".join(flags), DIST_EXTRA_CONFIG=str(source / "parallel.cfg"))
             shutil.rmtree(source)
-        for top in ("shmcache", "tests"):  # the Python part as it is now: it is no part of the digest
+        for top in ("shmcache", "tests"):  # what is not compiled as it is now: it is no part of the digest
             for path in (ROOT / top).rglob("*"):
-                if path.suffix in (".py", ".pml"):
+                if path.suffix in (".py", ".pml", ".lua"):
                     refresh(path, folder / path.relative_to(ROOT))
     return folder
 
