@@ -37,6 +37,7 @@ CONFIG = b"\x80"  # an empty msgpack map
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _mappings: dict[tuple[int, int], ref[_core.Mapping]] = {}
+_dtypes: dict[str, np.dtype[Any]] = {}
 
 
 def parse_size(size: int | str, what: str = "size") -> int:
@@ -324,6 +325,8 @@ def _boot_id() -> bytes:
 
 def dtypes() -> dict[str, np.dtype[Any]]:
     """The structs of core/layout.pxd as numpy dtypes, by name."""
+    if _dtypes:
+        return _dtypes
     import numpy as np
 
     made = {}
@@ -336,7 +339,8 @@ def dtypes() -> dict[str, np.dtype[Any]]:
                 "itemsize": size,
             }
         )
-    return made
+    _dtypes.update(made)  # in one step: other threads see none or all
+    return _dtypes
 
 
 class Segment:

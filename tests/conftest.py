@@ -6,6 +6,7 @@ import itertools
 import os
 import re
 import signal
+import time
 from pathlib import Path
 
 import psutil
@@ -32,14 +33,23 @@ def of_another_run(name: str) -> bool:
         return False
 
 
+def of_this_run(names: set[str]) -> set[str]:
+    """Those that nobody else's test is at. Beside another worker of pytest-xdist, whose test may have made one by a child that has died,
+    these are what is still there after a while: it goes with that test."""
+    deadline = time.monotonic() + ("PYTEST_XDIST_WORKER" in os.environ) * 60
+    while (left := {name for name in names & objects() if not of_another_run(name)}) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return left
+
+
 @pytest.fixture(autouse=True)
 def nothing_left():
     before = objects()
     yield
     left = objects() - before
-    ours = {name for name in left if not of_another_run(name)}
-    assert not ours, f"left in /dev/shm: {ours}"
     assert not psutil.Process().children(recursive=True), "left processes"
+    ours = of_this_run(left)
+    assert not ours, f"left in /dev/shm: {ours}"
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ A process started in that folder with it on PYTHONPATH runs the special build; t
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -21,10 +22,12 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FAULT = ROOT / "tests" / "crash" / "fault.pxd"
+SPECIAL = ROOT / "build" / "special"
 SOURCES = ("shmcache", "pyproject.toml", "setup.cfg", "README.md", "LICENSE")
 # -fno-sanitize=null: layout() takes the offsets of fields as addresses in a struct at 0
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize=null", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g")
@@ -49,43 +52,81 @@ def call_faults(core: Path) -> None:
 
 def leave_out(project: Path, extension: str) -> None:
     """Of what is compiled. What takes something away from the core is shown by workers, not by the sidecar, whose half takes the longest."""
-    text, n = re.subn(rf'^ *\{{ name = "shmcache\.core\.{extension}".*\n', "", project.read_text(), flags=re.MULTILINE)
-    if n != 1:
-        raise RuntimeError(f"{project}: no extension {extension}")
-    project.write_text(text)
+    change(project, rf'^ *\{{ name = "shmcache\.core\.{extension}".*\n', "", 1)
+
+
+def change(path: Path, pattern: str, by: str, times: int) -> None:
+    text, n = re.subn(pattern, by, path.read_text(), flags=re.MULTILINE)
+    if n != times:
+        raise RuntimeError(f"{path}: {n} times {pattern}, not {times}")
+    path.write_text(text)
+
+
+@contextlib.contextmanager
+def made_once(folder: Path) -> Iterator[bool]:
+    """Who comes first is told to make the folder, which is empty; others wait for that. What was left half made is made anew."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        missing = not (folder / "made").exists()
+        if missing:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+        yield missing
+        (folder / "made").touch()
+
+
+def run(argv: list[str], **env: str) -> None:
+    done = subprocess.run(argv, env={**os.environ, **env}, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{argv} failed with {env}:\n{done.stdout}\n{done.stderr}")
+
+
+def digest(*parts: object) -> str:
+    """Names what is made of the core's sources with these parts."""
+    found = hashlib.sha256(repr((sys.version, parts)).encode())
+    for path in sorted([*(ROOT / "shmcache/core").glob("*.p*x*"), ROOT / "pyproject.toml", FAULT, Path(__file__)]):
+        found.update(path.read_bytes())
+    return found.hexdigest()[:16]
+
+
+def translated(faults: bool) -> Path:
+    """The folder of the sources, with or without calls at the fault points, and the C that Cython makes of them: flags do not change it."""
+    folder = SPECIAL / f"source-{digest(faults)}"
+    with made_once(folder) as missing:
+        if missing:
+            for name in SOURCES:
+                if (ROOT / name).is_dir():
+                    shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "*.c", "__pycache__"))
+                else:
+                    shutil.copy(ROOT / name, folder / name)
+            core = folder / "shmcache" / "core"
+            if faults:
+                call_faults(core)
+                # of the sidecar's half only what it calls of the others is looked at here, and -O3 takes twice as long
+                change(folder / "pyproject.toml", r'(_resp".*)"-O3"', r'\1"-O1"', 1)
+            run([sys.executable, "-m", "Cython.Build.Cythonize", "--quiet", *map(str, sorted(core.glob("*.pyx")))])
+            change(folder / "pyproject.toml", r'"(shmcache/core/_\w+)\.pyx"', r'"\1.c"', 4)
+            (folder / "parallel.cfg").write_text(f"[build_ext]\nparallel = {os.cpu_count() or 1}\n")
+    return folder
 
 
 def build(*flags: str) -> Path:
     """The folder of the build with these compiler flags; made anew when the core's sources changed. About half a minute."""
-    digest = hashlib.sha256(repr((sys.version, flags)).encode())
-    for path in sorted([*(ROOT / "shmcache/core").glob("*.p*x*"), ROOT / "pyproject.toml", FAULT]):
-        digest.update(path.read_bytes())
-    folder = ROOT / "build" / "special" / digest.hexdigest()[:16]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "built").exists():
-            shutil.rmtree(folder, ignore_errors=True)
+    folder = SPECIAL / digest(flags)
+    with made_once(folder) as missing:
+        if missing:
             source = folder / "source"
-            source.mkdir(parents=True)
-            for name in SOURCES:
-                if (ROOT / name).is_dir():
-                    shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("*.so", "*.c", "__pycache__"))
-                else:
-                    shutil.copy(ROOT / name, source / name)
-            if "-DSHMCACHE_FAULT_POINTS" in flags:
-                call_faults(source / "shmcache" / "core")
+            shutil.copytree(translated("-DSHMCACHE_FAULT_POINTS" in flags), source)
             if any(flag.startswith("-DSHMCACHE_NO_") for flag in flags):
                 leave_out(source / "pyproject.toml", "_resp")
+                change(source / "pyproject.toml", '"-O3"', '"-O1"', 3)  # only to be seen to fail, by workers that die at given places
             pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target", str(folder), str(source)]
-            done = subprocess.run(pip, env={**os.environ, "CFLAGS": " ".join(flags)}, capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError(f"the build with {flags} failed:\n{done.stdout}\n{done.stderr}")
+            run(pip, CFLAGS=" ".join(flags), DIST_EXTRA_CONFIG=str(source / "parallel.cfg"))
             shutil.rmtree(source)
-            (folder / "built").touch()
-        for top in ("shmcache", "tests"):  # the Python part as it is now: it is no part of the digest
+        for top in ("shmcache", "tests"):  # what is not compiled as it is now: it is no part of the digest
             for path in (ROOT / top).rglob("*"):
-                if path.suffix in (".py", ".pml"):
+                if path.suffix in (".py", ".pml", ".lua"):
                     refresh(path, folder / path.relative_to(ROOT))
     return folder
 

@@ -19,7 +19,11 @@ wanted=$(cat pyproject.toml shmcache/core/*.pyx shmcache/core/*.pxd | sha256sum;
 if [ "$(cat "$venv/shmcache.built" 2>/dev/null)" != "$wanted" ]; then
     echo "building ..." >&2
     log=$venv/shmcache.log
+    # Translated first, by several processes; then setuptools, which would do both by one, finds the C and compiles in threads.
+    printf '[build_ext]\nparallel = %s\n' "$(nproc)" >"$venv/parallel.cfg"
     "$PYTHON" -m pip install "setuptools>=77" "Cython>=3.1" >"$log" 2>&1 &&
-        "$PYTHON" -m pip install --no-build-isolation -e ".[$extras]" >>"$log" 2>&1 || { tail -40 "$log" >&2; exit 2; }
+        "$PYTHON" -m Cython.Build.Cythonize --quiet shmcache/core/*.pyx >>"$log" 2>&1 &&
+        DIST_EXTRA_CONFIG=$venv/parallel.cfg "$PYTHON" -m pip install --no-build-isolation -e ".[$extras]" >>"$log" 2>&1 ||
+        { tail -40 "$log" >&2; exit 2; }
     printf '%s\n' "$wanted" >"$venv/shmcache.built"
 fi

@@ -1,8 +1,8 @@
 """Every fault point x every operation: the operation's process is killed (or stopped) there, and nobody else may notice.
 
-    python -m tests.crash.matrix [--only NAME] [--stop]         builds the core with fault points, then runs on that build
+    python -m tests.crash.matrix [--only NAME]... [--stop] [--jobs N]   builds the core with fault points, then runs on that build
 
-For each scenario: prepare a segment, note which points the operation passes; then, for each point (its first, second and last passing),
+Scenarios run N at a time (as many as there are CPUs), each with a segment of its own. For each: prepare a segment, note which points the operation passes; then, for each point (its first, second and last passing),
 put the segment's bytes back, let a forked child do the operation and die there, and from a fresh process see that
 - every other key reads right (where the operation evicts: right, or not there), the operation's key reads old or new, never torn; of a
   transaction exactly those writes are there that were stored before its death, which is at each passing of each point
@@ -17,9 +17,11 @@ from __future__ import annotations
 
 import argparse
 import collections
+import concurrent.futures
 import contextlib
 import ctypes
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -66,7 +68,8 @@ class Bench:
         row = int(np.flatnonzero(self.seg.rows["pid"] == os.getpid())[0])
         self.me = int(self.seg.rows["gen"][row]) << 16 | row + 1
         self.k0, self.k1 = map(int, self.seg.header["hash_key"])
-        self.n_buckets = len(self.seg.buckets)
+        self.n_buckets, self.n_stripes = len(self.seg.buckets), len(self.seg.stripes)
+        self.near: dict[bytes, list[bytes]] = {}
 
     def close(self) -> None:
         del self.seg
@@ -98,17 +101,17 @@ class Bench:
         return (self.hash(key) << 16 & MASK64) * self.n_buckets >> 64
 
     def neighbours(self, key: bytes, n: int) -> list[bytes]:
-        """Keys of the same bucket."""
-        rng = random.Random(1)
-        bucket, found = self.bucket(key), []
+        """Keys of the same bucket. They are some thousand tries apart: who asks here before it forks saves that to its children."""
+        found = self.near.setdefault(key, [])
+        rng, bucket = random.Random(len(found)), self.bucket(key)
         while len(found) < n:
             other = b"n:%d" % rng.getrandbits(48)
             if self.bucket(other) == bucket:
                 found.append(other)
-        return found
+        return found[:n]
 
     def stripe(self, key: bytes) -> int:
-        return self.bucket(key) & len(self.seg.stripes) - 1
+        return self.bucket(key) & self.n_stripes - 1
 
     def on_stripes(self, *stripes: int, prefix: bytes = b"t") -> list[bytes]:
         """A key of each of these stripes."""
@@ -617,6 +620,8 @@ def after_death(name: str, point: str, settle_first: bool = False) -> Scenario:
 
     def prepare(b: Bench) -> None:
         first.prepare(b)
+        if name == "set_grows_chain":
+            b.neighbours(VICTIM, 15)
         assert die(b, first, f"k0001{point}") == "killed", f"{name} does not pass {point}"
         b.unplant()
 
@@ -1179,44 +1184,62 @@ def clean_up_created(b: Bench) -> None:
         pass
 
 
+def cases(stop: bool) -> dict[str, Scenario | Callable[[Bench], list[str]]]:
+    """All that there is to run, by name."""
+    taken_over = {
+        **{f"take over after {first} / {point}": after_death(first, point) for first, point in FIRST_DEATHS},
+        **{f"settle after {first} / {point}": after_death(first, point, settle_first=True) for first, point in SETTLED_AT_ONCE},
+    }
+    return {**SCENARIOS, **({} if stop else taken_over), **{race.__name__: race for race in RACES}}
+
+
+def one(name: str, stop: bool) -> tuple[float, dict[str, Any]]:
+    """Run this one, in this process and children of it: how long it took, and the report."""
+    report: dict[str, Any] = {"kills": 0, "failed": [], "hit": set(), "took_ms": {}}
+    began, case = time.monotonic(), cases(stop)[name]
+    if isinstance(case, Scenario):
+        run(name, case, stop, report)
+    else:
+        with contextlib.closing(Bench()) as b:
+            try:
+                report["failed"] += case(b)
+            finally:
+                for pid in Stopped.alive:
+                    os.kill(pid, signal.SIGKILL)
+                    os.waitpid(pid, 0)
+                Stopped.alive.clear()
+        for text in report["failed"]:
+            print(f"{name}: {text}", flush=True)
+    return time.monotonic() - began, report
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", help="scenarios whose name contains this")
+    parser.add_argument("--only", action="append", help="scenarios whose name contains this; may be given several times")
     parser.add_argument("--stop", action="store_true", help="SIGSTOP and SIGCONT instead of SIGKILL")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="scenarios at a time (the number of CPUs)")
     args = parser.parse_args(argv)
     if not special.points_of_build():
         folder = special.build("-DSHMCACHE_FAULT_POINTS")
         argv_, env = special.command(folder, "tests.crash.matrix", *sys.argv[1:])
         return subprocess.run(argv_, env=env, cwd=folder).returncode
     os.environ.pop("SHMCACHE_FAULT", None)
-    scenarios = dict(SCENARIOS)
-    if not args.stop:
-        for first, point in FIRST_DEATHS:
-            scenarios[f"take over after {first} / {point}"] = after_death(first, point)
-        for first, point in SETTLED_AT_ONCE:
-            scenarios[f"settle after {first} / {point}"] = after_death(first, point, settle_first=True)
+    names = [name for name in cases(args.stop) if args.only is None or any(part in name for part in args.only)]
+    if unknown := [part for part in args.only or () if not any(part in name for name in names)]:
+        parser.error(f"no scenario has a name with {unknown}")
     report: dict[str, Any] = {"kills": 0, "failed": [], "hit": set(), "took_ms": {}}
     began = time.monotonic()
-    for name, s in scenarios.items():
-        if args.only is None or args.only in name:
-            t0, before = time.monotonic(), len(report["failed"])
-            run(name, s, args.stop, report)
-            bad = len(report["failed"]) - before
-            print(f"{name:60} {time.monotonic() - t0:6.1f} s{f'  {bad} FAILED' if bad else ''}", flush=True)
-    for race in RACES:
-        if args.only is None or args.only in race.__name__:
-            with contextlib.closing(Bench()) as b:
-                try:
-                    wrong = race(b)
-                finally:
-                    for pid in Stopped.alive:
-                        os.kill(pid, signal.SIGKILL)
-                        os.waitpid(pid, 0)
-                    Stopped.alive.clear()
-            report["failed"] += wrong
-            print(f"{race.__name__:60}{f'  FAILED {wrong}' if wrong else ''}", flush=True)
+    with concurrent.futures.ProcessPoolExecutor(args.jobs, multiprocessing.get_context("fork")) as pool:
+        for name, (seconds, of) in zip(names, pool.map(one, names, [args.stop] * len(names)), strict=True):
+            report["kills"] += of["kills"]
+            report["failed"] += of["failed"]
+            report["hit"] |= of["hit"]
+            for what, ms in of["took_ms"].items():
+                report["took_ms"].setdefault(what, []).extend(ms)
+            bad = len(of["failed"])
+            print(f"{name:60} {seconds:6.1f} s{f'  {bad} FAILED' if bad else ''}", flush=True)
     missed = sorted(special.points_of_build() - report["hit"])
-    print(f"{report['kills']} kills at {len(report['hit'])} points in {len(scenarios)} scenarios, {time.monotonic() - began:.0f} s; failed: {len(report['failed'])}")
+    print(f"{report['kills']} kills at {len(report['hit'])} points in {len(names)} scenarios, {time.monotonic() - began:.0f} s; failed: {len(report['failed'])}")
     for what, ms in report["took_ms"].items():
         print(f"  {what}: median {np.median(ms):.2f} ms, 99 % {np.percentile(ms, 99):.1f}, worst {max(ms):.1f}; over 100 ms: {sum(m > 100 for m in ms)} of {len(ms)}")
     if missed and not args.only and not args.stop:

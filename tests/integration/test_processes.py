@@ -223,6 +223,7 @@ def test_a_handler_may_fork_in_the_middle_of_a_write(make):
     children = []
 
     def handler(*args):
+        signal.setitimer(signal.ITIMER_REAL, 0)
         pid = os.fork()
         if pid == 0:
             return  # the child goes on with the same write
@@ -232,7 +233,7 @@ def test_a_handler_may_fork_in_the_middle_of_a_write(make):
 
     me = os.getpid()
     signal.signal(signal.SIGALRM, handler)
-    signal.setitimer(signal.ITIMER_REAL, 0.1)
+    signal.setitimer(signal.ITIMER_REAL, 0.1, 0.1)  # till it is heard: one that comes between two slices of the wait is not
     try:
         cache.set("k", b"x" * 50)
     finally:
@@ -258,12 +259,16 @@ def test_ctrl_c_while_waiting_leaves_nothing_in_hand(make):
     row = int(np.flatnonzero(seg.rows["pid"] == holder)[0])
     seg.stripes["word"][0] = int(seg.rows["gen"][row]) << 16 | row + 1
     before = cache.stats()["slab_classes"][0]
+
+    def handler(*args):
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        raise KeyboardInterrupt
+
     for call in (lambda: cache.set("k", b"x" * 50), lambda: cache.set("k", bytes(200_000)), lambda: cache.incr("k")):
-        signal.signal(signal.SIGALRM, signal.default_int_handler)
-        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, 0.1, 0.1)  # till it is heard: one that comes between two slices of the wait is not
         with pytest.raises(KeyboardInterrupt):
             call()
-    signal.setitimer(signal.ITIMER_REAL, 0)
     os.kill(holder, signal.SIGKILL)
     ended(holder)
     assert cache["k"] == 1

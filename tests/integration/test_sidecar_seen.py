@@ -287,6 +287,8 @@ def test_a_client_may_kill_itself_along_with_others_elsewhere(pair):
 def test_monitor_sees_commands_of_all_processes(pair):
     _, one, other = pair
     with one.monitor() as monitor, other.monitor() as second:
+        for client in (one, other):
+            client.client_list()  # asks all: who has answered has been told of the monitors before
         for client, word in ((one, "one"), (other, "other")):
             client.set("k", word)
         for each in (monitor, second):
