@@ -478,14 +478,16 @@ def _live_or_restored(args: argparse.Namespace, folder: Path | None) -> shmcache
             print(f"shmcache: {what}", file=sys.stderr)
     if buffer:
         created.setdefault("log_buffer", buffer)
-    return shmcache.attach(args.name) if args.size is None else shmcache.open(args.name, args.size, **created)
+    return shmcache.attach(args.name) if args.size is None else shmcache.open(args.name, args.size, policy=args.policy, **created)
 
 
 def do_supervise(args: argparse.Namespace) -> int:
+    from shmcache import stores
     from shmcache.supervisor.loop import Supervisor
 
     if args.log != "off" and args.data_dir is None:
         raise errors.UsageError("a log needs a directory: say --data-dir")
+    store = None if args.store is None else stores.opened(args.store, args.store_table)
     supervisor = None
     asked = False
 
@@ -499,9 +501,13 @@ def do_supervise(args: argparse.Namespace) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
     with _data_dir(args) as folder, _live_or_restored(args, folder) as cache:
+        writes_back = cache.mapping.settings()["policy"] == segment.WRITE_BACK
+        if writes_back and store is None:
+            print(f"shmcache: {args.name} is written back, and nobody stores: say --store", file=sys.stderr, flush=True)
         supervisor = Supervisor(
-            cache, args.parent, folder=folder, every=args.snapshot_every, keep=args.keep, compress=args.compress, log=args.log
-        )
+            cache, args.parent, folder=folder, every=args.snapshot_every, keep=args.keep, compress=args.compress, log=args.log,
+            store=store if writes_back else None,
+        )  # fmt: skip
         if asked:
             supervisor.stop()
         if not args.quiet:
@@ -515,8 +521,9 @@ def do_serve(args: argparse.Namespace) -> int:
     from shmcache.sidecar import acl
     from shmcache.sidecar.serve import Service
 
+    told = ("size", "data_dir", "log", "log_buffer", "snapshot_every", "keep", "policy", "store", "store_table")
     supervise = [
-        word for name in ("size", "data_dir", "log", "log_buffer", "snapshot_every", "keep") if (value := getattr(args, name)) is not None
+        word for name in told if (value := getattr(args, name)) is not None
         for word in ("--" + name.replace("_", "-"), str(value))
     ]  # fmt: skip
     supervise += [flag for flag in ("--compress", "--huge-pages") if getattr(args, flag[2:].replace("-", "_"))]
@@ -682,6 +689,9 @@ def _supervise_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("name", metavar="NAME", help="of the segment")
     p.add_argument("--size", help="create the segment with it if there is none")
     p.add_argument("--huge-pages", action="store_true", help="create it in pages of 2 MiB (Linux 6.1)")
+    p.add_argument("--policy", choices=("through", "around", "back"), help="create it to stand in front of a store: how writes get there")
+    p.add_argument("--store", metavar="S", help="what stands behind it: an url (sqlite:///app.db, ...), or module:function")
+    p.add_argument("--store-table", default="shmcache", metavar="T", help="of an url: table, made if it is not there (shmcache)")
     p.add_argument("--data-dir", metavar="D", help="write snapshots to it, and restore the segment from it if there is none")
     p.add_argument("--log", choices=("off", "no", "everysec", "always"), default="off",
                    help="log every write to --data-dir, synced never, every second, or before it returns (off)")  # fmt: skip

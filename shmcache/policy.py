@@ -37,7 +37,7 @@ import msgpack
 
 from shmcache import codec, errors, flight
 from shmcache.cache import Cache, attach
-from shmcache.core import _core
+from shmcache.core import _core, _dirty
 from shmcache.segment import parse_size
 from shmcache.stores import Entry
 
@@ -342,8 +342,12 @@ class StoredCache(Cache):
         self._drop([_core.key_bytes(k) for k in keys])
 
     def stats(self) -> dict[str, Any]:
-        """As Cache.stats, and "store": policy, loads, found, writes (keys) and errors (calls), of all processes."""
-        return {**super().stats(), "store": {"policy": self.policy.mode, **self.store_counters()}}
+        """As Cache.stats, and "store": policy, loads, found, writes (keys) and errors (calls), of all processes.
+
+        Written back also: dirty_items, dirty_bytes (not stored yet), oldest_s (how long the oldest of these has been), failing_s (since
+        when the store fails; None: it does not), refused (items that the store refuses).
+        """
+        return {**super().stats(), "store": store_stats(self)}
 
 
 class ThroughCache(StoredCache):
@@ -657,6 +661,25 @@ class BackCache(StoredCache):
         """As Cache.clear; what the store has not got is stored first. Raises: StoreUnavailable, and nothing is cleared."""
         self.flush()
         super().clear()
+
+
+def store_stats(cache: Cache) -> dict[str, Any]:
+    """Of any handle on a segment that has a policy."""
+    policy = policy_of(cache.mapping)
+    assert policy is not None
+    figures: dict[str, Any] = {"policy": policy.mode, **cache.store_counters()}
+    if policy.mode == "back":
+        header, now = cache.segment.header, time.time() * 1000
+
+        def since(field: str) -> float | None:
+            at = int(header[field])
+            return max(0.0, now - at) / 1000 if at else None
+
+        figures |= {
+            "dirty_items": _dirty.Dirty(cache).items(), "dirty_bytes": int(header["dirty"]), "oldest_s": since("oldest_dirty_ms"),
+            "failing_s": since("flush_failed_ms"), "refused": int(header["flush_refused"]),
+        }  # fmt: skip
+    return figures
 
 
 def check_ordered(policy: Policy, store: Store) -> None:

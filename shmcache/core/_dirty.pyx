@@ -46,7 +46,7 @@ cdef class Dirty:
         cdef list found = []
         cdef uint8_t key[4096]
         cdef size_t n = 0
-        cdef uint64_t bits, addr
+        cdef uint64_t bits
         cdef int rc, bit
         while at < self.words << 6:
             bits = ld64(&s.dirty[at >> 6]) >> (at & 63)
@@ -56,13 +56,9 @@ cdef class Dirty:
             bit = 0
             while not bits >> bit & 1:
                 bit += 1
-            at += bit
-            addr = s.slab_lo + (at << 3)
-            at += 1
-            if addr >= s.slab_hi:
-                break
+            at += bit + 1
             with nogil:
-                rc = find_dirty(s, addr, key, &n, s.limit_ns)
+                rc = find_dirty(s, at - 1, key, &n, s.limit_ns)
             if rc == INTR:
                 PyErr_CheckSignals()
                 s = self.table.ready()

@@ -19,10 +19,27 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from shmcache.core.atomics cimport add64, and64, ld8r, ld64, or64, st8r, sub64
 from shmcache.core.layout cimport FLAG_COPY_TTL, FLAG_DIRTY, POLICY_BACK, item_t, seg_t
-from shmcache.core.slab cimport chunk_class, item_at
+from shmcache.core.slab cimport chunk_addr, chunk_class, item_at, page_cls, page_of
 
 cdef inline uint64_t dirty_index(seg_t* s, uint64_t addr) noexcept nogil:
     return (addr - s.slab_lo) >> 3
+
+cdef inline uint64_t dirty_chunk(seg_t* s, uint64_t at) noexcept nogil:
+    """The chunk that begins in the 128 bytes of bit `at`: none is smaller, so one at most. 0: none does."""
+    cdef uint64_t addr = s.slab_lo + (at << 3), p, first, size
+    cdef uint32_t cls, i
+    if addr >= s.slab_hi:
+        return 0
+    p = page_of(s, addr)
+    cls = page_cls(s, p)
+    if cls >= s.n_classes:
+        return 0
+    first = chunk_addr(s, p, cls, 0)
+    size = s.chunk_bytes[cls] >> 4
+    i = <uint32_t>((addr - first + size - 1) // size)
+    if i >= s.page_chunks[cls] or first + i * size >= addr + 8:
+        return 0
+    return first + i * size
 
 cdef inline uint64_t dirty_size(seg_t* s, uint64_t addr) noexcept nogil:
     """What an item counts for: its chunk, and its value if that is in pages of its own."""

@@ -19,7 +19,7 @@ from shmcache.core.bucket cimport ADDR_MASK, OP_DELETE, OP_EVICT, OP_SET, OP_TOU
     chain_grow_locked, chain_next, chain_t, count_now, count_without, depart, depart_with, departed, note_intent, pthread_self, remove_locked, \
     slot_naming, slot_word, stripe_of, stripe_release, stripe_take
 from shmcache.core.clock cimport claim_stands, now_ms, stale, take_page, take_room
-from shmcache.core.dirty cimport dirty_clear, dirty_gone, dirty_in_place, dirty_placed, dirty_set, writes_back
+from shmcache.core.dirty cimport dirty_chunk, dirty_clear, dirty_gone, dirty_in_place, dirty_placed, dirty_set, writes_back
 from shmcache.core.layout cimport CLS_BIG, FLAG_BIG, FLAG_CLAIM, FLAG_DIRTY, FLAG_LOCK, FLAG_WRITING, MAX_REFS, POLICY_AROUND, POLICY_THROUGH, bucket_t, item_t, seg_t, stripe_t
 from shmcache.core.envelope cimport CODEC_ENVELOPE, FLAG_NEGATIVE, HEAD_BYTES, STATE_DAMAGED, STATE_FRESH, STATE_GONE, STATE_NEGATIVE, \
     STATE_STALE, TAG_BYTES, TAG_PREFIX_BYTES, envelope_open, envelope_t
@@ -850,13 +850,15 @@ cdef inline int dirty_at(seg_t* s, uint64_t addr, uint8_t* key, size_t* n, uint6
     stripe_release(s, st)
     return OK if dirty else ABSENT
 
-cdef inline int find_dirty(seg_t* s, uint64_t addr, uint8_t* key, size_t* n, uint64_t limit_ns) noexcept nogil:
-    """Is the item at this address, whose bit was set, dirty? OK, and its key; or ABSENT and the bit is cleared; BUSY, INTR."""
-    cdef int rc = dirty_at(s, addr, key, n, limit_ns)
+cdef inline int find_dirty(seg_t* s, uint64_t at, uint8_t* key, size_t* n, uint64_t limit_ns) noexcept nogil:
+    """Is there a dirty item where this bit is set? OK, and its key; or ABSENT and the bit is cleared; BUSY, INTR."""
+    cdef uint64_t addr = dirty_chunk(s, at)
+    cdef int rc = dirty_at(s, addr, key, n, limit_ns) if addr else ABSENT
     if rc == ABSENT:
-        dirty_clear(s, addr)
+        dirty_clear(s, s.slab_lo + (at << 3))
         #! find dirty: bit cleared
-        rc = dirty_at(s, addr, key, n, limit_ns)    # who set it before is seen now; who sets it later sets it
+        addr = dirty_chunk(s, at)                       # who set it before is seen now; who sets it later sets it
+        rc = dirty_at(s, addr, key, n, limit_ns) if addr else ABSENT
         if rc != ABSENT:
             dirty_set(s, addr)
     return rc

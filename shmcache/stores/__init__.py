@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
+from shmcache import errors
+
 MISSING: Any = object()  # what a function of FunctionStore may return for a key that is not there
 TIMEOUT = 5.0  # seconds that a call may take, unless it or the store says otherwise
 
@@ -57,3 +59,22 @@ class Store(Protocol):
 
     def close(self) -> None:
         """Wait for the calls that are running, and give back what it holds."""
+
+
+def opened(spec: str, table: str = "shmcache") -> Store:
+    """A store for the command line: of an url that SQLAlchemy takes, as SQLStore(url, table); or of "module:function", what that returns.
+
+    Raises: InvalidConfig; what the function raises.
+    """
+    module, colon, name = spec.partition(":")
+    if not colon or name.startswith("//"):
+        from shmcache.stores.sql import SQLStore
+
+        return SQLStore(spec, table)
+    import importlib
+
+    try:
+        store: Store = getattr(importlib.import_module(module), name)()
+    except (ImportError, AttributeError) as e:
+        raise errors.InvalidConfig(f"--store is an url, or module:function, not {spec!r} ({e}); is the module on PYTHONPATH?") from e
+    return store

@@ -736,3 +736,229 @@ def test_it_is_closed_as_any_cache(backed):
     for call in (lambda: cache.get("k"), lambda: cache.set("k", 1), lambda: cache.incr("k"), lambda: cache.get_many(["k"]), lambda: cache.stats()):
         with pytest.raises(errors.CacheClosed):
             call()
+
+
+# ---- written back -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def back(make):
+    """back(store, size, **options) -> a cache that is written back, by nobody yet."""
+    return lambda store, size="8M", **options: make(size, store=store, policy=shmcache.Policy("back", **{"flush_every": 0.01, **options}))
+
+
+@contextlib.contextmanager
+def flushing(cache, store):
+    with shmcache.attach(cache.name) as other:
+        thread = writeback.WriteBack(other, store)
+        try:
+            yield thread
+        finally:
+            thread.stop()
+
+
+def test_what_is_dirty_is_not_evicted_expired_or_cleared(back, hooked):
+    """Nobody stores, and the segment is filled many times over."""
+    cache = back(hooked)
+    cache.set("dirty", "d" * 200)
+    cache.set("short", "s", ttl=0.001)
+    cache.set("big", b"b" * 100_000)
+    hooked.rows[b"gone"] = (hooked.codec.encode("old"), None, 0)
+    assert cache.delete("gone")
+    with shmcache.attach(cache.name) as bare:
+        bare.clear()
+        for i in range(60_000):
+            bare.set(f"\0{i}", bytes((10, 200, 1000, 3000)[i % 4]))
+    assert cache.stats()["evictions"] > 10_000
+    assert [cache["dirty"], cache["short"], cache["big"], cache.get("gone")] == ["d" * 200, "s", b"b" * 100_000, None]
+    assert hooked.calls == [("load", [b"gone"])]
+    cache.invalidate("dirty", "gone")
+    assert [cache["dirty"], cache.get("gone")] == ["d" * 200, None]
+    with flushing(cache, hooked):
+        cache.flush()
+        assert {k: hooked.codec.decode(*row[0]) for k, row in hooked.rows.items()} == {b"dirty": "d" * 200, b"big": b"b" * 100_000}
+        assert cache.segment.header["dirty"] == 0
+        assert cache.get("short") is None
+        cache.invalidate("dirty")
+        assert cache.peek("dirty") is None
+        assert cache["dirty"] == "d" * 200
+
+
+def test_the_last_value_of_a_key_is_stored_once(back, hooked):
+    cache = back(hooked)
+    for i in range(1000):
+        cache.set("k", i)
+        cache.incr("n", default=0)
+    with flushing(cache, hooked):
+        cache.flush()
+    assert [call for call in hooked.calls if call[0] != "load"] == [("store", [b"k", b"n"])]
+    assert stored(cache, "k", "n") == {b"k": Entry(999), b"n": Entry(1000)}
+
+
+def test_a_write_while_its_value_is_being_stored_is_stored_too(back, hooked):
+    cache = back(hooked)
+    gate = Gate(hooked, "store", "after")
+    cache.set("k", 1)
+    cache.set("n", 1)
+    with flushing(cache, hooked):
+        assert gate.reached.wait(60)
+        cache.set("k", 2)
+        cache.incr("n")
+        gate.opened.set()
+        cache.flush()
+    assert stored(cache, "k", "n") == {b"k": Entry(2), b"n": Entry(2)}
+
+
+def test_a_delete_while_the_value_is_being_stored(back, hooked):
+    cache = back(hooked)
+    gate = Gate(hooked, "store")
+    cache.set("k", 1)
+    with flushing(cache, hooked):
+        assert gate.reached.wait(60)
+        assert cache.delete("k")
+        assert cache.get("k") is None
+        gate.opened.set()
+        cache.flush()
+        assert cache.get("k") is None
+    assert stored(cache, "k") == {}
+
+
+def test_over_the_limit_writers_wait_for_the_store(back, hooked):
+    cache = back(hooked, dirty_limit=20_000)
+    hooked.before = lambda what, keys: down(what, keys) if what == "store" else None
+    with flushing(cache, hooked):
+
+        def fill():
+            for i in range(400):
+                cache.set(f"k{i}", b"v" * 100)
+
+        writer, _ = in_thread(fill)
+        until(lambda: cache.segment.header["dirty"] >= 20_000)
+        assert writer.is_alive()
+        assert cache.segment.header["dirty"] < 21_000
+        hooked.before = lambda what, keys: None
+        writer.join(60)
+        assert not writer.is_alive()
+        cache.flush()
+    assert len(hooked.rows) == 400
+
+
+def test_a_store_that_was_down_gets_everything(back, hooked, capsys):
+    cache = back(hooked)
+    hooked.before = lambda what, keys: down(what, keys) if what == "store" else None
+    cache.set("k", 1)
+    with flushing(cache, hooked):
+        with pytest.raises(errors.StoreUnavailable, match="not stored"):
+            cache.flush(0.3)
+        figures = cache.stats()["store"]
+        assert figures["dirty_items"] == 1
+        assert figures["failing_s"] is not None
+        assert figures["oldest_s"] is not None
+        hooked.before = lambda what, keys: None
+        cache.flush()
+    figures = cache.stats()["store"]
+    assert (figures["dirty_items"], figures["dirty_bytes"], figures["failing_s"], figures["oldest_s"]) == (0, 0, None, None)
+    assert stored(cache, "k") == {b"k": Entry(1)}
+    assert capsys.readouterr().err.count("the store fails") == 1
+
+
+def test_a_row_that_is_refused_is_kept_and_said_and_the_others_are_stored(back, hooked, capsys):
+    cache = back(hooked)
+
+    def poison(what, keys):
+        if what == "store" and keys.get(b"bad", (None,))[0] == "rotten":
+            DictStore.store_many(hooked, {k: v for k, v in keys.items() if k != b"bad"})
+            raise errors.RowsRefused({b"bad": ValueError("it is rotten")})
+
+    hooked.before = poison
+    cache.set_many({"a": 1, "bad": "rotten", "c": 3})
+    with flushing(cache, hooked):
+        with pytest.raises(errors.StoreUnavailable, match="refuse"):
+            cache.flush(0.3)
+        assert cache["bad"] == "rotten"
+        assert cache.stats()["store"]["refused"] == 1
+        assert hooked.load_many([b"a", b"bad", b"c"]) == {b"a": Entry(1), b"c": Entry(3)}
+        cache["bad"] = "fresh"
+        cache.flush()
+    assert stored(cache, "bad") == {b"bad": Entry("fresh")}
+    assert capsys.readouterr().err.count("rotten") == 1
+
+
+def test_what_is_left_at_the_end_is_said(back, hooked, capsys, monkeypatch):
+    monkeypatch.setattr(writeback, "AT_END", 0.2)
+    cache = back(hooked)
+    hooked.before = lambda what, keys: down(what, keys) if what == "store" else None
+    cache.set("k", 1)
+    with flushing(cache, hooked):
+        pass
+    assert "1 items are not stored" in capsys.readouterr().err
+    assert cache["k"] == 1
+
+
+def test_clear_stores_first_or_clears_nothing(back, hooked):
+    cache = back(hooked)
+    cache["k"] = 1
+    with flushing(cache, hooked):
+        cache.clear()
+        assert cache.peek("k") is None
+        assert cache["k"] == 1
+
+
+def test_writers_need_no_store(back, hooked):
+    cache = back(hooked)
+    hooked.rows[b"old"] = (hooked.codec.encode(1), None, 0)
+    with shmcache.attach(cache.name) as bare, flushing(cache, hooked):
+        bare["k"] = {"from": "a worker"}
+        bare.delete("old")
+        bare.flush()
+    assert stored(cache, "k", "old") == {b"k": Entry({"from": "a worker"})}
+
+
+@pytest.mark.parametrize("log", [False, True], ids=["snapshot", "log"])
+def test_what_is_dirty_survives_the_segment(name, tmp_path, hooked, log):
+    """A reboot: the segment goes, a snapshot or the log has what the store had not got, tombstones too."""
+    from shmcache.supervisor import datadir, snapshot
+    from shmcache.supervisor.loop import Supervisor
+
+    hooked.rows[b"old"] = (hooked.codec.encode("old"), None, 0)
+    options = {"log_buffer": "64K"} if log else {}
+    with datadir.take(tmp_path / "data") as folder:
+        with shmcache.create(name, "16M", policy="back", store=hooked, **options) as cache, shmcache.attach(name) as other:
+            supervisor = Supervisor(other, folder=folder, log="always" if log else None)
+            thread = threading.Thread(target=supervisor.run)
+            thread.start()
+            cache.set("k", "dirty")
+            cache.set("ttl", "dirty", ttl=1000)
+            assert cache.delete("old")
+            first = int(cache.segment.header["version_base"])
+            supervisor.stop()
+            thread.join(60)
+            del supervisor
+        shmcache.unlink(name)
+        if log:
+            for path in folder.glob("*.snapshot"):
+                path.unlink()
+        snapshot.restore(name, folder)
+        with shmcache.attach(name, store=hooked) as cache:
+            assert int(cache.segment.header["restored_base"]) == first < int(cache.segment.header["version_base"])
+            assert [cache["k"], cache.get("old")] == ["dirty", None]
+            # the store has got newer values since, which what is restored may not undo
+            hooked.rows[b"k"] = (hooked.codec.encode("newer"), None, int(cache.segment.header["version_base"]))
+            with flushing(cache, hooked):
+                cache.flush()
+            assert {k: hooked.codec.decode(*row[0]) for k, row in hooked.rows.items()} == {b"k": "newer", b"ttl": "dirty"}
+            cache.set("k", "newest")
+            with flushing(cache, hooked):
+                cache.flush()
+            assert stored(cache, "k") == {b"k": Entry("newest")}
+            assert cache.verify() == []
+
+
+@pytest.mark.parametrize("database", DATABASES)
+def test_nothing_is_lost_or_out_of_order_while_supervisors_are_killed(database):
+    """In short; python -m tests.stress.writeback is the long one."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.stress.writeback", "--store", database, "--updates", "200000", "--keys", "2000", "--pace", "60000"],
+        capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -46,7 +46,7 @@ HISTORY = {
 
 def write(name: str, worker: int, updates: int, keys: int, pace: float, seed: int, folder: str) -> None:
     rng = random.Random(seed * 1000 + worker)
-    last: dict[int, int | None] = {}
+    last: dict[int, str | None] = {}
     longest = 0.0
     with shmcache.attach(name) as cache:
         began = time.monotonic()
@@ -57,7 +57,7 @@ def write(name: str, worker: int, updates: int, keys: int, pace: float, seed: in
                 cache.delete(b"%d" % number)
                 last[number] = None
             else:
-                last[number] = worker << 40 | n
+                last[number] = f"{worker} {n} " + "v" * (n % 7 * 60)  # of several slab classes
                 cache.set(b"%d" % number, last[number])
             longest = max(longest, time.monotonic() - at)
             if pace and n % 100 == 0:
