@@ -13,6 +13,7 @@ The files, in reading order (arrows point down only; tests/unit/test_layers.py h
     cache.py      Cache, create, attach, open                        -> codec, segment, core
     flight.py     get_or_set, memoize, lock: computed once per host     -> core by cache
     policy.py     a cache in front of a store: what its writes and misses do there -> cache, flight, stores
+    aio.py        the same, awaited
     namespace.py  keys of their own, an O(1) clear of their own
     stores/       what stands behind the cache: SQLStore, FunctionStore -> codec
     codec.py      values that are not bytes, str or int              -> errors
@@ -48,6 +49,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import subprocess
 
+    from shmcache import aio as aio
     from shmcache.policy import Policy as Policy
     from shmcache.stores import Store as Store
     from shmcache.stores.function import FunctionStore as FunctionStore
@@ -62,9 +64,11 @@ def supervise(name: str) -> "subprocess.Popen[bytes]":
 
 
 def __getattr__(name: str) -> object:
-    """Policy, Store, FunctionStore and SQLStore are imported by who uses them."""
+    """aio, Policy, Store, FunctionStore and SQLStore are imported by who uses them."""
     import importlib
 
+    if name == "aio":
+        return importlib.import_module("shmcache.aio")
     module = {"Policy": "policy", "Store": "stores", "FunctionStore": "stores.function", "SQLStore": "stores.sql"}.get(name)
     if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

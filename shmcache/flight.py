@@ -41,7 +41,7 @@ from shmcache.codec import FRESH, STALE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Generator, Iterable
     from datetime import timedelta
     from typing import Any
 
@@ -56,6 +56,8 @@ REFRESH_PREFIX = b"\x00refresh\x00"
 LONGEST_NAMED = 4096 - len(REFRESH_PREFIX)  # bytes of a key that stands behind it as it is
 MOST_EARLY_MS = (1 << 32) - 1
 MISSING: Any = object()
+WAIT: Any = object()
+COMPUTE: Any = object()
 
 
 def waits(deadline: float | None) -> Any:
@@ -77,7 +79,7 @@ def several(tags: Iterable[str] | None) -> tuple[str, ...]:
 class Terms:
     """How what is computed is stored: its ttl, stale_ttl, early and tags. One call's."""
 
-    __slots__ = ("_beta", "_cache", "_early_ms", "_head", "_stale_ttl", "_tags", "ttl")
+    __slots__ = ("_began", "_beta", "_cache", "_early_ms", "_head", "_stale_ttl", "_tags", "ttl")
 
     def __init__(
         self, cache: Cache, ttl: float | timedelta | None, stale_ttl: float | timedelta | None, early: float | bool,
@@ -94,14 +96,15 @@ class Terms:
         """Does the caller take a stale value, if somebody refreshes it?"""
         return self._stale_ttl is not None or self._beta > 0
 
-    def compute(self, factory: Callable[[], Any]) -> Any:
-        """factory()'s value, with the generations from before it."""
+    def begin(self) -> None:
+        """The factory is about to be called: keep the generations from before it."""
         self._head = self._cache._carry(self._tags) if self._tags else None
-        began = time.monotonic()
-        value = factory()
+        self._began = time.monotonic()
+
+    def end(self) -> None:
+        """It has returned."""
         if self._beta:
-            self._early_ms = min(math.ceil((time.monotonic() - began) * self._beta * 1000), MOST_EARLY_MS)
-        return value
+            self._early_ms = min(math.ceil((time.monotonic() - self._began) * self._beta * 1000), MOST_EARLY_MS)
 
     def fill(self, key: bytes | str, value: Any, version: int, refresh: bool) -> bool:
         return self._cache._fill_computed(key, value, version, self, refresh)
@@ -114,6 +117,24 @@ def get_or_set(cache: Cache, key: bytes | str, factory: Callable[[], Any], lease
     """Cache.get_or_set, after the first miss."""
     check_lease(lease)
     pause = waits(None)
+    flight = flying(cache, key, lease, terms)
+    try:
+        asked = next(flight)
+        while True:
+            if asked is WAIT:
+                next(pause)
+                asked = next(flight)
+            else:
+                asked = flight.send(factory())
+    except StopIteration as e:
+        return e.value
+    finally:
+        flight.close()
+
+
+def flying(cache: Cache, key: bytes | str, lease: float, terms: Terms) -> Generator[Any, Any, Any]:
+    """What is to be done for get_or_set(), by who can wait and call the factory: it yields WAIT or COMPUTE, is sent what the factory has
+    returned, and returns the value. Close it, whatever the factory raises."""
     version = 0
     try:
         while True:
@@ -121,22 +142,22 @@ def get_or_set(cache: Cache, key: bytes | str, factory: Callable[[], Any], lease
                 state, value, seen = cache._look(key)
                 if state == FRESH:
                     return value
-                if state == STALE and (value := refreshed(cache, key, factory, lease, terms, value, seen)) is not MISSING:
+                if state == STALE and (value := (yield from refreshing(cache, key, lease, terms, value, seen))) is not MISSING:
                     return value
             version = cache.claim(key, lease)
-            if version > 0:
+            if version > 0 or version == -5:  # -5: deleted, which the store has not got yet
                 break
             if version == -2:
-                return factory()
-            if version in (-1, -3, -4):  # another's; or somebody changes the key in the store, or was when he died
-                next(pause)
-            elif version == -5:  # deleted, which the store has not got yet
-                break
+                return (yield COMPUTE)
+            if version:  # another's; or somebody changes the key in the store, or was when he died
+                yield WAIT
             else:
                 value, seen = cache.gets(key)  # not get: that may miss early again
                 if seen:
                     return value
-        value = terms.compute(factory)
+        terms.begin()
+        value = yield COMPUTE
+        terms.end()
         if terms.fill(key, value, version, False):
             version = 0
         return value
@@ -145,7 +166,7 @@ def get_or_set(cache: Cache, key: bytes | str, factory: Callable[[], Any], lease
             cache.unclaim(key, version)
 
 
-def refreshed(cache: Cache, key: bytes | str, factory: Callable[[], Any], lease: float, terms: Terms, stale: Any, seen: int) -> Any:
+def refreshing(cache: Cache, key: bytes | str, lease: float, terms: Terms, stale: Any, seen: int) -> Generator[Any, Any, Any]:
     """A value for who has met a stale one: computed if nobody else does so, else the stale one. MISSING: it is not there any more."""
     claimed = refresh_key(key)
     version = cache.claim(claimed, lease)
@@ -155,7 +176,9 @@ def refreshed(cache: Cache, key: bytes | str, factory: Callable[[], Any], lease:
         state, newer, now = cache._look(key)
         if now != seen:
             return newer if state in (FRESH, STALE) else MISSING
-        value = terms.compute(factory)
+        terms.begin()
+        value = yield COMPUTE
+        terms.end()
         terms.fill(key, value, seen, True)
         return value
     finally:

@@ -20,11 +20,12 @@ ALLOWED = {  # module -> what of ours it may import
     "namespace": {"errors", "flight", "cache"},
     "cache": {"errors", "core", "segment", "codec", "flight", "namespace", "policy", "stores"},  # those two for annotations, and on demand
     "policy": {"errors", "codec", "core", "segment", "cache", "flight", "stores"},
+    "aio": {"core", "cache", "flight"},
     "supervisor": {"errors", "codec", "core", "segment", "cache", "policy", "stores", "supervisor"},
     "metrics": set(),
     "sidecar": {"errors", "core", "cache", "metrics", "sidecar"},
     "cli": {"errors", "core", "segment", "stores", "supervisor", "metrics", "sidecar"},
-    "__init__": {"errors", "segment", "cache", "policy", "supervisor", "stores"},
+    "__init__": {"errors", "segment", "cache", "policy", "supervisor", "stores", "aio"},
 }
 
 
