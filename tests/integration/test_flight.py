@@ -383,10 +383,15 @@ def test_who_gets_the_claim_after_a_refresh_looks_again(cache):
     state, value, seen = cache._look("k")
     assert state == codec.STALE
     assert cache.get_or_set("k", lambda: "new", 10, stale_ttl=100) == "new"
-    late = (60, flight.Terms(cache, 10, 100, 0, None), value, seen)
-    assert flight.refreshed(cache, "k", lambda: pytest.fail("computed"), *late) == "new"
+
+    def late():
+        with pytest.raises(StopIteration) as ended:
+            next(flight.refreshing(cache, "k", 60, flight.Terms(cache, 10, 100, 0, None), value, seen))
+        return ended.value.value
+
+    assert late() == "new"
     cache.delete("k")
-    assert flight.refreshed(cache, "k", lambda: pytest.fail("computed"), *late) is flight.MISSING
+    assert late() is flight.MISSING
     assert len(cache) == 0
 
 
