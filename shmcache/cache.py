@@ -162,12 +162,19 @@ class Cache(_core.Table):
         started_ms ...), unlinked (the name is gone, or another segment's), slab_classes (chunk_bytes, pages, live, free, reserved
         chunks), supervisor, durability (restoring: a restore goes on, or was killed; snapshot_age_s: None: there was none; snapshot_failed:
         the last one could not be written; snapshot_writing_s: since when the supervisor writes one, None: it does not; log_waiting_bytes:
-        in the processes' rings, not taken over by the supervisor).
+        in the processes' rings, not taken over by the supervisor), store (None: there is no policy; else policy, and of all processes
+        loads, found, writes (keys), errors (calls); written back also dirty_items, dirty_bytes (not stored yet), oldest_s (how long the
+        oldest of these has been), failing_s (since when the store fails; None: it does not), refused (items that the store refuses)).
         """
         counters = self.counters()
         classes, pages = self.slab_classes()
         gets = counters["hits"] + counters["misses"]
         used = sum(c["chunk_bytes"] * c["live"] for c in classes) + pages["big_pages"] * pages["page_bytes"]
+        store: dict[str, Any] | None = None
+        if self.mapping.settings()["policy"]:
+            from shmcache import policy
+
+            store = policy.store_stats(self)
         return {
             "name": self.name,
             "size_bytes": memoryview(self.mapping).nbytes,
@@ -183,6 +190,7 @@ class Cache(_core.Table):
             "slab_classes": classes,
             "supervisor": self.supervisor(),
             "durability": self.durability(),
+            "store": store,
         }
 
     def verify(self) -> list[str]:

@@ -109,6 +109,20 @@ def _durability(d: dict[str, Any]) -> str:
     return "; ".join(said)
 
 
+def _store(d: dict[str, Any]) -> str:
+    said = [f"written {d['policy']}", f"{d['loads']:,} keys loaded, {d['found']:,} there", f"{d['writes']:,} written"]
+    if d["errors"]:
+        said.append(f"{d['errors']:,} calls failed")
+    if d["policy"] == "back":
+        age = "" if d["oldest_s"] is None else f", the oldest for {d['oldest_s']:.1f} s"
+        said.append(f"not stored yet: {d['dirty_items']:,} items, {_mib(d['dirty_bytes'])}{age}")
+        if d["failing_s"] is not None:
+            said.append(f"THE STORE FAILS, for {d['failing_s']:,.0f} s")
+        if d["refused"]:
+            said.append(f"THE STORE REFUSES {d['refused']:,} items")
+    return "; ".join(said)
+
+
 def show(s: dict[str, Any]) -> None:
     """Figures for a person."""
     ratio = "no gets yet" if s["hit_ratio"] is None else f"{100 * s['hit_ratio']:.2f} %"
@@ -127,6 +141,8 @@ def show(s: dict[str, Any]) -> None:
         ("takeovers", f"{s['takeovers']:,}, settled {s['settled']:,}"), ("supervisor", state),
         ("on the disk", _durability(s["durability"])),
     ]  # fmt: skip
+    if s["store"] is not None:
+        rows.append(("in front of a store", _store(s["store"])))
     _table(s["name"], ("", "since it was created"), rows)
     _table(
         "slab classes",

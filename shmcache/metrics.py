@@ -56,6 +56,25 @@ def of_segment(s: dict[str, Any]) -> Iterator[Metric]:
     yield gauge("log_failed", "Can the log not be written?", int(d["log_failed"]))
     yield gauge("log_gaps", "Operations that neither log nor snapshot has.", d["log_gaps"])
     yield gauge("log_waiting_bytes", "Bytes in the processes' rings that the supervisor has not taken over.", d["log_waiting_bytes"])
+    if s["store"] is not None:
+        yield from of_store(label, s["store"])
+
+
+def of_store(label: dict[str, str], d: dict[str, Any]) -> Iterator[Metric]:
+    """Of stats()["store"]."""
+    for name, text in (
+        ("loads", "Keys asked of the store."), ("found", "Of these it had."), ("writes", "Keys written there."),
+        ("errors", "Calls of the store that failed."),
+    ):  # fmt: skip
+        yield Metric(f"store_{name}_total", "counter", text, [(label, d[name])])
+    if d["policy"] == "back":
+        for name, text, value in (
+            ("dirty_items", "Items that are not stored yet.", d["dirty_items"]), ("dirty_bytes", "Their bytes.", d["dirty_bytes"]),
+            ("oldest_dirty_seconds", "How long the oldest of these has been.", d["oldest_s"] or 0),
+            ("failing", "Does the store fail?", int(d["failing_s"] is not None)),
+            ("refused", "Items that the store refuses.", d["refused"]),
+        ):  # fmt: skip
+            yield Metric(f"store_{name}", "gauge", text, [(label, value)])
 
 
 def as_text(metrics: Iterable[Metric]) -> str:

@@ -341,14 +341,6 @@ class StoredCache(Cache):
         """Drop the cached copies, not what is in the store: for who has changed it there past this cache."""
         self._drop([_core.key_bytes(k) for k in keys])
 
-    def stats(self) -> dict[str, Any]:
-        """As Cache.stats, and "store": policy, loads, found, writes (keys) and errors (calls), of all processes.
-
-        Written back also: dirty_items, dirty_bytes (not stored yet), oldest_s (how long the oldest of these has been), failing_s (since
-        when the store fails; None: it does not), refused (items that the store refuses).
-        """
-        return {**super().stats(), "store": store_stats(self)}
-
 
 class ThroughCache(StoredCache):
     """Through and around: who writes changes the store."""
@@ -664,7 +656,7 @@ class BackCache(StoredCache):
 
 
 def store_stats(cache: Cache) -> dict[str, Any]:
-    """Of any handle on a segment that has a policy."""
+    """stats()["store"] of any handle on a segment that has a policy."""
     policy = policy_of(cache.mapping)
     assert policy is not None
     figures: dict[str, Any] = {"policy": policy.mode, **cache.store_counters()}

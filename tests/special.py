@@ -106,7 +106,7 @@ def translated(faults: bool) -> Path:
                 # of the sidecar's half only what it calls of the others is looked at here, and -O3 takes twice as long
                 change(folder / "pyproject.toml", r'(_resp".*)"-O3"', r'\1"-O1"', 1)
             run([sys.executable, "-m", "Cython.Build.Cythonize", "--quiet", *map(str, sorted(core.glob("*.pyx")))])
-            change(folder / "pyproject.toml", r'"(shmcache/core/_\w+)\.pyx"', r'"\1.c"', 4)
+            change(folder / "pyproject.toml", r'"(shmcache/core/_\w+)\.pyx"', r'"\1.c"', 5)
             (folder / "parallel.cfg").write_text(f"[build_ext]\nparallel = {os.cpu_count() or 1}\n")
     return folder
 

@@ -12,7 +12,7 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy
 
 from shmcache.core.atomics cimport add64, cas32, fence_acquire, fence_release, ld8r, ld16r, ld32, ld32r, ld64, ld64r, \
-    likely, prefetch, st8r, st32, st64, unlikely
+    likely, prefetch, st8, st8r, st32, st64, unlikely
 from shmcache.core.big cimport big_fill, big_free_item_pages, big_free_pages, big_owns, big_read, big_seal_locked, big_shape, big_t, \
     page_bytes_of
 from shmcache.core.bucket cimport ADDR_MASK, OP_DELETE, OP_EVICT, OP_SET, OP_TOUCH, bucket_of, bump, chain_first, \
@@ -820,10 +820,10 @@ cdef inline int mark_clean(seg_t* s, const uint8_t* key, size_t n, uint64_t h, u
         if it.flags & FLAG_DIRTY and it.cas == version:
             rc = OK
             dirty_gone(s, f.addr)
-            dirty_clear(s, f.addr)
-            #! clean: bit
-            st8r(&it.flags, it.flags & ~FLAG_DIRTY)
+            st8(&it.flags, it.flags & ~FLAG_DIRTY)
             #! clean: flag
+            dirty_clear(s, f.addr)      # behind it: who dies between leaves a bit too many
+            #! clean: bit
             tombstone = f.state == STATE_NEGATIVE
             if tombstone:
                 remove_locked(s, st, b, f.slot, f.addr, OP_EVICT, NULL)

@@ -36,7 +36,7 @@ import numpy as np
 
 import shmcache
 from shmcache import errors
-from shmcache.core import _core, _stream, _sweep
+from shmcache.core import _core, _dirty, _stream, _sweep
 from shmcache.supervisor import appendlog
 from shmcache.supervisor import format as fmt
 from tests import special
@@ -307,6 +307,63 @@ def logged_incr(b: Bench) -> None:
 @logged(lambda b: (basic(b), setattr(b, "victim", [OLD]))[0])
 def logged_touch(b: Bench) -> None:
     b.cache.touch(VICTIM, 1000)
+
+
+# -- the same, written back: what is stored is dirty till the store has it
+
+
+def written_back(prepare: Callable[[Bench], None]) -> Any:
+    return scenario(prepare=prepare, policy="back")
+
+
+def stored(b: Bench, key: bytes | None = None) -> None:
+    """What a supervisor does: find what is dirty, and say that the store has it."""
+    dirty = _dirty.Dirty(b.cache)
+    at = 1
+    while at:
+        items, at = dirty.find(at * (at > 1), 100)
+        for item in items:
+            if key in (None, item[0]):
+                dirty.clean(item[0], item[4])
+
+
+@written_back(basic)
+def back_set(b: Bench) -> None:
+    b.cache.set(VICTIM, NEW)
+
+
+@written_back(lambda b: (absent(b), stored(b))[0])
+def back_set_new(b: Bench) -> None:
+    b.cache.set(VICTIM, NEW)
+
+
+@written_back(lambda b: (to_delete(b), stored(b))[0])
+def back_delete(b: Bench) -> None:
+    b.cache.delete(VICTIM)
+
+
+@written_back(lambda b: (counter(b), stored(b))[0])
+def back_incr(b: Bench) -> None:
+    b.cache.incr(VICTIM)
+
+
+@written_back(lambda b: (basic(b), stored(b), setattr(b, "victim", [OLD]))[0])
+def back_touch(b: Bench) -> None:
+    b.cache.touch(VICTIM, 1000)
+
+
+def to_be_stored(b: Bench) -> None:
+    basic(b)
+    b.cache.delete(VICTIM)
+    b.victim = [None]
+    at = int(b.seg.header["dirty_off"])
+    b.seg.bytes[at : at + 64] |= 0x55  # bits without a dirty item
+
+
+@written_back(to_be_stored)
+def back_store(b: Bench) -> None:
+    stored(b, VICTIM)
+    stored(b)
 
 
 def expired(b: Bench) -> None:

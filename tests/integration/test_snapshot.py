@@ -699,7 +699,7 @@ def test_what_carries_tags_is_dumped_with_them(make):
     wrong = io.BytesIO(b"\x83\xa3key\xc4\x01k\xa5value\x05\xa4tags\x05")
     with pytest.raises(errors.DamageError, match="tags"):
         dump.load(cache, wrong)
-    cache.store_encoded("bad", _core.Encoded(5, b"short"), None)
+    cache.set("bad", _core.Encoded(5, b"short"))
     with pytest.raises(errors.DamageError, match="bad"):
         dump.dump(cache, io.BytesIO())
 
