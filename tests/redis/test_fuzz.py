@@ -77,7 +77,7 @@ def test_it_sees(does, said, monkeypatch):
 
 def test_it_sees_that_memory_grows(monkeypatch):
     kept = []
-    del_that(monkeypatch, lambda client, arguments: kept.append(b"x" * 200_000) or b":1\r\n")
+    del_that(monkeypatch, lambda client, arguments: kept.append(b"x" * 3_000_000) or b":1\r\n")
     monkeypatch.setattr(fuzz, "GROWTH", 1 << 20)
     monkeypatch.setattr(fuzz, "BATCH", 1000)
     assert "grown" in fuzz.watch(1, 10 * fuzz.BATCH)["failed"][0]
