@@ -280,18 +280,22 @@ def create(
     """
     check_codec(codec)
     options = _options(default_ttl, max_value, stripes, max_processes, lock_limit, log_buffer)
-    options |= _policy_options(policy, store)
+    options |= _policy_options(policy, store, tags)
     mapping = segment.create(name, segment.parse_size(size), mode=mode, group=group, huge_pages=huge_pages, **options)
     return _handle(mapping, codec, {}, store, tags)
 
 
-def _policy_options(policy: Policy | str | None, store: Store | None) -> dict[str, Any]:
+def _policy_options(
+    policy: Policy | str | None, store: Store | None, tags: Callable[[bytes], Iterable[str]] | None
+) -> dict[str, Any]:
     """As segment.create takes them. Raises: InvalidConfig."""
     if policy is None and store is None:
         return {}
-    from shmcache.policy import Policy
+    from shmcache.policy import Policy, check
 
     chosen = Policy(policy or "through") if isinstance(policy, str | None) else policy
+    if store is not None:
+        check(chosen, store, tags)
     return {"policy": chosen.number, "config": chosen.packed(), "dirty_limit": chosen.dirty_bytes}
 
 
@@ -330,7 +334,7 @@ def open(
 
     A live segment keeps its own settings: arguments that differ from them are said in one ConfigMismatch warning.
     """
-    options = _options(default_ttl, max_value, stripes, max_processes, lock_limit, log_buffer) | _policy_options(policy, store)
+    options = _options(default_ttl, max_value, stripes, max_processes, lock_limit, log_buffer) | _policy_options(policy, store, tags)
     size_bytes = None if size is None else segment.parse_size(size)
     for _ in range(100):  # only against somebody who creates and unlinks all the while
         try:

@@ -145,9 +145,7 @@ class StoredCache(Cache):
         self.policy = policy
         self.store = store
         self._age = 2 * policy.timeout + GRACE  # of claims and marks: longer than to wait for another's, and then for the store
-        check_ordered(policy, store)
-        if tags is not None and policy.mode == "back":
-            raise errors.InvalidConfig("what is written back has no tags: take policy='through', or leave tags= out")
+        check(policy, store, tags)
         self._tags_of = tags
         self._reads_through = True
 
@@ -188,7 +186,7 @@ class StoredCache(Cache):
             entry = self._call(self.store.load_many, [name], timeout=self.policy.timeout).get(name)
             self.count_store(loads=1, found=entry is not None)
             if entry is None:
-                self._delete_version(name, seen)
+                self.discard(name)
                 return MISSING
             self._filled(name, entry, seen, head, True)
             return entry.value
@@ -674,8 +672,10 @@ def store_stats(cache: Cache) -> dict[str, Any]:
     return figures
 
 
-def check_ordered(policy: Policy, store: Store) -> None:
-    """Raises: InvalidConfig."""
+def check(policy: Policy, store: Store, tags: Callable[[bytes], Iterable[str]] | None = None) -> None:
+    """Do they go together? Raises: InvalidConfig."""
+    if policy.mode == "back" and tags is not None:
+        raise errors.InvalidConfig("what is written back has no tags: take policy='through', or leave tags= out")
     if policy.mode == "back" and not store.ordered:
         raise errors.InvalidConfig(
             "write-back needs a store that takes versions, or what a killed supervisor had begun could undo newer writes: "

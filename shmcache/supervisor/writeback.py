@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from shmcache import codec, errors
 from shmcache.core import _dirty
-from shmcache.policy import check_ordered, policy_of
+from shmcache.policy import check, policy_of
 
 if TYPE_CHECKING:
     from shmcache.cache import Cache
@@ -41,7 +41,7 @@ class WriteBack:
     def __init__(self, cache: Cache, store: Store) -> None:
         policy = policy_of(cache.mapping)
         assert policy is not None
-        check_ordered(policy, store)
+        check(policy, store)
         self.cache, self.store, self.policy = cache, store, policy
         self.dirty = _dirty.Dirty(cache)
         self.header = cache.views(writable=True).header

@@ -21,7 +21,7 @@ import shmcache
 from shmcache import errors, policy
 from shmcache.stores import Entry
 from shmcache.supervisor import writeback
-from tests.integration.test_flight import claimer
+from tests.integration.test_flight import claimer, pass_time
 from tests.integration.test_processes import child, ended
 from tests.integration.test_store import DATABASES, DictStore, function_store, in_thread, opened, until
 
@@ -329,6 +329,15 @@ def test_arguments_that_cannot_be(make, hooked, name):
             shmcache.Policy("through", **wrong)
 
 
+def test_what_does_not_go_together_creates_nothing(hooked, name):
+    with pytest.raises(errors.InvalidConfig, match="versions"):
+        shmcache.create(name, "8M", policy="back", store=function_store())
+    with pytest.raises(errors.InvalidConfig, match="tags"):
+        shmcache.open(name, "8M", policy="back", store=hooked, tags=lambda key: ())
+    with pytest.raises(errors.SegmentNotFound):
+        shmcache.attach(name)
+
+
 def test_by_default_a_store_is_written_through(make, hooked):
     assert make(store=hooked).policy == shmcache.Policy("through")
 
@@ -414,6 +423,91 @@ def test_that_a_key_is_not_there_is_remembered(over, hooked):
     hooked.before = lambda what, keys: None
     hooked.rows[b"x"] = (hooked.codec.encode(1), None, 0)
     assert cache["x"] == 1
+
+
+def test_a_copy_whose_time_is_over_is_given_while_one_caller_loads_it_anew(over, hooked):
+    cache = over(hooked, stale_ttl=1000)
+    cache.set("k", "old", ttl=10)
+    assert cache["k"] == "old"
+    pass_time(cache, 11)
+    hooked.rows[b"k"] = (hooked.codec.encode("new"), None, 0)  # past the cache
+    gate = Gate(hooked, "load")
+    loader, got = in_thread(cache.get, "k")
+    assert gate.reached.wait(60)
+    loads = len(hooked.calls)
+    assert [cache["k"], cache.get("k")] == ["old", "old"]
+    assert len(hooked.calls) == loads
+    gate.opened.set()
+    loader.join(60)
+    assert got == ["new"]
+    assert cache.peek("k") == "new"
+
+
+def test_a_copy_whose_time_is_over_is_given_while_the_store_is_down(over, hooked):
+    cache = over(hooked, stale_ttl=1000)
+    cache.set("k", "old", ttl=10)
+    assert cache["k"] == "old"
+    pass_time(cache, 11)
+    hooked.before = down
+    assert cache["k"] == "old"
+    pass_time(cache, 1001)
+    with pytest.raises(errors.StoreUnavailable):
+        cache.get("k")
+
+
+@pytest.mark.parametrize("other", ["set", "delete", "invalidate", "incr"])
+def test_what_is_changed_while_a_stale_copy_is_loaded_anew_wins(over, hooked, other):
+    cache = over(hooked, stale_ttl=1000)
+    cache.set("k", 1, ttl=10)
+    assert cache["k"] == 1
+    pass_time(cache, 11)
+    gate = Gate(hooked, "load", "after")
+    loader, got = in_thread(cache.get, "k")
+    assert gate.reached.wait(60)
+    {"set": lambda: cache.set("k", 5), "delete": lambda: cache.delete("k"), "invalidate": lambda: cache.invalidate("k"), "incr": lambda: cache.incr("k")}[other]()
+    gate.opened.set()
+    loader.join(60)
+    assert got == [1]
+    expected = {"set": 5, "delete": None, "incr": 2}.get(other, 1)
+    assert cache.peek("k") in (None, expected)
+    assert cache.get("k") == expected
+
+
+def test_a_row_that_is_gone_takes_the_stale_copy_with_it(over, hooked):
+    cache = over(hooked, stale_ttl=1000)
+    cache.set("k", 1, ttl=10)
+    assert cache["k"] == 1
+    pass_time(cache, 11)
+    del hooked.rows[b"k"]
+    assert cache.get("k") is None
+    assert cache._look("k")[0] == 3
+
+
+def test_copies_have_the_tags_that_are_made_of_their_keys(make, mode, hooked):
+    cache = make(policy=mode, store=hooked, tags=lambda key: (key.partition(b":")[0].decode(), "all"))
+    hooked.rows[b"user:1"] = (hooked.codec.encode(1), None, 0)
+    cache["user:2"] = 2
+    cache["page:1"] = 3
+    cache.incr("user:2", 10)
+    everything = ["user:1", "user:2", "page:1"]
+    assert cache.get_many(everything) == {"user:1": 1, "user:2": 12, "page:1": 3}
+    cache.invalidate_tag("user")
+    assert [cache.peek(k) for k in everything] == [None, None, 3]
+    assert [cache[k] for k in everything] == [1, 12, 3]
+    gate = Gate(hooked, "load", "after")
+    cache.invalidate_tag("user")
+    reader, got = in_thread(cache.get, "user:1")
+    assert gate.reached.wait(60)
+    cache.invalidate_tag("all")  # while it is loaded
+    gate.opened.set()
+    reader.join(60)
+    assert got == [1]
+    assert [cache.peek(k) for k in everything] == [None] * 3
+    with pytest.raises(errors.UsageError, match="open"):
+        cache.set("user:1", 5, tags=("x",))
+    cache.set("\0own", 5, tags=("x",))
+    cache.invalidate_tag("x")
+    assert cache.get("\0own") is None
 
 
 # ---- stores that fail ---------------------------------------------------------------------------------------------------------------
