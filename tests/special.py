@@ -120,7 +120,7 @@ def build(*flags: str) -> Path:
             shutil.copytree(translated("-DSHMCACHE_FAULT_POINTS" in flags), source)
             if any(flag.startswith("-DSHMCACHE_NO_") for flag in flags):
                 leave_out(source / "pyproject.toml", "_resp")
-                change(source / "pyproject.toml", '"-O3"', '"-O1"', 3)  # only to be seen to fail, by workers that die at given places
+                change(source / "pyproject.toml", '"-O3"', '"-O1"', 4)  # only to be seen to fail, by workers that die at given places
             pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target", str(folder), str(source)]
             run(pip, CFLAGS=" ".join(flags), DIST_EXTRA_CONFIG=str(source / "parallel.cfg"))
             shutil.rmtree(source)
