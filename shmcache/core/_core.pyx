@@ -1634,7 +1634,8 @@ cdef class Table:
         """Claim a key that is not there: say that this thread computes its value, or (lock) holds it.
 
         Args: seconds: after which the claim is void, 0: never. lock: clear() leaves it alone.
-        Returns: the claim's version, above 0; 0: a value is there; -1: another living thread's claim stands; -2: this thread's own;
+        Returns: the claim's version, above 0; 0: a value is there; -1: another living thread's claim stands, or (write-back) a restore has not
+        put in yet what the store has not got; -2: this thread's own;
         -3: somebody changes it in the store (mark()); -4: did, and is dead; -5: it was
         deleted, and the store does not know yet.
         A claim of the dead is taken over. Whoever sets, deletes or (but for a lock) clears the key voids it.
@@ -1668,6 +1669,8 @@ cdef class Table:
                     return -2 if thread == owner[1] else -1
                 if not dead(s, token):
                     return -1
+            elif unlikely(ld32(&s.header.restoring) == 2) and writes_back(s, op.key):
+                return -1           # what the store has not got is not in yet
             op.when = IF_CLAIM if rc == EXISTS else IF_UNCLAIMED
             op.flags = FLAG_CLAIM | (FLAG_LOCK if lock else 0)
             op.loaded = True

@@ -8,7 +8,9 @@ write up to that version is in the copy, or overwritten there.
 Restore: into a segment that was created for it (header.restoring), which workers may use all the while. Race table, all under the stripe:
     restored vs written      the worker wins: what is there, stale or not, is left (EXISTS)
     restored vs deleted, or written and evicted     the worker wins: the key has departed (bucket.pxd)
-    restored vs cleared      the worker wins: the epoch is no more that of the creation (MISMATCH), and the restore ends
+    restored vs cleared      the worker wins: the epoch is no more that of the creation (MISMATCH), and the restore ends; but for what the
+                             store has not got (write-back), which no clear() takes away
+    dirty vs loaded          the dirty come first, and nobody loads till they are in (Table.claim): the row would be older
 Crash of who restores: `restoring` stays 1, and the restore can be run again: what is there stays, what left stays away.
 """
 from cpython.exc cimport PyErr_CheckSignals
@@ -305,7 +307,7 @@ cdef class Restore:
     """Puts records into a segment that was created for it. Counts: stored, present (a worker has written or removed the key meanwhile),
     expired, dropped (too large for this segment, or no room).
 
-    full: the segment began to evict; cleared: a worker has cleared it, nothing more is stored.
+    full: the segment began to evict; cleared: a worker has cleared it, nothing more is stored but what is dirty.
     Raises: UsageError: the segment is not being restored.
     """
     cdef Table table
@@ -331,8 +333,8 @@ cdef class Restore:
         """Store the records of one block. Without the GIL.
 
         Args: clock_back_ms: added to the wall clock. heat: only those with this CLOCK count, and end where the segment is full (-1: all).
-        least_epoch: items of an earlier one were cleared. generations: only those of namespaces and tags, which workers need before the rest; else
-        all but those. tail: what the log has since; of_log: the block is the log's.
+        least_epoch: items of an earlier one were cleared. generations: only what workers need before the rest: the generations of namespaces and
+        tags, and in write-back what the store has not got (all of it: no clear() takes it away); else all but that. tail: what the log has since; of_log: the block is the log's.
         Raises: DamageError: the payload is not whole records; StripeBusy.
         """
         cdef uint64_t at = 0, end = payload.shape[0]
@@ -359,28 +361,39 @@ cdef class Restore:
         cdef record_t r
         cdef put_t op
         cdef uint64_t size, hash
-        cdef bint dirty
+        cdef bint dirty, back
         cdef int rc, tries
-        while at[0] < end and not self.cleared:
+        while at[0] < end and (generations or not self.cleared):
             size = record_bytes(payload, at[0], end, &r)
             if size == 0:
                 return MISMATCH
-            if r.op & 15 != RECORD_SET or (heat >= 0 and (<int>MAX_REFS if of_log else min(r.op >> 4 & 3, <int>MAX_REFS)) != heat):
+            if r.op & 15 != RECORD_SET:
                 at[0] += size
                 continue
-            if is_generation(payload + at[0] + sizeof(record_t), r.key_bytes) != generations or r.epoch < least_epoch:
+            back = s.policy == POLICY_BACK and payload[at[0] + sizeof(record_t)] != 0
+            dirty = False
+            hash = 0
+            if back:                        # the tail tells what is dirty
+                hash = siphash13(payload + at[0] + sizeof(record_t), r.key_bytes, s.k0, s.k1)
+                if tail is not None and not tail.wins(hash, &r, of_log):
+                    at[0] += size
+                    continue
+                dirty = r.op & RECORD_DIRTY != 0
+            if (dirty or is_generation(payload + at[0] + sizeof(record_t), r.key_bytes)) != generations:
                 at[0] += size
                 continue
-            dirty = r.op & RECORD_DIRTY and s.policy == POLICY_BACK
-            if heat >= 0 and self.full and not dirty:
+            if not dirty and (r.epoch < least_epoch or (heat >= 0 and (<int>MAX_REFS if of_log else min(r.op >> 4 & 3, <int>MAX_REFS)) != heat)):
+                at[0] += size
+                continue
+            if heat >= 0 and self.full:
                 self.dropped += 1
                 at[0] += size
                 continue
-            hash = siphash13(payload + at[0] + sizeof(record_t), r.key_bytes, s.k0, s.k1)
-            if tail is not None and not tail.wins(hash, &r, of_log):
-                at[0] += size
-                continue
-            dirty = r.op & RECORD_DIRTY and s.policy == POLICY_BACK      # also by the tail
+            if not back:
+                hash = siphash13(payload + at[0] + sizeof(record_t), r.key_bytes, s.k0, s.k1)
+                if tail is not None and not tail.wins(hash, &r, of_log):
+                    at[0] += size
+                    continue
             if r.expires_ms and r.expires_ms <= wall and not dirty:
                 self.expired += 1
                 at[0] += size
@@ -426,7 +439,7 @@ cdef class Restore:
         return OK
 
     def generations_done(self):
-        """Those of all namespaces and tags are in: workers need not wait for them any more."""
+        """Those of all namespaces and tags are in, and all that is dirty: workers need not wait for them any more."""
         cdef seg_t* s = self.table.ready()
         if ld32(&s.header.restoring):
             st32(&s.header.restoring, 1)

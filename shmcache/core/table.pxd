@@ -600,7 +600,7 @@ cdef inline int put(seg_t* s, put_t* op, uint64_t limit_ns) noexcept nogil:
     elif rc == OK:
         st8r(refs_of(s, op.chunk), ld8r(refs_of(s, f.addr)))        # a key keeps its count
     count = count_now(s, st)
-    if unlikely(op.when == RESTORED) and rc == OK and count >> 32 != op.epoch:
+    if unlikely(op.when == RESTORED) and rc == OK and count >> 32 != op.epoch and not op.flags & FLAG_DIRTY:
         rc = MISMATCH
     if op.loaded and rc == OK and (op.when == IF_CLAIM or op.when == IF_SAME) and item_at(s, f.addr).epoch != count >> 32 and \
             not item_at(s, f.addr).flags & FLAG_LOCK:

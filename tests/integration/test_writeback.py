@@ -1,0 +1,147 @@
+"""Write-back: that no acknowledged write and no delete is lost on its way to the store, whatever comes between."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+
+import pytest
+
+import shmcache
+from shmcache import errors
+from shmcache.stores import Entry
+from shmcache.supervisor import datadir, snapshot, writeback
+from shmcache.supervisor.appendlog import AppendLog
+from tests.integration.test_store import DictStore, until
+
+BACK = shmcache.Policy("back", flush_every=0.01, timeout=5.0)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    with datadir.take(tmp_path / "data") as folder:
+        yield folder
+
+
+@pytest.fixture
+def store():
+    return DictStore()
+
+
+@pytest.fixture
+def back(make, store):
+    """back(**options) -> a cache that writes back; nobody stores what it has but flushed()."""
+    return lambda policy=BACK, **options: make("16M", policy=policy, store=store, **options)
+
+
+@contextlib.contextmanager
+def flusher(name, store):
+    with shmcache.attach(name) as cache:
+        thread = writeback.WriteBack(cache, store)
+        try:
+            yield thread
+        finally:
+            thread.stop()
+
+
+def flushed(name, store):
+    """What the store has when it has everything: {key: (value, does it expire?)}."""
+    with flusher(name, store):
+        pass
+    return {key: (entry.value, entry.ttl is not None) for key, entry in store.load_many(list(store.rows)).items()}
+
+
+def snapped(cache, folder):
+    """As after a crash: a snapshot of what is there, and the segment is gone."""
+    snapshot.write(cache, folder, throttled=False)
+    cache.close()
+    shmcache.unlink(cache.name)
+
+
+# ---- restore ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_nobody_loads_an_older_row_while_what_is_dirty_is_restored(back, store, folder, monkeypatch):
+    store.store_many({b"k": ("older", None), b"n": (1, None)})
+    cache = back()
+    cache.set("k", "newer")
+    cache.set("n", 5)
+    put_all, seen = snapshot._put_all, []
+
+    def with_a_worker(into, *args):
+        if not seen:
+            with shmcache.attach(cache.name, store=store) as worker:
+                seen.append(worker.claim("k", 5))
+                thread = threading.Thread(target=lambda: seen.extend([worker.get("k"), worker.incr("n")]))
+                thread.start()
+                time.sleep(0.05)
+                assert len(seen) == 1  # it waits
+                put_all(into, *args)
+                into.generations_done()
+                thread.join()
+        else:
+            put_all(into, *args)
+
+    monkeypatch.setattr(snapshot, "_put_all", with_a_worker)
+    snapped(cache, folder)
+    assert snapshot.restore(cache.name, folder)["present"] == 0
+    assert seen == [-1, "newer", 6]
+    assert flushed(cache.name, store) == {b"k": ("newer", False), b"n": (6, False)}
+    shmcache.unlink(cache.name)
+
+
+def test_what_is_dirty_outlives_a_clear_also_in_the_log(back, store, folder):
+    store.store_many({b"gone": ("older", None), b"touched": ("kept", None)})
+    cache = back(log_buffer="64K")
+    cache.set("k", "v")
+    cache.delete("gone")
+    assert cache.get("touched") == "kept"
+    snapshot.write(cache, folder, throttled=False)
+    log = AppendLog(cache, folder, "always")
+    cache.expire("touched", 1000)
+    cache.set("in the log", "v")
+    with shmcache.attach(cache.name) as bare:
+        bare.clear()
+    log.close()
+    cache.close()
+    shmcache.unlink(cache.name)
+    snapshot.restore(cache.name, folder)
+    assert flushed(cache.name, store) == {b"k": ("v", False), b"in the log": ("v", False), b"touched": ("kept", True)}
+    shmcache.unlink(cache.name)
+
+
+def test_what_is_dirty_is_restored_also_after_a_worker_cleared(back, store, folder, monkeypatch):
+    cache = back()
+    for i in range(100):
+        cache.set(f"k{i}", i)
+    put_all = snapshot._put_all
+
+    def cleared(into, *args):
+        with shmcache.attach(cache.name) as worker:
+            worker.set("x", 1)
+            worker.clear()
+        put_all(into, *args)
+
+    monkeypatch.setattr(snapshot, "_put_all", cleared)
+    snapped(cache, folder)
+    snapshot.restore(cache.name, folder)
+    assert flushed(cache.name, store) == {b"x": (1, False), **{b"k%d" % i: (i, False) for i in range(100)}}
+    shmcache.unlink(cache.name)
+
+
+def test_keys_of_the_caches_own_are_not_stored_after_a_restore_either(back, store, folder):
+    cache = back(log_buffer="64K")
+    cache.set("\0own", 1)
+    snapshot.write(cache, folder, throttled=False)
+    log = AppendLog(cache, folder, "always")
+    cache.expire("\0own", 1000)
+    log.close()
+    cache.close()
+    shmcache.unlink(cache.name)
+    snapshot.restore(cache.name, folder)
+    assert flushed(cache.name, store) == {}
+    with shmcache.attach(cache.name) as cache:
+        assert cache.ttl("\0own") < 1001
+        assert cache.delete("\0own")
+    shmcache.unlink(cache.name)
