@@ -1875,7 +1875,7 @@ cdef class Table:
             raise errors.NotANumber("incr and decr take an int to add, and an int or None as default")
         return self.incr(key, -n, default=default, ttl=ttl)
 
-    cdef int change_expiry(self, object key, uint64_t expiry_ms) except -100:
+    cdef int change_expiry(self, object key, uint64_t expiry_ms, bint copy_ttl) except -100:
         cdef const uint8_t* k
         cdef size_t n
         cdef log_t log
@@ -1885,13 +1885,13 @@ cdef class Table:
         key_view(key, &k, &n)
         s = self.ready()
         held = self.mapping
-        rc = self.change_expiry_view(s, held, k, n, siphash13(k, n, s.k0, s.k1), expiry_ms, &log)
+        rc = self.change_expiry_view(s, held, k, n, siphash13(k, n, s.k0, s.k1), expiry_ms, copy_ttl, &log)
         if unlikely(log.end != 0):
             self.durable(s, held, &log)
         return rc
 
     cdef int change_expiry_view(self, seg_t* s, Mapping held, const uint8_t* key, size_t n, uint64_t h, uint64_t expiry_ms,
-                                log_t* log) except -100:
+                                bint copy_ttl, log_t* log) except -100:
         """set_expiry(), logged: OK or ABSENT."""
         cdef int rc = BUSY
         log.bytes = 0
@@ -1899,14 +1899,14 @@ cdef class Table:
         if unlikely(s.ring_bytes != 0):
             self.secure(s, held, log, record_room(s, n, 0))
         try:
-            rc = set_expiry(s, key, n, h, expiry_ms, log, 0)
+            rc = set_expiry(s, key, n, h, expiry_ms, copy_ttl, log, 0)
             if rc == BUSY and self.impatient:
                 raise WouldWait
             while rc == BUSY or rc == INTR:
                 self.enter(s)
                 try:
                     with nogil:
-                        rc = set_expiry(s, key, n, h, expiry_ms, log, s.limit_ns)
+                        rc = set_expiry(s, key, n, h, expiry_ms, copy_ttl, log, s.limit_ns)
                     if rc == INTR:
                         self.forked(s, held, log)
                 finally:
@@ -1928,7 +1928,7 @@ cdef class Table:
             ms = s.default_ttl_ms
         if ttl is not None and ms == 0:
             return self.remove_key(key, 0) == OK
-        return self.change_expiry(key, now_ms(s) + ms if ms else 0) == OK
+        return self.change_expiry(key, now_ms(s) + ms if ms else 0, ttl is None) == OK
 
     def expire(self, key, ttl):
         """Let a key expire ttl seconds from now, 0: remove it: True if it was there."""
@@ -1938,7 +1938,7 @@ cdef class Table:
 
     def persist(self, key):
         """Let a key never expire: True if it was there."""
-        return self.change_expiry(key, 0) == OK
+        return self.change_expiry(key, 0, False) == OK
 
     # -- the whole table
 

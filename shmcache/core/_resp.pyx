@@ -792,7 +792,7 @@ cdef int expire_key(Executor ex, const uint8_t* key, size_t n, uint64_t expiry_m
     if not fits(ex, &key, &n):
         return ABSENT
     log.end = 0
-    rc = ex.table.change_expiry_view(ex.s, ex.mapping, key, n, siphash13(key, n, ex.s.k0, ex.s.k1), expiry_ms, &log)
+    rc = ex.table.change_expiry_view(ex.s, ex.mapping, key, n, siphash13(key, n, ex.s.k0, ex.s.k1), expiry_ms, False, &log)
     if unlikely(log.end != 0):
         ex.table.note_log(&log)
     return rc

@@ -24,9 +24,9 @@ from shmcache.core.atomics cimport add64, fence_acquire, ld8r, ld16r, ld32, ld32
 from shmcache.core.big cimport big_read, big_shape, big_t
 from shmcache.core.bucket cimport ADDR_MASK, OP_TOUCH, bucket_of, chain_first, chain_next, chain_t, stripe_of, stripe_release, stripe_take
 from shmcache.core.clock cimport now_ms
-from shmcache.core.layout cimport FLAG_BIG, FLAG_CLAIM, FLAG_DIRTY, MAX_KEY, MAX_REFS, POLICY_BACK, SLOTS, item_t, ring_t, seg_t, stripe_t
+from shmcache.core.layout cimport FLAG_BIG, FLAG_CLAIM, FLAG_COPY_TTL, FLAG_DIRTY, MAX_KEY, MAX_REFS, POLICY_BACK, SLOTS, item_t, ring_t, seg_t, stripe_t
 from shmcache.core.lock cimport shm_sleep
-from shmcache.core.record cimport RECORD_CLEAR, RECORD_DELETE, RECORD_DIRTY, RECORD_EXPIRY, RECORD_GAP, RECORD_REF, RECORD_SET, record_t
+from shmcache.core.record cimport RECORD_CLEAR, RECORD_COPY_TTL, RECORD_DELETE, RECORD_DIRTY, RECORD_EXPIRY, RECORD_GAP, RECORD_REF, RECORD_SET, record_t
 from shmcache.core.ring cimport ring_of
 from shmcache.core.siphash cimport siphash13
 from shmcache.core.slab cimport in_slab, item_at, page_room, refs_of, value_offset
@@ -120,7 +120,8 @@ cdef int copy_chain(seg_t* s, uint64_t b, uint32_t stripe, copy_t* c) noexcept n
                 return NO_ROOM
             r.expires_ms = <uint64_t>(<int64_t>expiry + c.to_wall_ms) if expiry else 0
             r.stripe = stripe
-            r.op = <uint8_t>(RECORD_SET | min(ld8r(refs_of(s, addr)), <uint8_t>MAX_REFS) << 4 | (RECORD_DIRTY if flags & FLAG_DIRTY else 0))
+            r.op = <uint8_t>(RECORD_SET | min(ld8r(refs_of(s, addr)), <uint8_t>MAX_REFS) << 4 | (RECORD_DIRTY if flags & FLAG_DIRTY else 0) |
+                            (RECORD_COPY_TTL if flags & FLAG_COPY_TTL else 0))
             if flags & FLAG_DIRTY:
                 r.epoch = epoch             # cleared or not: it is to be stored
             memcpy(c.to + at, &r, sizeof(record_t))
@@ -409,7 +410,7 @@ cdef class Restore:
             op.hash = hash
             op.expiry_ms = now_ms(s) + (r.expires_ms - wall) if r.expires_ms > wall else 1 if r.expires_ms else 0
             op.codec = r.codec
-            op.flags = FLAG_DIRTY if dirty else 0
+            op.flags = (FLAG_DIRTY if dirty else 0) | (FLAG_COPY_TTL if back and r.op & RECORD_COPY_TTL else 0)
             op.refs = <uint8_t>min(r.op >> 4 & 3, <int>MAX_REFS)
             op.when = RESTORED
             op.loaded = True
@@ -457,6 +458,7 @@ ctypedef struct entry_t:
     uint64_t version        # of the newest SET or DELETE; 0: none
     uint64_t expiry_version # of the newest EXPIRY
     uint64_t expires_ms
+    uint8_t copy_ttl        # RECORD_COPY_TTL or 0
 
 
 cdef class Tail:
@@ -552,6 +554,7 @@ cdef class Tail:
                         if r.version > e.expiry_version:
                             e.expiry_version = r.version
                             e.expires_ms = r.expires_ms
+                            e.copy_ttl = r.op & RECORD_COPY_TTL
                     elif r.version > e.version:
                         e.version = r.version
             at += size
@@ -568,7 +571,7 @@ cdef class Tail:
         if e.expiry_version > r.version:
             r.expires_ms = e.expires_ms
             r.version = e.expiry_version
-            r.op |= RECORD_DIRTY        # in write-back the store may not have that
+            r.op = (r.op & ~RECORD_COPY_TTL) | e.copy_ttl | RECORD_DIRTY        # in write-back the store may not have that
         return True
 
 
@@ -765,7 +768,7 @@ cdef class Drain:
             found.value_bytes = <uint32_t>read.value_bytes
             found.codec = read.codec
             found.epoch = ld32r(&it.epoch)
-            found.op = RECORD_SET | (RECORD_DIRTY if read.flags & FLAG_DIRTY else 0)
+            found.op = RECORD_SET | (RECORD_DIRTY if read.flags & FLAG_DIRTY else 0) | (RECORD_COPY_TTL if read.flags & FLAG_COPY_TTL else 0)
             found.expires_ms = 0
             if read.expiry_ms:
                 found.expires_ms = <uint64_t>(<int64_t>read.expiry_ms + <int64_t>wall_ms() - <int64_t>now_ms(s))

@@ -18,7 +18,7 @@
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from shmcache.core.atomics cimport add64, and64, ld8r, ld64, or64, st8r, sub64
-from shmcache.core.layout cimport FLAG_COPY_TTL, FLAG_DIRTY, POLICY_BACK, item_t, seg_t
+from shmcache.core.layout cimport FLAG_DIRTY, POLICY_BACK, item_t, seg_t
 from shmcache.core.slab cimport chunk_addr, chunk_class, item_at, page_cls, page_of
 
 cdef inline uint64_t dirty_index(seg_t* s, uint64_t addr) noexcept nogil:
@@ -75,11 +75,9 @@ cdef inline void dirty_gone(seg_t* s, uint64_t addr) noexcept nogil:
     cdef uint64_t n = dirty_size(s, addr), have = ld64(&s.header.dirty)
     sub64(&s.header.dirty, n if n < have else have)
 
-cdef inline void dirty_in_place(seg_t* s, uint64_t addr, bint expiry) noexcept nogil:
-    """Under the stripe, before a counter or (expiry) a time changes in place."""
+cdef inline void dirty_in_place(seg_t* s, uint64_t addr) noexcept nogil:
+    """Under the stripe, before a counter or a time changes in place."""
     cdef item_t* it = item_at(s, addr)
-    if expiry:
-        st8r(&it.flags, it.flags & ~FLAG_COPY_TTL)
     if not it.flags & FLAG_DIRTY:
         dirty_placed(s, addr, 0)
         st8r(&it.flags, it.flags | FLAG_DIRTY)

@@ -145,3 +145,40 @@ def test_keys_of_the_caches_own_are_not_stored_after_a_restore_either(back, stor
         assert cache.ttl("\0own") < 1001
         assert cache.delete("\0own")
     shmcache.unlink(cache.name)
+
+
+# ---- the copy's time --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("logged", [False, True])
+def test_the_copys_time_is_not_the_values_after_a_restore_either(back, store, folder, logged):
+    cache = back(default_ttl=0.3, log_buffer="64K")
+    cache.set("k", "v")
+    cache.set("own", "v", ttl=1000)
+    cache.touch("own")  # the segment's default again
+    if not logged:
+        snapped(cache, folder)
+    else:
+        snapshot.write(cache, folder, throttled=False)
+        log = AppendLog(cache, folder, "always")
+        cache.set("logged", "v")
+        cache.expire("k", 1000)
+        cache.touch("k")
+        log.close()
+        cache.close()
+        shmcache.unlink(cache.name)
+    time.sleep(0.4)
+    snapshot.restore(cache.name, folder)
+    names = ["k", "own", "logged"] if logged else ["k", "own"]
+    assert flushed(cache.name, store) == {name.encode(): ("v", False) for name in names}
+    shmcache.unlink(cache.name)
+
+
+def test_a_touch_with_no_ttl_takes_the_values_time_away(back, store):
+    cache = back(default_ttl=1000)
+    cache.set("k", "v", ttl=5)
+    assert cache.touch("k")
+    assert 999 < cache.ttl("k") <= 1000
+    assert flushed(cache.name, store) == {b"k": ("v", False)}
+    assert cache.touch("k", 7)
+    assert flushed(cache.name, store) == {b"k": ("v", True)}
