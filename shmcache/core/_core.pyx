@@ -31,7 +31,7 @@ from shmcache.core.clock cimport now_ms, ring_supervisor
 from shmcache.core.envelope cimport (
     CODEC_ENVELOPE, ENVELOPE_FIXED, FLAG_NEGATIVE, HEAD_BYTES, MOST_TAGS, STATE_DAMAGED, STATE_FRESH, STATE_GONE, STATE_NEGATIVE, STATE_STALE, TAG_BYTES, TAG_PREFIX_BYTES,
     TAKE_EARLY, TAKE_STALE, envelope_open, envelope_t)
-from shmcache.core.dirty cimport writes_back
+from shmcache.core.dirty cimport any_dirty, writes_back
 from shmcache.core.layout cimport (
     BATCH_CLASSES, BATCH_SLOTS, CLS_POOL, CONFIG_BYTES, FLAG_CLAIM, FLAG_COPY_TTL, FLAG_LOCK, FLAG_WRITING, LAYOUT_VERSION, LOG_ALWAYS, LOG_OFF, MAX_CLASSES, MAX_KEY, MAX_ROWS, MIN_CHUNK, PARKED_SLOTS, POLICY_BACK,
     bucket_t, class_t, header_t, item_t, lock_t, overflow_t, page_t, pool_t, ring_t,
@@ -1572,7 +1572,7 @@ cdef class Table:
         cdef seg_t* s = self.ready()
         cdef Mapping held = self.mapping
         cdef uint64_t until = mono_ns() + <uint64_t>(max(0.0, min(timeout, 1e6)) * 1e9), asked
-        if s.policy != POLICY_BACK or ld64(&s.header.dirty) == 0:
+        if s.policy != POLICY_BACK or (ld64(&s.header.dirty) == 0 and not any_dirty(s)):
             return
         asked = add64(&s.header.flushes_asked, 1) + 1
         self.enter(s)

@@ -827,11 +827,11 @@ cdef inline int mark_clean(seg_t* s, const uint8_t* key, size_t n, uint64_t h, u
         it = item_at(s, f.addr)
         if it.flags & FLAG_DIRTY and it.cas == version:
             rc = OK
-            dirty_gone(s, f.addr)
             st8(&it.flags, it.flags & ~FLAG_DIRTY)
             #! clean: flag
             dirty_clear(s, f.addr)      # behind it: who dies between leaves a bit too many
             #! clean: bit
+            dirty_gone(s, f.addr)
             tombstone = f.state == STATE_NEGATIVE
             if tombstone:
                 remove_locked(s, st, b, f.slot, f.addr, OP_EVICT, NULL)

@@ -29,6 +29,7 @@ BATCH = 500  # keys in one call of the store
 FIRST_PAUSE = 0.05  # seconds
 LONGEST_PAUSE = 5.0
 RETRY_REFUSED = 60.0
+RECOUNT_EVERY = 5.0  # seconds at least, of what writers' deaths have made wrong
 AT_END = 30.0  # seconds for which stop() tries to store what is left
 
 
@@ -52,6 +53,7 @@ class WriteBack:
         self.stopping = False
         self.batches = self.rows = 0
         self.dirty.recount()  # who was before may have died
+        self.next_recount = 0.0
         self.thread = threading.Thread(target=self.run, name="writeback", daemon=True)
         self.thread.start()
 
@@ -77,6 +79,7 @@ class WriteBack:
         """Store what is dirty now: False if the store failed. What is refused, or was written meanwhile, stays dirty."""
         asked = int(self.header["flushes_asked"])
         at, left, began = 0, 0, time.time()
+        skipped, counted = self.dirty.skipped, int(self.header["dirty"]) + self.dirty.found_bytes
         seen: dict[bytes, float] = {}
         while True:
             items, at = self.dirty.find(at, BATCH)
@@ -102,9 +105,17 @@ class WriteBack:
         self.header["flush_failed_ms"] = 0
         self.header["flush_refused"] = left
         self.header["oldest_dirty_ms"] = int(min(seen.values()) * 1000) if seen else 0
-        if left == 0:
+        if left == 0 and self.dirty.skipped == skipped:
             self.header["flushes_ended"] = asked
+        self._recount(counted - self.dirty.found_bytes)
         return True
+
+    def _recount(self, too_many: int) -> None:
+        """Count what is dirty anew if header.dirty had so many bytes more than a pass has found: writers wait by it."""
+        now = time.monotonic()
+        if too_many > int(self.header["dirty_limit"]) >> 4 and now >= self.next_recount:
+            self.next_recount = now + RECOUNT_EVERY
+            self.dirty.recount()
 
     def _waits(self, key: bytes, version: int, now: float) -> bool:
         """Was this version of it refused a short while ago?"""

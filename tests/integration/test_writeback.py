@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import threading
 import time
 
@@ -13,7 +15,8 @@ from shmcache import errors
 from shmcache.stores import Entry
 from shmcache.supervisor import datadir, snapshot, writeback
 from shmcache.supervisor.appendlog import AppendLog
-from tests.integration.test_store import DictStore, until
+from tests.integration.test_processes import child, ended
+from tests.integration.test_store import DictStore
 
 BACK = shmcache.Policy("back", flush_every=0.01, timeout=5.0)
 
@@ -182,3 +185,49 @@ def test_a_touch_with_no_ttl_takes_the_values_time_away(back, store):
     assert flushed(cache.name, store) == {b"k": ("v", False)}
     assert cache.touch("k", 7)
     assert flushed(cache.name, store) == {b"k": ("v", True)}
+
+
+# ---- counting, and flush() ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_count_that_deaths_have_made_too_high_is_put_right_and_writers_go_on(back, store):
+    cache = back()
+    header = cache.views(writable=True).header
+    with flusher(cache.name, store):
+        cache.set("k", "v")
+        header["dirty"] = 1 << 40  # as if many had died with large values in hand
+        cache.set("k", "w")  # waits till it is counted
+        assert header["dirty"] < 1 << 20
+    del header
+
+
+def test_flush_stores_what_is_dirty_whatever_the_count_says(back, store):
+    cache = back(shmcache.Policy("back", flush_every=0.2))
+    with flusher(cache.name, store):
+        cache.set("k", "v")
+        cache.views(writable=True).header["dirty"] = 0
+        cache.flush()
+        assert store.load_many([b"k"]) == {b"k": Entry("v")}
+
+
+def test_flush_does_not_say_that_all_is_stored_if_a_stopped_process_holds_a_stripe(back, store):
+    cache = back(lock_limit=0.05)
+    cache.set("k", "v")
+    segment = cache.views(writable=True)
+    holder = child(lambda: cache.get("k") and os.kill(os.getpid(), signal.SIGSTOP) is None)
+    os.waitpid(holder, os.WUNTRACED)
+    row = next(p["row"] for p in cache.processes() if p["pid"] == holder)
+    # as if it had been stopped while it had the key's stripe
+    segment.stripes["word"][segment.stripes["seq"] != 0] = (int(segment.rows["gen"][row]) << 16) | (row + 1)
+    try:
+        with flusher(cache.name, store):
+            with pytest.raises(errors.StoreUnavailable):
+                cache.flush(0.5)
+            os.kill(holder, signal.SIGKILL)
+            ended(holder)
+            cache.flush()
+            assert store.load_many([b"k"]) == {b"k": Entry("v")}
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(holder, signal.SIGKILL)
+        del segment
