@@ -29,6 +29,7 @@ cdef class Dirty:
     cdef Mapping mapping
     cdef uint64_t words
     cdef readonly uint64_t skipped      # found dirty, or not known, and not read: a process that does not run holds the stripe
+    cdef readonly bytes damaged         # the last key whose value has a page that belongs to somebody else
     cdef readonly uint64_t found_bytes  # of the items found, as header.dirty counts them
 
     def __init__(self, Table table not None):
@@ -111,7 +112,9 @@ cdef class Dirty:
         if not r.flags & FLAG_DIRTY:
             return None
         if r.damaged:
-            raise errors.DamageError(f"a page of the value of {key!r} belongs to somebody else: run shmcache-admin verify --repair")
+            self.skipped += 1       # and the others are stored
+            self.damaged = key
+            return None
         left = None
         if r.expiry_ms and not r.flags & FLAG_COPY_TTL:
             now = now_ms(s)

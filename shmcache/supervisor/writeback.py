@@ -11,6 +11,7 @@ LONGEST_PAUSE. A row that it refuses stays dirty, is said once, and tried again 
 
 from __future__ import annotations
 
+import contextlib
 import random
 import sys
 import threading
@@ -54,6 +55,7 @@ class WriteBack:
         self.batches = self.rows = 0
         self.dirty.recount()  # who was before may have died
         self.next_recount = 0.0
+        self.damaged: bytes | None = None
         self.thread = threading.Thread(target=self.run, name="writeback", daemon=True)
         self.thread.start()
 
@@ -67,13 +69,21 @@ class WriteBack:
         while not self.stopping:
             self.wake.wait(self.policy.flush_every)
             self.wake.clear()
-            if not self.stopping and not self.one_pass():
+            if not self.stopping and not self.tried():
                 pause = self.pause * random.uniform(0.5, 1.5)
                 self.pause = min(2 * self.pause, LONGEST_PAUSE)
                 deadline = time.monotonic() + pause
                 while not self.stopping and time.monotonic() < deadline:
                     self.wake.wait(max(0.0, deadline - time.monotonic()))
                     self.wake.clear()
+
+    def tried(self) -> bool:
+        """one_pass(); what it raises is taken for a failure of the store's: if this thread ended, writers would wait for good."""
+        try:
+            return self.one_pass()
+        except Exception as e:
+            self._failed(e)
+            return False
 
     def one_pass(self) -> bool:
         """Store what is dirty now: False if the store failed. What is refused, or was written meanwhile, stays dirty."""
@@ -83,6 +93,9 @@ class WriteBack:
         seen: dict[bytes, float] = {}
         while True:
             items, at = self.dirty.find(at, BATCH)
+            if self.dirty.damaged != self.damaged:
+                self.damaged = self.dirty.damaged
+                self._say(f"a page of the value of {self.damaged!r} belongs to somebody else: run shmcache-admin verify --repair")
             now = time.monotonic()
             due = [item for item in items if not self._waits(item[0], item[4], now)]
             left += len(items) - len(due)
@@ -154,7 +167,7 @@ class WriteBack:
                     self.store.delete_many(gone, timeout=timeout, versions={key: versions[key] for key in gone})
             except errors.RowsRefused as e:
                 refused |= e.errors
-        except errors.ShmcacheError as e:
+        except Exception as e:  # a store: anybody's code
             self._failed(e)
             return None
         self.header["flushed_ms"] = int(time.time() * 1000)
@@ -173,10 +186,11 @@ class WriteBack:
         self.cache.count_store(errors=1)
         if not self.header["flush_failed_ms"]:
             self.header["flush_failed_ms"] = int(time.time() * 1000)
-            self._say(f"the store fails ({error}); what it has not got is kept, and tried again")
+            self._say(f"the store fails ({type(error).__name__}: {error}); what it has not got is kept, and tried again")
 
     def _say(self, what: str) -> None:
-        print(f"shmcache: {self.cache.name}: {what}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError, ValueError):  # who read it is gone
+            print(f"shmcache: {self.cache.name}: {what}", file=sys.stderr, flush=True)
 
     def stop(self) -> None:
         """End the thread; then try for a while to store what is left, and say if something is."""
@@ -184,7 +198,7 @@ class WriteBack:
         self.wake.set()
         self.thread.join()
         deadline = time.monotonic() + AT_END
-        while not self.one_pass() and time.monotonic() < deadline:
+        while not self.tried() and time.monotonic() < deadline:
             time.sleep(min(self.pause, max(0.0, deadline - time.monotonic())))
             self.pause = min(2 * self.pause, LONGEST_PAUSE)
         left = self.dirty.items()

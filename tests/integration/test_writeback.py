@@ -231,3 +231,52 @@ def test_flush_does_not_say_that_all_is_stored_if_a_stopped_process_holds_a_stri
         with contextlib.suppress(ProcessLookupError):
             os.kill(holder, signal.SIGKILL)
         del segment
+
+
+# ---- what fails -------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_store_that_raises_what_it_should_not_is_tried_again(back, store, monkeypatch, capsys):
+    cache = back()
+    cache.set("k", "v")
+    cache.set("j", "v")
+    cache.delete("j")
+    wrong = [ZeroDivisionError("a bug"), TypeError("another")]
+
+    def failing(call):
+        def fails(*args, **kwargs):
+            if wrong:
+                raise wrong.pop()
+            return call(*args, **kwargs)
+
+        return fails
+
+    monkeypatch.setattr(store, "store_many", failing(store.store_many))
+    monkeypatch.setattr(store, "delete_many", failing(store.delete_many))
+    with flusher(cache.name, store) as thread:
+        cache.flush()
+        assert thread.thread.is_alive()
+    assert store.load_many([b"k", b"j"]) == {b"k": Entry("v")}
+    assert "TypeError: another" in capsys.readouterr().err
+
+
+def test_a_damaged_value_does_not_keep_the_others_from_the_store(back, store, capsys):
+    cache = back(max_value="1M")
+    cache.set("big", b"x" * 300_000)
+    for i in range(100):
+        cache.set(f"k{i}", i)
+    segment = cache.views(writable=True)
+    heads = segment.pages["head"]
+    heads[heads != 0] = 1  # nobody's
+    del segment, heads
+    with flusher(cache.name, store):
+        with pytest.raises(errors.StoreUnavailable):
+            cache.flush(0.5)
+        assert len(store.rows) == 100
+        cache.set("big", b"y")
+        cache.flush()
+    assert len(store.rows) == 101
+    assert capsys.readouterr().err.count("belongs to somebody else") == 1
+    for line in cache.verify():
+        assert "big" in line.lower() or "page" in line
+    cache.close()
