@@ -33,6 +33,8 @@ cdef class Bound:
     cdef object call(self, object x)
 
 
+cdef void buried(put_t* op) noexcept
+
 cdef class Table:
     cdef seg_t* s                   # NULL: closed
     cdef readonly Mapping mapping   # None: closed

@@ -418,6 +418,15 @@ cdef uint64_t ttl_to_ms(object ttl) except? 0xffffffffffffffff:
     return <uint64_t>(seconds * 1000 + 0.999999)
 
 
+cdef void buried(put_t* op) noexcept:
+    """Write-back: what is put is a tombstone: one step, so that nobody sees, and no store gets, what is over already."""
+    op.flags = 0
+    op.expiry_ms = 0
+    op.codec = CODEC_ENVELOPE
+    op.value = <const uint8_t*>TOMBSTONE
+    op.value_bytes = ENVELOPE_FIXED
+
+
 class WouldWait(Exception):
     """A call of an impatient table would have had to wait: nothing was changed."""
 
@@ -1198,10 +1207,7 @@ cdef class Table:
         op.key = key
         op.key_bytes = n
         op.hash = h
-        op.expiry_ms = 0
-        op.codec = CODEC_ENVELOPE
-        op.value = <const uint8_t*>TOMBSTONE
-        op.value_bytes = ENVELOPE_FIXED
+        buried(&op)
         rc = self.put_view(s, &op)
         if log != NULL:
             log[0] = op.log
@@ -1287,14 +1293,14 @@ cdef class Table:
             raise too_large(op.value_bytes, s.max_value_bytes)
         s = self.ready()                    # an encoder is Python: it may have closed this handle, or forked
         held = self.mapping
+        if unlikely(op.expiry_ms == 1) and ttl is not None and writes_back(s, op.key) and not op.loaded:
+            buried(&op)
         rc = self.put_view(s, &op)
         log[0] = op.log
         if rc == OK:
             stored[0] = op.cas
             if ttl is not None and ttl_ms == 0:
-                if unlikely(writes_back(s, op.key)):
-                    self.bury(s, op.key, op.key_bytes, op.hash, op.cas, log)
-                else:
+                if likely(not writes_back(s, op.key)):
                     self.remove_view(s, held, op.key, op.key_bytes, op.hash, 0, True, NULL)
         return rc
 

@@ -19,7 +19,7 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memchr, memcmp, memcpy, memmove, memset
 
-from shmcache.core._core cimport Mapping, Table
+from shmcache.core._core cimport Mapping, Table, buried
 from shmcache.core.atomics cimport ld32, ld64, likely, prefetch, unlikely
 from shmcache.core.bucket cimport bucket_of, pthread_self, stripe_of, stripe_release, stripe_take
 from shmcache.core.clock cimport now_ms
@@ -753,14 +753,13 @@ cdef int put_value(Executor ex, const uint8_t* key, size_t n, const uint8_t* val
         op.expiry_ms = now_ms(s) + s.default_ttl_ms
         if s.policy == POLICY_BACK:
             op.flags |= FLAG_COPY_TTL
+    if unlikely(s.policy == POLICY_BACK) and writes_back(s, key) and expiry_ms != 0 and expiry_ms <= now_ms(s):      # it is over already
+        buried(&op)
     rc = ex.table.put_view(s, &op)
     if unlikely(op.log.end != 0):
         ex.table.note_log(&op.log)
-    if unlikely(expiry_ms == 1) and rc == OK:       # it is over already
-        if writes_back(s, key):
-            ex.table.bury(s, key, n, op.hash, op.cas, NULL)
-        else:
-            ex.table.remove_view(s, ex.mapping, key, n, op.hash, 0, True, NULL)
+    if unlikely(expiry_ms == 1) and rc == OK and not writes_back(s, key):
+        ex.table.remove_view(s, ex.mapping, key, n, op.hash, 0, True, NULL)
     return rc
 
 

@@ -16,7 +16,9 @@ from shmcache.stores import Entry
 from shmcache.supervisor import datadir, snapshot, writeback
 from shmcache.supervisor.appendlog import AppendLog
 from tests.integration.test_processes import child, ended
-from tests.integration.test_store import DictStore
+from tests.integration.test_store import DictStore, until
+from tests.redis.inprocess import InProcess
+from tests.redis.resp import encode
 
 BACK = shmcache.Policy("back", flush_every=0.01, timeout=5.0)
 
@@ -280,3 +282,35 @@ def test_a_damaged_value_does_not_keep_the_others_from_the_store(back, store, ca
     for line in cache.verify():
         assert "big" in line.lower() or "page" in line
     cache.close()
+
+
+# ---- what is over already ---------------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_stored_for_no_time_is_seen_by_nobody(back, store):
+    store.store_many({b"there": ("v", None), b"sent": ("v", None)})
+    cache = back()
+    stop, seen = threading.Event(), []
+
+    def read():
+        with shmcache.attach(cache.name, store=store) as other:
+            while not stop.is_set():
+                seen.append(other.peek("k"))
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    until(lambda: seen)
+    for _ in range(5000):
+        cache.set("k", "over", ttl=0)
+    stop.set()
+    thread.join()
+    assert set(seen) == {None}
+    cache.set("there", "w", ttl=0)
+    server = InProcess(cache.name)
+    client = server.connect()
+    for words in (["SET", "past", "v", "PXAT", "1000"], ["SET", "past", "v", "NX", "PXAT", str(int(time.time() * 1000) - 10)], ["SET", "sent", "v", "PXAT", "1000"]):
+        assert server.say(client, encode([w.encode() for w in words])) == b"+OK\r\n", words
+        client.transport.written.clear()
+    server.close()
+    assert cache.peek("past") is None
+    assert flushed(cache.name, store) == {}
