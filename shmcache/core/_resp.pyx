@@ -368,13 +368,13 @@ cdef class Executor:
         return self.unix_ms()
 
     def read(self, bytes key not None):
-        """(value, version, unix ms at which it expires, or 0, codec), or None."""
+        """(value, version, unix ms at which it expires, or 0, or None if that is to be the segment's default, codec), or None."""
         cdef raw_t raw
         cdef const uint8_t* k = <const uint8_t*>PyBytes_AS_STRING(key)
         if not look(self, k, PyBytes_GET_SIZE(key), &raw, True):
             return None
         return (PyBytes_FromStringAndSize(<char*>raw.value, <Py_ssize_t>raw.n), raw.version,
-                self.unix_of(raw.expiry_ms) if raw.expiry_ms else 0, raw.codec)
+                None if raw.copy_ttl else self.unix_of(raw.expiry_ms) if raw.expiry_ms else 0, raw.codec)
 
     def write(self, bytes key not None, bytes value not None, expires_ms, *, version=None, bint absent=False, int codec=CODEC_BYTES):
         """Store a value: True if it was. expires_ms: unix time; 0: never; None: as the segment's default has it. version: if the key still
@@ -603,6 +603,7 @@ ctypedef struct raw_t:
     uint64_t n
     uint64_t version
     uint64_t expiry_ms          # the segment's time; 0: never. Of what was in an envelope: when it is fresh no more
+    bint copy_ttl               # write-back: it is the copy's, by the segment's default
     int codec
 
 
@@ -626,7 +627,7 @@ cdef inline bint fits(Executor ex, const uint8_t** key, size_t* n) noexcept:
 
 cdef inline uint64_t as_it_was(raw_t* raw) noexcept:
     """The expiry of a value that replaces this one."""
-    return raw.expiry_ms if raw.expiry_ms else NEVER
+    return 0 if raw.copy_ttl else raw.expiry_ms if raw.expiry_ms else NEVER
 
 
 cdef bint look(Executor ex, const uint8_t* key, size_t n, raw_t* raw, int whole) except -1:
@@ -668,6 +669,7 @@ cdef bint finish_raw(Executor ex, read_t* r, raw_t* raw, int whole) except -1:
     raw.value = ex.scratch
     raw.version = r.cas
     raw.expiry_ms = r.expiry_ms
+    raw.copy_ttl = r.flags & FLAG_COPY_TTL != 0
     raw.codec = r.codec | (RAW if r.flags & FLAG_RAW else 0)
     if unlikely(r.codec == CODEC_ENVELOPE):
         if not envelope_open(ex.scratch, r.value_bytes, &e):

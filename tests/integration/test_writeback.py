@@ -314,3 +314,15 @@ def test_what_is_stored_for_no_time_is_seen_by_nobody(back, store):
     server.close()
     assert cache.peek("past") is None
     assert flushed(cache.name, store) == {}
+
+
+def test_the_sidecar_does_not_make_the_copys_time_the_values(back, store):
+    cache = back(default_ttl=1000)
+    server = InProcess(cache.name)
+    client = server.connect()
+    for words in ("SET a 1", "APPEND a 2", "SET b 1", "SET b 2 KEEPTTL", "SET c 1.5", "INCRBYFLOAT c 1", "SET d v", "RENAME d e", "SET f v EX 9", "APPEND f w"):
+        assert not server.say(client, encode([w.encode() for w in words.split()])).startswith(b"-"), words
+        client.transport.written.clear()
+    server.close()
+    found = {key: expires for key, (_, expires) in flushed(cache.name, store).items()}
+    assert found == {b"a": False, b"b": False, b"c": False, b"e": False, b"f": True}
