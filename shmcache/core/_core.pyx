@@ -341,6 +341,10 @@ cdef object damaged_envelope():
     return errors.DamageError("the head of a value with tags, stale or negative time is damaged, or of a newer version: delete the key")
 
 
+cdef object untagged():
+    return errors.UsageError("what is written back has no tags: a value that an invalidated tag hides would be stored all the same")
+
+
 cdef object not_durable():
     return errors.NotDurable("the write was done and everybody sees it, but it is not known to be on the disk: is the supervisor running, is "
                              "its disk full?")
@@ -1369,6 +1373,8 @@ cdef class Table:
             ttl_to_ms(ttl)
         for key, value in (mapping.items() if hasattr(mapping, "items") else mapping):
             key_view(key, &k, &n)
+            if unlikely(head is not None and writes_back(self.ready(), k)):
+                raise untagged()
             ready.append((key, self.encoded(value) if head is None else self.encoded(self.wrapped(value, head, 0, 0, 0))))
         log.end = 0
         for key, value in ready:
@@ -1378,6 +1384,11 @@ cdef class Table:
 
     cdef int store_tagged(self, object key, object value, object ttl, object tags, int when, uint64_t version) except -100:
         cdef uint64_t stored
+        cdef const uint8_t* k
+        cdef size_t n
+        key_view(key, &k, &n)
+        if unlikely(writes_back(self.ready(), k)):
+            raise untagged()
         return self.store(key, self.wrapped(value, self.carried(tags, None), 0, 0, 0), ttl, when, version, &stored)
 
     cdef Encoded wrapped(self, object value, bytes head, uint32_t stale_ms, uint32_t early_ms, int flags):

@@ -326,3 +326,17 @@ def test_the_sidecar_does_not_make_the_copys_time_the_values(back, store):
     server.close()
     found = {key: expires for key, (_, expires) in flushed(cache.name, store).items()}
     assert found == {b"a": False, b"b": False, b"c": False, b"e": False, b"f": True}
+
+
+def test_what_is_written_back_has_no_tags(back, store):
+    cache = back()
+    cache.set("k", "v")
+    calls = [
+        lambda tags: cache.set("k", "w", tags=tags), lambda tags: cache.set_many({"k": "w", "j": "w"}, tags=tags), lambda tags: cache.add("n", "w", tags=tags),
+        lambda tags: cache.replace("k", "w", tags=tags), lambda tags: cache.cas("k", "w", cache.gets("k")[1], tags=tags),
+    ]  # fmt: skip
+    for call in calls:
+        with pytest.raises(errors.UsageError, match="tags"):
+            call(("t",))
+    cache.set("\0own", "v", tags=("t",))
+    assert flushed(cache.name, store) == {b"k": ("v", False)}
