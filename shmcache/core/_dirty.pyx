@@ -9,6 +9,7 @@ from shmcache.core.atomics cimport fence_acquire, ld8r, ld64, st64
 from shmcache.core.bucket cimport ADDR_MASK, bucket_of, chain_first, chain_next, chain_t, stripe_of, stripe_release, stripe_take
 from shmcache.core.clock cimport now_ms
 from shmcache.core.dirty cimport dirty_chunk, dirty_set, dirty_size
+from shmcache.core.envelope cimport CODEC_ENVELOPE, envelope_open, envelope_t
 from shmcache.core.layout cimport FLAG_CLAIM, FLAG_COPY_TTL, FLAG_DIRTY, POLICY_BACK, item_t, seg_t
 from shmcache.core.siphash cimport siphash13
 from shmcache.core.slab cimport in_slab, item_at
@@ -83,6 +84,7 @@ cdef class Dirty:
         cdef size_t n = PyBytes_GET_SIZE(key)
         cdef uint64_t h = siphash13(k, n, s.k0, s.k1), now
         cdef read_t r
+        cdef envelope_t e
         cdef bytes payload
         cdef int rc, tries = 0
         while True:
@@ -116,6 +118,8 @@ cdef class Dirty:
             self.damaged = key
             return None
         left = None
+        if r.codec == CODEC_ENVELOPE and r.expiry_ms and envelope_open(<uint8_t*>PyBytes_AS_STRING(payload), r.value_bytes, &e):
+            r.expiry_ms -= min(<uint64_t>e.stale_ms, r.expiry_ms - 1)       # in which the copy may be given as a stale one
         if r.expiry_ms and not r.flags & FLAG_COPY_TTL:
             now = now_ms(s)
             left = (r.expiry_ms - now) / 1000.0 if r.expiry_ms > now else 0.0

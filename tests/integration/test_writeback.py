@@ -340,3 +340,13 @@ def test_what_is_written_back_has_no_tags(back, store):
             call(("t",))
     cache.set("\0own", "v", tags=("t",))
     assert flushed(cache.name, store) == {b"k": ("v", False)}
+
+
+def test_the_time_in_which_a_copy_is_stale_is_not_the_values(back, store):
+    store.store_many({b"k": ("v", None)})
+    cache = back(shmcache.Policy("back", stale_ttl=1000))
+    assert cache.get("k") == "v"
+    assert cache.touch("k", 50)
+    with flusher(cache.name, store):
+        pass
+    assert 40 < store.load_many([b"k"])[b"k"].ttl <= 50
