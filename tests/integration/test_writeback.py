@@ -350,3 +350,15 @@ def test_the_time_in_which_a_copy_is_stale_is_not_the_values(back, store):
     with flusher(cache.name, store):
         pass
     assert 40 < store.load_many([b"k"])[b"k"].ttl <= 50
+
+
+def test_no_time_left_is_a_delete_also_of_what_only_the_store_has(back, store):
+    store.store_many({b"a": ("v", None), b"b": ("v", None)})
+    cache = back()
+    assert cache.touch("a", 0)
+    assert cache.expire("b", 0)
+    assert not cache.touch("a", 0)
+    assert not cache.expire("none", 0)
+    with pytest.raises(errors.InvalidTTL):
+        cache.expire("a", None)
+    assert flushed(cache.name, store) == {}
