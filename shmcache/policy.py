@@ -331,9 +331,15 @@ class StoredCache(Cache):
     # ---- all of it ----
 
     def _drop(self, names: Iterable[bytes]) -> None:
-        """From the cache alone."""
+        """From the cache alone. Raises: what dropping one of them raised, when all have been tried."""
+        failed: Exception | None = None
         for name in names:
-            self.discard(name)
+            try:
+                self.discard(name)
+            except errors.CapacityError as e:
+                failed = e
+        if failed is not None:
+            raise failed
 
     def invalidate(self, *keys: Key) -> None:
         """Drop the cached copies, not what is in the store: for who has changed it there past this cache."""
@@ -575,10 +581,14 @@ class BackCache(StoredCache):
         return bool(self._changed(key, lambda name: super(BackCache, self).replace(name, value, ttl, tags) or MISSING, False))
 
     def touch(self, key: Key, ttl: Ttl = None) -> bool:
+        if ttl is not None and _seconds(ttl) == 0:
+            return self.delete(key)
         return bool(self._changed(key, lambda name: super(BackCache, self).touch(name, ttl) or MISSING, False))
 
     def expire(self, key: Key, ttl: float | timedelta) -> bool:
-        return bool(self._changed(key, lambda name: super(BackCache, self).expire(name, ttl) or MISSING, False))
+        if ttl is None:
+            raise errors.InvalidTTL("expire takes a number of seconds or a timedelta; persist() removes a ttl")
+        return self.touch(key, ttl)
 
     def persist(self, key: Key) -> bool:
         return bool(self._changed(key, lambda name: super(BackCache, self).persist(name) or MISSING, False))

@@ -33,6 +33,8 @@ cdef class Bound:
     cdef object call(self, object x)
 
 
+cdef void buried(put_t* op) noexcept
+
 cdef class Table:
     cdef seg_t* s                   # NULL: closed
     cdef readonly Mapping mapping   # None: closed
@@ -89,9 +91,9 @@ cdef class Table:
                          bint only_expired, log_t* log) except -100
     cdef int add_view(self, seg_t* s, Mapping held, const uint8_t* key, size_t n, uint64_t h, int64_t by, int64_t* out,
                       log_t* log) except -100
-    cdef int change_expiry(self, object key, uint64_t expiry_ms) except -100
+    cdef int change_expiry(self, object key, uint64_t expiry_ms, bint copy_ttl) except -100
     cdef int change_expiry_view(self, seg_t* s, Mapping held, const uint8_t* key, size_t n, uint64_t h, uint64_t expiry_ms,
-                                log_t* log) except -100
+                                bint copy_ttl, log_t* log) except -100
     cdef bint interrupted(self, seg_t* s, Mapping held) except -1
     cdef bint row_alive(self, seg_t* s, uint32_t i)
     cdef int kept(self, seg_t* s, uint32_t r, uint64_t addr)

@@ -31,7 +31,7 @@ from shmcache.core.clock cimport now_ms, ring_supervisor
 from shmcache.core.envelope cimport (
     CODEC_ENVELOPE, ENVELOPE_FIXED, FLAG_NEGATIVE, HEAD_BYTES, MOST_TAGS, STATE_DAMAGED, STATE_FRESH, STATE_GONE, STATE_NEGATIVE, STATE_STALE, TAG_BYTES, TAG_PREFIX_BYTES,
     TAKE_EARLY, TAKE_STALE, envelope_open, envelope_t)
-from shmcache.core.dirty cimport writes_back
+from shmcache.core.dirty cimport any_dirty, writes_back
 from shmcache.core.layout cimport (
     BATCH_CLASSES, BATCH_SLOTS, CLS_POOL, CONFIG_BYTES, FLAG_CLAIM, FLAG_COPY_TTL, FLAG_LOCK, FLAG_WRITING, LAYOUT_VERSION, LOG_ALWAYS, LOG_OFF, MAX_CLASSES, MAX_KEY, MAX_ROWS, MIN_CHUNK, PARKED_SLOTS, POLICY_BACK,
     bucket_t, class_t, header_t, item_t, lock_t, overflow_t, page_t, pool_t, ring_t,
@@ -341,6 +341,10 @@ cdef object damaged_envelope():
     return errors.DamageError("the head of a value with tags, stale or negative time is damaged, or of a newer version: delete the key")
 
 
+cdef object untagged():
+    return errors.UsageError("what is written back has no tags: a value that an invalidated tag hides would be stored all the same")
+
+
 cdef object not_durable():
     return errors.NotDurable("the write was done and everybody sees it, but it is not known to be on the disk: is the supervisor running, is "
                              "its disk full?")
@@ -416,6 +420,15 @@ cdef uint64_t ttl_to_ms(object ttl) except? 0xffffffffffffffff:
         raise errors.InvalidTTL(f"a ttl is a finite number of seconds, zero or more and below 1e12, not {ttl}; "
                                 "None means the segment's default")
     return <uint64_t>(seconds * 1000 + 0.999999)
+
+
+cdef void buried(put_t* op) noexcept:
+    """Write-back: what is put is a tombstone: one step, so that nobody sees, and no store gets, what is over already."""
+    op.flags = 0
+    op.expiry_ms = 0
+    op.codec = CODEC_ENVELOPE
+    op.value = <const uint8_t*>TOMBSTONE
+    op.value_bytes = ENVELOPE_FIXED
 
 
 class WouldWait(Exception):
@@ -1198,10 +1211,7 @@ cdef class Table:
         op.key = key
         op.key_bytes = n
         op.hash = h
-        op.expiry_ms = 0
-        op.codec = CODEC_ENVELOPE
-        op.value = <const uint8_t*>TOMBSTONE
-        op.value_bytes = ENVELOPE_FIXED
+        buried(&op)
         rc = self.put_view(s, &op)
         if log != NULL:
             log[0] = op.log
@@ -1287,14 +1297,14 @@ cdef class Table:
             raise too_large(op.value_bytes, s.max_value_bytes)
         s = self.ready()                    # an encoder is Python: it may have closed this handle, or forked
         held = self.mapping
+        if unlikely(op.expiry_ms == 1) and ttl is not None and writes_back(s, op.key) and not op.loaded:
+            buried(&op)
         rc = self.put_view(s, &op)
         log[0] = op.log
         if rc == OK:
             stored[0] = op.cas
             if ttl is not None and ttl_ms == 0:
-                if unlikely(writes_back(s, op.key)):
-                    self.bury(s, op.key, op.key_bytes, op.hash, op.cas, log)
-                else:
+                if likely(not writes_back(s, op.key)):
                     self.remove_view(s, held, op.key, op.key_bytes, op.hash, 0, True, NULL)
         return rc
 
@@ -1363,6 +1373,8 @@ cdef class Table:
             ttl_to_ms(ttl)
         for key, value in (mapping.items() if hasattr(mapping, "items") else mapping):
             key_view(key, &k, &n)
+            if unlikely(head is not None and writes_back(self.ready(), k)):
+                raise untagged()
             ready.append((key, self.encoded(value) if head is None else self.encoded(self.wrapped(value, head, 0, 0, 0))))
         log.end = 0
         for key, value in ready:
@@ -1372,6 +1384,11 @@ cdef class Table:
 
     cdef int store_tagged(self, object key, object value, object ttl, object tags, int when, uint64_t version) except -100:
         cdef uint64_t stored
+        cdef const uint8_t* k
+        cdef size_t n
+        key_view(key, &k, &n)
+        if unlikely(writes_back(self.ready(), k)):
+            raise untagged()
         return self.store(key, self.wrapped(value, self.carried(tags, None), 0, 0, 0), ttl, when, version, &stored)
 
     cdef Encoded wrapped(self, object value, bytes head, uint32_t stale_ms, uint32_t early_ms, int flags):
@@ -1572,7 +1589,7 @@ cdef class Table:
         cdef seg_t* s = self.ready()
         cdef Mapping held = self.mapping
         cdef uint64_t until = mono_ns() + <uint64_t>(max(0.0, min(timeout, 1e6)) * 1e9), asked
-        if s.policy != POLICY_BACK or ld64(&s.header.dirty) == 0:
+        if s.policy != POLICY_BACK or (ld64(&s.header.dirty) == 0 and not any_dirty(s)):
             return
         asked = add64(&s.header.flushes_asked, 1) + 1
         self.enter(s)
@@ -1634,7 +1651,8 @@ cdef class Table:
         """Claim a key that is not there: say that this thread computes its value, or (lock) holds it.
 
         Args: seconds: after which the claim is void, 0: never. lock: clear() leaves it alone.
-        Returns: the claim's version, above 0; 0: a value is there; -1: another living thread's claim stands; -2: this thread's own;
+        Returns: the claim's version, above 0; 0: a value is there; -1: another living thread's claim stands, or (write-back) a restore has not
+        put in yet what the store has not got; -2: this thread's own;
         -3: somebody changes it in the store (mark()); -4: did, and is dead; -5: it was
         deleted, and the store does not know yet.
         A claim of the dead is taken over. Whoever sets, deletes or (but for a lock) clears the key voids it.
@@ -1668,6 +1686,8 @@ cdef class Table:
                     return -2 if thread == owner[1] else -1
                 if not dead(s, token):
                     return -1
+            elif unlikely(ld32(&s.header.restoring) == 2) and writes_back(s, op.key):
+                return -1           # what the store has not got is not in yet
             op.when = IF_CLAIM if rc == EXISTS else IF_UNCLAIMED
             op.flags = FLAG_CLAIM | (FLAG_LOCK if lock else 0)
             op.loaded = True
@@ -1872,7 +1892,7 @@ cdef class Table:
             raise errors.NotANumber("incr and decr take an int to add, and an int or None as default")
         return self.incr(key, -n, default=default, ttl=ttl)
 
-    cdef int change_expiry(self, object key, uint64_t expiry_ms) except -100:
+    cdef int change_expiry(self, object key, uint64_t expiry_ms, bint copy_ttl) except -100:
         cdef const uint8_t* k
         cdef size_t n
         cdef log_t log
@@ -1882,13 +1902,13 @@ cdef class Table:
         key_view(key, &k, &n)
         s = self.ready()
         held = self.mapping
-        rc = self.change_expiry_view(s, held, k, n, siphash13(k, n, s.k0, s.k1), expiry_ms, &log)
+        rc = self.change_expiry_view(s, held, k, n, siphash13(k, n, s.k0, s.k1), expiry_ms, copy_ttl, &log)
         if unlikely(log.end != 0):
             self.durable(s, held, &log)
         return rc
 
     cdef int change_expiry_view(self, seg_t* s, Mapping held, const uint8_t* key, size_t n, uint64_t h, uint64_t expiry_ms,
-                                log_t* log) except -100:
+                                bint copy_ttl, log_t* log) except -100:
         """set_expiry(), logged: OK or ABSENT."""
         cdef int rc = BUSY
         log.bytes = 0
@@ -1896,14 +1916,14 @@ cdef class Table:
         if unlikely(s.ring_bytes != 0):
             self.secure(s, held, log, record_room(s, n, 0))
         try:
-            rc = set_expiry(s, key, n, h, expiry_ms, log, 0)
+            rc = set_expiry(s, key, n, h, expiry_ms, copy_ttl, log, 0)
             if rc == BUSY and self.impatient:
                 raise WouldWait
             while rc == BUSY or rc == INTR:
                 self.enter(s)
                 try:
                     with nogil:
-                        rc = set_expiry(s, key, n, h, expiry_ms, log, s.limit_ns)
+                        rc = set_expiry(s, key, n, h, expiry_ms, copy_ttl, log, s.limit_ns)
                     if rc == INTR:
                         self.forked(s, held, log)
                 finally:
@@ -1925,7 +1945,7 @@ cdef class Table:
             ms = s.default_ttl_ms
         if ttl is not None and ms == 0:
             return self.remove_key(key, 0) == OK
-        return self.change_expiry(key, now_ms(s) + ms if ms else 0) == OK
+        return self.change_expiry(key, now_ms(s) + ms if ms else 0, ttl is None) == OK
 
     def expire(self, key, ttl):
         """Let a key expire ttl seconds from now, 0: remove it: True if it was there."""
@@ -1935,7 +1955,7 @@ cdef class Table:
 
     def persist(self, key):
         """Let a key never expire: True if it was there."""
-        return self.change_expiry(key, 0) == OK
+        return self.change_expiry(key, 0, False) == OK
 
     # -- the whole table
 

@@ -8,7 +8,8 @@ from shmcache.core._core cimport Mapping, Table
 from shmcache.core.atomics cimport fence_acquire, ld8r, ld64, st64
 from shmcache.core.bucket cimport ADDR_MASK, bucket_of, chain_first, chain_next, chain_t, stripe_of, stripe_release, stripe_take
 from shmcache.core.clock cimport now_ms
-from shmcache.core.dirty cimport dirty_set, dirty_size
+from shmcache.core.dirty cimport dirty_chunk, dirty_set, dirty_size
+from shmcache.core.envelope cimport CODEC_ENVELOPE, envelope_open, envelope_t
 from shmcache.core.layout cimport FLAG_CLAIM, FLAG_COPY_TTL, FLAG_DIRTY, POLICY_BACK, item_t, seg_t
 from shmcache.core.siphash cimport siphash13
 from shmcache.core.slab cimport in_slab, item_at
@@ -28,6 +29,9 @@ cdef class Dirty:
     cdef Table table
     cdef Mapping mapping
     cdef uint64_t words
+    cdef readonly uint64_t skipped      # found dirty, or not known, and not read: a process that does not run holds the stripe
+    cdef readonly bytes damaged         # the last key whose value has a page that belongs to somebody else
+    cdef readonly uint64_t found_bytes  # of the items found, as header.dirty counts them
 
     def __init__(self, Table table not None):
         cdef seg_t* s = table.ready()
@@ -35,6 +39,7 @@ cdef class Dirty:
             raise errors.UsageError("nothing is written back in this segment: create it with policy='back'")
         self.table = table
         self.mapping = table.mapping
+        self.skipped = self.found_bytes = 0
         self.words = (((s.slab_hi - s.slab_lo) >> 3) + 63) >> 6
 
     def find(self, uint64_t at, Py_ssize_t most):
@@ -63,7 +68,10 @@ cdef class Dirty:
                 PyErr_CheckSignals()
                 s = self.table.ready()
                 at -= 1
+            elif rc == BUSY:
+                self.skipped += 1
             elif rc == OK:
+                self.found_bytes += dirty_size(s, dirty_chunk(s, at - 1))
                 item = self.read(s, PyBytes_FromStringAndSize(<char*>key, <Py_ssize_t>n))
                 if item is not None:
                     found.append(item)
@@ -76,6 +84,7 @@ cdef class Dirty:
         cdef size_t n = PyBytes_GET_SIZE(key)
         cdef uint64_t h = siphash13(k, n, s.k0, s.k1), now
         cdef read_t r
+        cdef envelope_t e
         cdef bytes payload
         cdef int rc, tries = 0
         while True:
@@ -86,6 +95,7 @@ cdef class Dirty:
                     if rc == OK:
                         stripe_release(s, stripe_of(s, bucket_of(s, h)))
                 if rc == BUSY:
+                    self.skipped += 1
                     return None
                 tries = 0
             rc = read_begin(s, k, n, h, &r)
@@ -104,8 +114,12 @@ cdef class Dirty:
         if not r.flags & FLAG_DIRTY:
             return None
         if r.damaged:
-            raise errors.DamageError(f"a page of the value of {key!r} belongs to somebody else: run shmcache-admin verify --repair")
+            self.skipped += 1       # and the others are stored
+            self.damaged = key
+            return None
         left = None
+        if r.codec == CODEC_ENVELOPE and r.expiry_ms and envelope_open(<uint8_t*>PyBytes_AS_STRING(payload), r.value_bytes, &e):
+            r.expiry_ms -= min(<uint64_t>e.stale_ms, r.expiry_ms - 1)       # in which the copy may be given as a stale one
         if r.expiry_ms and not r.flags & FLAG_COPY_TTL:
             now = now_ms(s)
             left = (r.expiry_ms - now) / 1000.0 if r.expiry_ms > now else 0.0

@@ -19,7 +19,7 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memchr, memcmp, memcpy, memmove, memset
 
-from shmcache.core._core cimport Mapping, Table
+from shmcache.core._core cimport Mapping, Table, buried
 from shmcache.core.atomics cimport ld32, ld64, likely, prefetch, unlikely
 from shmcache.core.bucket cimport bucket_of, pthread_self, stripe_of, stripe_release, stripe_take
 from shmcache.core.clock cimport now_ms
@@ -368,13 +368,13 @@ cdef class Executor:
         return self.unix_ms()
 
     def read(self, bytes key not None):
-        """(value, version, unix ms at which it expires, or 0, codec), or None."""
+        """(value, version, unix ms at which it expires, or 0, or None if that is to be the segment's default, codec), or None."""
         cdef raw_t raw
         cdef const uint8_t* k = <const uint8_t*>PyBytes_AS_STRING(key)
         if not look(self, k, PyBytes_GET_SIZE(key), &raw, True):
             return None
         return (PyBytes_FromStringAndSize(<char*>raw.value, <Py_ssize_t>raw.n), raw.version,
-                self.unix_of(raw.expiry_ms) if raw.expiry_ms else 0, raw.codec)
+                None if raw.copy_ttl else self.unix_of(raw.expiry_ms) if raw.expiry_ms else 0, raw.codec)
 
     def write(self, bytes key not None, bytes value not None, expires_ms, *, version=None, bint absent=False, int codec=CODEC_BYTES):
         """Store a value: True if it was. expires_ms: unix time; 0: never; None: as the segment's default has it. version: if the key still
@@ -603,6 +603,7 @@ ctypedef struct raw_t:
     uint64_t n
     uint64_t version
     uint64_t expiry_ms          # the segment's time; 0: never. Of what was in an envelope: when it is fresh no more
+    bint copy_ttl               # write-back: it is the copy's, by the segment's default
     int codec
 
 
@@ -626,7 +627,7 @@ cdef inline bint fits(Executor ex, const uint8_t** key, size_t* n) noexcept:
 
 cdef inline uint64_t as_it_was(raw_t* raw) noexcept:
     """The expiry of a value that replaces this one."""
-    return raw.expiry_ms if raw.expiry_ms else NEVER
+    return 0 if raw.copy_ttl else raw.expiry_ms if raw.expiry_ms else NEVER
 
 
 cdef bint look(Executor ex, const uint8_t* key, size_t n, raw_t* raw, int whole) except -1:
@@ -668,6 +669,7 @@ cdef bint finish_raw(Executor ex, read_t* r, raw_t* raw, int whole) except -1:
     raw.value = ex.scratch
     raw.version = r.cas
     raw.expiry_ms = r.expiry_ms
+    raw.copy_ttl = r.flags & FLAG_COPY_TTL != 0
     raw.codec = r.codec | (RAW if r.flags & FLAG_RAW else 0)
     if unlikely(r.codec == CODEC_ENVELOPE):
         if not envelope_open(ex.scratch, r.value_bytes, &e):
@@ -753,14 +755,13 @@ cdef int put_value(Executor ex, const uint8_t* key, size_t n, const uint8_t* val
         op.expiry_ms = now_ms(s) + s.default_ttl_ms
         if s.policy == POLICY_BACK:
             op.flags |= FLAG_COPY_TTL
+    if unlikely(s.policy == POLICY_BACK) and writes_back(s, key) and expiry_ms != 0 and expiry_ms <= now_ms(s):      # it is over already
+        buried(&op)
     rc = ex.table.put_view(s, &op)
     if unlikely(op.log.end != 0):
         ex.table.note_log(&op.log)
-    if unlikely(expiry_ms == 1) and rc == OK:       # it is over already
-        if writes_back(s, key):
-            ex.table.bury(s, key, n, op.hash, op.cas, NULL)
-        else:
-            ex.table.remove_view(s, ex.mapping, key, n, op.hash, 0, True, NULL)
+    if unlikely(expiry_ms == 1) and rc == OK and not writes_back(s, key):
+        ex.table.remove_view(s, ex.mapping, key, n, op.hash, 0, True, NULL)
     return rc
 
 
@@ -792,7 +793,7 @@ cdef int expire_key(Executor ex, const uint8_t* key, size_t n, uint64_t expiry_m
     if not fits(ex, &key, &n):
         return ABSENT
     log.end = 0
-    rc = ex.table.change_expiry_view(ex.s, ex.mapping, key, n, siphash13(key, n, ex.s.k0, ex.s.k1), expiry_ms, &log)
+    rc = ex.table.change_expiry_view(ex.s, ex.mapping, key, n, siphash13(key, n, ex.s.k0, ex.s.k1), expiry_ms, False, &log)
     if unlikely(log.end != 0):
         ex.table.note_log(&log)
     return rc

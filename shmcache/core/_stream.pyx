@@ -8,7 +8,9 @@ write up to that version is in the copy, or overwritten there.
 Restore: into a segment that was created for it (header.restoring), which workers may use all the while. Race table, all under the stripe:
     restored vs written      the worker wins: what is there, stale or not, is left (EXISTS)
     restored vs deleted, or written and evicted     the worker wins: the key has departed (bucket.pxd)
-    restored vs cleared      the worker wins: the epoch is no more that of the creation (MISMATCH), and the restore ends
+    restored vs cleared      the worker wins: the epoch is no more that of the creation (MISMATCH), and the restore ends; but for what the
+                             store has not got (write-back), which no clear() takes away
+    dirty vs loaded          the dirty come first, and nobody loads till they are in (Table.claim): the row would be older
 Crash of who restores: `restoring` stays 1, and the restore can be run again: what is there stays, what left stays away.
 """
 from cpython.exc cimport PyErr_CheckSignals
@@ -22,9 +24,9 @@ from shmcache.core.atomics cimport add64, fence_acquire, ld8r, ld16r, ld32, ld32
 from shmcache.core.big cimport big_read, big_shape, big_t
 from shmcache.core.bucket cimport ADDR_MASK, OP_TOUCH, bucket_of, chain_first, chain_next, chain_t, stripe_of, stripe_release, stripe_take
 from shmcache.core.clock cimport now_ms
-from shmcache.core.layout cimport FLAG_BIG, FLAG_CLAIM, FLAG_DIRTY, MAX_KEY, MAX_REFS, POLICY_BACK, SLOTS, item_t, ring_t, seg_t, stripe_t
+from shmcache.core.layout cimport FLAG_BIG, FLAG_CLAIM, FLAG_COPY_TTL, FLAG_DIRTY, MAX_KEY, MAX_REFS, POLICY_BACK, SLOTS, item_t, ring_t, seg_t, stripe_t
 from shmcache.core.lock cimport shm_sleep
-from shmcache.core.record cimport RECORD_CLEAR, RECORD_DELETE, RECORD_DIRTY, RECORD_EXPIRY, RECORD_GAP, RECORD_REF, RECORD_SET, record_t
+from shmcache.core.record cimport RECORD_CLEAR, RECORD_COPY_TTL, RECORD_DELETE, RECORD_DIRTY, RECORD_EXPIRY, RECORD_GAP, RECORD_REF, RECORD_SET, record_t
 from shmcache.core.ring cimport ring_of
 from shmcache.core.siphash cimport siphash13
 from shmcache.core.slab cimport in_slab, item_at, page_room, refs_of, value_offset
@@ -118,7 +120,8 @@ cdef int copy_chain(seg_t* s, uint64_t b, uint32_t stripe, copy_t* c) noexcept n
                 return NO_ROOM
             r.expires_ms = <uint64_t>(<int64_t>expiry + c.to_wall_ms) if expiry else 0
             r.stripe = stripe
-            r.op = <uint8_t>(RECORD_SET | min(ld8r(refs_of(s, addr)), <uint8_t>MAX_REFS) << 4 | (RECORD_DIRTY if flags & FLAG_DIRTY else 0))
+            r.op = <uint8_t>(RECORD_SET | min(ld8r(refs_of(s, addr)), <uint8_t>MAX_REFS) << 4 | (RECORD_DIRTY if flags & FLAG_DIRTY else 0) |
+                            (RECORD_COPY_TTL if flags & FLAG_COPY_TTL else 0))
             if flags & FLAG_DIRTY:
                 r.epoch = epoch             # cleared or not: it is to be stored
             memcpy(c.to + at, &r, sizeof(record_t))
@@ -305,7 +308,7 @@ cdef class Restore:
     """Puts records into a segment that was created for it. Counts: stored, present (a worker has written or removed the key meanwhile),
     expired, dropped (too large for this segment, or no room).
 
-    full: the segment began to evict; cleared: a worker has cleared it, nothing more is stored.
+    full: the segment began to evict; cleared: a worker has cleared it, nothing more is stored but what is dirty.
     Raises: UsageError: the segment is not being restored.
     """
     cdef Table table
@@ -331,8 +334,8 @@ cdef class Restore:
         """Store the records of one block. Without the GIL.
 
         Args: clock_back_ms: added to the wall clock. heat: only those with this CLOCK count, and end where the segment is full (-1: all).
-        least_epoch: items of an earlier one were cleared. generations: only those of namespaces and tags, which workers need before the rest; else
-        all but those. tail: what the log has since; of_log: the block is the log's.
+        least_epoch: items of an earlier one were cleared. generations: only what workers need before the rest: the generations of namespaces and
+        tags, and in write-back what the store has not got (all of it: no clear() takes it away); else all but that. tail: what the log has since; of_log: the block is the log's.
         Raises: DamageError: the payload is not whole records; StripeBusy.
         """
         cdef uint64_t at = 0, end = payload.shape[0]
@@ -359,28 +362,39 @@ cdef class Restore:
         cdef record_t r
         cdef put_t op
         cdef uint64_t size, hash
-        cdef bint dirty
+        cdef bint dirty, back
         cdef int rc, tries
-        while at[0] < end and not self.cleared:
+        while at[0] < end and (generations or not self.cleared):
             size = record_bytes(payload, at[0], end, &r)
             if size == 0:
                 return MISMATCH
-            if r.op & 15 != RECORD_SET or (heat >= 0 and (<int>MAX_REFS if of_log else min(r.op >> 4 & 3, <int>MAX_REFS)) != heat):
+            if r.op & 15 != RECORD_SET:
                 at[0] += size
                 continue
-            if is_generation(payload + at[0] + sizeof(record_t), r.key_bytes) != generations or r.epoch < least_epoch:
+            back = s.policy == POLICY_BACK and payload[at[0] + sizeof(record_t)] != 0
+            dirty = False
+            hash = 0
+            if back:                        # the tail tells what is dirty
+                hash = siphash13(payload + at[0] + sizeof(record_t), r.key_bytes, s.k0, s.k1)
+                if tail is not None and not tail.wins(hash, &r, of_log):
+                    at[0] += size
+                    continue
+                dirty = r.op & RECORD_DIRTY != 0
+            if (dirty or is_generation(payload + at[0] + sizeof(record_t), r.key_bytes)) != generations:
                 at[0] += size
                 continue
-            dirty = r.op & RECORD_DIRTY and s.policy == POLICY_BACK
-            if heat >= 0 and self.full and not dirty:
+            if not dirty and (r.epoch < least_epoch or (heat >= 0 and (<int>MAX_REFS if of_log else min(r.op >> 4 & 3, <int>MAX_REFS)) != heat)):
+                at[0] += size
+                continue
+            if heat >= 0 and self.full:
                 self.dropped += 1
                 at[0] += size
                 continue
-            hash = siphash13(payload + at[0] + sizeof(record_t), r.key_bytes, s.k0, s.k1)
-            if tail is not None and not tail.wins(hash, &r, of_log):
-                at[0] += size
-                continue
-            dirty = r.op & RECORD_DIRTY and s.policy == POLICY_BACK      # also by the tail
+            if not back:
+                hash = siphash13(payload + at[0] + sizeof(record_t), r.key_bytes, s.k0, s.k1)
+                if tail is not None and not tail.wins(hash, &r, of_log):
+                    at[0] += size
+                    continue
             if r.expires_ms and r.expires_ms <= wall and not dirty:
                 self.expired += 1
                 at[0] += size
@@ -396,7 +410,7 @@ cdef class Restore:
             op.hash = hash
             op.expiry_ms = now_ms(s) + (r.expires_ms - wall) if r.expires_ms > wall else 1 if r.expires_ms else 0
             op.codec = r.codec
-            op.flags = FLAG_DIRTY if dirty else 0
+            op.flags = (FLAG_DIRTY if dirty else 0) | (FLAG_COPY_TTL if back and r.op & RECORD_COPY_TTL else 0)
             op.refs = <uint8_t>min(r.op >> 4 & 3, <int>MAX_REFS)
             op.when = RESTORED
             op.loaded = True
@@ -426,7 +440,7 @@ cdef class Restore:
         return OK
 
     def generations_done(self):
-        """Those of all namespaces and tags are in: workers need not wait for them any more."""
+        """Those of all namespaces and tags are in, and all that is dirty: workers need not wait for them any more."""
         cdef seg_t* s = self.table.ready()
         if ld32(&s.header.restoring):
             st32(&s.header.restoring, 1)
@@ -444,6 +458,7 @@ ctypedef struct entry_t:
     uint64_t version        # of the newest SET or DELETE; 0: none
     uint64_t expiry_version # of the newest EXPIRY
     uint64_t expires_ms
+    uint8_t copy_ttl        # RECORD_COPY_TTL or 0
 
 
 cdef class Tail:
@@ -539,6 +554,7 @@ cdef class Tail:
                         if r.version > e.expiry_version:
                             e.expiry_version = r.version
                             e.expires_ms = r.expires_ms
+                            e.copy_ttl = r.op & RECORD_COPY_TTL
                     elif r.version > e.version:
                         e.version = r.version
             at += size
@@ -555,7 +571,7 @@ cdef class Tail:
         if e.expiry_version > r.version:
             r.expires_ms = e.expires_ms
             r.version = e.expiry_version
-            r.op |= RECORD_DIRTY        # in write-back the store may not have that
+            r.op = (r.op & ~RECORD_COPY_TTL) | e.copy_ttl | RECORD_DIRTY        # in write-back the store may not have that
         return True
 
 
@@ -752,7 +768,7 @@ cdef class Drain:
             found.value_bytes = <uint32_t>read.value_bytes
             found.codec = read.codec
             found.epoch = ld32r(&it.epoch)
-            found.op = RECORD_SET | (RECORD_DIRTY if read.flags & FLAG_DIRTY else 0)
+            found.op = RECORD_SET | (RECORD_DIRTY if read.flags & FLAG_DIRTY else 0) | (RECORD_COPY_TTL if read.flags & FLAG_COPY_TTL else 0)
             found.expires_ms = 0
             if read.expiry_ms:
                 found.expires_ms = <uint64_t>(<int64_t>read.expiry_ms + <int64_t>wall_ms() - <int64_t>now_ms(s))

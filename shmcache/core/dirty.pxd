@@ -14,11 +14,12 @@
 #   flush vs incr, touch    the same: they change the version under the stripe
 #   flush vs flush      one supervisor; the COMMIT of one that was killed has lower versions, which the store leaves (stores.Store)
 #   bit cleared vs set of a new item in this chunk: the look comes after the clearing, and under the stripe: it waits for who sets
-# Crash: a bit without a dirty item: the next look clears it. header.dirty drifts by what the dead had in hand: counted anew at each start.
+# Crash: a bit without a dirty item: the next look clears it. header.dirty drifts by what the dead had in hand, and by what is written during a
+# count: counted anew at each start, and after passes that find it far off (supervisor/writeback.py).
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
-from shmcache.core.atomics cimport add64, and64, ld8r, ld64, or64, st8r, sub64
-from shmcache.core.layout cimport FLAG_COPY_TTL, FLAG_DIRTY, POLICY_BACK, item_t, seg_t
+from shmcache.core.atomics cimport add64, and64, cas64, ld8r, ld64, or64, st8r
+from shmcache.core.layout cimport FLAG_DIRTY, POLICY_BACK, item_t, seg_t
 from shmcache.core.slab cimport chunk_addr, chunk_class, item_at, page_cls, page_of
 
 cdef inline uint64_t dirty_index(seg_t* s, uint64_t addr) noexcept nogil:
@@ -63,6 +64,14 @@ cdef inline void dirty_clear(seg_t* s, uint64_t addr) noexcept nogil:
     cdef uint64_t i = dirty_index(s, addr)
     and64(&s.dirty[i >> 6], ~(<uint64_t>1 << (i & 63)))
 
+cdef inline bint any_dirty(seg_t* s) noexcept nogil:
+    """Is a bit set? header.dirty is a count, and may be 0 too early."""
+    cdef uint64_t i
+    for i in range((((s.slab_hi - s.slab_lo) >> 3) + 63) >> 6):
+        if ld64(&s.dirty[i]):
+            return True
+    return False
+
 cdef inline void dirty_placed(seg_t* s, uint64_t new, uint64_t old) noexcept nogil:
     """Under the stripe, before the slot names the new item: it will be dirty, and takes the place of old (0: of none)."""
     dirty_set(s, new)
@@ -72,14 +81,15 @@ cdef inline void dirty_placed(seg_t* s, uint64_t new, uint64_t old) noexcept nog
         dirty_gone(s, old)
 
 cdef inline void dirty_gone(seg_t* s, uint64_t addr) noexcept nogil:
-    cdef uint64_t n = dirty_size(s, addr), have = ld64(&s.header.dirty)
-    sub64(&s.header.dirty, n if n < have else have)
+    cdef uint64_t n = dirty_size(s, addr), have
+    while True:         # two at once are not to take more away than there is: the count would be above any limit
+        have = ld64(&s.header.dirty)
+        if cas64(&s.header.dirty, have, have - min(n, have)):
+            return
 
-cdef inline void dirty_in_place(seg_t* s, uint64_t addr, bint expiry) noexcept nogil:
-    """Under the stripe, before a counter or (expiry) a time changes in place."""
+cdef inline void dirty_in_place(seg_t* s, uint64_t addr) noexcept nogil:
+    """Under the stripe, before a counter or a time changes in place."""
     cdef item_t* it = item_at(s, addr)
-    if expiry:
-        st8r(&it.flags, it.flags & ~FLAG_COPY_TTL)
     if not it.flags & FLAG_DIRTY:
         dirty_placed(s, addr, 0)
         st8r(&it.flags, it.flags | FLAG_DIRTY)

@@ -9,7 +9,7 @@ ctypedef struct record_t:   # 32 bytes, then the key, then the value; nothing be
     uint32_t epoch
     uint16_t key_bytes
     uint8_t codec
-    uint8_t op              # RECORD_*; of RECORD_SET the CLOCK count in bits 4 and 5, and RECORD_DIRTY
+    uint8_t op              # RECORD_*; of RECORD_SET the CLOCK count in bits 4 and 5; RECORD_COPY_TTL, RECORD_DIRTY
 
 cdef enum:
     RECORD_SET = 0
@@ -18,4 +18,5 @@ cdef enum:
     RECORD_CLEAR = 3
     RECORD_GAP = 5      # in files only: so many operations (version) before it are not in the log
     RECORD_REF = 4      # in a ring only: of a SET whose value is to be fetched from the table
+    RECORD_COPY_TTL = 64    # with all that have a time: write-back, and it is that of the copy (FLAG_COPY_TTL)
     RECORD_DIRTY = 128  # with RECORD_SET or RECORD_REF: write-back, and the store had not got it yet

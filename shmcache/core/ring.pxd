@@ -21,9 +21,9 @@ from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
 from shmcache.core.atomics cimport add64, cas32, cas64, cpu_pause, ld32, ld64, ldi64r, prefetch_w, st32, st64, sub64
-from shmcache.core.layout cimport FLAG_DIRTY, item_t, ring_t, seg_t
+from shmcache.core.layout cimport FLAG_COPY_TTL, FLAG_DIRTY, item_t, ring_t, seg_t
 from shmcache.core.lock cimport shm_ring, shm_sleep
-from shmcache.core.record cimport RECORD_DELETE, RECORD_DIRTY, RECORD_EXPIRY, RECORD_REF, RECORD_SET, record_t
+from shmcache.core.record cimport RECORD_COPY_TTL, RECORD_DELETE, RECORD_DIRTY, RECORD_EXPIRY, RECORD_REF, RECORD_SET, record_t
 from shmcache.core.token cimport BUSY, INTR, OK, mono_ns, wall_ms
 
 cdef enum:
@@ -137,6 +137,8 @@ cdef inline void log_op(seg_t* s, log_t* log, int op, uint64_t stripe, uint64_t 
     r.op = <uint8_t>op
     if it != NULL and it.flags & FLAG_DIRTY and op != RECORD_EXPIRY:
         r.op |= RECORD_DIRTY
+    if it != NULL and it.flags & FLAG_COPY_TTL:
+        r.op |= RECORD_COPY_TTL
     log.end = ring_append(s, &r, key, value, value_bytes)
 
 cdef inline void log_repaired(seg_t* s, int op, uint64_t stripe, uint64_t version, item_t* it, uint64_t room) noexcept nogil:

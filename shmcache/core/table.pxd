@@ -20,7 +20,7 @@ from shmcache.core.bucket cimport ADDR_MASK, OP_DELETE, OP_EVICT, OP_SET, OP_TOU
     slot_naming, slot_word, stripe_of, stripe_release, stripe_take
 from shmcache.core.clock cimport claim_stands, now_ms, stale, take_page, take_room
 from shmcache.core.dirty cimport dirty_chunk, dirty_clear, dirty_gone, dirty_in_place, dirty_placed, dirty_set, writes_back
-from shmcache.core.layout cimport CLS_BIG, FLAG_BIG, FLAG_CLAIM, FLAG_DIRTY, FLAG_LOCK, FLAG_WRITING, MAX_REFS, POLICY_AROUND, POLICY_THROUGH, bucket_t, item_t, seg_t, stripe_t
+from shmcache.core.layout cimport CLS_BIG, FLAG_BIG, FLAG_CLAIM, FLAG_COPY_TTL, FLAG_DIRTY, FLAG_LOCK, FLAG_WRITING, MAX_REFS, POLICY_AROUND, POLICY_THROUGH, bucket_t, item_t, seg_t, stripe_t
 from shmcache.core.envelope cimport CODEC_ENVELOPE, FLAG_NEGATIVE, HEAD_BYTES, STATE_DAMAGED, STATE_FRESH, STATE_GONE, STATE_NEGATIVE, \
     STATE_STALE, TAG_BYTES, TAG_PREFIX_BYTES, envelope_open, envelope_t
 from shmcache.core.lock cimport lock_release, lock_take
@@ -600,7 +600,7 @@ cdef inline int put(seg_t* s, put_t* op, uint64_t limit_ns) noexcept nogil:
     elif rc == OK:
         st8r(refs_of(s, op.chunk), ld8r(refs_of(s, f.addr)))        # a key keeps its count
     count = count_now(s, st)
-    if unlikely(op.when == RESTORED) and rc == OK and count >> 32 != op.epoch:
+    if unlikely(op.when == RESTORED) and rc == OK and count >> 32 != op.epoch and not op.flags & FLAG_DIRTY:
         rc = MISMATCH
     if op.loaded and rc == OK and (op.when == IF_CLAIM or op.when == IF_SAME) and item_at(s, f.addr).epoch != count >> 32 and \
             not item_at(s, f.addr).flags & FLAG_LOCK:
@@ -761,7 +761,7 @@ cdef inline int add_to(seg_t* s, const uint8_t* key, size_t n, uint64_t h, int64
             else:
                 out[0] = was + by
                 if unlikely(writes_back(s, key)):
-                    dirty_in_place(s, f.addr, False)
+                    dirty_in_place(s, f.addr)
                 note_intent(st, OP_TOUCH, f.addr, 0, st.count)
                 st64(<uint64_t*>at, <uint64_t>(was + by))
                 #! incr: value
@@ -773,9 +773,14 @@ cdef inline int add_to(seg_t* s, const uint8_t* key, size_t n, uint64_t h, int64
     stripe_release(s, st)
     return rc
 
-cdef inline int set_expiry(seg_t* s, const uint8_t* key, size_t n, uint64_t h, uint64_t expiry_ms,
+cdef inline int set_expiry(seg_t* s, const uint8_t* key, size_t n, uint64_t h, uint64_t expiry_ms, bint copy_ttl,
                            log_t* log, uint64_t limit_ns) noexcept nogil:
-    """Change when an item expires, in place (of an envelope: when it is fresh no more): OK, ABSENT, BUSY or INTR."""
+    """Change when an item expires, in place (of an envelope: when it is fresh no more): OK, ABSENT, BUSY or INTR. copy_ttl: in write-back
+    it is the copy's time, not that of what is stored.
+
+    Expiry, then FLAG_COPY_TTL, then cas, all behind the intent, for who flushes looks at that last: the copy's time under no such flag
+    would go to the store, where the value would expire with it.
+    """
     cdef uint64_t b = bucket_of(s, h)
     cdef stripe_t* st = stripe_of(s, b)
     cdef found_t f
@@ -789,10 +794,13 @@ cdef inline int set_expiry(seg_t* s, const uint8_t* key, size_t n, uint64_t h, u
     else:
         it = item_at(s, f.addr)
         if unlikely(writes_back(s, key)):
-            dirty_in_place(s, f.addr, True)
+            dirty_in_place(s, f.addr)
         note_intent(st, OP_TOUCH, f.addr, 0, st.count)
         st64(&it.expiry_ms, expiry_ms + f.stale_ms if expiry_ms else 0)
         #! touch: expiry
+        if unlikely(writes_back(s, key)):
+            st8r(&it.flags, (it.flags & ~FLAG_COPY_TTL) | (FLAG_COPY_TTL if copy_ttl else 0))
+            #! touch: whose time
         st64(&it.cas, st.seq + 1)
         #! touch: cas
         log_op(s, log, RECORD_EXPIRY, st - s.stripes, st.seq + 1, it, key, n, NULL, 0)
@@ -819,11 +827,11 @@ cdef inline int mark_clean(seg_t* s, const uint8_t* key, size_t n, uint64_t h, u
         it = item_at(s, f.addr)
         if it.flags & FLAG_DIRTY and it.cas == version:
             rc = OK
-            dirty_gone(s, f.addr)
             st8(&it.flags, it.flags & ~FLAG_DIRTY)
             #! clean: flag
             dirty_clear(s, f.addr)      # behind it: who dies between leaves a bit too many
             #! clean: bit
+            dirty_gone(s, f.addr)
             tombstone = f.state == STATE_NEGATIVE
             if tombstone:
                 remove_locked(s, st, b, f.slot, f.addr, OP_EVICT, NULL)

@@ -91,7 +91,8 @@ FIELDS = {  # struct -> (field, struct code, meaning)
         ("epoch", "I", "of the item: clear() counts it up"),
         ("key_bytes", "H", f"length of the key, which follows: 1 to {MAX_KEY_BYTES}, of a CLEAR or GAP 0"),
         ("codec", "B", "of the value (codec.py)"),
-        ("op", "B", "lower half: " + ", ".join(f"{n} {name}" for n, (name, _) in OPS.items()) + "; upper half: CLOCK count of a SET"),
+        ("op", "B", "lower half: " + ", ".join(f"{n} {name}" for n, (name, _) in OPS.items())
+         + "; upper half: CLOCK count of a SET (16, 32); write-back: 64 its time is the cached copy's, 128 the store has not got it"),
     ),
 }
 
@@ -141,7 +142,7 @@ def _record_fault(op: int, key_bytes: int, value_bytes: int, refs: int) -> str:
         return f"a key of {key_bytes} bytes"
     if op != SET and value_bytes:
         return f"{OPS[op][0]} with a value"
-    if op != SET and refs:
+    if op not in (SET, EXPIRY) and refs:
         return f"{OPS[op][0]} with a CLOCK count"
     return ""
 

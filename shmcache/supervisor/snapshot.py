@@ -324,7 +324,7 @@ def _fill(
     # if the wall clock was set back since, lives do not become longer than they were
     created_ms = max(logs.created_ms, found.created_ms if found else 0)
     clock_back_ms = max(0, created_ms - int(time.time() * 1000))
-    # namespaces first: who needs one while it is absent would begin a new one
+    # namespaces first: who needs one while it is absent would begin a new one; and what is dirty: who loads its key would get an older row
     _put_all(into, found, logs, progress, clock_back_ms, -1, epoch, True, tail)
     into.generations_done()
     # into less memory than they came from: the hottest first, as long as there is room
@@ -353,7 +353,7 @@ def _put_all(
         for offset, payload in reader.blocks():
             into.put(payload, clock_back_ms, heat, epoch, generations, tail)
             progress(offset, reader.size_bytes)
-            if into.cleared:
+            if into.cleared and not generations:
                 return
 
 

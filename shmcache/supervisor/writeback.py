@@ -11,6 +11,7 @@ LONGEST_PAUSE. A row that it refuses stays dirty, is said once, and tried again 
 
 from __future__ import annotations
 
+import contextlib
 import random
 import sys
 import threading
@@ -29,6 +30,7 @@ BATCH = 500  # keys in one call of the store
 FIRST_PAUSE = 0.05  # seconds
 LONGEST_PAUSE = 5.0
 RETRY_REFUSED = 60.0
+RECOUNT_EVERY = 5.0  # seconds at least, of what writers' deaths have made wrong
 AT_END = 30.0  # seconds for which stop() tries to store what is left
 
 
@@ -52,6 +54,8 @@ class WriteBack:
         self.stopping = False
         self.batches = self.rows = 0
         self.dirty.recount()  # who was before may have died
+        self.next_recount = 0.0
+        self.damaged: bytes | None = None
         self.thread = threading.Thread(target=self.run, name="writeback", daemon=True)
         self.thread.start()
 
@@ -65,7 +69,7 @@ class WriteBack:
         while not self.stopping:
             self.wake.wait(self.policy.flush_every)
             self.wake.clear()
-            if not self.stopping and not self.one_pass():
+            if not self.stopping and not self.tried():
                 pause = self.pause * random.uniform(0.5, 1.5)
                 self.pause = min(2 * self.pause, LONGEST_PAUSE)
                 deadline = time.monotonic() + pause
@@ -73,13 +77,25 @@ class WriteBack:
                     self.wake.wait(max(0.0, deadline - time.monotonic()))
                     self.wake.clear()
 
+    def tried(self) -> bool:
+        """one_pass(); what it raises is taken for a failure of the store's: if this thread ended, writers would wait for good."""
+        try:
+            return self.one_pass()
+        except Exception as e:
+            self._failed(e)
+            return False
+
     def one_pass(self) -> bool:
         """Store what is dirty now: False if the store failed. What is refused, or was written meanwhile, stays dirty."""
         asked = int(self.header["flushes_asked"])
         at, left, began = 0, 0, time.time()
+        skipped, counted = self.dirty.skipped, int(self.header["dirty"]) + self.dirty.found_bytes
         seen: dict[bytes, float] = {}
         while True:
             items, at = self.dirty.find(at, BATCH)
+            if self.dirty.damaged != self.damaged:
+                self.damaged = self.dirty.damaged
+                self._say(f"a page of the value of {self.damaged!r} belongs to somebody else: run shmcache-admin verify --repair")
             now = time.monotonic()
             due = [item for item in items if not self._waits(item[0], item[4], now)]
             left += len(items) - len(due)
@@ -102,9 +118,17 @@ class WriteBack:
         self.header["flush_failed_ms"] = 0
         self.header["flush_refused"] = left
         self.header["oldest_dirty_ms"] = int(min(seen.values()) * 1000) if seen else 0
-        if left == 0:
+        if left == 0 and self.dirty.skipped == skipped:
             self.header["flushes_ended"] = asked
+        self._recount(counted - self.dirty.found_bytes)
         return True
+
+    def _recount(self, too_many: int) -> None:
+        """Count what is dirty anew if header.dirty had so many bytes more than a pass has found: writers wait by it."""
+        now = time.monotonic()
+        if too_many > int(self.header["dirty_limit"]) >> 4 and now >= self.next_recount:
+            self.next_recount = now + RECOUNT_EVERY
+            self.dirty.recount()
 
     def _waits(self, key: bytes, version: int, now: float) -> bool:
         """Was this version of it refused a short while ago?"""
@@ -143,7 +167,7 @@ class WriteBack:
                     self.store.delete_many(gone, timeout=timeout, versions={key: versions[key] for key in gone})
             except errors.RowsRefused as e:
                 refused |= e.errors
-        except errors.ShmcacheError as e:
+        except Exception as e:  # a store: anybody's code
             self._failed(e)
             return None
         self.header["flushed_ms"] = int(time.time() * 1000)
@@ -162,10 +186,11 @@ class WriteBack:
         self.cache.count_store(errors=1)
         if not self.header["flush_failed_ms"]:
             self.header["flush_failed_ms"] = int(time.time() * 1000)
-            self._say(f"the store fails ({error}); what it has not got is kept, and tried again")
+            self._say(f"the store fails ({type(error).__name__}: {error}); what it has not got is kept, and tried again")
 
     def _say(self, what: str) -> None:
-        print(f"shmcache: {self.cache.name}: {what}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError, ValueError):  # who read it is gone
+            print(f"shmcache: {self.cache.name}: {what}", file=sys.stderr, flush=True)
 
     def stop(self) -> None:
         """End the thread; then try for a while to store what is left, and say if something is."""
@@ -173,7 +198,7 @@ class WriteBack:
         self.wake.set()
         self.thread.join()
         deadline = time.monotonic() + AT_END
-        while not self.one_pass() and time.monotonic() < deadline:
+        while not self.tried() and time.monotonic() < deadline:
             time.sleep(min(self.pause, max(0.0, deadline - time.monotonic())))
             self.pause = min(2 * self.pause, LONGEST_PAUSE)
         left = self.dirty.items()

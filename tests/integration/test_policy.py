@@ -530,6 +530,39 @@ def test_a_write_that_failed_leaves_a_miss(over, hooked, when):
     assert cache.stats()["store"]["errors"] == 4
 
 
+def test_a_copy_that_cannot_be_dropped_does_not_keep_the_others(over, hooked, monkeypatch):
+    """What was loaded while the mark was taken away is older than what is stored."""
+    backed = over(hooked)
+    hooked.rows.clear()
+    backed.set_many({"a": "old", "b": "old"})
+
+    def meanwhile(what, keys):
+        if what == "store":
+            backed.invalidate("a", "b")
+            assert backed.get_many(["a", "b"]) == {"a": "old", "b": "old"}
+
+    hooked.before = meanwhile
+    discard = backed.discard
+    drop = backed._drop
+
+    def busy(key):
+        if key == b"a":
+            raise errors.StripeBusy("held by who does not run")
+        return discard(key)
+
+    def dropped(names):
+        monkeypatch.setattr(type(backed), "discard", lambda self, key: busy(key))
+        try:
+            drop(names)
+        finally:
+            monkeypatch.undo()
+
+    backed._drop = lambda names: dropped(names) if isinstance(names, dict) else drop(names)
+    with pytest.raises(errors.StripeBusy):
+        backed.set_many({"a": "new", "b": "new"})
+    assert backed.get("b") == "new"
+
+
 def test_a_load_that_failed_is_raised_and_the_next_one_tries_again(over, hooked):
     cache = over(hooked)
     hooked.rows[b"k"] = (hooked.codec.encode("v"), None, 0)

@@ -1,0 +1,364 @@
+"""Write-back: that no acknowledged write and no delete is lost on its way to the store, whatever comes between."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+import shmcache
+from shmcache import errors
+from shmcache.stores import Entry
+from shmcache.supervisor import datadir, snapshot, writeback
+from shmcache.supervisor.appendlog import AppendLog
+from tests.integration.test_processes import child, ended
+from tests.integration.test_store import DictStore, until
+from tests.redis.inprocess import InProcess
+from tests.redis.resp import encode
+
+BACK = shmcache.Policy("back", flush_every=0.01, timeout=5.0)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    with datadir.take(tmp_path / "data") as folder:
+        yield folder
+
+
+@pytest.fixture
+def store():
+    return DictStore()
+
+
+@pytest.fixture
+def back(make, store):
+    """back(**options) -> a cache that writes back; nobody stores what it has but flushed()."""
+    return lambda policy=BACK, **options: make("16M", policy=policy, store=store, **options)
+
+
+@contextlib.contextmanager
+def flusher(name, store):
+    with shmcache.attach(name) as cache:
+        thread = writeback.WriteBack(cache, store)
+        try:
+            yield thread
+        finally:
+            thread.stop()
+
+
+def flushed(name, store):
+    """What the store has when it has everything: {key: (value, does it expire?)}."""
+    with flusher(name, store):
+        pass
+    return {key: (entry.value, entry.ttl is not None) for key, entry in store.load_many(list(store.rows)).items()}
+
+
+def snapped(cache, folder):
+    """As after a crash: a snapshot of what is there, and the segment is gone."""
+    snapshot.write(cache, folder, throttled=False)
+    cache.close()
+    shmcache.unlink(cache.name)
+
+
+# ---- restore ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_nobody_loads_an_older_row_while_what_is_dirty_is_restored(back, store, folder, monkeypatch):
+    store.store_many({b"k": ("older", None), b"n": (1, None)})
+    cache = back()
+    cache.set("k", "newer")
+    cache.set("n", 5)
+    put_all, seen = snapshot._put_all, []
+
+    def with_a_worker(into, *args):
+        if not seen:
+            with shmcache.attach(cache.name, store=store) as worker:
+                seen.append(worker.claim("k", 5))
+                thread = threading.Thread(target=lambda: seen.extend([worker.get("k"), worker.incr("n")]))
+                thread.start()
+                time.sleep(0.05)
+                assert len(seen) == 1  # it waits
+                put_all(into, *args)
+                into.generations_done()
+                thread.join()
+        else:
+            put_all(into, *args)
+
+    monkeypatch.setattr(snapshot, "_put_all", with_a_worker)
+    snapped(cache, folder)
+    assert snapshot.restore(cache.name, folder)["present"] == 0
+    assert seen == [-1, "newer", 6]
+    assert flushed(cache.name, store) == {b"k": ("newer", False), b"n": (6, False)}
+    shmcache.unlink(cache.name)
+
+
+def test_what_is_dirty_outlives_a_clear_also_in_the_log(back, store, folder):
+    store.store_many({b"gone": ("older", None), b"touched": ("kept", None)})
+    cache = back(log_buffer="64K")
+    cache.set("k", "v")
+    cache.delete("gone")
+    assert cache.get("touched") == "kept"
+    snapshot.write(cache, folder, throttled=False)
+    log = AppendLog(cache, folder, "always")
+    cache.expire("touched", 1000)
+    cache.set("in the log", "v")
+    with shmcache.attach(cache.name) as bare:
+        bare.clear()
+    log.close()
+    cache.close()
+    shmcache.unlink(cache.name)
+    snapshot.restore(cache.name, folder)
+    assert flushed(cache.name, store) == {b"k": ("v", False), b"in the log": ("v", False), b"touched": ("kept", True)}
+    shmcache.unlink(cache.name)
+
+
+def test_what_is_dirty_is_restored_also_after_a_worker_cleared(back, store, folder, monkeypatch):
+    cache = back()
+    for i in range(100):
+        cache.set(f"k{i}", i)
+    put_all = snapshot._put_all
+
+    def cleared(into, *args):
+        with shmcache.attach(cache.name) as worker:
+            worker.set("x", 1)
+            worker.clear()
+        put_all(into, *args)
+
+    monkeypatch.setattr(snapshot, "_put_all", cleared)
+    snapped(cache, folder)
+    snapshot.restore(cache.name, folder)
+    assert flushed(cache.name, store) == {b"x": (1, False), **{b"k%d" % i: (i, False) for i in range(100)}}
+    shmcache.unlink(cache.name)
+
+
+def test_keys_of_the_caches_own_are_not_stored_after_a_restore_either(back, store, folder):
+    cache = back(log_buffer="64K")
+    cache.set("\0own", 1)
+    snapshot.write(cache, folder, throttled=False)
+    log = AppendLog(cache, folder, "always")
+    cache.expire("\0own", 1000)
+    log.close()
+    cache.close()
+    shmcache.unlink(cache.name)
+    snapshot.restore(cache.name, folder)
+    assert flushed(cache.name, store) == {}
+    with shmcache.attach(cache.name) as cache:
+        assert cache.ttl("\0own") < 1001
+        assert cache.delete("\0own")
+    shmcache.unlink(cache.name)
+
+
+# ---- the copy's time --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("logged", [False, True])
+def test_the_copys_time_is_not_the_values_after_a_restore_either(back, store, folder, logged):
+    cache = back(default_ttl=0.3, log_buffer="64K")
+    cache.set("k", "v")
+    cache.set("own", "v", ttl=1000)
+    cache.touch("own")  # the segment's default again
+    if not logged:
+        snapped(cache, folder)
+    else:
+        snapshot.write(cache, folder, throttled=False)
+        log = AppendLog(cache, folder, "always")
+        cache.set("logged", "v")
+        cache.expire("k", 1000)
+        cache.touch("k")
+        log.close()
+        cache.close()
+        shmcache.unlink(cache.name)
+    time.sleep(0.4)
+    snapshot.restore(cache.name, folder)
+    names = ["k", "own", "logged"] if logged else ["k", "own"]
+    assert flushed(cache.name, store) == {name.encode(): ("v", False) for name in names}
+    shmcache.unlink(cache.name)
+
+
+def test_a_touch_with_no_ttl_takes_the_values_time_away(back, store):
+    cache = back(default_ttl=1000)
+    cache.set("k", "v", ttl=5)
+    assert cache.touch("k")
+    assert 999 < cache.ttl("k") <= 1000
+    assert flushed(cache.name, store) == {b"k": ("v", False)}
+    assert cache.touch("k", 7)
+    assert flushed(cache.name, store) == {b"k": ("v", True)}
+
+
+# ---- counting, and flush() ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_count_that_deaths_have_made_too_high_is_put_right_and_writers_go_on(back, store):
+    cache = back()
+    header = cache.views(writable=True).header
+    with flusher(cache.name, store):
+        cache.set("k", "v")
+        header["dirty"] = 1 << 40  # as if many had died with large values in hand
+        cache.set("k", "w")  # waits till it is counted
+        assert header["dirty"] < 1 << 20
+    del header
+
+
+def test_flush_stores_what_is_dirty_whatever_the_count_says(back, store):
+    cache = back(shmcache.Policy("back", flush_every=0.2))
+    with flusher(cache.name, store):
+        cache.set("k", "v")
+        cache.views(writable=True).header["dirty"] = 0
+        cache.flush()
+        assert store.load_many([b"k"]) == {b"k": Entry("v")}
+
+
+def test_flush_does_not_say_that_all_is_stored_if_a_stopped_process_holds_a_stripe(back, store):
+    cache = back(lock_limit=0.05)
+    cache.set("k", "v")
+    segment = cache.views(writable=True)
+    holder = child(lambda: cache.get("k") and os.kill(os.getpid(), signal.SIGSTOP) is None)
+    os.waitpid(holder, os.WUNTRACED)
+    row = next(p["row"] for p in cache.processes() if p["pid"] == holder)
+    # as if it had been stopped while it had the key's stripe
+    segment.stripes["word"][segment.stripes["seq"] != 0] = (int(segment.rows["gen"][row]) << 16) | (row + 1)
+    try:
+        with flusher(cache.name, store):
+            with pytest.raises(errors.StoreUnavailable):
+                cache.flush(0.5)
+            os.kill(holder, signal.SIGKILL)
+            ended(holder)
+            cache.flush()
+            assert store.load_many([b"k"]) == {b"k": Entry("v")}
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(holder, signal.SIGKILL)
+        del segment
+
+
+# ---- what fails -------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_store_that_raises_what_it_should_not_is_tried_again(back, store, monkeypatch, capsys):
+    cache = back()
+    cache.set("k", "v")
+    cache.set("j", "v")
+    cache.delete("j")
+    wrong = [ZeroDivisionError("a bug"), TypeError("another")]
+
+    def failing(call):
+        def fails(*args, **kwargs):
+            if wrong:
+                raise wrong.pop()
+            return call(*args, **kwargs)
+
+        return fails
+
+    monkeypatch.setattr(store, "store_many", failing(store.store_many))
+    monkeypatch.setattr(store, "delete_many", failing(store.delete_many))
+    with flusher(cache.name, store) as thread:
+        cache.flush()
+        assert thread.thread.is_alive()
+    assert store.load_many([b"k", b"j"]) == {b"k": Entry("v")}
+    assert "TypeError: another" in capsys.readouterr().err
+
+
+def test_a_damaged_value_does_not_keep_the_others_from_the_store(back, store, capsys):
+    cache = back(max_value="1M")
+    cache.set("big", b"x" * 300_000)
+    for i in range(100):
+        cache.set(f"k{i}", i)
+    segment = cache.views(writable=True)
+    heads = segment.pages["head"]
+    heads[heads != 0] = 1  # nobody's
+    del segment, heads
+    with flusher(cache.name, store):
+        with pytest.raises(errors.StoreUnavailable):
+            cache.flush(0.5)
+        assert len(store.rows) == 100
+        cache.set("big", b"y")
+        cache.flush()
+    assert len(store.rows) == 101
+    assert capsys.readouterr().err.count("belongs to somebody else") == 1
+    for line in cache.verify():
+        assert "big" in line.lower() or "page" in line
+    cache.close()
+
+
+# ---- what is over already ---------------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_stored_for_no_time_is_seen_by_nobody(back, store):
+    store.store_many({b"there": ("v", None), b"sent": ("v", None)})
+    cache = back()
+    stop, seen = threading.Event(), []
+
+    def read():
+        with shmcache.attach(cache.name, store=store) as other:
+            while not stop.is_set():
+                seen.append(other.peek("k"))
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    until(lambda: seen)
+    for _ in range(5000):
+        cache.set("k", "over", ttl=0)
+    stop.set()
+    thread.join()
+    assert set(seen) == {None}
+    cache.set("there", "w", ttl=0)
+    server = InProcess(cache.name)
+    client = server.connect()
+    for words in (["SET", "past", "v", "PXAT", "1000"], ["SET", "past", "v", "NX", "PXAT", str(int(time.time() * 1000) - 10)], ["SET", "sent", "v", "PXAT", "1000"]):
+        assert server.say(client, encode([w.encode() for w in words])) == b"+OK\r\n", words
+        client.transport.written.clear()
+    server.close()
+    assert cache.peek("past") is None
+    assert flushed(cache.name, store) == {}
+
+
+def test_the_sidecar_does_not_make_the_copys_time_the_values(back, store):
+    cache = back(default_ttl=1000)
+    server = InProcess(cache.name)
+    client = server.connect()
+    for words in ("SET a 1", "APPEND a 2", "SET b 1", "SET b 2 KEEPTTL", "SET c 1.5", "INCRBYFLOAT c 1", "SET d v", "RENAME d e", "SET f v EX 9", "APPEND f w"):
+        assert not server.say(client, encode([w.encode() for w in words.split()])).startswith(b"-"), words
+        client.transport.written.clear()
+    server.close()
+    found = {key: expires for key, (_, expires) in flushed(cache.name, store).items()}
+    assert found == {b"a": False, b"b": False, b"c": False, b"e": False, b"f": True}
+
+
+def test_what_is_written_back_has_no_tags(back, store):
+    cache = back()
+    cache.set("k", "v")
+    calls = [
+        lambda tags: cache.set("k", "w", tags=tags), lambda tags: cache.set_many({"k": "w", "j": "w"}, tags=tags), lambda tags: cache.add("n", "w", tags=tags),
+        lambda tags: cache.replace("k", "w", tags=tags), lambda tags: cache.cas("k", "w", cache.gets("k")[1], tags=tags),
+    ]  # fmt: skip
+    for call in calls:
+        with pytest.raises(errors.UsageError, match="tags"):
+            call(("t",))
+    cache.set("\0own", "v", tags=("t",))
+    assert flushed(cache.name, store) == {b"k": ("v", False)}
+
+
+def test_the_time_in_which_a_copy_is_stale_is_not_the_values(back, store):
+    store.store_many({b"k": ("v", None)})
+    cache = back(shmcache.Policy("back", stale_ttl=1000))
+    assert cache.get("k") == "v"
+    assert cache.touch("k", 50)
+    with flusher(cache.name, store):
+        pass
+    assert 40 < store.load_many([b"k"])[b"k"].ttl <= 50
+
+
+def test_no_time_left_is_a_delete_also_of_what_only_the_store_has(back, store):
+    store.store_many({b"a": ("v", None), b"b": ("v", None)})
+    cache = back()
+    assert cache.touch("a", 0)
+    assert cache.expire("b", 0)
+    assert not cache.touch("a", 0)
+    assert not cache.expire("none", 0)
+    with pytest.raises(errors.InvalidTTL):
+        cache.expire("a", None)
+    assert flushed(cache.name, store) == {}
