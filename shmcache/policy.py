@@ -414,16 +414,34 @@ class ThroughCache(StoredCache):
         deadline = time.monotonic() + self.policy.timeout
         marks: dict[bytes, int] = {}  # 0: overlapped
         heads = {name: self._head(name) for name in values} if self._fills else {}
+        known = True
         try:
             for name in sorted(values):
                 marks[name] = self._mark(name, deadline, alone=False)
+            known = False
             self._store(values, ttl)
+            known = True
             if self._fills and ttl != 0:
                 for name, value in encoded.items():
                     if value is not DELETE and self._filled(name, Entry(value, ttl), marks[name], heads[name]):
                         del marks[name]
+        except (errors.RowsRefused, errors.StoreRefused):
+            known = True
+            raise
         finally:
-            self._drop(marks)
+            self._end(marks, known)
+
+    def _end(self, names: Iterable[bytes], known: bool) -> None:
+        """Of writes that have not filled their marks. Not known: whether the store has done it, or will."""
+        error = None
+        for name in names:
+            try:
+                self.end_mark(name, known)
+                self.discard(name)  # if the mark was not there any more, what was loaded meanwhile may be older
+            except errors.CapacityError as e:
+                error = e
+        if error is not None:
+            raise error
 
     def _mark(self, name: bytes, deadline: float, alone: bool, version: int = 0) -> int:
         """Put a mark on a key: its version, 0 if another's was there, -1: the key has not this version.
@@ -458,23 +476,29 @@ class ThroughCache(StoredCache):
         mark = self._mark(name, deadline, True, version)
         if mark < 0:
             return MISSING
-        filled = False
+        filled, known = False, True
         try:
             head = self._head(name)
             was = self._call(self.store.load_many, [name], timeout=self.policy.timeout).get(name)
             now, told = change(was)
             if now is KEEP:
                 now = was
-            elif now is DELETE:
-                self._store({name: DELETE}, None)
             else:
-                self._store({name: now.value}, now.ttl)
+                known = False
+                if now is DELETE:
+                    self._store({name: DELETE}, None)
+                else:
+                    self._store({name: now.value}, now.ttl)
+                known = True
             if isinstance(now, Entry) and now.ttl != 0 and (self._fills or now is was):
                 filled = self._filled(name, now, mark, head)
             return told
+        except (errors.RowsRefused, errors.StoreRefused):
+            known = True
+            raise
         finally:
             if not filled:
-                self._drop([name])
+                self._end([name], known)
 
     def add(self, key: Key, value: Any, ttl: Ttl = None, tags: Tags = None) -> bool:
         if _is_own(key):

@@ -40,7 +40,7 @@ from shmcache.core.ring cimport log_t, record_room, ring_of, ring_release, ring_
 from shmcache.core.siphash cimport siphash, siphash13
 from shmcache.core.slab cimport chunk_class, cls_mark, give_back_all, item_at, page_cls
 from shmcache.core.table cimport (
-    ALONE, ALWAYS, IF_ABSENT, IF_CLAIM, IF_PRESENT, IF_SAME, IF_UNCLAIMED, IF_UNMARKED, IF_UNMARKED_BY_ANY, IF_VERSION, RESTARTS, add_to, clear_all,
+    ALONE, WRITER, ALWAYS, IF_ABSENT, end_mark, IF_CLAIM, IF_PRESENT, IF_SAME, IF_UNCLAIMED, IF_UNMARKED, IF_UNMARKED_BY_ANY, IF_VERSION, RESTARTS, add_to, clear_all,
     count_items, envelope_state, give_up, next_keys, prefetch_item, put, put_t, read_begin, read_claim, read_copy, read_end, read_generation, read_t, remove,
     remove_claim, same_item, set_expiry, state_in_place, unchanged)
 from shmcache.core.token cimport (
@@ -1162,6 +1162,8 @@ cdef class Table:
         op.log.bytes = 0
         op.log.end = 0
         if unlikely(writes_back(s, op.key)) and not op.loaded:
+            if op.when == IF_ABSENT and not self._reads_through:
+                return fail(NO_STORE)       # who cannot ask the store does not know
             self.wait_stored(s, self.mapping)
         if likely(s.ring_bytes == 0) or op.flags & FLAG_CLAIM:
             return self.put_now(s, op)
@@ -1681,7 +1683,7 @@ cdef class Table:
                 continue
             if rc == EXISTS:
                 if flags & FLAG_WRITING:
-                    return -4 if dead(s, token) else -3
+                    return -4 if token == 0 or dead(s, token) else -3
                 if token == owner[0]:
                     return -2 if thread == owner[1] else -1
                 if not dead(s, token):
@@ -1734,7 +1736,7 @@ cdef class Table:
             s = self.ready()
             token = s.me[0]
             owner[0] = s.me[0]
-            owner[1] = <uint64_t>PyThread_get_thread_ident() | (ALONE if alone else 0)
+            owner[1] = (<uint64_t>PyThread_get_thread_ident() & (WRITER - 1)) + WRITER + (ALONE if alone else 0)
             op.chunk = 0
             op.refs = 0
             op.hash = siphash13(op.key, op.key_bytes, s.k0, s.k1)
@@ -1750,6 +1752,34 @@ cdef class Table:
             rc = self.put_view(s, &op)
             if rc != MISMATCH or token == s.me[0]:      # else a fork child: the mark was the parent's
                 return (op.cas if rc == OK else -1 if rc == MISMATCH else 0), bool(op.overlapped)
+
+    def end_mark(self, key, bint known=True):
+        """End a write for which mark() was called, and whose mark was not filled: it goes when all have ended who put one here.
+
+        Args: known: it is known what the store has done; else the mark stands till its time is over, and nobody waits for it.
+        """
+        cdef const uint8_t* k
+        cdef size_t n
+        cdef uint64_t h
+        cdef seg_t* s
+        cdef Mapping held
+        cdef int rc
+        key_view(key, &k, &n)
+        s = self.ready()
+        held = self.mapping
+        h = siphash13(k, n, s.k0, s.k1)
+        rc = end_mark(s, k, n, h, known, 0)
+        while rc == BUSY or rc == INTR:
+            self.enter(s)
+            try:
+                with nogil:
+                    rc = end_mark(s, k, n, h, known, s.limit_ns)
+                if rc == INTR:
+                    self.interrupted(s, held)
+            finally:
+                self.leave()
+            if rc == BUSY:
+                fail(rc)
 
     def fill_claim(self, key, value, uint64_t version, ttl=None, bytes head=None, stale_ttl=None, uint32_t early_ms=0, bint refresh=False):
         """Store the value for which claim() gave this version: True if the claim still stood.

@@ -527,16 +527,33 @@ cdef inline bint my_claim(seg_t* s, uint64_t addr, size_t n) noexcept nogil:
 cdef extern from *:
     """
     #define SHM_ALONE ((uint64_t)1 << 63)   /* of the thread in a mark: user space has no such address */
+    #define SHM_GIVEN_UP ((uint64_t)1 << 62) /* the same: of a writer who has ended nobody knows what the store has done, or will */
+    #define SHM_WRITER ((uint64_t)1 << 48)  /* the same: one writer more that has not ended; up to 16,383 */
+    #define SHM_WRITERS (SHM_GIVEN_UP - SHM_WRITER)
     """
     const uint64_t ALONE "SHM_ALONE"
+    const uint64_t GIVEN_UP "SHM_GIVEN_UP"
+    const uint64_t WRITER "SHM_WRITER"
+    const uint64_t WRITERS "SHM_WRITERS"
 
 cdef inline bint passes_by(seg_t* s, const uint8_t* key) noexcept nogil:
     """Would a plain write of this key pass the store by? Keys that begin with a NUL are the cache's own."""
     return s.policy != 0 and (s.policy == POLICY_THROUGH or s.policy == POLICY_AROUND) and key[0] != 0
 
+cdef inline uint64_t* of_mark(seg_t* s, uint64_t addr, size_t n) noexcept nogil:
+    """Of a mark that find_locked has found: the token of who put it last, 0: he has ended; behind it the thread, ALONE, GIVEN_UP, WRITERS."""
+    return <uint64_t*>(<uint8_t*>item_at(s, addr) + value_offset(n))
+
+cdef inline void inherit_mark(seg_t* s, uint64_t* new, uint64_t* old) noexcept nogil:
+    """A mark stands for those, too, whose marks it takes the place of; who of them is dead has not told what he has done."""
+    cdef uint64_t owner = ld64r(&old[0]), word = ld64r(&old[1]) & (GIVEN_UP | WRITERS)
+    if owner and word & WRITERS and dead(s, owner):
+        word = (word - WRITER) | GIVEN_UP
+    st64(&new[1], (ld64r(&new[1]) + (word & WRITERS)) | (word & GIVEN_UP))
+
 cdef inline bint alone(seg_t* s, uint64_t addr, size_t n) noexcept nogil:
     """Does the owner of this mark want the key for itself?"""
-    return (ld64r(<uint64_t*>(<uint8_t*>item_at(s, addr) + value_offset(n)) + 1) & ALONE) != 0
+    return (ld64r(&of_mark(s, addr, n)[1]) & ALONE) != 0
 
 cdef inline int allowed(seg_t* s, put_t* op, found_t* f) noexcept nogil:
     cdef bint present = f.slot != NULL and f.live
@@ -547,7 +564,7 @@ cdef inline int allowed(seg_t* s, put_t* op, found_t* f) noexcept nogil:
     if op.flags & FLAG_WRITING:
         op.overlapped = f.slot != NULL and ld8r(&item_at(s, f.addr).flags) & FLAG_WRITING
         if op.overlapped and f.claimed and op.when != ALWAYS and (op.when == IF_UNMARKED_BY_ANY or alone(s, f.addr, op.key_bytes)) and \
-                not dead(s, ld64r(<uint64_t*>(<uint8_t*>item_at(s, f.addr) + value_offset(op.key_bytes)))):
+                ld64r(of_mark(s, f.addr, op.key_bytes)) and not dead(s, ld64r(of_mark(s, f.addr, op.key_bytes))):
             return EXISTS
         return OK if not op.version or (present and ld64(&item_at(s, f.addr).cas) == op.version) else MISMATCH
     if op.when == IF_ABSENT:
@@ -613,6 +630,10 @@ cdef inline int put(seg_t* s, put_t* op, uint64_t limit_ns) noexcept nogil:
     if old and unlikely(ld32(&s.header.restoring)) and ld64(&item_at(s, old).hash) != op.hash:
         depart_with(s, old, OP_EVICT)
     it.epoch = <uint32_t>(count >> 32)
+    if unlikely(op.flags & FLAG_WRITING) and op.overlapped and f.claimed:
+        inherit_mark(s, of_mark(s, op.chunk, op.key_bytes), of_mark(s, f.addr, op.key_bytes))
+        if it.expiry_ms < item_at(s, f.addr).expiry_ms:
+            it.expiry_ms = item_at(s, f.addr).expiry_ms
     op.cas = st.seq + 1 if likely(op.when != RESTORED) else op.version
     st64(&it.cas, op.cas)
     #! put: cas
@@ -662,6 +683,13 @@ cdef inline int remove(seg_t* s, const uint8_t* key, size_t n, uint64_t h, uint6
     if f.slot != NULL and unlikely(ld8r(&item_at(s, f.addr).flags) & FLAG_DIRTY):
         stripe_release(s, st)       # only a newer value takes its place
         return ABSENT
+    if f.slot != NULL and unlikely(ld8r(&item_at(s, f.addr).flags) & FLAG_WRITING) and f.claimed:
+        if not only_expired:        # the mark stays, and whoever's it is fills no more: what he has stored may be older than this
+            note_intent(st, OP_TOUCH, f.addr, 0, st.count)
+            st64(&item_at(s, f.addr).cas, st.seq + 1)
+            st64(&st.seq, st.seq + 1)
+        stripe_release(s, st)
+        return ABSENT
     if unlikely(ld32(&s.header.restoring)) and not only_expired and not version:
         depart(s, h)
     if f.slot == NULL or (only_expired and f.live):
@@ -708,6 +736,41 @@ cdef inline int remove_claim(seg_t* s, const uint8_t* key, size_t n, uint64_t h,
         remove_locked(s, st, b, f.slot, f.addr, OP_EVICT, NULL)
     stripe_release(s, st)
     if rc == OK:
+        free_old(s, f.addr, limit_ns)
+    return rc
+
+cdef inline int end_mark(seg_t* s, const uint8_t* key, size_t n, uint64_t h, bint known, uint64_t limit_ns) noexcept nogil:
+    """A writer who has put a mark here ends: the last takes it away. Not known: what the store has done; then it stands till its time is
+    over, and nobody waits for it. OK, ABSENT, BUSY or INTR. Crash between the stores: as if he had not ended."""
+    cdef uint64_t b = bucket_of(s, h)
+    cdef stripe_t* st = stripe_of(s, b)
+    cdef found_t f
+    cdef uint64_t* mark
+    cdef uint64_t word
+    cdef bint gone = False
+    cdef int rc = stripe_take(s, st, limit_ns)
+    if rc != OK:
+        return rc
+    find_locked(s, b, key, n, h, &f)
+    rc = ABSENT
+    if f.slot != NULL and f.claimed and ld8r(&item_at(s, f.addr).flags) & FLAG_WRITING:
+        rc = OK
+        mark = of_mark(s, f.addr, n)
+        word = ld64r(&mark[1])
+        if word & WRITERS:
+            word -= WRITER
+        if not known:
+            word |= GIVEN_UP
+        if word & WRITERS:
+            st64(&mark[1], word)
+        elif word & GIVEN_UP:
+            st64(&mark[1], word)
+            st64(&mark[0], 0)
+        else:
+            gone = True
+            remove_locked(s, st, b, f.slot, f.addr, OP_EVICT, NULL)
+    stripe_release(s, st)
+    if gone:
         free_old(s, f.addr, limit_ns)
     return rc
 

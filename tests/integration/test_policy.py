@@ -523,44 +523,88 @@ def test_a_write_that_failed_leaves_a_miss(over, hooked, when):
         with pytest.raises(errors.StoreUnavailable, match="now"):
             call()
         assert cache.peek("k") is None
-        assert cache.claim_version("k") == 0
     there = hooked.rows.get(b"k")
     hooked.before = hooked.after = lambda what, keys: None
+    began = time.monotonic()
     assert cache.get("k") == (None if there is None else hooked.codec.decode(*there[0]))
+    assert cache.peek("k") is None  # what has failed may still be done: till its time is over nothing is cached
+    assert cache.claim_version("k")
+    cache["k"] = 5
+    assert [cache["k"], cache.incr("k")] == [5, 6]
+    assert time.monotonic() - began < 2.5  # nobody has waited for the one that failed
     assert cache.stats()["store"]["errors"] == 4
 
 
-def test_a_copy_that_cannot_be_dropped_does_not_keep_the_others(over, hooked, monkeypatch):
-    """What was loaded while the mark was taken away is older than what is stored."""
-    backed = over(hooked)
-    hooked.rows.clear()
-    backed.set_many({"a": "old", "b": "old"})
+def test_a_write_that_is_refused_leaves_a_miss_that_is_cached_again(over, hooked):
+    cache = over(hooked)
+    cache["k"] = 1
 
-    def meanwhile(what, keys):
+    def refuse(what, keys):
         if what == "store":
-            backed.invalidate("a", "b")
-            assert backed.get_many(["a", "b"]) == {"a": "old", "b": "old"}
+            raise errors.RowsRefused({b"k": ValueError("no")})
 
-    hooked.before = meanwhile
-    discard = backed.discard
-    drop = backed._drop
+    hooked.before = refuse
+    for call in (lambda: cache.set("k", 2), lambda: cache.incr("k")):
+        with pytest.raises(errors.RowsRefused):
+            call()
+        assert cache.peek("k") is None
+        assert [cache["k"], cache.peek("k")] == [1, 1]
 
-    def busy(key):
+
+def test_of_overlapping_writers_one_is_killed_when_the_other_has_ended(over, hooked):
+    """What the dead one had begun may still be done: nothing is cached on the other's word."""
+    cache = over(hooked)
+    started, go = fork.Event(), fork.Event()
+
+    def first(what, keys):
+        if what == "store":
+            started.set()
+            go.wait(60)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def dies():
+        hooked.before = first
+        cache.set("k", "dead")
+
+    pid = child(dies)
+    assert started.wait(60)
+    cache.set("k", "alive")
+    assert cache["k"] == "alive" if not kept(cache) else cache.peek("k") is None
+    assert cache.peek("k") is None
+    go.set()
+    assert ended(pid) == -signal.SIGKILL
+    assert [cache["k"], cache.peek("k")] == ["alive", None]
+    assert cache.claim_version("k")
+
+
+def test_who_invalidates_while_another_writes_voids_his_fill(over, hooked):
+    cache = over(hooked)
+    gate = Gate(hooked, "store", "after")
+    writer, _ = in_thread(cache.set, "k", "written")
+    assert gate.reached.wait(60)
+    hooked.rows[b"k"] = (hooked.codec.encode("past the cache"), None, 0)
+    cache.invalidate("k")
+    gate.opened.set()
+    writer.join(60)
+    assert cache.peek("k") is None
+    assert cache["k"] == cache.peek("k") == "past the cache"
+
+
+def test_a_copy_that_cannot_be_dropped_does_not_keep_the_others(over, hooked, monkeypatch):
+    cache = over(hooked)
+    cache.set_many({"a": 1, "b": 2})
+    assert cache.get_many(["a", "b"]) == {"a": 1, "b": 2}
+    discard = type(cache).discard
+
+    def busy(self, key):
         if key == b"a":
             raise errors.StripeBusy("held by who does not run")
-        return discard(key)
+        return discard(self, key)
 
-    def dropped(names):
-        monkeypatch.setattr(type(backed), "discard", lambda self, key: busy(key))
-        try:
-            drop(names)
-        finally:
-            monkeypatch.undo()
-
-    backed._drop = lambda names: dropped(names) if isinstance(names, dict) else drop(names)
+    monkeypatch.setattr(type(cache), "discard", busy)
     with pytest.raises(errors.StripeBusy):
-        backed.set_many({"a": "new", "b": "new"})
-    assert backed.get("b") == "new"
+        cache.invalidate("a", "b")
+    assert [cache.peek("a"), cache.peek("b")] == [1, None]
 
 
 def test_a_load_that_failed_is_raised_and_the_next_one_tries_again(over, hooked):
@@ -1037,6 +1081,9 @@ def test_writers_need_no_store(back, hooked):
     with shmcache.attach(cache.name) as bare, flushing(cache, hooked):
         bare["k"] = {"from": "a worker"}
         bare.delete("old")
+        for call in (lambda: bare.add("n", 1), lambda: bare.incr("n", default=1), lambda: bare.cas("n", 1, 0)):
+            with pytest.raises(shmcache.StoreNeeded):  # it cannot ask whether the store has it
+                call()
         bare.flush()
     assert stored(cache, "k", "old") == {b"k": Entry({"from": "a worker"})}
 

@@ -308,7 +308,7 @@ def test_what_is_stored_for_no_time_is_seen_by_nobody(back, store):
     cache.set("there", "w", ttl=0)
     server = InProcess(cache.name)
     client = server.connect()
-    for words in (["SET", "past", "v", "PXAT", "1000"], ["SET", "past", "v", "NX", "PXAT", str(int(time.time() * 1000) - 10)], ["SET", "sent", "v", "PXAT", "1000"]):
+    for words in (["SET", "past", "v", "PXAT", "1000"], ["SET", "past", "v", "PXAT", str(int(time.time() * 1000) - 10)], ["SET", "sent", "v", "PXAT", "1000"]):
         assert server.say(client, encode([w.encode() for w in words])) == b"+OK\r\n", words
         client.transport.written.clear()
     server.close()
