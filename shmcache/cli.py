@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import shmcache
-from shmcache import errors, metrics, segment
+from shmcache import errors, metrics, segment, stores
+from shmcache.policy import policy_of
 
 STUCK = 30.0  # seconds without a heartbeat: the supervisor is stopped
 POLL = 0.02  # seconds between two looks whether a snapshot that was asked for is written
@@ -458,6 +459,8 @@ def _live_or_restored(args: argparse.Namespace, folder: Path | None) -> shmcache
     from shmcache.supervisor import appendlog, datadir, format, snapshot
 
     created: dict[str, Any] = {"huge_pages": args.huge_pages}
+    if args.store:
+        created["policy"] = args.policy or "through"
     if args.log_buffer:
         created["log_buffer"] = args.log_buffer
     buffer = None if args.log == "off" else _log_buffer(segment.parse_size(args.size or shmcache.cache.DEFAULT_SIZE))
@@ -498,10 +501,14 @@ def do_supervise(args: argparse.Namespace) -> int:
     # from the start, and not a blocked signal: threads that a library started earlier would take it, and the default ends the process
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
-    with _data_dir(args) as folder, _live_or_restored(args, folder) as cache:
+    store = stores.opened(args.store, args.store_table) if args.store else None
+    closing = contextlib.closing(store) if store else contextlib.nullcontext()
+    with _data_dir(args) as folder, closing, _live_or_restored(args, folder) as cache:
+        policy = policy_of(cache.mapping)
         supervisor = Supervisor(
-            cache, args.parent, folder=folder, every=args.snapshot_every, keep=args.keep, compress=args.compress, log=args.log
-        )
+            cache, args.parent, folder=folder, every=args.snapshot_every, keep=args.keep, compress=args.compress, log=args.log,
+            store=store if policy is not None and policy.mode == "back" else None,
+        )  # fmt: skip
         if asked:
             supervisor.stop()
         if not args.quiet:
@@ -511,12 +518,15 @@ def do_supervise(args: argparse.Namespace) -> int:
     return 0
 
 
+SUPERVISED = ("size", "data_dir", "log", "log_buffer", "snapshot_every", "keep", "store", "store_table", "policy")  # serve's, handed on
+
+
 def do_serve(args: argparse.Namespace) -> int:
     from shmcache.sidecar import acl
     from shmcache.sidecar.serve import Service
 
     supervise = [
-        word for name in ("size", "data_dir", "log", "log_buffer", "snapshot_every", "keep") if (value := getattr(args, name)) is not None
+        word for name in SUPERVISED if (value := getattr(args, name)) is not None
         for word in ("--" + name.replace("_", "-"), str(value))
     ]  # fmt: skip
     supervise += [flag for flag in ("--compress", "--huge-pages") if getattr(args, flag[2:].replace("-", "_"))]
@@ -541,6 +551,7 @@ def do_serve(args: argparse.Namespace) -> int:
         args.name, supervise, workers=args.workers, bind=args.bind, port=args.port, unix=args.unix, unix_mode=args.unix_mode,
         settings=settings, users={name: user.line for name, user in users.items()}, disabled=sorted(acl.disabled(args.disable_command)),
         tls=tls, quiet=args.quiet, metrics_port=args.metrics_port, metrics_bind=args.metrics_bind,
+        store=(args.store, args.store_table) if args.store is not None else None,
     ).run()  # fmt: skip
 
 
@@ -685,6 +696,9 @@ def _supervise_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--data-dir", metavar="D", help="write snapshots to it, and restore the segment from it if there is none")
     p.add_argument("--log", choices=("off", "no", "everysec", "always"), default="off",
                    help="log every write to --data-dir, synced never, every second, or before it returns (off)")  # fmt: skip
+    p.add_argument("--store", metavar="SPEC", help="what it is a cache of: an SQLAlchemy URL, or module:function, which returns a Store")
+    p.add_argument("--store-table", metavar="T", help="of the URL (shmcache)")
+    p.add_argument("--policy", choices=("through", "around", "back"), help="how writes get there, if the segment is created (through)")
     p.add_argument("--log-buffer", metavar="SIZE", help="of the log, for each process, if it is created (by its size: 64K to 256K)")
     p.add_argument("--snapshot-every", type=_positive, default=300.0, metavar="S", help="seconds (300); one more is written at the end")
     _snapshot_options(p)

@@ -9,6 +9,7 @@ have to pass.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -57,3 +58,14 @@ class Store(Protocol):
 
     def close(self) -> None:
         """Wait for the calls that are running, and give back what it holds."""
+
+
+def opened(spec: str, table: str | None = None) -> Store:
+    """A store by its name: an SQLAlchemy URL (and a table there), or "module:attribute", a function without arguments that returns one."""
+    if "://" in spec:
+        from shmcache.stores.sql import SQLStore
+
+        return SQLStore(spec, table or "shmcache")
+    module, _, attribute = spec.partition(":")
+    store: Store = getattr(importlib.import_module(module), attribute)()
+    return store

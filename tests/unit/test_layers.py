@@ -22,8 +22,8 @@ ALLOWED = {  # module -> what of ours it may import
     "policy": {"errors", "codec", "core", "segment", "cache", "flight", "stores"},
     "supervisor": {"errors", "codec", "core", "segment", "cache", "policy", "stores", "supervisor"},
     "metrics": set(),
-    "sidecar": {"errors", "core", "cache", "metrics", "sidecar"},
-    "cli": {"errors", "core", "segment", "supervisor", "metrics", "sidecar"},
+    "sidecar": {"errors", "core", "cache", "metrics", "policy", "stores", "sidecar"},
+    "cli": {"errors", "core", "segment", "policy", "stores", "supervisor", "metrics", "sidecar"},
     "__init__": {"errors", "segment", "cache", "policy", "supervisor", "stores"},
 }
 
