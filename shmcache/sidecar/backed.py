@@ -35,11 +35,11 @@ LATE = 0.005  # seconds by which two readings of an expiry may differ
 
 @dataclass
 class Plan:
-    """Of a command or transaction: its keys that the store may have, whether it writes some of them, and has to know them for it."""
+    """Of a command or transaction: its keys that the store may have, those whose values matter to it; does it write any?"""
 
     names: dict[bytes, None] = field(default_factory=dict)
+    read: dict[bytes, None] = field(default_factory=dict)
     writes: bool = False
-    blind: bool = True
     own: bool = False  # it writes others, too
 
 
@@ -63,8 +63,9 @@ def planned(client: Connection, through: bool) -> Plan:
         if TABLE[name].flags & WRITE and keys:
             plan.writes = plan.writes or bool(names)
             plan.own = plan.own or any(key not in names for key in keys)
-            plan.blind = plan.blind and not transaction and is_blind(name, arguments)
         plan.names |= names
+        if not is_blind(name, arguments):
+            plan.read |= names
     if through and plan.writes and plan.own:
         raise Error("ERR keys that are stored, and keys of the cache's own (which begin with a zero byte), are not written in one step")
     if through and plan.writes and max(map(len, plan.names)) > MOST_KEY:
@@ -82,16 +83,22 @@ def run(client: Connection, ex: _resp.Executor) -> None:
     cache: StoredCache = ex.table
     try:
         plan = planned(client, isinstance(cache, ThroughCache))
-        if not plan.names:
-            client.retry(ex)
-        elif plan.writes and isinstance(cache, ThroughCache):
-            written(client, ex, cache, plan)
-        else:
-            loaded(client, ex, cache, plan)
-    except Exception as e:  # before it ran
-        if client.in_multi:
-            discard_transaction(client)
-        client.instead(ex, text_of(e))
+    except Error as e:
+        refuse(client, ex, e)
+        return
+    if plan.writes and isinstance(cache, ThroughCache):
+        written(client, ex, cache, plan)
+    elif plan.read:
+        loaded(client, ex, cache, plan)
+    else:
+        client.retry(ex)
+
+
+def refuse(client: Connection, ex: _resp.Executor, e: Exception) -> None:
+    """It does not run."""
+    if client.in_multi:
+        discard_transaction(client)
+    client.instead(ex, text_of(e))
 
 
 def text_of(e: Exception) -> bytes:
@@ -106,12 +113,11 @@ def loaded(client: Connection, ex: _resp.Executor, cache: StoredCache, plan: Pla
     deadline = time.monotonic() + cache.policy.timeout
     words, before = client.retried or [], client.buffered[1]
     while True:
-        there = {name for name in plan.names if len(name) <= 4096 and ex.version(name)}
-        missing = [name for name in plan.names if len(name) <= 4096 and name not in there]
-        if cache.policy.stale_ttl:  # while the store is down a stale copy will do
-            there |= {name for name in missing if cache.get(name, MISSING) is not MISSING}
-        else:
-            there |= cache.get_many(missing).keys()
+        try:
+            there = load(ex, cache, [name for name in plan.read if len(name) <= 4096])
+        except Exception as e:
+            refuse(client, ex, e)
+            return
         ex.know(dict.fromkeys(there, 0), takes_stale=not plan.writes)
         try:
             client.retry(ex)
@@ -120,6 +126,15 @@ def loaded(client: Connection, ex: _resp.Executor, cache: StoredCache, plan: Pla
         if not ex.lost or words[0].lower() == b"exec" or time.monotonic() > deadline:
             return
         client.take_back(before)
+
+
+def load(ex: _resp.Executor, cache: StoredCache, names: list[bytes]) -> set[bytes]:
+    """Those of names that are there: they were cached, or are now. Raises: whatever the store does."""
+    there = {name for name in names if ex.version(name)}
+    missing = [name for name in names if name not in there]
+    if cache.policy.stale_ttl:  # while the store is down a stale copy will do
+        return there | {name for name in missing if cache.get(name, MISSING) is not MISSING}
+    return there | cache.get_many(missing).keys()
 
 
 class Trial:
@@ -142,8 +157,8 @@ class Trial:
         deadline = time.monotonic() + cache.policy.timeout
         for name in self.names:
             self.marks[name] = cache._mark(name, deadline, alone=True)
-        if not self.plan.blind:
-            self.was = cache._loaded(self.names, {})
+        if self.plan.read:
+            self.was = cache._loaded([name for name in self.names if name in self.plan.read], {})
         for name, entry in self.was.items():
             if entry.ttl is None or entry.ttl > 0:
                 copy = self.aside + name
@@ -157,14 +172,17 @@ class Trial:
         try:
             client.retry(self.ex)
         finally:
-            there, changed = self.ex.forget()
-            self.copies |= dict.fromkeys(changed, 0)
+            self.there, self.changed = self.ex.forget()
+            self.changed = {copy for copy in self.changed if copy.startswith(self.aside)}  # COPY writes another database, too
+            self.copies |= dict.fromkeys(self.changed, 0)
+
+    def look(self) -> None:
+        """At what it has done. Raises: StoreUnavailable: a copy was evicted, or cleared, so that nobody knows."""
+        there = self.there
         if self.ex.lost:
             raise errors.StoreUnavailable("what this command works on was evicted meanwhile: nothing was changed; try again")
-        for copy in changed:
+        for copy in self.changed:
             name = copy.removeprefix(self.aside)
-            if name == copy:  # COPY, to another database
-                continue
             if copy not in there:
                 self.gone.append(name)
                 continue
@@ -207,9 +225,14 @@ class Trial:
 def written(client: Connection, ex: _resp.Executor, cache: ThroughCache, plan: Plan) -> None:
     trial, before = Trial(ex, cache, plan), client.buffered[1]
     try:
-        trial.begin()
         try:
-            trial.run(client)
+            trial.begin()
+        except Exception as e:
+            refuse(client, ex, e)
+            return
+        trial.run(client)
+        try:
+            trial.look()
             trial.store()
             trial.fill()
         except Exception as e:

@@ -126,11 +126,14 @@ def fail(error):
     raise error
 
 
-def test_what_is_evicted_once_it_was_loaded_is_loaded_again(front, monkeypatch):
+@pytest.mark.parametrize(
+    ("mode", "line", "reply"), [("through", "GET k", b"41"), ("around", "STRLEN k", 2), ("back", "INCR k", 42), ("back", "SETNX k 1", 0)]
+)
+def test_what_is_evicted_once_it_was_loaded_is_loaded_again(front, monkeypatch, mode, line, reply):
     """Where it cannot be cached at all it is an error, not a miss."""
     store = Hooked()
-    store.store_many({b"k": (b"v", None), b"large": (bytes(3 << 20), None)})
-    cache, client = front(store, "through", timeout=0.3)
+    store.store_many({b"k": (b"41", None), b"large": (bytes(3 << 20), None)}, versions={b"k": 0, b"large": 0})
+    cache, client = front(store, mode, timeout=2.0)
     get_many, times = shmcache.policy.StoredCache.get_many, []
 
     def and_evicted(self, keys):
@@ -141,7 +144,8 @@ def test_what_is_evicted_once_it_was_loaded_is_loaded_again(front, monkeypatch):
         return found
 
     monkeypatch.setattr(shmcache.policy.StoredCache, "get_many", and_evicted)
-    assert client.get("k") == b"v" and len(times) == 4
+    client.response_callbacks.clear()
+    assert client.execute_command(*line.split()) == reply and len(times) == 4
     with pytest.raises(redis.ResponseError, match="cannot be cached just now"):
         client.get("large")
 
@@ -340,6 +344,34 @@ def test_what_is_refused_says_so(front, mode):
     assert client.set("k", 1) and client.get("k") == b"1"
 
 
+def test_scripts_in_front_of_a_store(front):
+    pytest.importorskip("lupa")
+    store = DictStore()
+    store.store_many({b"k": (b"1", None)})
+    _, client = front(store, "through")
+    assert client.eval_ro("return redis.call('GET', KEYS[1])", 1, "k") == b"1"
+
+
+def test_scripts_in_front_of_a_store_that_is_written_back(front):
+    pytest.importorskip("lupa")
+    store = DictStore()
+    store.store_many({b"k": (b"1", None)})
+    cache, client = front(store, "back")
+    assert client.eval("return redis.call('INCR', KEYS[1])", 1, "k") == 2
+    assert rows(cache, b"k") == {b"k": 2}
+    with pytest.raises(redis.ResponseError, match="not allowed from script"):
+        client.eval("return redis.call('FLUSHALL')", 0)
+
+
+def test_what_knows_nothing_of_what_was_there_does_not_need_the_store(front):
+    """Written back: SET and the like, alone or in a transaction."""
+    store = Hooked()
+    _, client = front(store, "back")
+    store.before = lambda what, keys: what == "load" and fail(errors.StoreUnavailable("down"))
+    assert client.set("a", 1) and client.mset({"b": 2}) and client.set("c", 3, ex=100)
+    assert client.pipeline().set("d", 4).mset({"e": 5}).execute() == [True, True]
+
+
 def test_watch_in_front_of_a_store_that_is_written_back(front):
     store = DictStore()
     store.store_many({b"k": (b"1", None)})
@@ -386,6 +418,22 @@ def test_serve_with_a_database(serve, name, tmp_path, mode):
     service = serve("--store", f"sqlite:///{path}", "--policy", mode)
     with service.client() as client:
         assert client.mget("k3", "k4", "k5") == [b"4", None, b"5"]
+
+
+def test_the_other_databases_are_the_caches_own(serve, tmp_path):
+    path = tmp_path / "store.db"
+    service = serve("--store", f"sqlite:///{path}", "--databases", "4")
+    with service.client() as first, service.client(db=1) as second:
+        assert second.set("k", "v") and second.incr("n") == 1 and second.get("missing") is None
+        assert first.set("a", "x") and first.copy("a", "k", destination_db=1, replace=True) and second.get("k") == b"x"
+        assert first.get("k") is None and first.copy("a", "a2") and first.get("a2") == b"x"
+        assert in_database(path).keys() == {b"a", b"a2"}
+        first.flushdb()
+        assert first.keys() == [] and first.get("a") == b"x" and second.get("k") == b"x"
+        second.flushdb()
+        assert second.get("k") is None
+        with pytest.raises(redis.ResponseError):
+            second.copy("n", "n", destination_db=0)
 
 
 def test_a_function_makes_the_store(serve):

@@ -5,7 +5,8 @@
     LEASE.RELEASE key token                          1, or 0
 
 A token is a claim's version. A claim is its process's: with several event loops it is filled over a connection to the same one (best: the
-connection that was given it), else the answer is 0. In front of a store a lease is given for what that has not got either.
+connection that was given it), else the answer is 0. In front of a store a lease is given for what that has not got either, and who
+reads the key meanwhile waits for it, up to the policy's timeout.
 """
 
 from __future__ import annotations
