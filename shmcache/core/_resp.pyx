@@ -2141,6 +2141,8 @@ cdef class Client:
             i += 1
         if db == self.db and ex.argl[1] == ex.argl[2] and memcmp(ex.argv[1], ex.argv[2], ex.argl[1]) == 0:
             return self.error(b"ERR source and destination objects are the same")
+        if unlikely(ex.put_off) and db == 0:
+            raise WouldWait
         ex.add_stripe(found, ex.argv[1], ex.argl[1])
         ex.use(<int>db)
         ex.add_stripe(found, ex.argv[2], ex.argl[2])

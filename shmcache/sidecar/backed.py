@@ -12,6 +12,7 @@ cache's own.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 import time
@@ -56,9 +57,13 @@ def planned(client: Connection, through: bool) -> Plan:
             db = n
         if through and name in ("eval", "evalsha"):
             raise Error("ERR scripts that may write do not run in front of a store that is written through, or around: use EVAL_RO")
-        if db or name in OF_CACHE:
+        if name in OF_CACHE:
             continue
         keys = keys_in(name, arguments)
+        if name == "copy":
+            keys = keys[: db == 0] + keys[1:] * (target(arguments, db) == 0)
+        elif db:
+            continue
         names = dict.fromkeys(key for key in keys if key[:1] > b"\0")
         if TABLE[name].flags & WRITE and keys:
             plan.writes = plan.writes or bool(names)
@@ -71,6 +76,14 @@ def planned(client: Connection, through: bool) -> Plan:
     if through and plan.writes and max(map(len, plan.names)) > MOST_KEY:
         raise Error(f"ERR a key that is stored has at most {MOST_KEY} bytes")
     return plan
+
+
+def target(arguments: list[bytes], db: int) -> int:
+    """The database that COPY writes."""
+    for word, following in itertools.pairwise(arguments[2:]):
+        if word.lower() == b"db" and (n := _resp.number(following)) is not None:
+            db = n
+    return db
 
 
 def is_blind(name: str, arguments: list[bytes]) -> bool:

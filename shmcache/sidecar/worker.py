@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from shmcache import stores
+from shmcache import errors, stores
 from shmcache.sidecar import acl, bus
 from shmcache.sidecar import server as server_module
 from shmcache.sidecar.server import Server
@@ -84,7 +84,11 @@ def main() -> int:
     except ImportError:
         print('shmcache: serve needs uvloop: pip install "shmcache[serve]"', file=sys.stderr)
         return 1
-    uvloop.run(serve(options, ready))
+    try:
+        uvloop.run(serve(options, ready))
+    except errors.ShmcacheError as e:
+        print(f"shmcache: {e}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -229,6 +229,32 @@ def test_two_connections_count_together(front):
     assert rows(cache, b"n") == {b"n": 200} and client.get("n") == b"200"
 
 
+@pytest.mark.parametrize("mode", ["through", "around"])
+def test_who_writes_a_key_that_another_writes_waits_for_him(front, mode):
+    store, asked, go = Hooked(), threading.Event(), threading.Event()
+    store.store_many({b"n": (b"41", None)})
+    cache, client = front(store, mode, timeout=0.3)
+
+    def slow(what, keys):
+        if what == "store":
+            asked.set()
+            assert go.wait(LIMIT)
+
+    store.before = slow
+    found = []
+
+    def first():
+        with another(client) as mine:
+            found.append(mine.incr("n"))
+
+    with running(threading.Thread(target=first), stop=threading.Event()):
+        assert asked.wait(LIMIT)
+        with pytest.raises(redis.ResponseError, match="another caller has been writing"):
+            client.incr("n")
+        go.set()
+    assert found == [42] and rows(cache, b"n") == {b"n": 42} and client.incr("n") == 43
+
+
 @pytest.mark.parametrize("line", ["INCR n", "APPEND n x", "SET n x XX", "DEL n", "EXPIRE n 10", "RENAME n m", "SETNX n 1", "GETDEL n"])
 def test_what_is_evicted_in_the_middle_of_a_write_changes_nothing(front, monkeypatch, line):
     store = DictStore()
@@ -420,20 +446,24 @@ def test_serve_with_a_database(serve, name, tmp_path, mode):
         assert client.mget("k3", "k4", "k5") == [b"4", None, b"5"]
 
 
-def test_the_other_databases_are_the_caches_own(serve, tmp_path):
+@pytest.mark.parametrize("mode", POLICIES)
+def test_the_other_databases_are_the_caches_own(serve, tmp_path, mode):
     path = tmp_path / "store.db"
-    service = serve("--store", f"sqlite:///{path}", "--databases", "4")
+    service = serve("--store", f"sqlite:///{path}", "--databases", "4", "--policy", mode)
     with service.client() as first, service.client(db=1) as second:
         assert second.set("k", "v") and second.incr("n") == 1 and second.get("missing") is None
         assert first.set("a", "x") and first.copy("a", "k", destination_db=1, replace=True) and second.get("k") == b"x"
         assert first.get("k") is None and first.copy("a", "a2") and first.get("a2") == b"x"
-        assert in_database(path).keys() == {b"a", b"a2"}
+        until(lambda: in_database(path).keys() == {b"a", b"a2"})
         first.flushdb()
         assert first.keys() == [] and first.get("a") == b"x" and second.get("k") == b"x"
         second.flushdb()
         assert second.get("k") is None
-        with pytest.raises(redis.ResponseError):
-            second.copy("n", "n", destination_db=0)
+        assert second.set("n", 5) and second.copy("n", "n", destination_db=0) and first.incr("n") == 6
+        first.flushdb()
+        assert not second.copy("n", "a", destination_db=0) and first.get("a") == b"x"
+        assert second.copy("n", "a", destination_db=0, replace=True) and first.get("a") == b"5"
+        until(lambda: in_database(path).keys() == {b"a", b"a2", b"n"})
 
 
 def test_a_function_makes_the_store(serve):
@@ -442,6 +472,13 @@ def test_a_function_makes_the_store(serve):
         assert client.get("12") == b"144" and client.get("x") is None
         with pytest.raises(redis.ResponseError, match="no save"):
             client.set("12", 1)
+
+
+def test_a_segment_that_stands_before_no_store_is_said_to(serve, make):
+    make()
+    service = serve("--store", "tests.integration.test_sidecar_store:squares", size=None)
+    assert service.process.wait(LIMIT) == 2
+    assert "stands before no store" in service.said() and "Traceback" not in service.said()
 
 
 def squares():
