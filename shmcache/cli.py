@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import shmcache
-from shmcache import errors, metrics, segment
+from shmcache import errors, metrics, segment, stores
 
 STUCK = 30.0  # seconds without a heartbeat: the supervisor is stopped
 POLL = 0.02  # seconds between two looks whether a snapshot that was asked for is written
@@ -494,16 +494,15 @@ def _live_or_restored(args: argparse.Namespace, folder: Path | None) -> shmcache
             print(f"shmcache: {what}", file=sys.stderr)
     if buffer:
         created.setdefault("log_buffer", buffer)
-    return shmcache.attach(args.name) if args.size is None else shmcache.open(args.name, args.size, policy=args.policy, **created)
+    policy = args.policy or ("through" if args.store else None)
+    return shmcache.attach(args.name) if args.size is None else shmcache.open(args.name, args.size, policy=policy, **created)
 
 
 def do_supervise(args: argparse.Namespace) -> int:
-    from shmcache import stores
     from shmcache.supervisor.loop import Supervisor
 
     if args.log != "off" and args.data_dir is None:
         raise errors.UsageError("a log needs a directory: say --data-dir")
-    store = None if args.store is None else stores.opened(args.store, args.store_table)
     supervisor = None
     asked = False
 
@@ -516,7 +515,9 @@ def do_supervise(args: argparse.Namespace) -> int:
     # from the start, and not a blocked signal: threads that a library started earlier would take it, and the default ends the process
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
-    with _data_dir(args) as folder, _live_or_restored(args, folder) as cache:
+    store = stores.opened(args.store, args.store_table) if args.store else None
+    closing = contextlib.closing(store) if store else contextlib.nullcontext()
+    with _data_dir(args) as folder, closing, _live_or_restored(args, folder) as cache:
         writes_back = cache.mapping.settings()["policy"] == segment.WRITE_BACK
         if writes_back and store is None:
             print(f"shmcache: {args.name} is written back, and nobody stores: say --store", file=sys.stderr, flush=True)
@@ -533,13 +534,15 @@ def do_supervise(args: argparse.Namespace) -> int:
     return 0
 
 
+SUPERVISED = ("size", "data_dir", "log", "log_buffer", "snapshot_every", "keep", "store", "store_table", "policy")  # serve's, handed on
+
+
 def do_serve(args: argparse.Namespace) -> int:
     from shmcache.sidecar import acl
     from shmcache.sidecar.serve import Service
 
-    told = ("size", "data_dir", "log", "log_buffer", "snapshot_every", "keep", "policy", "store", "store_table")
     supervise = [
-        word for name in told if (value := getattr(args, name)) is not None
+        word for name in SUPERVISED if (value := getattr(args, name)) is not None
         for word in ("--" + name.replace("_", "-"), str(value))
     ]  # fmt: skip
     supervise += [flag for flag in ("--compress", "--huge-pages") if getattr(args, flag[2:].replace("-", "_"))]
@@ -564,6 +567,7 @@ def do_serve(args: argparse.Namespace) -> int:
         args.name, supervise, workers=args.workers, bind=args.bind, port=args.port, unix=args.unix, unix_mode=args.unix_mode,
         settings=settings, users={name: user.line for name, user in users.items()}, disabled=sorted(acl.disabled(args.disable_command)),
         tls=tls, quiet=args.quiet, metrics_port=args.metrics_port, metrics_bind=args.metrics_bind,
+        store=(args.store, args.store_table) if args.store is not None else None,
     ).run()  # fmt: skip
 
 

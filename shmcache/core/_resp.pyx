@@ -11,6 +11,8 @@ Rules
   command is run again by a thread of the pool, which may wait (Client.retry)
 - replies leave in the order of the commands. With the log's policy `always` they are kept until what they acknowledge is durable
 - an argument points into the read buffer, or into `pending`: both stand still while a command runs
+- in front of a store (Executor.backed) a miss in the loop is no miss: WouldWait, and the pool loads it (sidecar/backed.py). A thread of the
+  pool knows what is there, and what it does not find of that was evicted: an error, never a wrong reply
 """
 from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_FillInfo
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
@@ -23,7 +25,7 @@ from shmcache.core._core cimport Mapping, Table, buried
 from shmcache.core.atomics cimport ld32, ld64, likely, prefetch, unlikely
 from shmcache.core.bucket cimport bucket_of, pthread_self, stripe_of, stripe_release, stripe_take
 from shmcache.core.clock cimport now_ms
-from shmcache.core.envelope cimport CODEC_ENVELOPE, STATE_FRESH, envelope_open, envelope_t
+from shmcache.core.envelope cimport CODEC_ENVELOPE, STATE_FRESH, STATE_NEGATIVE, STATE_STALE, envelope_open, envelope_t
 from shmcache.core.dirty cimport writes_back
 from shmcache.core.layout cimport FLAG_COPY_TTL, FLAG_RAW, MAX_KEY, POLICY_BACK, seg_t
 from shmcache.core.ring cimport log_t, ring_of
@@ -128,6 +130,10 @@ cdef enum:
     CODEC_INT = 2
     VERBATIM = 2                # look(): with its envelope, for put_copy
     RAW = 256                   # with a codec: FLAG_RAW
+    UNKNOWN = 2                 # finish_raw(): a miss, of which nobody has said that the store has not got it either
+    LOADS = 1                   # Executor.backed, of a loop
+    KNOWS = 2                   # of a thread of the pool, between know() and forget()
+    CLOCK_SLACK = 5             # ms by which two readings of an expiry may differ
 
 cdef const uint64_t NEVER = <uint64_t>-1      # an expiry: none, whatever the segment's default is
 
@@ -222,6 +228,13 @@ cdef class Executor:
     cdef uint8_t named[MAX_KEY + PREFIX_MOST]
     cdef readonly int databases
     cdef readonly uint64_t held_ns      # when it did, on the monotonic clock
+    cdef readonly int backed            # 0: as if there was no store behind the segment; LOADS, KNOWS
+    cdef readonly int put_off           # flags of commands that the pool runs for clients of the first database
+    cdef readonly bint lost             # KNOWS: a key that is there was not found
+    cdef bint takes_stale               # a stale value is one
+    cdef dict there                     # KNOWS: the segment's keys that are there: when they expire, the segment's time; 0: never
+    cdef set changed                    # KNOWS: those that were written or removed since
+    cdef bytes aside                    # KNOWS: what the keys of the first database begin with instead; None: nothing
 
     def __cinit__(self, Table table not None, dict commands, *, bint impatient=True, int databases=1):
         cdef uint32_t i
@@ -368,13 +381,13 @@ cdef class Executor:
         return self.unix_ms()
 
     def read(self, bytes key not None):
-        """(value, version, unix ms at which it expires, or 0, or None if that is to be the segment's default, codec), or None."""
+        """(value, version, unix ms at which it expires, or 0; None: as the segment's default has it for the copy; codec), or None."""
         cdef raw_t raw
         cdef const uint8_t* k = <const uint8_t*>PyBytes_AS_STRING(key)
         if not look(self, k, PyBytes_GET_SIZE(key), &raw, True):
             return None
         return (PyBytes_FromStringAndSize(<char*>raw.value, <Py_ssize_t>raw.n), raw.version,
-                None if raw.copy_ttl else self.unix_of(raw.expiry_ms) if raw.expiry_ms else 0, raw.codec)
+                self.unix_of(raw.expiry_ms) if raw.expiry_ms else None if raw.of_copy else 0, raw.codec)
 
     def write(self, bytes key not None, bytes value not None, expires_ms, *, version=None, bint absent=False, int codec=CODEC_BYTES):
         """Store a value: True if it was. expires_ms: unix time; 0: never; None: as the segment's default has it. version: if the key still
@@ -470,6 +483,43 @@ cdef class Executor:
         """Does this thread hold stripes?"""
         return self.s.holder == pthread_self()
 
+    # -- in front of a store
+
+    def stand_before(self, int put_off):
+        """Of a loop: a miss may be in the store. put_off: flags of commands that the pool runs at once."""
+        self.backed = LOADS
+        self.put_off = put_off
+
+    def know(self, dict there not None, bytes aside=None, bint takes_stale=False):
+        """Of a thread of the pool: these keys are there, each with the unix ms at which it expires (0: never, or not known). Till forget() a miss of
+        one of them is an error, and lost. aside: put before each key of the first database, so that commands run on copies: what they write
+        gets no default ttl. takes_stale: of values that are stale, too."""
+        cdef bytes key
+        self.there = {key: self.expiry_of(at) if at else 0 for key, at in there.items()}
+        self.changed = set()
+        self.aside = aside
+        self.takes_stale = takes_stale
+        self.lost = False
+        self.backed = KNOWS
+        self.use(0)
+
+    def forget(self):
+        """(there as it is now, the keys that were written or removed)."""
+        cdef bytes key
+        there, changed = {key: self.unix_of(at) if at else 0 for key, at in self.there.items()}, self.changed
+        self.there = self.changed = self.aside = None
+        self.takes_stale = False
+        self.backed = 0
+        self.use(0)
+        return there, changed
+
+    def name_of(self, bytes key not None):
+        """The segment's key for a client's. Raises: InvalidKey."""
+        cdef const uint8_t* k = <const uint8_t*>PyBytes_AS_STRING(key)
+        cdef size_t n = PyBytes_GET_SIZE(key)
+        check_key(self, &k, &n)
+        return PyBytes_FromStringAndSize(<char*>k, <Py_ssize_t>n)
+
     def wait_durable(self, uint64_t end):
         """Wait, in a thread of its own, till this process's ring is durable up to its position `end`: True if it is."""
         return ld64(&ring_of(self.s, self.s.row_idx).durable) >= end or self.table.wait_ring(self.s, self.mapping, 0, end) == OK
@@ -513,6 +563,9 @@ cdef class Executor:
         self.db = db
         self.n_prefix = 0
         if db == 0:
+            if unlikely(self.aside is not None):
+                self.n_prefix = PyBytes_GET_SIZE(self.aside)
+                memcpy(self.named, PyBytes_AS_STRING(self.aside), self.n_prefix)
             return 0
         memcpy(self.named, <const char*>b"\0ns\0db:", 7)
         n += shm_digits(<char*>self.named + n, db)
@@ -545,6 +598,8 @@ cdef class Executor:
             return None
         if n == <size_t>PyBytes_GET_SIZE(EMPTY_KEY) and memcmp(key, PyBytes_AS_STRING(EMPTY_KEY), n) == 0:
             return b""
+        if n > N_ASIDE and key[0] == 0 and memcmp(key, PyBytes_AS_STRING(ASIDE), 5) == 0:
+            return None
         return PyBytes_FromStringAndSize(<char*>key, <Py_ssize_t>n)
 
     # -- all keys
@@ -603,12 +658,16 @@ ctypedef struct raw_t:
     uint64_t n
     uint64_t version
     uint64_t expiry_ms          # the segment's time; 0: never. Of what was in an envelope: when it is fresh no more
-    bint copy_ttl               # write-back: it is the copy's, by the segment's default
+    bint of_copy                # only the cached copy expires, by the segment's default: the value never does
     int codec
 
 
 # Redis has a key of no bytes, a segment has none: it is stored under this one.
 cdef bytes EMPTY_KEY = b"\0the empty key\0"
+# Copies on which a command that is written through is tried: this, 8 random bytes, the key. Nobody is shown them.
+ASIDE = b"\0try\0"
+cdef enum:
+    N_ASIDE = 13
 
 cdef inline bint fits(Executor ex, const uint8_t** key, size_t* n) noexcept:
     """The segment's key for a client's, good till the next is asked for. False: there can be none."""
@@ -627,7 +686,7 @@ cdef inline bint fits(Executor ex, const uint8_t** key, size_t* n) noexcept:
 
 cdef inline uint64_t as_it_was(raw_t* raw) noexcept:
     """The expiry of a value that replaces this one."""
-    return 0 if raw.copy_ttl else raw.expiry_ms if raw.expiry_ms else NEVER
+    return raw.expiry_ms if raw.expiry_ms else 0 if raw.of_copy else NEVER
 
 
 cdef bint look(Executor ex, const uint8_t* key, size_t n, raw_t* raw, int whole) except -1:
@@ -636,18 +695,58 @@ cdef bint look(Executor ex, const uint8_t* key, size_t n, raw_t* raw, int whole)
     return fits(ex, &key, &n) and look_at(ex, key, n, raw, whole)
 
 
+cdef int missed(Executor ex, const uint8_t* key, size_t n) except -1:
+    """Of a segment before a store: there is nothing under this key (the segment's). Raises: WouldWait: perhaps in the store. StoreUnavailable: there
+    was, but a moment ago."""
+    cdef bytes name
+    if ex.backed == LOADS:
+        if key[0] != 0:
+            raise WouldWait
+        return 0
+    name = PyBytes_FromStringAndSize(<char*>key, <Py_ssize_t>n)
+    at = ex.there.get(name)
+    if at is None:
+        return 0
+    if at and now_ms(ex.s) + CLOCK_SLACK >= <uint64_t>at:
+        del ex.there[name]
+        return 0
+    ex.lost = True
+    raise errors.StoreUnavailable("a key is in the store, but cannot be cached just now: nothing was changed; try again")
+
+
+cdef int noted(Executor ex, const uint8_t* key, size_t n, uint64_t expiry_ms, bint gone) except -1:
+    """For know(): this key (the segment's) was written or removed. expiry_ms: NEVER: as it was."""
+    cdef bytes name = PyBytes_FromStringAndSize(<char*>key, <Py_ssize_t>n)
+    ex.changed.add(name)
+    if gone or ex.aside is None:
+        ex.there.pop(name, None)
+    elif expiry_ms != NEVER:
+        ex.there[name] = expiry_ms
+    return 0
+
+
+cdef int known(Executor ex, const uint8_t* key, size_t n) except -1:
+    """Before it matters, for what does not read it, whether a client's key is there: as missed()."""
+    cdef raw_t raw
+    if unlikely(ex.backed):
+        look(ex, key, n, &raw, False)
+    return 0
+
+
 cdef bint look_at(Executor ex, const uint8_t* key, size_t n, raw_t* raw, int whole) except -1:
     """The same, of the segment's key."""
     cdef seg_t* s = ex.s
     cdef read_t r
     cdef uint64_t h = siphash13(key, n, s.k0, s.k1)
-    cdef int rc, tries
+    cdef int rc, tries, found
     for tries in range(RESTARTS):
         rc = read_begin(s, key, n, h, &r)
         if rc == ABSENT:
             s.row.misses += 1
             if r.expired:
                 ex.table.remove_view(s, ex.mapping, key, n, h, 0, True, NULL)
+            if unlikely(ex.backed):
+                missed(ex, key, n)
             return False
         if rc == OK:
             raw.n = r.value_bytes
@@ -657,31 +756,36 @@ cdef bint look_at(Executor ex, const uint8_t* key, size_t n, raw_t* raw, int who
             if read_end(s, &r) == OK:
                 if r.damaged:
                     raise errors.DamageError("a page of this value belongs to somebody else: delete the key")
-                return finish_raw(ex, &r, raw, whole)
+                found = finish_raw(ex, &r, raw, whole)
+                if unlikely(found == UNKNOWN):
+                    missed(ex, key, n)
+                return found == True
         s.row.retries += 1
     return look_locked(ex, key, n, h, raw, whole)
 
 
-cdef bint finish_raw(Executor ex, read_t* r, raw_t* raw, int whole) except -1:
-    """What was read, as Redis has it, counted as a hit. False: a miss, since the envelope is hidden."""
+cdef int finish_raw(Executor ex, read_t* r, raw_t* raw, int whole) except -1:
+    """What was read, as Redis has it, counted as a hit. False: a miss, since the envelope is hidden; UNKNOWN."""
     cdef int64_t number
+    cdef int state
     cdef envelope_t e
     raw.value = ex.scratch
     raw.version = r.cas
-    raw.expiry_ms = r.expiry_ms
-    raw.copy_ttl = r.flags & FLAG_COPY_TTL != 0
+    raw.of_copy = r.flags & FLAG_COPY_TTL and r.expiry_ms
+    raw.expiry_ms = 0 if unlikely(raw.of_copy) else r.expiry_ms
     raw.codec = r.codec | (RAW if r.flags & FLAG_RAW else 0)
     if unlikely(r.codec == CODEC_ENVELOPE):
         if not envelope_open(ex.scratch, r.value_bytes, &e):
             raise errors.DamageError("the head of this value is damaged, or of a newer version: delete the key")
-        if envelope_state(ex.s, ex.scratch, &e, r.expiry_ms) != STATE_FRESH:
+        state = envelope_state(ex.s, ex.scratch, &e, r.expiry_ms)
+        if state != STATE_FRESH and not (state == STATE_STALE and ex.takes_stale):
             ex.s.row.misses += 1
-            return False
+            return UNKNOWN if ex.backed and state != STATE_NEGATIVE else False
         if whole != VERBATIM:
             raw.codec = e.codec
             raw.n -= e.head_bytes
             memmove(ex.scratch, ex.scratch + e.head_bytes, raw.n)
-            if r.expiry_ms:
+            if raw.expiry_ms:
                 raw.expiry_ms -= min(e.stale_ms, r.expiry_ms - 1)
     ex.s.row.hits += 1
     if raw.codec & ~RAW == CODEC_INT and raw.n == 8:
@@ -716,7 +820,12 @@ cdef bint look_locked(Executor ex, const uint8_t* key, size_t n, uint64_t h, raw
         if r.damaged:
             raise errors.DamageError("a page of this value belongs to somebody else: delete the key")
         raw.n = r.value_bytes
-        return finish_raw(ex, &r, raw, whole)
+        rc = finish_raw(ex, &r, raw, whole)
+        if rc == UNKNOWN:
+            missed(ex, key, n)
+        return rc == True
+    if ex.backed:
+        missed(ex, key, n)
     return False
 
 
@@ -733,6 +842,8 @@ cdef int put_value(Executor ex, const uint8_t* key, size_t n, const uint8_t* val
     cdef put_t op
     cdef int rc
     check_key(ex, &key, &n)
+    if unlikely(expiry_ms == 0 and ex.aside is not None):   # the default is the cached copy's, not the store's
+        expiry_ms = NEVER
     if size > s.max_value_bytes:
         raise errors.ValueTooLarge("string exceeds maximum allowed size (proto-max-bulk-len)")
     op.key = key
@@ -762,6 +873,11 @@ cdef int put_value(Executor ex, const uint8_t* key, size_t n, const uint8_t* val
         ex.table.note_log(&op.log)
     if unlikely(expiry_ms == 1) and rc == OK and not writes_back(s, key):
         ex.table.remove_view(s, ex.mapping, key, n, op.hash, 0, True, NULL)
+    if unlikely(ex.backed == KNOWS):
+        if ex.aside is not None and (rc == ABSENT or (rc == OK and when == IF_ABSENT)):
+            missed(ex, key, n)
+        if rc == OK:
+            noted(ex, key, n, op.expiry_ms, expiry_ms == 1)
     return rc
 
 
@@ -783,6 +899,11 @@ cdef int remove_key(Executor ex, const uint8_t* key, size_t n, uint64_t version)
     rc = ex.table.remove_view(s, ex.mapping, key, n, siphash13(key, n, s.k0, s.k1), version, False, &log)
     if unlikely(log.end != 0):
         ex.table.note_log(&log)
+    if unlikely(ex.backed == KNOWS):
+        if rc == OK:
+            noted(ex, key, n, 0, True)
+        elif rc == ABSENT and ex.aside is not None:
+            missed(ex, key, n)
     return rc
 
 
@@ -796,6 +917,11 @@ cdef int expire_key(Executor ex, const uint8_t* key, size_t n, uint64_t expiry_m
     rc = ex.table.change_expiry_view(ex.s, ex.mapping, key, n, siphash13(key, n, ex.s.k0, ex.s.k1), expiry_ms, False, &log)
     if unlikely(log.end != 0):
         ex.table.note_log(&log)
+    if unlikely(ex.backed == KNOWS):
+        if rc == OK:
+            noted(ex, key, n, expiry_ms, False)
+        elif ex.aside is not None:
+            missed(ex, key, n)
     return rc
 
 
@@ -1299,6 +1425,8 @@ cdef class Client:
         try:
             if unlikely(self.db != 0 or ex.db != 0):
                 ex.use(self.db)
+            if unlikely(ex.put_off & command.flags) and self.db == 0:
+                raise WouldWait
             if command.kind == C_PYTHON:
                 reply = ex.names[command.index][1](self, self.arguments(1))
                 if reply is not None:
@@ -1387,6 +1515,30 @@ cdef class Client:
             self.hush(out)
         executor.shrink()
 
+    def instead(self, Executor executor not None, bytes text not None):
+        """In place of retry(): the command does not run, and this error is its reply."""
+        cdef uint64_t out = self.n_out
+        cdef stat_t* stat
+        self.ex = executor
+        self.point(self.retried)
+        stat = &self.home.stats[executor.find(executor.argv[0], executor.argl[0]).index]
+        stat.calls += 1
+        stat.failed += 1
+        self.home.commands += 1
+        self.error(text)
+        self.failed = False
+        if unlikely(self.silent or self.skip):
+            self.hush(out)
+        executor.shrink()
+
+    def take_back(self, uint64_t out, bytes text=None):
+        """After retry(): what it has replied since there were `out` bytes to be sent; text: it replies this error."""
+        if self.n_out > out:
+            self.n_out = out
+            if text is not None:
+                self.error(text)
+                self.failed = False
+
     def owe(self, Client other not None):
         """Another one has run commands for this one: this one's replies wait for what was logged."""
         if other.log_end:
@@ -1448,6 +1600,7 @@ cdef class Client:
         if kind == C_ECHO:
             return self.bulk(ex.argv[1], ex.argl[1])
         if kind == C_SETNX:
+            known(ex, ex.argv[1], ex.argl[1])
             return self.integer(put_value(ex, ex.argv[1], ex.argl[1], ex.argv[2], ex.argl[2], CODEC_BYTES, 0, IF_ABSENT, 0) == OK)
         if kind == C_SETEX or kind == C_PSETEX:
             if not self.lifetime(2, kind == C_PSETEX, True, b"setex" if kind == C_SETEX else b"psetex", &n):
@@ -1503,6 +1656,8 @@ cdef class Client:
                 s.row.misses += 1
                 if unlikely(r.expired):
                     ex.table.remove_view(s, ex.mapping, key, n, h, 0, True, NULL)
+                if unlikely(ex.backed):
+                    missed(ex, key, n)
                 return self.nil()
             if rc == OK and (r.codec == CODEC_INT or r.codec == CODEC_ENVELOPE):
                 break
@@ -1602,6 +1757,8 @@ cdef class Client:
         when = IF_ABSENT if nx else IF_PRESENT if xx else ALWAYS
         if get or keep:
             return self.set_knowing(expiry, when, get, keep)
+        if when != ALWAYS:
+            known(ex, ex.argv[1], ex.argl[1])
         rc = put_value(ex, ex.argv[1], ex.argl[1], ex.argv[2], ex.argl[2], CODEC_BYTES, expiry, when, 0)
         return self.ok() if rc == OK else self.nil()
 
@@ -1689,10 +1846,13 @@ cdef class Client:
                 ex.table.note_log(&log)
             if rc == OK:
                 s.row.sets += 1
+                if unlikely(ex.backed == KNOWS):
+                    noted(ex, key, n, NEVER, False)
                 return self.integer(out)
             if rc == OVERFLOW:
                 return self.error(b"ERR increment or decrement would overflow")
             if rc == ABSENT:
+                known(ex, ex.argv[1], ex.argl[1])
                 if put_value(ex, ex.argv[1], ex.argl[1], <const uint8_t*>&by, 8, CODEC_INT, 0, IF_ABSENT, 0) == OK:
                     return self.integer(by)
                 continue
@@ -1711,6 +1871,7 @@ cdef class Client:
         cdef size_t i
         for i in range(max(<size_t>1, self.carry_at), ex.argc):
             self.carry_at = i       # if it would have to wait: it goes on here
+            known(ex, ex.argv[i], ex.argl[i])
             self.carry += remove_key(ex, ex.argv[i], ex.argl[i], 0) == OK
         return self.integer(self.carry)
 
@@ -1979,6 +2140,8 @@ cdef class Client:
             i += 1
         if db == self.db and ex.argl[1] == ex.argl[2] and memcmp(ex.argv[1], ex.argv[2], ex.argl[1]) == 0:
             return self.error(b"ERR source and destination objects are the same")
+        if unlikely(ex.put_off) and db == 0:
+            raise WouldWait
         ex.add_stripe(found, ex.argv[1], ex.argl[1])
         ex.use(<int>db)
         ex.add_stripe(found, ex.argv[2], ex.argl[2])

@@ -7,12 +7,16 @@ import contextlib
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shmcache import cache as cache_module
 from shmcache import errors
 from shmcache.sidecar import server as server_module
 from shmcache.sidecar.server import Server
+
+if TYPE_CHECKING:
+    from shmcache.policy import Policy
+    from shmcache.stores import Store
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,7 @@ class Address:
 @contextlib.contextmanager
 def serving(
     name: str, size: int | str | None = None, *, unix: str | None = None, port: int | None = None, host: str = "127.0.0.1",
-    password: str | None = None,
+    password: str | None = None, store: Store | None = None, policy: Policy | str | None = None,
 ) -> Iterator[Address]:  # fmt: skip
     """Serve a segment over the Redis protocol while the with block runs, from this process.
 
@@ -40,7 +44,8 @@ def serving(
     thread that serves it: fork before.
 
     Args: size: create the segment with it if there is none; None: there has to be one. unix: path of a unix socket. port: of TCP, 0: a free
-    one; None: a free one, or no TCP if unix is given. password: that clients have to give; without one only loopback is served.
+    one; None: a free one, or no TCP if unix is given. password: that clients have to give; without one only loopback is served. store,
+    policy: as shmcache.open() takes them; what is written back waits for a supervisor with the store.
     Yields: where it listens.
     Raises: UsageError: there is no uvloop; what shmcache.open() or attach() raise; OSError: an address is not to be had.
     """
@@ -49,7 +54,9 @@ def serving(
     except ImportError:
         raise errors.UsageError('a sidecar needs uvloop: pip install "shmcache[serve]"') from None
     with contextlib.ExitStack() as stack:
-        stack.enter_context(cache_module.attach(name) if size is None else cache_module.open(name, size))
+        stack.enter_context(
+            cache_module.attach(name, store=store) if size is None else cache_module.open(name, size, store=store, policy=policy)
+        )
         sockets = []
         if port is not None or unix is None:
             sockets += server_module.listen(host, port or 0, shared=False)
@@ -62,7 +69,7 @@ def serving(
         started: Future[Any] = Future()  # of (the loop, what ends it)
 
         async def serve() -> None:
-            server, end = Server(name, {"requirepass": password or "", "port": str(port or 0)}), asyncio.Event()
+            server, end = Server(name, {"requirepass": password or "", "port": str(port or 0)}, store=store), asyncio.Event()
             server.on_shutdown = end.set
             await server.start(sockets=sockets)
             started.set_result((asyncio.get_running_loop(), end))

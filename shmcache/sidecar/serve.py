@@ -68,6 +68,7 @@ class Service:
     quiet: bool = False
     metrics_port: int = 0  # 0: no metrics
     metrics_bind: str = "127.0.0.1"
+    store: tuple[str, str | None] | None = None  # of stores.opened()
 
     def run(self) -> int:
         """Till SIGTERM or SIGINT. Raises: OSError: an address is not to be had; ShmcacheError: the supervisor does not begin."""
@@ -143,7 +144,7 @@ class Service:
         options: dict[str, Any] = {
             "name": self.name, "settings": self.settings, "worker": i, "workers": self.workers, "parent": os.getpid(), "bind": self.bind,
             "port": self.port, "sockets": [self.listening.fileno()] if self.listening is not None else [], "tls": self.tls,
-            "disabled": self.disabled,
+            "disabled": self.disabled, "store": self.store,
         }  # fmt: skip
         child = Child(f"worker {i}", module="shmcache.sidecar.worker", options=options)
         self.children.append(child)

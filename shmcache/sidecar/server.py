@@ -23,13 +23,15 @@ from typing import TYPE_CHECKING, Any
 
 from shmcache import cache as cache_module
 from shmcache.core import _resp
-from shmcache.sidecar import acl, bus, commands
+from shmcache.sidecar import acl, backed, bus, commands
 from shmcache.sidecar.commands import connection, pubsub, scripting, transactions
 
 if TYPE_CHECKING:
     from shmcache.cache import Cache
+    from shmcache.stores import Store
 
 POOL_THREADS = 4
+POOL_THREADS_BACKED = 16  # in front of a store, which they wait for
 CRON_EVERY = 0.1  # seconds
 WRITE_HIGH = 1 << 20  # bytes that the transport holds before its connection is paused
 SLOW_LIMIT = 60.0  # seconds that a connection may be paused before it is dropped
@@ -123,7 +125,8 @@ class Connection(_resp.Client):
 
 class Server:
     """Args: name: of a live segment. settings: CONFIG's, by name (commands.SETTINGS). users: None: `default` alone, with the
-    settings' password. disabled: full names of commands that are unknown. Within a running loop: await start()."""
+    settings' password. disabled: full names of commands that are unknown. store: what the segment stands before (backed.py).
+    Within a running loop: await start()."""
 
     def __init__(
         self,
@@ -134,13 +137,15 @@ class Server:
         disabled: frozenset[str] = frozenset(),
         worker: int = 0,
         of_workers: int = 1,
+        store: Store | None = None,
     ) -> None:
         self.name = name
+        self.store = store
         self.worker, self.of_workers = worker, of_workers
         self.settings = {**commands.SETTINGS, **(settings or {})}
         self.users = users or {acl.DEFAULT: acl.default_user(self.settings["requirepass"].encode("latin-1"))}
         self.disabled = disabled
-        self.cache = cache_module.attach(name)
+        self.cache = cache_module.attach(name, store=store)
         if "maxmemory" not in (settings or {}):
             self.settings["maxmemory"] = str(int(self.cache.segment.header["size_bytes"]))
         self.settings["proto-max-bulk-len"] = str(int(self.cache.segment.header["max_value_bytes"]))
@@ -150,6 +155,9 @@ class Server:
         self.executor.locked = not self.users[acl.DEFAULT].at_once
         self.executor.defer = self.defer
         self.executor.held = self.hold
+        self.policy: str = "none" if store is None else self.cache.policy.mode  # type: ignore[attr-defined]  # it is a StoredCache
+        if store is not None:
+            self.executor.stand_before(commands.WRITE if self.written_through else 0)
         self.executor.slow = self.slow
         self.set_slowlog()
         self.clients: dict[int, Connection] = {}
@@ -171,12 +179,17 @@ class Server:
         self.wake = threading.Event()
         self.ended = False
         self.local = threading.local()
-        self.pool = ThreadPoolExecutor(POOL_THREADS, thread_name_prefix="pool")
+        self.pool = ThreadPoolExecutor(POOL_THREADS if store is None else POOL_THREADS_BACKED, thread_name_prefix="pool")
         self.in_pool = 0
         self.servers: list[asyncio.AbstractServer] = []
         self.on_shutdown: Callable[[], None] = lambda: None
         self.link = bus.Link(self)
         self.cut_off: Callable[[], None] = lambda: None  # called when the others cannot be reached any more
+
+    @property
+    def written_through(self) -> bool:
+        """Do its writes change the store, before they are answered?"""
+        return self.policy in ("through", "around")
 
     # -- life
 
@@ -343,7 +356,10 @@ class Server:
 
     def in_thread(self, client: Connection) -> None:
         try:
-            client.retry(self.patient())
+            if self.store is None:
+                client.retry(self.patient())
+            else:
+                backed.run(client, self.patient())
         except BaseException as e:  # a fault of ours: this client's connection ends, the others go on
             self.loop.call_soon_threadsafe(self.failed, client, e)
             return
@@ -352,7 +368,7 @@ class Server:
     def patient(self) -> _resp.Executor:
         """This thread's executor."""
         if not hasattr(self.local, "executor"):
-            handle = cache_module.attach(self.name)
+            handle = cache_module.attach(self.name, store=self.store)
             self.handles.append(handle)
             self.local.executor = _resp.Executor(handle, self.commands, impatient=False, databases=self.executor.databases)
         executor: _resp.Executor = self.local.executor

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from shmcache import errors, stores
 from shmcache.sidecar import acl, bus
 from shmcache.sidecar import server as server_module
 from shmcache.sidecar.server import Server
@@ -27,6 +28,7 @@ async def serve(options: dict[str, Any], ready: Callable[[], None]) -> None:
         loop.add_signal_handler(number, end.set)
     link = socket.socket(fileno=options["link"])
     state = bus.read_state(link)
+    store = stores.opened(*options["store"]) if options.get("store") else None
     server = Server(
         options["name"],
         {**options["settings"], **state["config"]},
@@ -34,6 +36,7 @@ async def serve(options: dict[str, Any], ready: Callable[[], None]) -> None:
         disabled=frozenset(options["disabled"]),
         worker=options["worker"],
         of_workers=options["workers"],
+        store=store,
     )
     parent = options["parent"]
     server.on_shutdown = lambda: os.kill(parent, signal.SIGTERM)
@@ -53,6 +56,8 @@ async def serve(options: dict[str, Any], ready: Callable[[], None]) -> None:
         except TimeoutError:
             pass
     await server.stop()
+    if store is not None:
+        await asyncio.to_thread(store.close)
 
 
 def context_of(tls: dict[str, str] | None) -> ssl.SSLContext | None:
@@ -79,7 +84,11 @@ def main() -> int:
     except ImportError:
         print('shmcache: serve needs uvloop: pip install "shmcache[serve]"', file=sys.stderr)
         return 1
-    uvloop.run(serve(options, ready))
+    try:
+        uvloop.run(serve(options, ready))
+    except errors.ShmcacheError as e:
+        print(f"shmcache: {e}", file=sys.stderr)
+        return 1
     return 0
 
 

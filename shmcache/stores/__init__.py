@@ -9,6 +9,7 @@ have to pass.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -61,7 +62,7 @@ class Store(Protocol):
         """Wait for the calls that are running, and give back what it holds."""
 
 
-def opened(spec: str, table: str = "shmcache") -> Store:
+def opened(spec: str, table: str | None = None) -> Store:
     """A store for the command line: of an url that SQLAlchemy takes, as SQLStore(url, table); or of "module:function", what that returns.
 
     Raises: InvalidConfig; what the function raises.
@@ -70,9 +71,7 @@ def opened(spec: str, table: str = "shmcache") -> Store:
     if not colon or name.startswith("//"):
         from shmcache.stores.sql import SQLStore
 
-        return SQLStore(spec, table)
-    import importlib
-
+        return SQLStore(spec, table or "shmcache")
     try:
         store: Store = getattr(importlib.import_module(module), name)()
     except (ImportError, AttributeError) as e:

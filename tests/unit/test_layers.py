@@ -23,8 +23,8 @@ ALLOWED = {  # module -> what of ours it may import
     "aio": {"core", "cache", "flight"},
     "supervisor": {"errors", "codec", "core", "segment", "cache", "policy", "stores", "supervisor"},
     "metrics": set(),
-    "sidecar": {"errors", "core", "cache", "metrics", "sidecar"},
-    "cli": {"errors", "core", "segment", "stores", "supervisor", "metrics", "sidecar"},
+    "sidecar": {"errors", "core", "cache", "metrics", "policy", "stores", "sidecar"},
+    "cli": {"errors", "core", "segment", "policy", "stores", "supervisor", "metrics", "sidecar"},
     "__init__": {"errors", "segment", "cache", "policy", "supervisor", "stores", "aio"},
 }
 

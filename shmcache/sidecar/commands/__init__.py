@@ -2,7 +2,7 @@
 
 - table.py: names, arity, flags, where the keys are; errors
 - everywhere.py: what runs in every process
-- acl.py, connection.py, transactions.py, keys.py, strings.py, bits.py, pubsub.py, scripting.py, server.py, info.py
+- acl.py, connection.py, transactions.py, keys.py, strings.py, bits.py, leases.py, pubsub.py, scripting.py, server.py, info.py
 """
 
 from shmcache.sidecar.commands import (  # each enters its commands
@@ -11,6 +11,7 @@ from shmcache.sidecar.commands import (  # each enters its commands
     connection,
     info,
     keys,
+    leases,
     pubsub,
     scripting,
     server,
@@ -18,9 +19,9 @@ from shmcache.sidecar.commands import (  # each enters its commands
     transactions,
 )
 from shmcache.sidecar.commands.everywhere import PARTS
-from shmcache.sidecar.commands.table import SETTINGS, TABLE, table
+from shmcache.sidecar.commands.table import SETTINGS, TABLE, WRITE, table
 
 __all__ = [
-    "PARTS", "SETTINGS", "TABLE",
-    "acl", "bits", "connection", "info", "keys", "pubsub", "scripting", "server", "strings", "table", "transactions",
+    "PARTS", "SETTINGS", "TABLE", "WRITE",
+    "acl", "bits", "connection", "info", "keys", "leases", "pubsub", "scripting", "server", "strings", "table", "transactions",
 ]  # fmt: skip

@@ -43,9 +43,9 @@ def flushall(client: Connection, arguments: list[bytes]) -> bytes:
 
 
 def empty(client: Connection) -> bytes:
-    if int(client.server.cache.segment.header["log_policy"]):
+    if client.server.store is not None or int(client.server.cache.segment.header["log_policy"]):
         in_pool(client)
-    client.ex.table.clear()
+    client.ex.table.clear()  # back: once the store has everything
     return OK
 
 
@@ -58,9 +58,16 @@ def flushdb(client: Connection, arguments: list[bytes]) -> bytes:
     in_pool(client)
     if client.db:
         ex.table.namespace(f"db:{client.db}").clear()
-    else:
+    elif client.server.store is None:
         for key in all_keys(ex):
             ex.remove(key)
+    else:
+        ex.table.flush()
+        for key in all_keys(ex):
+            if key[:1] > b"\0":
+                ex.table.discard(key)  # the store keeps it
+            else:
+                ex.remove(key)
     return OK
 
 

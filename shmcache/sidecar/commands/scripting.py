@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from shmcache.core import _resp
 from shmcache.sidecar.commands.pubsub import tell_monitors
 from shmcache.sidecar.commands.table import (
+    NOT_IN_MULTI_BACKED,
     SYNTAX,
     TABLE,
     WRITE,
@@ -44,7 +45,8 @@ LOG_NOTICE = 2  # what is said at this level and above is printed
 MOST_NAMED = 3  # parameters of a function with ... : Lua 5.1 does not look whether its stack has room for them
 NOT_IN_SCRIPTS = {
     "acl", "auth", "bgrewriteaof", "bgsave", "client", "config", "debug", "discard", "eval", "eval_ro", "evalsha", "evalsha_ro", "exec",
-    "function", "hello", "latency", "monitor", "multi", "psubscribe", "punsubscribe", "quit", "reset", "role", "save", "script",
+    "function", "hello", "latency", "lease.fill", "lease.get", "lease.release", "monitor", "multi", "psubscribe",
+    "punsubscribe", "quit", "reset", "role", "save", "script",
     "shutdown", "subscribe", "unsubscribe", "unwatch", "wait", "watch",
 }  # fmt: skip
 FLAGS = {"no-writes", "allow-oom", "allow-stale", "no-cluster", "allow-cross-slot-keys"}
@@ -246,6 +248,8 @@ class Runtime:
             ) from None
         if name in NOT_IN_SCRIPTS and not self.server.scripts.all_allowed:
             raise Error("ERR This Redis command is not allowed from script")
+        if name in NOT_IN_MULTI_BACKED and self.server.store is not None:
+            raise Error("ERR This Redis command is not allowed from script in front of a store")
         if self.reads_only and (entry.flags & WRITE or name == "publish"):
             raise Error("ERR Write commands are not allowed from read-only scripts.")
         if self.caller.restricted and (refused := denial(self.caller, name, arguments, "lua")):

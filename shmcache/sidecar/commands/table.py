@@ -115,7 +115,11 @@ SCRIPTS = {"eval", "evalsha", "eval_ro", "evalsha_ro"}
 LONG = {"keys", "lcs", "randomkey", "save", "flushall", "flushdb", "script", *SCRIPTS}  # they may be run in the pool
 OF_LOOP = {"connection", "pubsub", "transactions"}  # groups, and these: they act on connections, which are the loop's
 OF_LOOP_ALONE = {"acl", "monitor", "config", "slowlog", "info", "shutdown", "latency", "debug"}
-NOT_IN_MULTI = {"save", "bgsave", "bgrewriteaof", "shutdown", "debug", "monitor"}
+NOT_IN_MULTI = {"save", "bgsave", "bgrewriteaof", "shutdown", "debug", "monitor", "lease.get", "lease.fill", "lease.release"}
+NOT_IN_MULTI_BACKED = {"flushall", "flushdb"}  # in front of a store: they wait for it
+NOT_IN_MULTI_THROUGH = {"select", "eval", "evalsha"}  # that is written through, or around
+OF_CACHE = {"flushall", "flushdb", "lease.fill", "lease.release"}  # they write, but nothing that a store gets
+OURS = frozenset({"lease.get", "lease.fill", "lease.release"})  # Redis has none of them
 
 
 def is_of_loop(name: str) -> bool:
@@ -181,9 +185,10 @@ def family(name: str) -> tuple[str, ...]:
 _EXPIRY = "expire expireat expiretime persist pexpire pexpireat pexpiretime pttl ttl"
 _STRINGS_READ = "get getrange lcs mget strlen substr"
 _CATEGORIES = {  # as Redis has them, in its order; name|*: all its subcommands
-    "keyspace": "copy dbsize del dump exists flushall flushdb keys object|* randomkey rename renamenx restore scan touch type unlink "
+    "keyspace": "copy dbsize del dump exists flushall flushdb keys lease.fill lease.get lease.release object|* randomkey rename renamenx "
+    "restore scan touch type unlink "
     + _EXPIRY,
-    "read": "bitcount bitfield_ro bitpos dbsize dump exists expiretime getbit keys memory|usage object|encoding object|freq "
+    "read": "bitcount bitfield_ro bitpos dbsize dump exists expiretime getbit keys lease.get memory|usage object|encoding object|freq "
     "object|idletime object|refcount pexpiretime pttl randomkey scan touch ttl type " + _STRINGS_READ,
     "write": "function|flush",  # and all that are flagged so
     "set": "", "sortedset": "", "list": "", "hash": "",

@@ -17,6 +17,8 @@ from shmcache.sidecar.commands.table import (
     IN_PUBSUB,
     LONG,
     NOT_IN_MULTI,
+    NOT_IN_MULTI_BACKED,
+    NOT_IN_MULTI_THROUGH,
     TABLE,
     WRITE,
     Error,
@@ -88,6 +90,8 @@ def before(client: Connection, name: str, flags: int, arguments: list[bytes]) ->
         try:
             if name in NOT_IN_MULTI:
                 raise Error("ERR Command not allowed inside a transaction")
+            if (server.store is not None and name in NOT_IN_MULTI_BACKED) or (server.written_through and name in NOT_IN_MULTI_THROUGH):
+                raise Error("ERR Command not allowed inside a transaction in front of a store")
             check_subcommand(client, name, arguments[1:])
             client.queue_bytes += sum(map(len, arguments)) + 64
             if client.queue_bytes > client.home.most_pending:
@@ -134,6 +138,8 @@ def discard_transaction(client: Connection) -> None:
 def watch(client: Connection, arguments: list[bytes]) -> bytes:
     if client.in_multi:
         raise Error("ERR WATCH inside MULTI is not allowed")
+    if client.server.written_through:
+        raise Error("ERR WATCH is not to be had in front of a store that is written through, or around: a copy's version says too little")
     for key in arguments:
         client.watching.setdefault((client.db, key), client.ex.version(key))
     return OK
@@ -201,7 +207,7 @@ def execute(client: Connection) -> bytes | None:
         long = long or name in LONG
         elsewhere = elsewhere or is_elsewhere(client, words)
         log_bytes += (sum(map(len, words)) + 64 * max(1, len(found))) if TABLE[name].flags & WRITE else 0
-    if long:
+    if long or client.server.store is not None:
         in_pool(client)
     looked_at = elsewhere or client.server.executor.watched
     try:

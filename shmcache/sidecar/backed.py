@@ -1,0 +1,255 @@
+"""What a command needs of the store behind the segment. In a thread of the pool, in place of Client.retry; the loop never asks the store.
+
+    a read            what it misses is loaded, as StoredCache does it, then it runs
+    back: a write     the same: it runs on what there is. What it writes is dirty, and the supervisor stores it
+    through, around:  the keys are marked for this thread alone, and loaded; the command runs on copies of them (Executor.know,
+    a write           aside), as it would on the keys; what it has changed is stored; then the marks are filled (through), or
+                      dropped. If the store fails its reply is the error, and the keys are misses
+A transaction is one command, with the keys of all that were queued. Keys of other databases, and those that begin with NUL, are the
+cache's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import os
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from shmcache import errors
+from shmcache.core import _resp
+from shmcache.policy import BATCH, MISSING, StoredCache, ThroughCache
+from shmcache.sidecar.commands.table import OF_CACHE, TABLE, WRITE, Error, keys_in
+from shmcache.sidecar.commands.transactions import discard_transaction
+from shmcache.stores import Entry
+
+if TYPE_CHECKING:
+    from shmcache.sidecar.server import Connection
+
+MOST_KEY = 4096 - len(_resp.ASIDE) - 8  # bytes of a key that is written through
+KNOWING = {b"nx", b"xx", b"get", b"keepttl"}  # options of SET
+LATE = 0.005  # seconds by which two readings of an expiry may differ
+
+
+@dataclass
+class Plan:
+    """Of a command or transaction: its keys that the store may have, those whose values matter to it; does it write any?"""
+
+    names: dict[bytes, None] = field(default_factory=dict)
+    read: dict[bytes, None] = field(default_factory=dict)
+    writes: bool = False
+    own: bool = False  # it writes others, too
+
+
+def planned(client: Connection, through: bool) -> Plan:
+    """Raises: Error: it cannot be done before a store."""
+    words = client.retried or []
+    transaction = words[0].lower() == b"exec"
+    if transaction and (not client.in_multi or client.broken):
+        return Plan()
+    plan, db = Plan(), client.db
+    for one in client.queue if transaction else [words]:
+        name, arguments = one[0].decode("latin-1").lower(), one[1:]
+        if name == "select" and (n := _resp.number(arguments[0])) is not None and 0 <= n < client.ex.databases:
+            db = n
+        if through and name in ("eval", "evalsha"):
+            raise Error("ERR scripts that may write do not run in front of a store that is written through, or around: use EVAL_RO")
+        if name in OF_CACHE:
+            continue
+        keys = keys_in(name, arguments)
+        if name == "copy":
+            keys = keys[: db == 0] + keys[1:] * (target(arguments, db) == 0)
+        elif db:
+            continue
+        names = dict.fromkeys(key for key in keys if key[:1] > b"\0")
+        if TABLE[name].flags & WRITE and keys:
+            plan.writes = plan.writes or bool(names)
+            plan.own = plan.own or any(key not in names for key in keys)
+        plan.names |= names
+        if not is_blind(name, arguments):
+            plan.read |= names
+    if through and plan.writes and plan.own:
+        raise Error("ERR keys that are stored, and keys of the cache's own (which begin with a zero byte), are not written in one step")
+    if through and plan.writes and max(map(len, plan.names)) > MOST_KEY:
+        raise Error(f"ERR a key that is stored has at most {MOST_KEY} bytes")
+    return plan
+
+
+def target(arguments: list[bytes], db: int) -> int:
+    """The database that COPY writes."""
+    for word, following in itertools.pairwise(arguments[2:]):
+        if word.lower() == b"db" and (n := _resp.number(following)) is not None:
+            db = n
+    return db
+
+
+def is_blind(name: str, arguments: list[bytes]) -> bool:
+    """Does it write the same, whatever was there?"""
+    return name in ("mset", "setex", "psetex") or (name == "set" and not {a.lower() for a in arguments[2:]} & KNOWING)
+
+
+def run(client: Connection, ex: _resp.Executor) -> None:
+    """Client.retry, and before and after it what the store has to do."""
+    cache: StoredCache = ex.table
+    try:
+        plan = planned(client, isinstance(cache, ThroughCache))
+    except Error as e:
+        refuse(client, ex, e)
+        return
+    if plan.writes and isinstance(cache, ThroughCache):
+        written(client, ex, cache, plan)
+    elif plan.read:
+        loaded(client, ex, cache, plan)
+    else:
+        client.retry(ex)
+
+
+def refuse(client: Connection, ex: _resp.Executor, e: Exception) -> None:
+    """It does not run."""
+    if client.in_multi:
+        discard_transaction(client)
+    client.instead(ex, text_of(e))
+
+
+def text_of(e: Exception) -> bytes:
+    """An error reply, of a store that may raise whatever it likes."""
+    if isinstance(e, (errors.ShmcacheError, _resp.CommandError)):
+        return _resp.error_text(e)
+    return b"ERR the store failed: " + f"{type(e).__name__}: {e}".encode("utf-8", "replace")
+
+
+def loaded(client: Connection, ex: _resp.Executor, cache: StoredCache, plan: Plan) -> None:
+    """Run it with what it reads cached. What is evicted meanwhile is loaded again; but a part of a transaction may have been done."""
+    deadline = time.monotonic() + cache.policy.timeout
+    words, before = client.retried or [], client.buffered[1]
+    while True:
+        try:
+            there = load(ex, cache, [name for name in plan.read if len(name) <= 4096])
+        except Exception as e:
+            refuse(client, ex, e)
+            return
+        ex.know(dict.fromkeys(there, 0), takes_stale=not plan.writes)
+        try:
+            client.retry(ex)
+        finally:
+            ex.forget()
+        if not ex.lost or words[0].lower() == b"exec" or time.monotonic() > deadline:
+            return
+        client.take_back(before)
+
+
+def load(ex: _resp.Executor, cache: StoredCache, names: list[bytes]) -> set[bytes]:
+    """Those of names that are there: they were cached, or are now. Raises: whatever the store does."""
+    there = {name for name in names if ex.version(name)}
+    missing = [name for name in names if name not in there]
+    if cache.policy.stale_ttl:  # while the store is down a stale copy will do
+        return there | {name for name in missing if cache.get(name, MISSING) is not MISSING}
+    return there | cache.get_many(missing).keys()
+
+
+class Trial:
+    """A command that is run on copies of its keys, in front of a store that is written through, or around."""
+
+    def __init__(self, ex: _resp.Executor, cache: ThroughCache, plan: Plan) -> None:
+        self.ex, self.cache, self.plan = ex, cache, plan
+        self.names = sorted(plan.names)
+        self.aside = _resp.ASIDE + os.urandom(8)
+        self.marks: dict[bytes, int] = {}
+        self.was: dict[bytes, Entry] = {}
+        self.copies: dict[bytes, int] = {}  # -> unix ms at which it expires, 0: never
+        self.kept: dict[bytes, Entry] = {}  # what the command has written
+        self.gone: list[bytes] = []  # and removed
+
+    def begin(self) -> None:
+        """Nobody else writes these keys from here on, and the copies are there."""
+        cache = self.cache
+        self.heads = {name: cache._head(name) for name in self.names}
+        deadline = time.monotonic() + cache.policy.timeout
+        for name in self.names:
+            self.marks[name] = cache._mark(name, deadline, alone=True)
+        if self.plan.read:
+            self.was = cache._loaded([name for name in self.names if name in self.plan.read], {})
+        for name, entry in self.was.items():
+            if entry.ttl is None or entry.ttl > 0:
+                copy = self.aside + name
+                self.copies[copy] = 0 if entry.ttl is None else self.ex.now() + math.ceil(entry.ttl * 1000)
+                cache.set(copy, entry.value, entry.ttl)
+                if entry.ttl is None:
+                    cache.persist(copy)  # the segment's default is that of cached copies
+
+    def run(self, client: Connection) -> None:
+        self.ex.know(self.copies, self.aside)
+        try:
+            client.retry(self.ex)
+        finally:
+            self.there, self.changed = self.ex.forget()
+            self.changed = {copy for copy in self.changed if copy.startswith(self.aside)}  # COPY writes another database, too
+            self.copies |= dict.fromkeys(self.changed, 0)
+
+    def look(self) -> None:
+        """At what it has done. Raises: StoreUnavailable: a copy was evicted, or cleared, so that nobody knows."""
+        there = self.there
+        if self.ex.lost:
+            raise errors.StoreUnavailable("what this command works on was evicted meanwhile: nothing was changed; try again")
+        for copy in self.changed:
+            name = copy.removeprefix(self.aside)
+            if copy not in there:
+                self.gone.append(name)
+                continue
+            value, ttl = self.cache.peek(copy, MISSING), self.cache.ttl(copy)
+            if value is not MISSING and ttl is not None:
+                self.kept[name] = Entry(value, None if ttl == math.inf else ttl)
+            elif there[copy] and self.ex.now() >= there[copy] - LATE * 1000:
+                self.gone.append(name)
+            else:
+                raise errors.StoreUnavailable("what this command has written was evicted too soon: nothing was changed; try again")
+
+    def store(self) -> None:
+        """New values first: of a RENAME that is cut off both keys are there, not none."""
+        cache, timeout = self.cache, self.cache.policy.timeout
+        kept = list(self.kept.items())
+        for i in range(0, len(kept), BATCH):
+            cache._call(cache.store.store_many, {name: tuple(entry) for name, entry in kept[i : i + BATCH]}, timeout=timeout)
+        for i in range(0, len(self.gone), BATCH):
+            cache._call(cache.store.delete_many, self.gone[i : i + BATCH], timeout=timeout)
+        if self.kept or self.gone:
+            cache.count_store(writes=len(self.kept) + len(self.gone))
+
+    def fill(self) -> None:
+        """The marks of what the store has for certain."""
+        cache, gone = self.cache, set(self.gone)
+        for name in self.names:
+            entry = (self.kept if cache._fills else {}).get(name)
+            if entry is None and name not in self.kept and name not in gone:
+                entry = self.was.get(name)
+            if entry is not None and entry.ttl != 0 and cache._filled(name, entry, self.marks[name], self.heads[name]):
+                del self.marks[name]
+
+    def end(self) -> None:
+        """What is marked still goes, and the copies."""
+        for name in (*self.marks, *self.copies):
+            with contextlib.suppress(errors.CapacityError):  # a mark stands till its time is over, a copy till it is evicted
+                self.cache.discard(name)
+
+
+def written(client: Connection, ex: _resp.Executor, cache: ThroughCache, plan: Plan) -> None:
+    trial, before = Trial(ex, cache, plan), client.buffered[1]
+    try:
+        try:
+            trial.begin()
+        except Exception as e:
+            refuse(client, ex, e)
+            return
+        trial.run(client)
+        try:
+            trial.look()
+            trial.store()
+            trial.fill()
+        except Exception as e:
+            client.take_back(before, text_of(e))
+    finally:
+        trial.end()
+
