@@ -425,7 +425,7 @@ class ThroughCache(StoredCache):
                 for name, value in encoded.items():
                     if value is not DELETE and self._filled(name, Entry(value, ttl), marks[name], heads[name]):
                         del marks[name]
-        except (errors.RowsRefused, errors.StoreRefused):
+        except errors.ShmcacheError:  # the store's word, not a signal's or a stranger's
             known = True
             raise
         finally:
@@ -493,7 +493,7 @@ class ThroughCache(StoredCache):
             if isinstance(now, Entry) and now.ttl != 0 and (self._fills or now is was):
                 filled = self._filled(name, now, mark, head)
             return told
-        except (errors.RowsRefused, errors.StoreRefused):
+        except errors.ShmcacheError:  # the store's word, not a signal's or a stranger's
             known = True
             raise
         finally:

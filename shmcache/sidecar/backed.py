@@ -162,6 +162,7 @@ class Trial:
         self.copies: dict[bytes, int] = {}  # -> unix ms at which it expires, 0: never
         self.kept: dict[bytes, Entry] = {}  # what the command has written
         self.gone: list[bytes] = []  # and removed
+        self.known = True  # what the store has done
 
     def begin(self) -> None:
         """Nobody else writes these keys from here on, and the copies are there."""
@@ -209,6 +210,15 @@ class Trial:
 
     def store(self) -> None:
         """New values first: of a RENAME that is cut off both keys are there, not none."""
+        self.known = False
+        try:
+            self.write()
+        except errors.ShmcacheError:
+            self.known = True
+            raise
+        self.known = True
+
+    def write(self) -> None:
         cache, timeout = self.cache, self.cache.policy.timeout
         kept = list(self.kept.items())
         for i in range(0, len(kept), BATCH):
@@ -230,8 +240,10 @@ class Trial:
 
     def end(self) -> None:
         """What is marked still goes, and the copies."""
-        for name in (*self.marks, *self.copies):
-            with contextlib.suppress(errors.CapacityError):  # a mark stands till its time is over, a copy till it is evicted
+        with contextlib.suppress(errors.CapacityError):  # a mark stands till its time is over, a copy till it is evicted
+            self.cache._end(self.marks, self.known)
+        for name in self.copies:
+            with contextlib.suppress(errors.CapacityError):
                 self.cache.discard(name)
 
 
