@@ -13,13 +13,14 @@ cached; then changes the store; then, if exactly his mark still stands and no ot
 that is acknowledged by now had been asked for (a fill that began before a mark finds its claim gone).
 
 Race table
-    write vs write           the later mark takes the earlier's place and knows it: "overlapped". Neither fills; each deletes at its end,
-                             before it returns: nobody knows which of them the store did last
+    write vs write           the later mark takes the earlier's place, counts it, and knows it: "overlapped". Neither fills; the last to end
+                             takes the mark away, before he returns: nobody knows which of them the store did last
     write vs change          add, replace, cas, incr, pop, expire ... mark the key for themselves: a write waits for them, they wait for all
     write vs load            the mark voids the load's claim: its fill is refused. A load that meets a mark waits for it, then asks again;
                              if the writer is dead, or slow, it loads and does not fill
-    write vs delete, invalidate, clear    who takes the mark away lets the writer find it gone: he deletes
-    the store fails, in whatever way      what was marked is deleted: a miss, which loads what the store has
+    write vs invalidate      the mark stays, with another version: its writer does not fill. clear() leaves it as it is
+    the store says no, or not now         the mark goes: a miss, which loads what the store has
+    the write is torn off    (a signal handler raises, a bug of the store's) it may be going on: the mark stands till its time is over
     the writer dies          his mark stands till its time is over, longer than the store may work for him; till then loads do not fill
     the writer is stopped, and goes on when his mark's time is over: his mark is gone, he deletes before he returns
     a load vs a load         one has the claim, the others wait for it (flight.py); its death hands over at once
