@@ -3,21 +3,25 @@
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.exc cimport PyErr_CheckSignals
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy
 
 from shmcache.core._core cimport Mapping, Table
-from shmcache.core.atomics cimport fence_acquire, ld8r, ld64, st64
+from shmcache.core.atomics cimport fence_acquire, ld8r, ld16r, ld64, st64
 from shmcache.core.bucket cimport ADDR_MASK, bucket_of, chain_first, chain_next, chain_t, stripe_of, stripe_release, stripe_take
 from shmcache.core.clock cimport now_ms
 from shmcache.core.dirty cimport dirty_chunk, dirty_set, dirty_size
 from shmcache.core.envelope cimport CODEC_ENVELOPE, envelope_open, envelope_t
 from shmcache.core.layout cimport FLAG_CLAIM, FLAG_COPY_TTL, FLAG_DIRTY, POLICY_BACK, item_t, seg_t
 from shmcache.core.siphash cimport siphash13
-from shmcache.core.slab cimport in_slab, item_at
+from shmcache.core.slab cimport in_slab, item_at, page_room
 from shmcache.core.table cimport RESTARTS, find_dirty, mark_clean, read_begin, read_copy, read_t, same_item, unchanged
 from shmcache.core.token cimport ABSENT, BUSY, INTR, OK
 
 from shmcache import errors
 
+cdef enum:
+    CHAIN_BYTES = 400 * 4098        # keys of the longest chain
 cdef uint64_t GROUP = 1024          # buckets of a look at all, before signals are seen to
 
 
@@ -77,6 +81,42 @@ cdef class Dirty:
                     found.append(item)
                     if len(found) == most:
                         return found, at
+        return found, 0
+
+    def walk(self, uint64_t at, Py_ssize_t most):
+        """find(), bucket by bucket: slower, and no key that was dirty when a walk began is missed, in whatever chunk it is by the time. (The map is
+        gone through chunk by chunk: a key may be written into one behind, and leave the one ahead.)"""
+        cdef seg_t* s = self.table.ready()
+        cdef list found = []
+        cdef uint8_t* keys = <uint8_t*>malloc(CHAIN_BYTES)
+        cdef uint64_t used = 0, place
+        cdef size_t n
+        cdef int rc
+        if keys == NULL:
+            raise MemoryError
+        try:
+            while at < s.n_buckets:
+                with nogil:
+                    rc = dirty_keys(s, at, keys, &used, &self.found_bytes)
+                if rc == INTR:
+                    PyErr_CheckSignals()
+                    s = self.table.ready()
+                    continue
+                at += 1
+                if rc == BUSY:
+                    self.skipped += 1
+                    continue
+                place = 0
+                while place < used:
+                    n = keys[place] | <size_t>keys[place + 1] << 8
+                    item = self.read(s, PyBytes_FromStringAndSize(<char*>keys + place + 2, <Py_ssize_t>n))
+                    if item is not None:
+                        found.append(item)
+                    place += 2 + n
+                if len(found) >= most:
+                    return found, at if at < s.n_buckets else 0
+        finally:
+            free(keys)
         return found, 0
 
     cdef object read(self, seg_t* s, bytes key):
@@ -170,6 +210,36 @@ cdef class Dirty:
                 bits &= bits - 1
                 total += 1
         return total
+
+
+cdef int dirty_keys(seg_t* s, uint64_t b, uint8_t* to, uint64_t* used, uint64_t* total) noexcept nogil:
+    """The keys of a chain's dirty items, each as u16 length + bytes: OK, BUSY or INTR."""
+    cdef chain_t c
+    cdef uint64_t addr, n
+    cdef int i, rc = OK
+    used[0] = 0
+    rc = stripe_take(s, stripe_of(s, b), s.limit_ns)
+    if rc != OK:
+        return rc
+    chain_first(s, b, &c)
+    while True:
+        for i in range(c.n_slots):
+            addr = ld64(&c.slot[i]) & ADDR_MASK
+            if not in_slab(s, addr) or not ld8r(&item_at(s, addr).flags) & FLAG_DIRTY or ld8r(&item_at(s, addr).flags) & FLAG_CLAIM:
+                continue
+            n = ld16r(&item_at(s, addr).key_bytes)
+            if n == 0 or n > 4096 or 48 + n > page_room(s, addr) or used[0] + 2 + n > CHAIN_BYTES:
+                continue
+            dirty_set(s, addr)
+            total[0] += dirty_size(s, addr)
+            to[used[0]] = n & 0xff
+            to[used[0] + 1] = <uint8_t>(n >> 8)
+            memcpy(to + used[0] + 2, <uint8_t*>item_at(s, addr) + 48, n)
+            used[0] += n + 2
+        if not chain_next(s, &c):
+            break
+    stripe_release(s, stripe_of(s, b))
+    return OK
 
 
 cdef int look_at(seg_t* s, uint64_t b, uint64_t* items, uint64_t* total) noexcept nogil:

@@ -88,11 +88,12 @@ class WriteBack:
     def one_pass(self) -> bool:
         """Store what is dirty now: False if the store failed. What is refused, or was written meanwhile, stays dirty."""
         asked = int(self.header["flushes_asked"])
+        find = self.dirty.walk if asked > int(self.header["flushes_ended"]) else self.dirty.find
         at, left, began = 0, 0, time.time()
         skipped, counted = self.dirty.skipped, int(self.header["dirty"]) + self.dirty.found_bytes
         seen: dict[bytes, float] = {}
         while True:
-            items, at = self.dirty.find(at, BATCH)
+            items, at = find(at, BATCH)
             if self.dirty.damaged != self.damaged:
                 self.damaged = self.dirty.damaged
                 self._say(f"a page of the value of {self.damaged!r} belongs to somebody else: run shmcache-admin verify --repair")

@@ -19,6 +19,7 @@ import pytest
 
 import shmcache
 from shmcache import errors, policy
+from shmcache.core import _dirty
 from shmcache.stores import Entry
 from shmcache.supervisor import writeback
 from tests.integration.test_flight import claimer, pass_time
@@ -996,6 +997,24 @@ def test_a_write_while_its_value_is_being_stored_is_stored_too(back, hooked):
         gate.opened.set()
         cache.flush()
     assert stored(cache, "k", "n") == {b"k": Entry(2), b"n": Entry(2)}
+
+
+def test_what_a_flush_goes_through_misses_no_key_that_is_written_meanwhile(back, hooked):
+    """Into chunks behind and ahead: what was dirty at the beginning is met, in whatever chunk it is by then."""
+    cache = back(hooked, size="16M")
+    keys = [f"k{i}" for i in range(200)]
+    for key in keys:
+        cache.set(key, "v" * (len(key) * 30))
+    dirty = _dirty.Dirty(cache)
+    for _ in range(10):
+        seen, at, going = set(), 0, True
+        while going:
+            items, at = dirty.walk(at, 1)
+            seen |= {item[0].decode() for item in items}
+            going = at != 0
+            for key in random.sample(keys, 5):
+                cache.set(key, "v" * random.choice((10, 60, 120, 180)))
+        assert seen >= set(keys)
 
 
 def test_a_delete_while_the_value_is_being_stored(back, hooked):
