@@ -92,16 +92,18 @@ class Slow(Nothing):
             self.calls.value += 1
             self.owner.value = os.getpid()
             self.began.value = time.monotonic()
-        time.sleep(0.05)
+        time.sleep(0.05)  # the load
         return {k: Entry(b"value") for k in keys}
 
 
-def misses(name: str, store: Slow, go: Any, done: Any) -> None:
+def misses(name: str, store: Slow, ready: Any, go: Any, done: Any) -> None:
     cache = shmcache.attach(name, store=store)
 
     def one() -> None:
+        with ready.get_lock():
+            ready.value += 1
         while not go.value:
-            time.sleep(0.001)
+            time.sleep(0.001)  # between two looks
         assert cache.get(b"k") == b"value"
 
     threads = [threading.Thread(target=one) for _ in range(125)]
@@ -115,20 +117,22 @@ def misses(name: str, store: Slow, go: Any, done: Any) -> None:
 def stampede(kill: bool) -> dict[str, Any]:
     name = f"bench-policy-{os.getpid()}"
     calls, owner, began, go = fork.Value("i", 0), fork.Value("i", 0), fork.Value("d", 0.0), fork.Value("b", 0, lock=False)
+    ready = fork.Value("i", 0)
     store = Slow(calls, owner, began)
     with segment(name, policy=shmcache.Policy("through", timeout=60.0), store=store):
         ends = [fork.Value("d", 0.0, lock=False) for _ in range(8)]
-        procs = [fork.Process(target=misses, args=(name, store, go, end)) for end in ends]
+        procs = [fork.Process(target=misses, args=(name, store, ready, go, end)) for end in ends]
         for p in procs:
             p.start()
-        time.sleep(1.0)  # till the threads are there
+        while ready.value < 1000:
+            time.sleep(0.001)  # between two looks
         went = time.monotonic()
         go.value = 1
         killed = 0.0
         if kill:
             while not calls.value:
-                time.sleep(0.0005)
-            time.sleep(0.02)
+                time.sleep(0.0005)  # between two looks
+            time.sleep(0.02)  # of the 50 ms that the load takes
             killed = time.monotonic()
             os.kill(owner.value, signal.SIGKILL)
         for p in procs:

@@ -92,20 +92,6 @@ def refuse(value: Any, why: str = "") -> errors.UnsupportedValue:
     )
 
 
-def unwrapped(number: int, payload: bytes) -> tuple[int, bytes, bool]:
-    """(codec number, payload, negative) of what is inside, if it is an envelope (core/envelope.pxd). Raises: DamageError."""
-    if number != ENVELOPE:
-        return number, payload, False
-    at, n_tags = 12, int.from_bytes(payload[2:4], "little")
-    for _ in range(n_tags):
-        if at + 9 > len(payload):
-            break
-        at += 9 + payload[at + 8]
-    if len(payload) < 12 or at > len(payload) or n_tags > 16 or payload[1] > 1:
-        raise errors.DamageError("the head of a value with tags, stale or negative time is damaged, or of a newer version: delete the key")
-    return payload[0], payload[at:], payload[1] == 1
-
-
 class MsgpackCodec:
     """msgpack with extension types for what it would change."""
 

@@ -24,7 +24,7 @@ Race table
     the writer dies          his mark stands till its time is over, longer than the store may work for him; till then loads do not fill
     the writer is stopped, and goes on when his mark's time is over: his mark is gone, he deletes before he returns
     a load vs a load         one has the claim, the others wait for it (flight.py); its death hands over at once
-Writes that other programs do in the store are seen when an item has expired; invalidate(), delete of tags and ttl are for them.
+Writes that other programs do in the store are seen when an item has expired; invalidate(), tags and a ttl are for them.
 """
 
 from __future__ import annotations
@@ -148,6 +148,7 @@ class StoredCache(Cache):
         self._age = 2 * policy.timeout + GRACE  # of claims and marks: longer than to wait for another's, and then for the store
         check(policy, store, tags)
         self._tags_of = tags
+        self._notes = policy.mode == "back" or policy.negative_ttl > 0 or policy.stale_ttl > 0  # there may be envelopes
         self._reads_through = True
 
     def __reduce__(self) -> Any:
@@ -160,10 +161,12 @@ class StoredCache(Cache):
     def _load_missing(self, key: Key, default: Any) -> Any:
         """What get() does on a miss."""
         name = _core.key_bytes(key)
-        if name[0] == 0 or self._is_negative(name):
+        if name[0] == 0:
             return default
-        if self.policy.stale_ttl:
+        if self._notes:
             state, value, seen = self._look(name)
+            if state == codec.NEGATIVE:
+                return default
             if state == codec.FRESH or (state == codec.STALE and (value := self._refreshed(name, value, seen)) is not MISSING):
                 return value
         deadline = time.monotonic() + self.policy.timeout
@@ -243,7 +246,7 @@ class StoredCache(Cache):
 
     def _is_negative(self, name: bytes) -> bool:
         """Is it remembered that this key is not in the store?"""
-        return (self.policy.negative_ttl > 0 or self.policy.mode == "back") and self._look(name)[0] == codec.NEGATIVE
+        return self._notes and self._look(name)[0] == codec.NEGATIVE
 
     def _load_some(self, names: list[bytes], refused: dict[bytes, Exception]) -> dict[bytes, Entry]:
         try:
@@ -331,20 +334,16 @@ class StoredCache(Cache):
 
     # ---- all of it ----
 
-    def _drop(self, names: Iterable[bytes]) -> None:
-        """From the cache alone. Raises: what dropping one of them raised, when all have been tried."""
-        failed: Exception | None = None
-        for name in names:
-            try:
-                self.discard(name)
-            except errors.CapacityError as e:
-                failed = e
-        if failed is not None:
-            raise failed
+    def delete(self, key: Key) -> bool:
+        return self.delete_many([key]) == 1
+
+    def __delitem__(self, key: Key) -> None:
+        if not self.delete(key):
+            raise KeyError(key)
 
     def invalidate(self, *keys: Key) -> None:
         """Drop the cached copies, not what is in the store: for who has changed it there past this cache."""
-        self._drop([_core.key_bytes(k) for k in keys])
+        _each([_core.key_bytes(k) for k in keys], self.discard)
 
 
 class ThroughCache(StoredCache):
@@ -380,13 +379,6 @@ class ThroughCache(StoredCache):
         for name in names:
             self.encoded(values[name])  # all, before the first is stored
         self._write_all({name: values[name] for name in names}, seconds)
-
-    def delete(self, key: Key) -> bool:
-        return self.delete_many([key]) == 1
-
-    def __delitem__(self, key: Key) -> None:
-        if not self.delete(key):
-            raise KeyError(key)
 
     def delete_many(self, keys: Iterable[Key]) -> int:
         names = dict.fromkeys(_core.key_bytes(k) for k in keys)
@@ -434,15 +426,11 @@ class ThroughCache(StoredCache):
 
     def _end(self, names: Iterable[bytes], known: bool) -> None:
         """Of writes that have not filled their marks. Not known: whether the store has done it, or will."""
-        error = None
-        for name in names:
-            try:
-                self.end_mark(name, known)
-                self.discard(name)  # if the mark was not there any more, what was loaded meanwhile may be older
-            except errors.CapacityError as e:
-                error = e
-        if error is not None:
-            raise error
+        def end(name: bytes) -> None:
+            self.end_mark(name, known)
+            self.discard(name)  # if the mark was not there any more, what was loaded meanwhile may be older
+
+        _each(names, end)
 
     def _mark(self, name: bytes, deadline: float, alone: bool, version: int = 0) -> int:
         """Put a mark on a key: its version, 0 if another's was there, -1: the key has not this version.
@@ -451,7 +439,7 @@ class ThroughCache(StoredCache):
         """
         pause = flight.waits(deadline)
         while True:
-            mark, overlapped = self.mark(name, self._age, alone, False, version)
+            mark, overlapped = self.mark(name, self._age, alone, version)
             if mark:
                 return 0 if overlapped and mark > 0 else mark
             if next(pause, "late"):
@@ -551,11 +539,6 @@ class ThroughCache(StoredCache):
 
         return int(self._change(key, count))
 
-    def decr(self, key: Key, n: int = 1, *, default: int | None = None, ttl: Ttl = None) -> int:
-        if not isinstance(n, int):
-            raise errors.NotANumber("incr and decr take an int to add, and an int or None as default")
-        return self.incr(key, -n, default=default, ttl=ttl)
-
     def touch(self, key: Key, ttl: Ttl = None) -> bool:
         if _is_own(key):
             return super().touch(key, ttl)
@@ -564,11 +547,6 @@ class ThroughCache(StoredCache):
             return self.delete(key)
         return bool(self._change(key, lambda was: (KEEP, False) if was is None else (Entry(was.value, seconds), True)))
 
-    def expire(self, key: Key, ttl: float | timedelta) -> bool:
-        if ttl is None:
-            raise errors.InvalidTTL("expire takes a number of seconds or a timedelta; persist() removes a ttl")
-        return self.touch(key, ttl)
-
     def persist(self, key: Key) -> bool:
         return super().persist(key) if _is_own(key) else self.touch(key)
 
@@ -576,18 +554,11 @@ class ThroughCache(StoredCache):
 class BackCache(StoredCache):
     """Back: set() and the like are the compiled ones, and what they write is dirty; who wants to know what is there loads it first."""
 
-    def delete(self, key: Key) -> bool:
-        return self.delete_many([key]) == 1
-
-    def __delitem__(self, key: Key) -> None:
-        if not self.delete(key):
-            raise KeyError(key)
-
     def delete_many(self, keys: Iterable[Key]) -> int:
         names = dict.fromkeys(_core.key_bytes(k) for k in keys)
         unseen = [name for name in names if name[0] != 0 and self._look(name)[0] == codec.ABSENT and self.claim_version(name) == 0]
         there = self._loaded(unseen, {})
-        return sum([super(BackCache, self).delete(name) or name in there for name in names])
+        return sum([super(StoredCache, self).delete(name) or name in there for name in names])
 
     def _changed(self, key: Key, change: Callable[[bytes], Any], absent: Any) -> Any:
         """What change() says, once the key is cached; MISSING is that it is not. absent: it is not in the store."""
@@ -609,11 +580,6 @@ class BackCache(StoredCache):
         if ttl is not None and _seconds(ttl) == 0:
             return self.delete(key)
         return bool(self._changed(key, lambda name: super(BackCache, self).touch(name, ttl) or MISSING, False))
-
-    def expire(self, key: Key, ttl: float | timedelta) -> bool:
-        if ttl is None:
-            raise errors.InvalidTTL("expire takes a number of seconds or a timedelta; persist() removes a ttl")
-        return self.touch(key, ttl)
 
     def persist(self, key: Key) -> bool:
         return bool(self._changed(key, lambda name: super(BackCache, self).persist(name) or MISSING, False))
@@ -677,11 +643,6 @@ class BackCache(StoredCache):
                 break
         return int(total)
 
-    def decr(self, key: Key, n: int = 1, *, default: int | None = None, ttl: Ttl = None) -> int:
-        if not isinstance(n, int):
-            raise errors.NotANumber("incr and decr take an int to add, and an int or None as default")
-        return self.incr(key, -n, default=default, ttl=ttl)
-
     def clear(self) -> None:
         """As Cache.clear; what the store has not got is stored first. Raises: StoreUnavailable, and nothing is cleared."""
         self.flush()
@@ -731,6 +692,18 @@ def _reopened(
     name: str, codec_name: str, trust: dict[str, Any], store: Store, tags: Callable[[bytes], Iterable[str]] | None
 ) -> Cache:
     return attach(name, codec=codec_name, store=store, tags=tags, **trust)
+
+
+def _each(names: Iterable[bytes], call: Callable[[bytes], object]) -> None:
+    """The call for all of them. Raises: what one of them raised for want of time or room, when all have been tried."""
+    failed: Exception | None = None
+    for name in names:
+        try:
+            call(name)
+        except errors.CapacityError as e:
+            failed = e
+    if failed is not None:
+        raise failed
 
 
 def _no_tags(tags: Tags) -> None:

@@ -82,6 +82,7 @@ cdef class Table:
     cdef int remove_logged(self, object key, uint64_t version, log_t* log) except -100
     cdef int put_view(self, seg_t* s, put_t* op) except -100
     cdef int put_now(self, seg_t* s, put_t* op) except -100
+    cdef int give_back(self, object key, uint64_t version, bint known) except -100
     cdef int wait_stored(self, seg_t* s, Mapping held) except -1
     cdef int bury(self, seg_t* s, const uint8_t* key, size_t n, uint64_t h, uint64_t version, log_t* log) except -100
     cdef int remove_now(self, seg_t* s, Mapping held, const uint8_t* key, size_t n, uint64_t h, uint64_t version,

@@ -40,8 +40,8 @@ from shmcache.core.ring cimport log_t, record_room, ring_of, ring_release, ring_
 from shmcache.core.siphash cimport siphash, siphash13
 from shmcache.core.slab cimport chunk_class, cls_mark, give_back_all, item_at, page_cls
 from shmcache.core.table cimport (
-    ALONE, WRITER, ALWAYS, IF_ABSENT, end_mark, IF_CLAIM, IF_PRESENT, IF_SAME, IF_UNCLAIMED, IF_UNMARKED, IF_UNMARKED_BY_ANY, IF_VERSION, RESTARTS, add_to, clear_all,
-    count_items, envelope_state, give_up, next_keys, prefetch_item, put, put_t, read_begin, read_claim, read_copy, read_end, read_generation, read_t, remove,
+    ALONE, ALWAYS, IF_ABSENT, IF_CLAIM, IF_PRESENT, IF_SAME, IF_UNCLAIMED, IF_UNMARKED, IF_UNMARKED_BY_ANY, IF_VERSION, RESTARTS, WRITER, add_to,
+    clear_all, count_items, end_mark, envelope_state, give_up, next_keys, prefetch_item, put, put_t, read_begin, read_claim, read_copy, read_end, read_generation, read_t, remove,
     remove_claim, same_item, set_expiry, state_in_place, unchanged)
 from shmcache.core.token cimport (
     ABSENT, AGAIN, BUSY, EXISTS, INTR, KEPT, MISMATCH, NO_OFD, NO_ROOM, NO_ROW, NO_STORE, NOT_INT, OK, OS_ERROR, OVERFLOW, SUPERVISOR_BYTE,
@@ -1653,10 +1653,9 @@ cdef class Table:
         """Claim a key that is not there: say that this thread computes its value, or (lock) holds it.
 
         Args: seconds: after which the claim is void, 0: never. lock: clear() leaves it alone.
-        Returns: the claim's version, above 0; 0: a value is there; -1: another living thread's claim stands, or (write-back) a restore has not
-        put in yet what the store has not got; -2: this thread's own;
-        -3: somebody changes it in the store (mark()); -4: did, and is dead; -5: it was
-        deleted, and the store does not know yet.
+        Returns: the claim's version, above 0; 0: a value is there; -1: another living thread's claim stands, or (write-back) a restore has
+        not put in yet what the store has not got; -2: this thread's own; -3: somebody changes it in the store (mark()); -4: did, and has
+        ended or is dead; -5: it was deleted, and the store does not know yet.
         A claim of the dead is taken over. Whoever sets, deletes or (but for a lock) clears the key voids it.
         """
         cdef put_t op
@@ -1718,13 +1717,14 @@ cdef class Table:
             rc = read_claim(s, k, n, siphash13(k, n, s.k0, s.k1), &version, &token, &thread, &flags)
         return version if rc == EXISTS and (not mine or token == s.me[0]) else 0
 
-    def mark(self, key, double seconds, bint alone=False, bint anyway=False, uint64_t version=0):
+    def mark(self, key, double seconds, bint alone=False, uint64_t version=0):
         """Say that this thread is about to change a key in the store: whatever is there goes, readers miss, and nobody fills.
 
         Args: seconds: that the mark stands, also if this process dies: its write may be going on in the store. alone: nobody else is to
-        write meanwhile. anyway: do not ask who else does. version: if the key still has it.
-        Returns: (version, overlapped). The version is for fill() and unclaim(), 0 if a living thread's mark is in the way: one that wants
-        the key for itself; or, alone, any; -1: it has another version. overlapped: another's mark was there, so nobody knows what the store will have in the end.
+        write meanwhile. version: if the key still has it.
+        Returns: (version, overlapped). The version is for fill_claim(), 0 if a living thread's mark is in the way: one that wants the key
+        for itself; or, alone, any; -1: it has another version. overlapped: another's mark was there, so nobody knows what the store will
+        have in the end. Who does not fill it calls end_mark().
         """
         cdef put_t op
         cdef uint64_t owner[2]
@@ -1742,7 +1742,7 @@ cdef class Table:
             op.hash = siphash13(op.key, op.key_bytes, s.k0, s.k1)
             op.version = version
             op.overlapped = False
-            op.when = ALWAYS if anyway else IF_UNMARKED_BY_ANY if alone else IF_UNMARKED
+            op.when = IF_UNMARKED_BY_ANY if alone else IF_UNMARKED
             op.flags = FLAG_CLAIM | FLAG_LOCK | FLAG_WRITING
             op.loaded = True
             op.codec = CODEC_BYTES
@@ -1758,6 +1758,10 @@ cdef class Table:
 
         Args: known: it is known what the store has done; else the mark stands till its time is over, and nobody waits for it.
         """
+        self.give_back(key, 0, known)
+
+    cdef int give_back(self, object key, uint64_t version, bint known) except -100:
+        """A claim of this version, or (0) a mark: OK, or what remove_claim() and end_mark() say of one that is not there any more."""
         cdef const uint8_t* k
         cdef size_t n
         cdef uint64_t h
@@ -1768,18 +1772,21 @@ cdef class Table:
         s = self.ready()
         held = self.mapping
         h = siphash13(k, n, s.k0, s.k1)
-        rc = end_mark(s, k, n, h, known, 0)
+        rc = remove_claim(s, k, n, h, version, 0) if version else end_mark(s, k, n, h, known, 0)
         while rc == BUSY or rc == INTR:
             self.enter(s)
             try:
                 with nogil:
-                    rc = end_mark(s, k, n, h, known, s.limit_ns)
+                    rc = remove_claim(s, k, n, h, version, s.limit_ns) if version else end_mark(s, k, n, h, known, s.limit_ns)
                 if rc == INTR:
                     self.interrupted(s, held)
             finally:
                 self.leave()
             if rc == BUSY:
-                fail(rc)
+                break
+        if rc != OK and rc != MISMATCH and rc != ABSENT:
+            fail(rc)
+        return rc
 
     def fill_claim(self, key, value, uint64_t version, ttl=None, bytes head=None, stale_ttl=None, uint32_t early_ms=0, bint refresh=False):
         """Store the value for which claim() gave this version: True if the claim still stood.
@@ -1800,7 +1807,7 @@ cdef class Table:
         return self.store(key, self.wrapped(value, head, <uint32_t>stale_ms, early_ms, 0), ttl, when, version, &stored) == OK
 
     def _add_claimed(self, key, value, uint64_t version, ttl=None):
-        """fill(), of a value that the store has not got."""
+        """fill_claim(), of a value that the store has not got."""
         cdef uint64_t stored
         return self.store(key, value, ttl, IF_CLAIM | WRITTEN, version, &stored) == OK
 
@@ -1810,31 +1817,7 @@ cdef class Table:
 
     def unclaim(self, key, uint64_t version):
         """Give a claim back: True if it still stood."""
-        cdef const uint8_t* k
-        cdef size_t n
-        cdef uint64_t h
-        cdef seg_t* s
-        cdef Mapping held
-        cdef int rc
-        key_view(key, &k, &n)
-        s = self.ready()
-        held = self.mapping
-        h = siphash13(k, n, s.k0, s.k1)
-        rc = remove_claim(s, k, n, h, version, 0)
-        while rc == BUSY or rc == INTR:
-            self.enter(s)
-            try:
-                with nogil:
-                    rc = remove_claim(s, k, n, h, version, s.limit_ns)
-                if rc == INTR:
-                    self.interrupted(s, held)
-            finally:
-                self.leave()
-            if rc == BUSY:
-                break
-        if rc != OK and rc != MISMATCH:
-            fail(rc)
-        return rc == OK
+        return version != 0 and self.give_back(key, version, True) == OK
 
     # -- in place
 

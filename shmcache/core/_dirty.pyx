@@ -89,7 +89,7 @@ cdef class Dirty:
         cdef seg_t* s = self.table.ready()
         cdef list found = []
         cdef uint8_t* keys = <uint8_t*>malloc(CHAIN_BYTES)
-        cdef uint64_t used = 0, place
+        cdef uint64_t used = 0, items = 0, place
         cdef size_t n
         cdef int rc
         if keys == NULL:
@@ -97,7 +97,7 @@ cdef class Dirty:
         try:
             while at < s.n_buckets:
                 with nogil:
-                    rc = dirty_keys(s, at, keys, &used, &self.found_bytes)
+                    rc = visit(s, at, keys, &used, &items, &self.found_bytes)
                 if rc == INTR:
                     PyErr_CheckSignals()
                     s = self.table.ready()
@@ -184,13 +184,13 @@ cdef class Dirty:
     def recount(self):
         """Look at every item: set the bits that are missing, and count anew. (items, bytes)."""
         cdef seg_t* s = self.table.ready()
-        cdef uint64_t b = 0, total = 0, items = 0, end
+        cdef uint64_t b = 0, used = 0, total = 0, items = 0, end
         cdef int rc
         while b < s.n_buckets:
             end = min(b + GROUP, s.n_buckets)
             while b < end:
                 with nogil:
-                    rc = look_at(s, b, &items, &total)
+                    rc = visit(s, b, NULL, &used, &items, &total)
                 if rc == OK or rc == BUSY:          # busy: its items are counted the next time
                     b += 1
                 else:
@@ -212,8 +212,8 @@ cdef class Dirty:
         return total
 
 
-cdef int dirty_keys(seg_t* s, uint64_t b, uint8_t* to, uint64_t* used, uint64_t* total) noexcept nogil:
-    """The keys of a chain's dirty items, each as u16 length + bytes: OK, BUSY or INTR."""
+cdef int visit(seg_t* s, uint64_t b, uint8_t* to, uint64_t* used, uint64_t* items, uint64_t* total) noexcept nogil:
+    """A chain's dirty items: their bits are set, they are counted, and (to) their keys, each as u16 length + bytes: OK, BUSY or INTR."""
     cdef chain_t c
     cdef uint64_t addr, n
     cdef int i, rc = OK
@@ -227,35 +227,16 @@ cdef int dirty_keys(seg_t* s, uint64_t b, uint8_t* to, uint64_t* used, uint64_t*
             addr = ld64(&c.slot[i]) & ADDR_MASK
             if not in_slab(s, addr) or not ld8r(&item_at(s, addr).flags) & FLAG_DIRTY or ld8r(&item_at(s, addr).flags) & FLAG_CLAIM:
                 continue
-            n = ld16r(&item_at(s, addr).key_bytes)
-            if n == 0 or n > 4096 or 48 + n > page_room(s, addr) or used[0] + 2 + n > CHAIN_BYTES:
-                continue
             dirty_set(s, addr)
+            items[0] += 1
             total[0] += dirty_size(s, addr)
+            n = ld16r(&item_at(s, addr).key_bytes)
+            if to == NULL or n == 0 or n > 4096 or 48 + n > page_room(s, addr) or used[0] + 2 + n > CHAIN_BYTES:
+                continue
             to[used[0]] = n & 0xff
             to[used[0] + 1] = <uint8_t>(n >> 8)
             memcpy(to + used[0] + 2, <uint8_t*>item_at(s, addr) + 48, n)
             used[0] += n + 2
-        if not chain_next(s, &c):
-            break
-    stripe_release(s, stripe_of(s, b))
-    return OK
-
-
-cdef int look_at(seg_t* s, uint64_t b, uint64_t* items, uint64_t* total) noexcept nogil:
-    cdef chain_t c
-    cdef uint64_t addr
-    cdef int i, rc = stripe_take(s, stripe_of(s, b), s.limit_ns)
-    if rc != OK:
-        return rc
-    chain_first(s, b, &c)
-    while True:
-        for i in range(c.n_slots):
-            addr = ld64(&c.slot[i]) & ADDR_MASK
-            if in_slab(s, addr) and ld8r(&item_at(s, addr).flags) & FLAG_DIRTY and not ld8r(&item_at(s, addr).flags) & FLAG_CLAIM:
-                dirty_set(s, addr)
-                items[0] += 1
-                total[0] += dirty_size(s, addr)
         if not chain_next(s, &c):
             break
     stripe_release(s, stripe_of(s, b))

@@ -563,7 +563,7 @@ cdef inline int allowed(seg_t* s, put_t* op, found_t* f) noexcept nogil:
         return EXISTS           # what was loaded is older, and a claim would take a tombstone's place
     if op.flags & FLAG_WRITING:
         op.overlapped = f.slot != NULL and ld8r(&item_at(s, f.addr).flags) & FLAG_WRITING
-        if op.overlapped and f.claimed and op.when != ALWAYS and (op.when == IF_UNMARKED_BY_ANY or alone(s, f.addr, op.key_bytes)) and \
+        if op.overlapped and f.claimed and (op.when == IF_UNMARKED_BY_ANY or alone(s, f.addr, op.key_bytes)) and \
                 ld64r(of_mark(s, f.addr, op.key_bytes)) and not dead(s, ld64r(of_mark(s, f.addr, op.key_bytes))):
             return EXISTS
         return OK if not op.version or (present and ld64(&item_at(s, f.addr).cas) == op.version) else MISMATCH

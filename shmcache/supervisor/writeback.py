@@ -52,7 +52,6 @@ class WriteBack:
         self.since: dict[bytes, float] = {}  # dirty at the last pass -> since when, as far as is known
         self.wake = threading.Event()
         self.stopping = False
-        self.batches = self.rows = 0
         self.dirty.recount()  # who was before may have died
         self.next_recount = 0.0
         self.damaged: bytes | None = None
@@ -148,7 +147,9 @@ class WriteBack:
         gone: list[bytes] = []
         for key, number, payload, left, _, _ in items:
             try:
-                number, payload, negative = codec.unwrapped(number, payload)
+                negative = False
+                if number == codec.ENVELOPE:
+                    number, negative, _, _, payload = codec.open_envelope(payload)
                 if negative or left == 0:
                     gone.append(key)
                 else:
@@ -172,8 +173,6 @@ class WriteBack:
             self._failed(e)
             return None
         self.header["flushed_ms"] = int(time.time() * 1000)
-        self.batches += 1
-        self.rows += len(items) - len(refused)
         self.cache.count_store(writes=len(items) - len(refused))
         again = time.monotonic() + RETRY_REFUSED
         for key, _, _, _, version, _ in items:

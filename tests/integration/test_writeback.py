@@ -13,8 +13,9 @@ import pytest
 import shmcache
 from shmcache import errors
 from shmcache.stores import Entry
-from shmcache.supervisor import datadir, snapshot, writeback
+from shmcache.supervisor import datadir, snapshot
 from shmcache.supervisor.appendlog import AppendLog
+from tests.integration.test_policy import flushing
 from tests.integration.test_processes import child, ended
 from tests.integration.test_store import DictStore, until
 from tests.redis.inprocess import InProcess
@@ -40,19 +41,9 @@ def back(make, store):
     return lambda policy=BACK, **options: make("16M", policy=policy, store=store, **options)
 
 
-@contextlib.contextmanager
-def flusher(name, store):
-    with shmcache.attach(name) as cache:
-        thread = writeback.WriteBack(cache, store)
-        try:
-            yield thread
-        finally:
-            thread.stop()
-
-
-def flushed(name, store):
+def flushed(cache, store):
     """What the store has when it has everything: {key: (value, does it expire?)}."""
-    with flusher(name, store):
+    with flushing(cache, store):
         pass
     return {key: (entry.value, entry.ttl is not None) for key, entry in store.load_many(list(store.rows)).items()}
 
@@ -92,7 +83,7 @@ def test_nobody_loads_an_older_row_while_what_is_dirty_is_restored(back, store, 
     snapped(cache, folder)
     assert snapshot.restore(cache.name, folder)["present"] == 0
     assert seen == [-1, "newer", 6]
-    assert flushed(cache.name, store) == {b"k": ("newer", False), b"n": (6, False)}
+    assert flushed(cache, store) == {b"k": ("newer", False), b"n": (6, False)}
     shmcache.unlink(cache.name)
 
 
@@ -112,7 +103,7 @@ def test_what_is_dirty_outlives_a_clear_also_in_the_log(back, store, folder):
     cache.close()
     shmcache.unlink(cache.name)
     snapshot.restore(cache.name, folder)
-    assert flushed(cache.name, store) == {b"k": ("v", False), b"in the log": ("v", False), b"touched": ("kept", True)}
+    assert flushed(cache, store) == {b"k": ("v", False), b"in the log": ("v", False), b"touched": ("kept", True)}
     shmcache.unlink(cache.name)
 
 
@@ -131,7 +122,7 @@ def test_what_is_dirty_is_restored_also_after_a_worker_cleared(back, store, fold
     monkeypatch.setattr(snapshot, "_put_all", cleared)
     snapped(cache, folder)
     snapshot.restore(cache.name, folder)
-    assert flushed(cache.name, store) == {b"x": (1, False), **{b"k%d" % i: (i, False) for i in range(100)}}
+    assert flushed(cache, store) == {b"x": (1, False), **{b"k%d" % i: (i, False) for i in range(100)}}
     shmcache.unlink(cache.name)
 
 
@@ -145,7 +136,7 @@ def test_keys_of_the_caches_own_are_not_stored_after_a_restore_either(back, stor
     cache.close()
     shmcache.unlink(cache.name)
     snapshot.restore(cache.name, folder)
-    assert flushed(cache.name, store) == {}
+    assert flushed(cache, store) == {}
     with shmcache.attach(cache.name) as cache:
         assert cache.ttl("\0own") < 1001
         assert cache.delete("\0own")
@@ -175,7 +166,7 @@ def test_the_copys_time_is_not_the_values_after_a_restore_either(back, store, fo
     time.sleep(0.4)
     snapshot.restore(cache.name, folder)
     names = ["k", "own", "logged"] if logged else ["k", "own"]
-    assert flushed(cache.name, store) == {name.encode(): ("v", False) for name in names}
+    assert flushed(cache, store) == {name.encode(): ("v", False) for name in names}
     shmcache.unlink(cache.name)
 
 
@@ -184,9 +175,9 @@ def test_a_touch_with_no_ttl_takes_the_values_time_away(back, store):
     cache.set("k", "v", ttl=5)
     assert cache.touch("k")
     assert 999 < cache.ttl("k") <= 1000
-    assert flushed(cache.name, store) == {b"k": ("v", False)}
+    assert flushed(cache, store) == {b"k": ("v", False)}
     assert cache.touch("k", 7)
-    assert flushed(cache.name, store) == {b"k": ("v", True)}
+    assert flushed(cache, store) == {b"k": ("v", True)}
 
 
 # ---- counting, and flush() ----------------------------------------------------------------------------------------------------------
@@ -195,7 +186,7 @@ def test_a_touch_with_no_ttl_takes_the_values_time_away(back, store):
 def test_a_count_that_deaths_have_made_too_high_is_put_right_and_writers_go_on(back, store):
     cache = back()
     header = cache.views(writable=True).header
-    with flusher(cache.name, store):
+    with flushing(cache, store):
         cache.set("k", "v")
         header["dirty"] = 1 << 40  # as if many had died with large values in hand
         cache.set("k", "w")  # waits till it is counted
@@ -205,7 +196,7 @@ def test_a_count_that_deaths_have_made_too_high_is_put_right_and_writers_go_on(b
 
 def test_flush_stores_what_is_dirty_whatever_the_count_says(back, store):
     cache = back(shmcache.Policy("back", flush_every=0.2))
-    with flusher(cache.name, store):
+    with flushing(cache, store):
         cache.set("k", "v")
         cache.views(writable=True).header["dirty"] = 0
         cache.flush()
@@ -222,7 +213,7 @@ def test_flush_does_not_say_that_all_is_stored_if_a_stopped_process_holds_a_stri
     # as if it had been stopped while it had the key's stripe
     segment.stripes["word"][segment.stripes["seq"] != 0] = (int(segment.rows["gen"][row]) << 16) | (row + 1)
     try:
-        with flusher(cache.name, store):
+        with flushing(cache, store):
             with pytest.raises(errors.StoreUnavailable):
                 cache.flush(0.5)
             os.kill(holder, signal.SIGKILL)
@@ -255,7 +246,7 @@ def test_a_store_that_raises_what_it_should_not_is_tried_again(back, store, monk
 
     monkeypatch.setattr(store, "store_many", failing(store.store_many))
     monkeypatch.setattr(store, "delete_many", failing(store.delete_many))
-    with flusher(cache.name, store) as thread:
+    with flushing(cache, store) as thread:
         cache.flush()
         assert thread.thread.is_alive()
     assert store.load_many([b"k", b"j"]) == {b"k": Entry("v")}
@@ -271,7 +262,7 @@ def test_a_damaged_value_does_not_keep_the_others_from_the_store(back, store, ca
     heads = segment.pages["head"]
     heads[heads != 0] = 1  # nobody's
     del segment, heads
-    with flusher(cache.name, store):
+    with flushing(cache, store):
         with pytest.raises(errors.StoreUnavailable):
             cache.flush(0.5)
         assert len(store.rows) == 100
@@ -313,7 +304,7 @@ def test_what_is_stored_for_no_time_is_seen_by_nobody(back, store):
         client.transport.written.clear()
     server.close()
     assert cache.peek("past") is None
-    assert flushed(cache.name, store) == {}
+    assert flushed(cache, store) == {}
 
 
 def test_the_sidecar_does_not_make_the_copys_time_the_values(back, store):
@@ -324,7 +315,7 @@ def test_the_sidecar_does_not_make_the_copys_time_the_values(back, store):
         assert not server.say(client, encode([w.encode() for w in words.split()])).startswith(b"-"), words
         client.transport.written.clear()
     server.close()
-    found = {key: expires for key, (_, expires) in flushed(cache.name, store).items()}
+    found = {key: expires for key, (_, expires) in flushed(cache, store).items()}
     assert found == {b"a": False, b"b": False, b"c": False, b"e": False, b"f": True}
 
 
@@ -339,7 +330,7 @@ def test_what_is_written_back_has_no_tags(back, store):
         with pytest.raises(errors.UsageError, match="tags"):
             call(("t",))
     cache.set("\0own", "v", tags=("t",))
-    assert flushed(cache.name, store) == {b"k": ("v", False)}
+    assert flushed(cache, store) == {b"k": ("v", False)}
 
 
 def test_the_time_in_which_a_copy_is_stale_is_not_the_values(back, store):
@@ -347,7 +338,7 @@ def test_the_time_in_which_a_copy_is_stale_is_not_the_values(back, store):
     cache = back(shmcache.Policy("back", stale_ttl=1000))
     assert cache.get("k") == "v"
     assert cache.touch("k", 50)
-    with flusher(cache.name, store):
+    with flushing(cache, store):
         pass
     assert 40 < store.load_many([b"k"])[b"k"].ttl <= 50
 
@@ -361,4 +352,4 @@ def test_no_time_left_is_a_delete_also_of_what_only_the_store_has(back, store):
     assert not cache.expire("none", 0)
     with pytest.raises(errors.InvalidTTL):
         cache.expire("a", None)
-    assert flushed(cache.name, store) == {}
+    assert flushed(cache, store) == {}
