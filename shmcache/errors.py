@@ -151,7 +151,12 @@ class LivenessUnknown(CapacityError):
 
 
 class StoreUnavailable(CapacityError):
-    """The store (a database, a service) is down, busy or too slow. What was asked is done or not; try again, which does no harm."""
+    """The store (a database, a service) is down, busy or too slow. What was asked is done or not; try again, which does no harm.
+
+    Attributes: unsettled: it may even be going on still, and be done later (a COMMIT, or a request, whose answer was lost).
+    """
+
+    unsettled = False
 
 
 class StoreRefused(UsageError):

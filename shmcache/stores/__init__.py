@@ -34,10 +34,14 @@ class Store(Protocol):
         timeout: seconds that the call may take; None: the store's own limit. Nothing of the call should go on in the database after it.
         versions: for each key a number, 0 <= n < 2**63, that grows with its every change; only for a store that is `ordered`. A row whose
             version is not less is left as it is, which is no error. So what arrives late (the COMMIT of a process that was killed) undoes
-            nothing that came after it. While the rows live, versions do not begin again; and a row is always written with one, or never.
+            nothing that came after it: nor a delete, if the store remembers its version, as SQLStore's own table does. While the rows
+            live, versions do not begin again; and a row is always written with one, or never.
+
+    Returns, of calls with versions: of rows that have a higher one, that; None will do, if the store cannot tell.
 
     Raises, of all calls:
         StoreUnavailable: down, busy, too slow. Done or not done: as a whole, where the store has transactions. To do it again does no harm.
+            unsettled is set if something may be going on all the same; for a while nothing of those keys is cached then.
         RowsRefused: those keys, or their values, will never do; `errors` says why. The others were done (of a load: ask for them alone).
         StoreRefused: nothing was done, and never will be: no such table, no right to it.
         UsageError: the store was closed, or is not ordered.
@@ -52,10 +56,12 @@ class Store(Protocol):
 
     def store_many(
         self, items: Mapping[bytes, tuple[Any, float | None]], *, timeout: float | None = None, versions: Mapping[bytes, int] | None = None
-    ) -> None:
+    ) -> Mapping[bytes, int] | None:
         """Put a value and its ttl under each key, whatever is there; in one transaction."""
 
-    def delete_many(self, keys: Sequence[bytes], *, timeout: float | None = None, versions: Mapping[bytes, int] | None = None) -> None:
+    def delete_many(
+        self, keys: Sequence[bytes], *, timeout: float | None = None, versions: Mapping[bytes, int] | None = None
+    ) -> Mapping[bytes, int] | None:
         """Remove the keys, in one transaction; one that is not there is no error."""
 
     def close(self) -> None:

@@ -32,17 +32,18 @@ class Columns:
     """Key, value, expiry and version of a table.
 
     Args: names: of the four, the last two or None. hooks: encode_key, encode and decode of SQLStore. codec: for binary values.
+    tombstones: what is deleted with a version leaves a row without a value that expired at the negative of the time.
     Raises: StoreRefused if there is no such column, or keys have no form in it.
     """
 
     def __init__(
         self, table: sa.Table, names: tuple[str, str, str | None, str | None], hooks: tuple[Callable[..., Any] | None, ...],
-        codec: codecs.Codec, dialect: str,
+        codec: codecs.Codec, dialect: str, tombstones: bool,
     ) -> None:  # fmt: skip
         for name in names:
             if name is not None and name not in table.c:
                 raise errors.StoreRefused(f"the table {table} has no column {name!r}: its columns are {', '.join(table.c.keys())}")
-        self.table, self._codec, self._dialect = table, codec, dialect
+        self.table, self._codec, self._dialect, self.tombstones = table, codec, dialect, tombstones
         self.key, self.value = table.c[names[0]], table.c[names[1]]
         self.expiry, self.version = (None if name is None else table.c[name] for name in names[2:])
         self._type = _python_type(self.value)
@@ -52,6 +53,7 @@ class Columns:
         self.decode: Callable[[Any], Any] = decode or (self._unpack if self._type is bytes else lambda value: value)
         either = (False, True) if self.version is not None else (False,)
         self.select = self._select()
+        self.select_version = sa.select(self.key, sa.null() if self.version is None else self.version).where(self._among_keys())
         self.upsert = {versioned: self._upsert(versioned) for versioned in either}
         self.delete = {versioned: self._delete(versioned) for versioned in either}
 
@@ -94,6 +96,14 @@ class Columns:
             return at if self.expiry.type.timezone else at.replace(tzinfo=None)
         return int(now + ttl) if _python_type(self.expiry) is int else now + ttl
 
+    def expired(self, before: float) -> sa.ColumnElement[bool]:
+        """Rows whose time was over then, and tombstones that were made before then. Raises: StoreRefused: rows do not expire here."""
+        if self.expiry is None:
+            raise errors.StoreRefused(f"rows of {self.table} do not expire: give SQLStore ttl_column=")
+        at = sa.func.abs(self.expiry) if self.tombstones else self.expiry
+        over: sa.ColumnElement[bool] = at < self.expires(0.0, before)
+        return over
+
     def ttl(self, expiry: Any, now: float) -> float | None:
         """Seconds that a row still has to live, 0 or less if it has expired; None: for ever."""
         if expiry is None:
@@ -107,7 +117,10 @@ class Columns:
     def _select(self) -> sa.Select[Any]:
         """Key, value and expiry of :keys."""
         expiry = sa.null() if self.expiry is None else self.expiry
-        return sa.select(self.key, self.value, expiry).where(self.key.in_(sa.bindparam("keys", expanding=True)))
+        return sa.select(self.key, self.value, expiry).where(self._among_keys())
+
+    def _among_keys(self) -> sa.ColumnElement[bool]:
+        return self.key.in_(sa.bindparam("keys", expanding=True))
 
     def row(self, key: Any, value: Any, expiry: Any, version: int | None) -> dict[str, Any]:
         """What upsert is given for a row."""
@@ -117,6 +130,10 @@ class Columns:
         if self.version is not None and version is not None:
             row[self.version.key] = version
         return row
+
+    def tombstone(self, key: Any, now: float, version: int) -> dict[str, Any]:
+        """The same, for a key that is deleted with this version."""
+        return self.row(key, b"", -now, version)
 
     def _upsert(self, versioned: bool) -> sa.Insert:
         """For many rows of row(): INSERT, or UPDATE (versioned: if the version there is less)."""
@@ -135,7 +152,7 @@ class Columns:
         statement = sa.delete(self.table)
         if versioned:
             return statement.where(self.key == sa.bindparam("k"), self._older_than(sa.bindparam("v")))
-        return statement.where(self.key.in_(sa.bindparam("keys", expanding=True)))
+        return statement.where(self._among_keys())
 
     def _older_than(self, version: Any) -> sa.ColumnElement[bool]:
         older: sa.ColumnElement[bool] = sa.func.coalesce(self.version, -1) < version

@@ -70,7 +70,7 @@ class Connections:
         Args: alone: a name; no other transaction of that name is going on, not even the COMMIT of a process that was killed.
         Raises: StoreUnavailable, StoreRefused; RowRefused: one of its rows was; UsageError: closed.
         """
-        slots, free = self._slots, False
+        slots, free, commits = self._slots, False, False
         if self._gate.acquire(timeout=max(0.0, deadline - time.monotonic())):
             try:
                 free = slots.acquire(timeout=max(0.0, deadline - time.monotonic()))
@@ -88,8 +88,11 @@ class Connections:
                 elif alone is not None:
                     c.execute(LOCK, {"name": alone})
                 yield c
+                commits = write and not self._sqlite
         except Exception as e:
             error = named(e)
+            if commits and isinstance(error, errors.StoreUnavailable):
+                error.unsettled = True
             if error is e:
                 raise
             raise error from e

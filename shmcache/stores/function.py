@@ -19,8 +19,8 @@ class FunctionStore:
         save: save(key, value, ttl). delete: delete(key), which may raise KeyError. A store without them can only be read.
         timeout: seconds that a call may take by default. It is looked at before each function's call: none is interrupted.
 
-    Keys are bytes. An OSError (of a connection, a time-out) becomes StoreUnavailable. Any other error of a load is raised as it is; one of
-    save or delete is that key's refusal, and the other keys follow.
+    Keys are bytes. An OSError (of a connection, a time-out) becomes StoreUnavailable, in save and delete an unsettled one. Another error in
+    a load is raised as it is; in save or delete it is that key's refusal, and the other keys follow.
     """
 
     ordered = False
@@ -91,7 +91,8 @@ class FunctionStore:
         for key in self._in_time(keys, timeout):
             try:
                 _call(function, key)
-            except errors.StoreUnavailable:
+            except errors.StoreUnavailable as e:
+                e.unsettled = True
                 raise
             except Exception as e:
                 refused[key] = e

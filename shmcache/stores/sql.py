@@ -27,7 +27,7 @@ MOST_SECONDS = 1e6  # of a timeout; as milliseconds they fit 32 bits
 IN_LIMIT = 500  # keys in one IN (...); SQLite takes 999 variables at least
 
 Row = tuple[bytes, Any]  # a key, and what the statement is given for it
-Action = Callable[[sa.Connection, list[Row]], None]
+Action = Callable[[sa.Connection, list[Row]], object]
 
 
 class SQLStore:
@@ -46,7 +46,8 @@ class SQLStore:
         codec: as of shmcache.create: "msgpack", or "pickle" (reading one runs code from the table).
         pool_size: connections at most, in each process. timeout: seconds that a call may take by default.
 
-    An expired row is not found, and stays in the table until somebody deletes it.
+    An expired row is not found, and stays in the table until it is written, deleted or purged. In the store's own table a delete with a
+    version leaves such a row, a tombstone, so that nothing with a lower version comes after it; from a table that is there the row goes.
     """
 
     def __init__(
@@ -64,7 +65,8 @@ class SQLStore:
         if not (pool_size > 0 and timeout > 0):
             raise errors.InvalidConfig("pool_size and timeout are numbers above 0")
         self.ordered = self._names[3] is not None
-        self._create = create and key_column is None
+        self._own = key_column is None
+        self._create = create and self._own
         self._table = table
         self._hooks = encode_key, encode, decode
         self._codec = get_codec(codec)
@@ -106,7 +108,7 @@ class SQLStore:
 
     def store_many(
         self, items: Mapping[bytes, tuple[Any, float | None]], *, timeout: float | None = None, versions: Mapping[bytes, int] | None = None
-    ) -> None:
+    ) -> Mapping[bytes, int]:
         deadline = self._deadline(timeout, versions)
         columns = self._open(deadline)
         refused: dict[bytes, Exception] = {}
@@ -118,33 +120,52 @@ class SQLStore:
             return columns.row(columns.encode_key(key), columns.encode(value), columns.expires(ttl, now), version)
 
         rows = _encoded(sorted(items), row, refused)  # sorted: two batches lock their rows in the same order
-        statement = columns.upsert[versions is not None]
-        self._run(lambda c, some: _many(c, statement, some), rows, deadline, refused, write=True, versioned=versions is not None)
+        if versions is not None:
+            return self._run_versioned(columns, columns.upsert[True], rows, deadline, refused, versions)
+        self._run(lambda c, some: _many(c, columns.upsert[False], some), rows, deadline, refused, write=True)
         if refused:
             raise errors.RowsRefused(refused)
+        return {}
 
-    def delete_many(self, keys: Sequence[bytes], *, timeout: float | None = None, versions: Mapping[bytes, int] | None = None) -> None:
+    def delete_many(
+        self, keys: Sequence[bytes], *, timeout: float | None = None, versions: Mapping[bytes, int] | None = None
+    ) -> Mapping[bytes, int]:
         deadline = self._deadline(timeout, versions)
         columns = self._open(deadline)
         refused: dict[bytes, Exception] = {}
 
+        now = time.time()
+
         def row(key: bytes) -> Any:
             name = columns.encode_key(key)
-            return name if versions is None else {"k": name, "v": versions[key]}
+            if versions is None:
+                return name
+            return columns.tombstone(name, now, versions[key]) if columns.tombstones else {"k": name, "v": versions[key]}
 
         rows = _encoded(sorted(set(keys)), row, refused)
-        statement = columns.delete[versions is not None]
+        if versions is not None:
+            statement = columns.upsert[True] if columns.tombstones else columns.delete[True]
+            return self._run_versioned(columns, statement, rows, deadline, refused, versions)
 
         def delete(c: sa.Connection, some: list[Row]) -> None:
-            if versions is not None:
-                _many(c, statement, some)
-            else:
-                for part in self._parts(c, some, deadline):
-                    c.execute(statement, {"keys": part})
+            for part in self._parts(c, some, deadline):
+                c.execute(columns.delete[False], {"keys": part})
 
-        self._run(delete, rows, deadline, refused, write=True, versioned=versions is not None)
+        self._run(delete, rows, deadline, refused, write=True)
         if refused:
             raise errors.RowsRefused(refused)
+        return {}
+
+    def purge(self, age: float = 86400.0, *, timeout: float | None = None) -> int:
+        """Remove the rows that have been expired, or deleted with a version, for so many seconds at least: how many they were. Let it be
+        more than the age of any snapshot that may be restored.
+
+        Raises: StoreUnavailable; StoreRefused: rows of this table do not expire.
+        """
+        deadline = self._deadline(timeout)
+        columns = self._open(deadline)
+        with self._connections.transaction(deadline, write=True) as c:
+            return int(c.execute(sa.delete(columns.table).where(columns.expired(time.time() - age))).rowcount)
 
     def close(self) -> None:
         self._connections.close()
@@ -169,7 +190,7 @@ class SQLStore:
                 table = own(name, schema or None)
                 with self._connections.transaction(deadline, write=True, alone=self._table) as c:
                     c.execute(sa.schema.CreateTable(table, if_not_exists=True))
-            self._columns = Columns(table, self._names, self._hooks, self._codec, self._connections.dialect)
+            self._columns = Columns(table, self._names, self._hooks, self._codec, self._connections.dialect, self._own)
         return self._columns
 
     def _run(
@@ -192,6 +213,27 @@ class SQLStore:
                 return
             with self._connections.transaction(deadline, write, alone) as c:
                 self._sift(c, action, rows, deadline, refused)
+
+    def _run_versioned(
+        self, columns: Columns, statement: sa.Insert | sa.Delete, rows: list[Row], deadline: float, refused: dict[bytes, Exception],
+        versions: Mapping[bytes, int],
+    ) -> Mapping[bytes, int]:  # fmt: skip
+        """A statement on all rows of lower versions: the versions of those that have a higher one."""
+        newer: dict[bytes, int] = {}
+
+        def change(c: sa.Connection, some: list[Row]) -> None:
+            if _many(c, statement, some) == len(some):
+                return
+            there: dict[Any, int] = {}
+            names = [(key, columns.encode_key(key)) for key, _ in some]
+            for part in self._parts(c, names, deadline):
+                there.update((row[0], row[1]) for row in c.execute(columns.select_version, {"keys": part}))
+            newer.update((key, there[name]) for key, name in names if (there.get(name) or 0) > versions[key])
+
+        self._run(change, rows, deadline, refused, write=True, versioned=True)
+        if refused:
+            raise errors.RowsRefused(refused)
+        return newer
 
     def _sift(self, c: sa.Connection, action: Action, rows: list[Row], deadline: float, refused: dict[bytes, Exception]) -> None:
         """The action on both halves of rows, one of which at least is refused."""
@@ -233,5 +275,7 @@ def _encoded(keys: Iterable[bytes], encode: Callable[[bytes], Any], refused: dic
     return rows
 
 
-def _many(c: sa.Connection, statement: sa.Insert | sa.Delete, rows: list[Row]) -> None:
-    c.execute(statement, [values for _, values in rows])
+def _many(c: sa.Connection, statement: sa.Insert | sa.Delete, rows: list[Row]) -> int:
+    """How many rows there were to change."""
+    result = c.execute(statement, [values for _, values in rows])
+    return len(result.all()) if result.returns_rows else result.rowcount

@@ -58,7 +58,7 @@ class DictStore:
 
     def store_many(self, items, *, timeout=None, versions=None):
         self.check()
-        refused = {}
+        refused, newer = {}, {}
         with self.lock:
             for key, (value, ttl) in items.items():
                 try:
@@ -70,14 +70,29 @@ class DictStore:
                 version = there if versions is None else versions[key]
                 if versions is None or there < version:
                     self.rows[key] = (encoded, None if ttl is None else time.time() + ttl, version)
+                elif there > version:
+                    newer[key] = there
         if refused:
             raise errors.RowsRefused(refused)
+        return newer
 
     def delete_many(self, keys, *, timeout=None, versions=None):
         self.check()
-        for key in keys:
-            if key in self.rows and (versions is None or self.rows[key][2] < versions[key]):
-                del self.rows[key]
+        newer = {}
+        with self.lock:
+            for key in keys:
+                there = self.rows.get(key, (None, None, -1))[2]
+                if versions is None:
+                    self.rows.pop(key, None)
+                elif there < versions[key]:
+                    self.rows[key] = (None, 0, versions[key])  # a tombstone
+                elif there > versions[key]:
+                    newer[key] = there
+        return newer
+
+    def values(self):
+        """What is there: {key: value}."""
+        return {key: entry.value for key, entry in self.load_many(list(self.rows)).items()}
 
     def close(self):
         self.closed = True
@@ -299,6 +314,38 @@ def test_an_older_version_never_overwrites(store):
     assert values(store, [b"a", b"b", b"c"]) == {b"a": "new", b"b": "newer"}
     store.delete_many([b"a"], versions={b"a": 9})
     assert values(store, [b"a", b"b"]) == {b"b": "newer"}
+    # nor what is not there: a delete is remembered
+    store.store_many(dict.fromkeys([b"a", b"c", b"d", b"e"], ("late", None)), versions={b"a": 9, b"c": 0, b"d": 8, b"e": 0})
+    store.delete_many([b"a"], versions={b"a": 7})
+    store.store_many({b"a": ("late", None)}, versions={b"a": 8})
+    assert values(store, [b"a", b"b", b"c", b"d", b"e"]) == {b"b": "newer", b"e": "late"}
+    store.store_many(dict.fromkeys([b"a", b"d"], ("again", None)), versions={b"a": 10, b"d": 10})
+    assert values(store, [b"a", b"d"]) == {b"a": "again", b"d": "again"}
+
+
+def test_what_has_been_over_for_long_is_purged(database):
+    store = database.store()
+    store.store_many({b"kept": (1, None), b"long": (2, 1000), b"over": (3, 0)})
+    store.store_many({b"deleted": (4, None)}, versions={b"deleted": 1})
+    store.delete_many([b"deleted", b"never there"], versions={b"deleted": 2, b"never there": 2})
+    assert database.rows() == 5
+    assert store.purge() == 0
+    assert store.purge(age=-1) == 3
+    assert values(store, [b"kept", b"long"]) == {b"kept": 1, b"long": 2}
+    assert database.rows() == 2
+    store.store_many({b"deleted": (5, None)}, versions={b"deleted": 1})
+    assert values(store, [b"deleted"]) == {b"deleted": 5}
+
+
+def test_a_table_that_is_there_is_purged_if_its_rows_expire(database):
+    with pytest.raises(errors.StoreRefused, match="do not expire"):
+        database.mapped("k TEXT PRIMARY KEY, v TEXT").purge()
+    database.table = f"t{os.getpid()}_{next(numbers)}"
+    store = database.mapped("k TEXT PRIMARY KEY, v TEXT, t TIMESTAMP, n BIGINT", ttl_column="t", version_column="n")
+    store.store_many({b"kept": ("x", 1000), b"over": ("x", 0), b"deleted": ("x", None)}, versions={b"kept": 1, b"over": 1, b"deleted": 1})
+    store.delete_many([b"deleted"], versions={b"deleted": 2})
+    assert database.rows() == 2  # others read it
+    assert (store.purge(age=-1), database.rows()) == (1, 1)
 
 
 def test_a_row_without_a_version_is_older_than_any(store):
@@ -349,20 +396,19 @@ class StoreMachine(RuleBasedStateMachine):
     )  # fmt: skip
     def store_many(self, items, version):
         versions = None if version is None else dict.fromkeys(items, version)
-        refused = []
+        told = []
         for store in (self.model, self.store):
             try:
-                store.store_many(items, versions=versions)
-                refused.append(set())
+                told.append(store.store_many(items, versions=versions))
             except errors.RowsRefused as e:
-                refused.append(set(e.errors))
-        assert refused[0] == refused[1]
+                told.append(set(e.errors))
+        assert told[0] == told[1]
 
     @rule(keys=several, version=st.one_of(st.none(), st.integers(0, 5)))
     def delete_many(self, keys, version):
         versions = None if version is None else dict.fromkeys(keys, version)
-        for store in (self.model, self.store):
-            store.delete_many(keys, versions=versions)
+        told = [store.delete_many(keys, versions=versions) for store in (self.model, self.store)]
+        assert told[0] == told[1]
 
     @rule(keys=several)
     def load_many(self, keys):
@@ -423,7 +469,7 @@ def test_who_makes_the_table_later_waits_for_who_makes_it(postgresql):
     for thread, _ in threads:
         thread.join()
     postgresql.run("DROP FUNCTION made CASCADE")
-    assert [result for _, result in threads] == [[None]] * 3
+    assert [result for _, result in threads] == [[{}]] * 3
     assert postgresql.rows() == 3
 
 
@@ -495,7 +541,7 @@ def test_forks_while_threads_write_lose_nothing(database):
     threads = [in_thread(work, n) for n in range(4)]
     try:
         for n in range(8):
-            pid = child(lambda n=n: store.store_many({b"child-%d" % n: (n, None)}) is None and values(store, [b"a", b"child-%d" % n]) == {b"a": 0, b"child-%d" % n: n})
+            pid = child(lambda n=n: store.store_many({b"child-%d" % n: (n, None)}) == {} and values(store, [b"a", b"child-%d" % n]) == {b"a": 0, b"child-%d" % n: n})
             assert ended(pid) == 0
     finally:
         done.set()
@@ -517,9 +563,11 @@ def test_a_commit_of_a_dead_process_comes_before_what_its_successor_does(postgre
         f"CREATE CONSTRAINT TRIGGER wait AFTER INSERT OR UPDATE ON {postgresql.table} DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION wait()"
     )
     code = f"import shmcache; shmcache.SQLStore({postgresql.url!r}, {postgresql.table!r}).store_many({{b'a': ('old', None)}}, timeout=60, versions={{b'a': 5}})"
+    mapped = postgresql.store(key_column="key", value_column="value", version_column="version")  # there a delete is a DELETE
     for successor, expected in (
         (lambda: store.store_many({b"a": ("new", None)}, timeout=60, versions={b"a": 6}), {b"a": "new"}),
         (lambda: store.delete_many([b"a"], timeout=60, versions={b"a": 6}), {}),
+        (lambda: mapped.delete_many([b"a"], timeout=60, versions={b"a": 6}), {}),
     ):
         postgresql.run(f"DELETE FROM {postgresql.table}")
         postgresql.run("SELECT pg_advisory_lock(42)")
@@ -533,7 +581,7 @@ def test_a_commit_of_a_dead_process_comes_before_what_its_successor_does(postgre
         postgresql.run("SELECT pg_advisory_unlock(42)")
         thread.join()
         until(lambda: postgresql.waiting() == 0)
-        assert result == [None]
+        assert result == [{}]
         assert values(store, [b"a"]) == expected
 
 
@@ -752,7 +800,7 @@ def test_a_lock_that_ends_in_time_is_waited_for(database):
         thread, result = in_thread(store.store_many, {b"k": (1, None)}, timeout=30)
         until(lambda: database.name == "sqlite" or database.waiting() == 1)
     thread.join()
-    assert result == [None]
+    assert result == [{}]
 
 
 def test_a_query_that_takes_for_ever_is_ended(database):
@@ -810,7 +858,7 @@ def test_more_threads_than_connections_wait_for_their_turn(database):
         with pytest.raises(errors.StoreUnavailable, match="connections"):
             store.load_many([b"k"], timeout=0.1)
     thread.join()
-    assert result == [None]
+    assert result == [{}]
     assert values(store, [b"k"]) == {b"k": 1}
 
 
