@@ -272,7 +272,7 @@ def do_set(args: argparse.Namespace) -> int:
 
 def do_delete(args: argparse.Namespace) -> int:
     with shmcache.attach(args.name) as cache:
-        deleted = cache.delete(args.key)
+        deleted = cache.discard(args.key) if cache.mapping.settings()["policy"] not in (0, segment.WRITE_BACK) else cache.delete(args.key)
     if args.json:
         print(json.dumps({"key": args.key, "deleted": deleted}))
     elif not deleted:
@@ -421,7 +421,8 @@ def _say_restored(report: dict[str, Any], as_json: bool, to: Any = None) -> None
         print(json.dumps(report), file=to)
     else:
         text = "restored {stored:,} items in {seconds:.1f} s from {items:,} of {snapshot} and {log_records:,} log records since ("
-        print((text + "{expired:,} expired, {dropped:,} found no room, {present:,} overtaken)").format(**report), file=to)
+        text += "{expired:,} expired, {dropped:,} found no room, {present:,} overtaken, {copies:,} to be loaded again)"
+        print(text.format(**report), file=to)
 
 
 def do_dump(args: argparse.Namespace) -> int:
@@ -642,7 +643,7 @@ def admin_parser() -> argparse.ArgumentParser:
     p.add_argument("value", metavar="VALUE", help="-: standard input")
     p.add_argument("--ttl", type=float, metavar="S", help="seconds until it expires")
     p.add_argument("--type", choices=("str", "bytes", "int", "json"), default="str", help="of the value (str)")
-    p = command("delete", do_delete, "Delete a key.")
+    p = command("delete", do_delete, "Delete a key; before a store that is written through or around, its cached copy.")
     p.add_argument("key", metavar="KEY")
     p = command("scan", do_scan, "Print the keys, one a line.")
     p.add_argument("--prefix", default="", help="of the keys")

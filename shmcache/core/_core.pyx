@@ -33,7 +33,8 @@ from shmcache.core.envelope cimport (
     TAKE_EARLY, TAKE_STALE, envelope_open, envelope_t)
 from shmcache.core.dirty cimport any_dirty, writes_back
 from shmcache.core.layout cimport (
-    BATCH_CLASSES, BATCH_SLOTS, CLS_POOL, CONFIG_BYTES, FLAG_CLAIM, FLAG_COPY_TTL, FLAG_LOCK, FLAG_WRITING, LAYOUT_VERSION, LOG_ALWAYS, LOG_OFF, MAX_CLASSES, MAX_KEY, MAX_ROWS, MIN_CHUNK, PARKED_SLOTS, POLICY_BACK,
+    BATCH_CLASSES, BATCH_SLOTS, CLS_POOL, CONFIG_BYTES, FLAG_CLAIM, FLAG_COPY_TTL, FLAG_LOCK, FLAG_WRITING, LAYOUT_VERSION, LOG_ALWAYS, LOG_OFF, MAX_CLASSES, MAX_KEY, MAX_ROWS, MIN_CHUNK,
+    NAMESPACES_FIRST, PARKED_SLOTS, POLICY_BACK,
     bucket_t, class_t, header_t, item_t, lock_t, overflow_t, page_t, pool_t, ring_t,
     row_t, seg_t, stripe_t)
 from shmcache.core.ring cimport log_t, record_room, ring_of, ring_release, ring_secure, ring_wait, wake_drainer
@@ -41,7 +42,7 @@ from shmcache.core.siphash cimport siphash, siphash13
 from shmcache.core.slab cimport chunk_class, cls_mark, give_back_all, item_at, page_cls
 from shmcache.core.table cimport (
     ALONE, ALWAYS, IF_ABSENT, IF_CLAIM, IF_PRESENT, IF_SAME, IF_UNCLAIMED, IF_UNMARKED, IF_UNMARKED_BY_ANY, IF_VERSION, RESTARTS, WRITER, add_to,
-    clear_all, count_items, end_mark, envelope_state, give_up, next_keys, prefetch_item, put, put_t, read_begin, read_claim, read_copy, read_end, read_generation, read_t, remove,
+    clear_all, count_items, end_mark, envelope_state, give_up, next_keys, passes_by, prefetch_item, put, put_t, read_begin, read_claim, read_copy, read_end, read_generation, read_t, remove,
     remove_claim, same_item, set_expiry, state_in_place, unchanged)
 from shmcache.core.token cimport (
     ABSENT, AGAIN, BUSY, EXISTS, INTR, KEPT, MISMATCH, NO_OFD, NO_ROOM, NO_ROW, NO_STORE, NOT_INT, OK, OS_ERROR, OVERFLOW, SUPERVISOR_BYTE,
@@ -106,7 +107,7 @@ cdef enum:
     CODEC_STR = 1
     CODEC_INT = 2
     CODEC_MSGPACK = 3
-    WRITTEN = 32                # with IF_CLAIM: a write, that has to get to the store
+    WRITTEN = 32                # with IF_CLAIM or IF_SAME: a write, that has to get to the store
     MOST_BOUND = 7              # keyword arguments of a Bound
     GROUP = 16                  # keys that get_many fetches ahead
     STACK_BYTES = 1024          # values up to this are copied to the stack before they are decoded
@@ -298,7 +299,7 @@ def format_segment(int fd, dict g, list chunk_bytes, bytes boot_id, bytes hash_k
         h.tick = 1
         if "restored_seq" in g:
             h.epoch = h.restored_epoch = g["epoch"]
-            h.restoring = 2
+            h.restoring = NAMESPACES_FIRST
             h.restored_seq = g["restored_seq"]
             h.log_policy = g["log_policy"]
             for i in range(h.n_stripes):
@@ -359,7 +360,8 @@ cdef int fail(int rc) except -100:
             "a living process holds a lock that this call needs and does not run (stopped, or out of its CPU quota); nothing "
             "was changed: try again, or continue or kill that process")
     if rc == NO_STORE:
-        raise errors.StoreNeeded("this segment stands before a store, and this handle has none: open it with store=, so that writes get there")
+        raise errors.StoreNeeded("this segment stands before a store, and this handle has none: open it with store=, so that writes get there "
+                                 "(invalidate() drops a cached copy)")
     if rc == NO_ROW:
         raise errors.TooManyProcesses(
             "every process row is taken by a living process: create the segment with a larger max_processes")
@@ -1506,8 +1508,11 @@ cdef class Table:
                          bint only_expired, log_t* log) except -100:
         """log: out, for durable(); NULL: what expires is not logged."""
         cdef int rc = BUSY
-        if unlikely(writes_back(s, key)) and not only_expired:
-            return self.bury(s, key, n, h, version, log)
+        if unlikely(s.policy != 0) and not only_expired:
+            if writes_back(s, key):
+                return self.bury(s, key, n, h, version, log)
+            if passes_by(s, key):
+                return fail(NO_STORE)
         if likely(s.ring_bytes == 0) or log == NULL:
             return self.remove_now(s, held, key, n, h, version, only_expired, NULL)
         self.secure(s, held, log, record_room(s, n, 0))
@@ -1687,7 +1692,7 @@ cdef class Table:
                     return -2 if thread == owner[1] else -1
                 if not dead(s, token):
                     return -1
-            elif unlikely(ld32(&s.header.restoring) == 2) and writes_back(s, op.key):
+            elif unlikely(ld32(&s.header.restoring) == NAMESPACES_FIRST) and writes_back(s, op.key):
                 return -1           # what the store has not got is not in yet
             op.when = IF_CLAIM if rc == EXISTS else IF_UNCLAIMED
             op.flags = FLAG_CLAIM | (FLAG_LOCK if lock else 0)
@@ -1806,10 +1811,10 @@ cdef class Table:
             head = bytes(ENVELOPE_FIXED)
         return self.store(key, self.wrapped(value, head, <uint32_t>stale_ms, early_ms, 0), ttl, when, version, &stored) == OK
 
-    def _add_claimed(self, key, value, uint64_t version, ttl=None):
+    def _add_claimed(self, key, value, uint64_t version, ttl=None, bint refresh=False):
         """fill_claim(), of a value that the store has not got."""
         cdef uint64_t stored
-        return self.store(key, value, ttl, IF_CLAIM | WRITTEN, version, &stored) == OK
+        return self.store(key, value, ttl, (IF_SAME if refresh else IF_CLAIM) | WRITTEN, version, &stored) == OK
 
     def _delete_version(self, key, uint64_t version):
         """Remove a key if it still has this version: True if it was removed."""
@@ -2164,7 +2169,7 @@ cdef class Table:
         for i in range(s.n_rows if h.ring_bytes else 0):
             drained = ld64(&ring_of(s, i).drained)      # first: the other moves on meanwhile
             waiting += min(ld64(&ring_of(s, i).head) - drained, s.ring_bytes)
-        return {"restoring": ld32(&h.restoring) != 0, "generations_missing": ld32(&h.restoring) == 2,
+        return {"restoring": ld32(&h.restoring) != 0, "generations_missing": ld32(&h.restoring) == NAMESPACES_FIRST,
                 "snapshot_age_s": max(0, <int64_t>(wall_ms() - at)) / 1000.0 if at else None,
                 "snapshot_failed": ld64(&h.snapshot_failed_ms) != 0,
                 "snapshot_writing_s": max(0, <int64_t>(wall_ms() - begun)) / 1000.0 if begun and self.supervisor()["alive"] else None,

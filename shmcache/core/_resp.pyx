@@ -27,7 +27,7 @@ from shmcache.core.bucket cimport bucket_of, pthread_self, stripe_of, stripe_rel
 from shmcache.core.clock cimport now_ms
 from shmcache.core.envelope cimport CODEC_ENVELOPE, STATE_FRESH, STATE_NEGATIVE, STATE_STALE, envelope_open, envelope_t
 from shmcache.core.dirty cimport writes_back
-from shmcache.core.layout cimport FLAG_COPY_TTL, FLAG_RAW, MAX_KEY, POLICY_BACK, seg_t
+from shmcache.core.layout cimport FLAG_COPY_TTL, FLAG_RAW, MAX_KEY, NAMESPACES_FIRST, POLICY_BACK, seg_t
 from shmcache.core.ring cimport log_t, ring_of
 from shmcache.core.siphash cimport siphash13
 from shmcache.core.table cimport (
@@ -581,7 +581,7 @@ cdef class Executor:
             elif rc != ABSENT:          # somebody came between; or it is no generation
                 if rc == OK and read_end(s, &r) == OK:
                     remove_key(self, self.named, n, r.cas)
-            elif ld32(&s.header.restoring) != 2:     # 2: generations may still come
+            elif ld32(&s.header.restoring) != NAMESPACES_FIRST:
                 put_value(self, self.named, n, <const uint8_t*>PyBytes_AS_STRING(urandom(8)), 8, CODEC_BYTES, NEVER, IF_ABSENT, 0)
             elif self.table.impatient:
                 raise WouldWait

@@ -6,7 +6,7 @@ class Walk:
     stripe: int
     n_stripes: int
     newest: int
-    def __init__(self, table: Table, block_bytes: int = ...) -> None: ...
+    def __init__(self, table: Table, block_bytes: int = ..., copies: bool = ...) -> None: ...
     @property
     def items(self) -> int: ...
     @property
@@ -21,6 +21,8 @@ class Restore:
     present: int
     expired: int
     dropped: int
+    lost: int
+    copies: int
     full: bool
     cleared: bool
     def __init__(self, table: Table) -> None: ...

@@ -24,13 +24,13 @@ from shmcache.core.atomics cimport add64, fence_acquire, ld8r, ld16r, ld32, ld32
 from shmcache.core.big cimport big_read, big_shape, big_t
 from shmcache.core.bucket cimport ADDR_MASK, OP_TOUCH, bucket_of, chain_first, chain_next, chain_t, stripe_of, stripe_release, stripe_take
 from shmcache.core.clock cimport now_ms
-from shmcache.core.layout cimport FLAG_BIG, FLAG_CLAIM, FLAG_COPY_TTL, FLAG_DIRTY, MAX_KEY, MAX_REFS, POLICY_BACK, SLOTS, item_t, ring_t, seg_t, stripe_t
+from shmcache.core.layout cimport FLAG_BIG, FLAG_CLAIM, FLAG_COPY_TTL, FLAG_DIRTY, MAX_KEY, MAX_REFS, NAMESPACES_FIRST, POLICY_BACK, SLOTS, item_t, ring_t, seg_t, stripe_t
 from shmcache.core.lock cimport shm_sleep
 from shmcache.core.record cimport RECORD_CLEAR, RECORD_COPY_TTL, RECORD_DELETE, RECORD_DIRTY, RECORD_EXPIRY, RECORD_GAP, RECORD_REF, RECORD_SET, record_t
 from shmcache.core.ring cimport ring_of
 from shmcache.core.siphash cimport siphash13
 from shmcache.core.slab cimport in_slab, item_at, page_room, refs_of, value_offset
-from shmcache.core.table cimport CODEC_INT, RESTARTS, RESTORED, give_up, put, put_t, read_begin, read_copy, read_t, same_item, unchanged
+from shmcache.core.table cimport CODEC_INT, RESTARTS, RESTORED, give_up, passes_by, put, put_t, read_begin, read_copy, read_t, same_item, unchanged
 from shmcache.core.token cimport ABSENT, AGAIN, BUSY, EXISTS, INTR, MISMATCH, NO_ROOM, OK, mono_ns, wall_ms
 
 from shmcache import errors
@@ -39,7 +39,6 @@ cdef enum:
     BUSY_TRIES = 64         # limits for which a restored item waits for a stripe
     BLOCK_BYTES = 1048576   # of a drain
     MOST_IN_CHAIN = 512     # 7 slots, and 64 hops of 6
-    NAMESPACES_FIRST = 2    # header.restoring until the generations of namespaces are in
 
 cdef extern from *:
     """
@@ -60,6 +59,7 @@ ctypedef struct copy_t:
     uint64_t damaged
     uint64_t newest
     int64_t to_wall_ms      # added to the segment's clock
+    bint copies             # of what the store has for certain, too
 
 
 cdef int copy_chain(seg_t* s, uint64_t b, uint32_t stripe, copy_t* c) noexcept nogil:
@@ -93,6 +93,8 @@ cdef int copy_chain(seg_t* s, uint64_t b, uint32_t stripe, copy_t* c) noexcept n
             room = page_room(s, addr)
             offset = value_offset(r.key_bytes)
             if (w ^ h) >> 48 or bucket_of(s, h) != b or r.key_bytes == 0 or r.key_bytes > MAX_KEY or 48 + r.key_bytes > room:
+                continue
+            if not c.copies and passes_by(s, <uint8_t*>it + 48):
                 continue
             if flags & FLAG_CLAIM or (not flags & FLAG_DIRTY and (r.epoch != epoch or (expiry != 0 and expiry <= now_ms(s)))):
                 continue
@@ -173,7 +175,7 @@ cdef inline void prefetch_chain(seg_t* s, uint64_t b) noexcept nogil:
 cdef class Walk:
     """The items of a segment as blocks of records, each of whole chains.
 
-    Args: table: any handle. block_bytes: of a block; one with larger values is larger.
+    Args: table: any handle. block_bytes: of a block; one with larger values is larger. copies: also of what stands in a store, through or around.
     After the last block: items, damaged (big values whose pages are not their own: left out), floors (n_stripes u64, little-endian:
     each stripe's sequence before it was copied), newest (no version in the blocks is higher).
     """
@@ -187,8 +189,9 @@ cdef class Walk:
     cdef Py_ssize_t exports
     cdef uint64_t* floor
 
-    def __cinit__(self, Table table not None, uint64_t block_bytes=1 << 20):
+    def __cinit__(self, Table table not None, uint64_t block_bytes=1 << 20, bint copies=True):
         cdef seg_t* s = table.ready()
+        self.c.copies = copies
         self.table = table
         self.mapping = table.mapping
         self.n_stripes = s.n_stripes
@@ -306,7 +309,8 @@ cdef bint is_generation(const uint8_t* key, uint64_t n) noexcept nogil:
 
 cdef class Restore:
     """Puts records into a segment that was created for it. Counts: stored, present (a worker has written or removed the key meanwhile),
-    expired, dropped (too large for this segment, or no room).
+    expired, dropped (too large for this segment, or no room), lost (the same, of what the store has not got), copies (of what the store has:
+    they may be older than that by now, and are left out).
 
     full: the segment began to evict; cleared: a worker has cleared it, nothing more is stored but what is dirty.
     Raises: UsageError: the segment is not being restored.
@@ -317,6 +321,8 @@ cdef class Restore:
     cdef readonly uint64_t present
     cdef readonly uint64_t expired
     cdef readonly uint64_t dropped
+    cdef readonly uint64_t lost
+    cdef readonly uint64_t copies
     cdef readonly bint full
     cdef readonly bint cleared
     cdef uint64_t evicted_before
@@ -362,7 +368,7 @@ cdef class Restore:
         cdef record_t r
         cdef put_t op
         cdef uint64_t size, hash
-        cdef bint dirty, back
+        cdef bint dirty, back, stored
         cdef int rc, tries
         while at[0] < end and (generations or not self.cleared):
             size = record_bytes(payload, at[0], end, &r)
@@ -371,7 +377,8 @@ cdef class Restore:
             if r.op & 15 != RECORD_SET:
                 at[0] += size
                 continue
-            back = s.policy == POLICY_BACK and payload[at[0] + sizeof(record_t)] != 0
+            stored = s.policy != 0 and payload[at[0] + sizeof(record_t)] != 0
+            back = stored and s.policy == POLICY_BACK
             dirty = False
             hash = 0
             if back:                        # the tail tells what is dirty
@@ -380,6 +387,10 @@ cdef class Restore:
                     at[0] += size
                     continue
                 dirty = r.op & RECORD_DIRTY != 0
+            if stored and not dirty:
+                self.copies += not generations and heat <= 0
+                at[0] += size
+                continue
             if (dirty or is_generation(payload + at[0] + sizeof(record_t), r.key_bytes)) != generations:
                 at[0] += size
                 continue
@@ -401,6 +412,7 @@ cdef class Restore:
                 continue
             if r.value_bytes > s.max_value_bytes:
                 self.dropped += 1
+                self.lost += dirty
                 at[0] += size
                 continue
             op.key = payload + at[0] + sizeof(record_t)
@@ -434,6 +446,7 @@ cdef class Restore:
                 self.cleared = True
             else:
                 self.dropped += 1
+                self.lost += dirty
             if s.row.evictions != self.evicted_before:
                 self.full = True
             at[0] += size

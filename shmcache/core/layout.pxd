@@ -43,6 +43,7 @@ cdef enum:
     POLICY_THROUGH = 1
     POLICY_AROUND = 2
     POLICY_BACK = 3
+    NAMESPACES_FIRST = 2    # header.restoring: the generations of namespaces and tags are not in yet, nor what the store has not got
     # log policies
     LOG_OFF = 0
     LOG_NO = 1              # written, synced when the kernel likes

@@ -20,7 +20,8 @@ from shmcache.core.bucket cimport ADDR_MASK, OP_DELETE, OP_EVICT, OP_SET, OP_TOU
     slot_naming, slot_word, stripe_of, stripe_release, stripe_take
 from shmcache.core.clock cimport claim_stands, now_ms, stale, take_page, take_room
 from shmcache.core.dirty cimport dirty_chunk, dirty_clear, dirty_gone, dirty_in_place, dirty_placed, dirty_set, writes_back
-from shmcache.core.layout cimport CLS_BIG, FLAG_BIG, FLAG_CLAIM, FLAG_COPY_TTL, FLAG_DIRTY, FLAG_LOCK, FLAG_WRITING, MAX_REFS, POLICY_AROUND, POLICY_THROUGH, bucket_t, item_t, seg_t, stripe_t
+from shmcache.core.layout cimport CLS_BIG, FLAG_BIG, FLAG_CLAIM, FLAG_COPY_TTL, FLAG_DIRTY, FLAG_LOCK, FLAG_WRITING, MAX_REFS, \
+    NAMESPACES_FIRST, POLICY_AROUND, POLICY_THROUGH, bucket_t, item_t, seg_t, stripe_t
 from shmcache.core.envelope cimport CODEC_ENVELOPE, FLAG_NEGATIVE, HEAD_BYTES, STATE_DAMAGED, STATE_FRESH, STATE_GONE, STATE_NEGATIVE, \
     STATE_STALE, TAG_BYTES, TAG_PREFIX_BYTES, envelope_open, envelope_t
 from shmcache.core.lock cimport lock_release, lock_take
@@ -46,7 +47,7 @@ cdef enum:
     IF_CLAIM = 5            # exactly this claim: its version
     IF_UNMARKED = 7         # no mark of a living thread that wants the key for itself
     IF_UNMARKED_BY_ANY = 8  # no mark of a living thread
-    IF_SAME = 9             # exactly this item, fresh or stale: what a stale value is replaced with
+    IF_SAME = 9             # exactly this item, fresh, stale or negative: what a stale value is replaced with
     RESTORED = 6            # nothing is there, nothing left meanwhile, and nobody has cleared: with a version that is given
 
 # ---- read -----------------------------------------------------------------------------------------------------------------
@@ -574,7 +575,8 @@ cdef inline int allowed(seg_t* s, put_t* op, found_t* f) noexcept nogil:
     if op.when == RESTORED:
         if not ld32(&s.header.restoring):       # somebody else has finished it: nothing departs with a mark any more
             return MISMATCH
-        return EXISTS if f.slot != NULL or departed(s, op.hash) else OK     # a stale item, too, is newer than what is restored
+        # a stale item, too, is newer than what is restored. What is dirty is put in before anything that is may depart
+        return EXISTS if f.slot != NULL or (departed(s, op.hash) and not (op.flags & FLAG_DIRTY and ld32(&s.header.restoring) == NAMESPACES_FIRST)) else OK
     if op.when == IF_UNCLAIMED:
         return EXISTS if present or (f.slot != NULL and f.claimed) else OK
     if op.when == IF_CLAIM:
@@ -583,7 +585,7 @@ cdef inline int allowed(seg_t* s, put_t* op, found_t* f) noexcept nogil:
         return OK if op.flags & FLAG_CLAIM or my_claim(s, f.addr, op.key_bytes) else MISMATCH     # a claim on a claim: the dead's is taken over
     if op.when == IF_SAME:      # it may have expired meanwhile: who deletes, sets or clears it takes the item or its epoch away
         return OK if f.slot != NULL and not f.claimed and f.state != STATE_GONE and ld64(&item_at(s, f.addr).cas) == op.version and \
-            item_at(s, f.addr).epoch == ld32(&s.header.epoch) else MISMATCH
+            (op.unstored or item_at(s, f.addr).epoch == ld32(&s.header.epoch)) else MISMATCH
     if not present:
         return ABSENT
     if op.when == IF_VERSION and ld64(&item_at(s, f.addr).cas) != op.version:
@@ -875,12 +877,13 @@ cdef inline int set_expiry(seg_t* s, const uint8_t* key, size_t n, uint64_t h, u
 # ---- write-back (dirty.pxd) -------------------------------------------------------------------------------------------------
 
 cdef inline int mark_clean(seg_t* s, const uint8_t* key, size_t n, uint64_t h, uint64_t version, uint64_t limit_ns) noexcept nogil:
-    """The store has this version of a key: OK; MISMATCH: there is a newer one; BUSY, INTR. A tombstone goes."""
+    """The store has this version of a key, or a newer one: OK; MISMATCH: there is a newer one here; BUSY, INTR. A tombstone goes, and what was
+    restored: if the store has a newer one, that is to be loaded."""
     cdef uint64_t b = bucket_of(s, h)
     cdef stripe_t* st = stripe_of(s, b)
     cdef found_t f
     cdef item_t* it
-    cdef bint tombstone = False
+    cdef bint goes = False
     cdef int rc = stripe_take(s, st, limit_ns)
     if rc != OK:
         return rc
@@ -895,11 +898,11 @@ cdef inline int mark_clean(seg_t* s, const uint8_t* key, size_t n, uint64_t h, u
             dirty_clear(s, f.addr)      # behind it: who dies between leaves a bit too many
             #! clean: bit
             dirty_gone(s, f.addr)
-            tombstone = f.state == STATE_NEGATIVE
-            if tombstone:
+            goes = f.state == STATE_NEGATIVE or version <= s.header.restored_seq
+            if goes:
                 remove_locked(s, st, b, f.slot, f.addr, OP_EVICT, NULL)
     stripe_release(s, st)
-    if tombstone:
+    if goes:
         free_old(s, f.addr, limit_ns)
     return rc
 

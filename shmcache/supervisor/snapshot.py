@@ -153,7 +153,7 @@ def _write_file(
         "epoch": int(cache.segment.header["epoch"]), "log_from": log_from, "logged": log is not None,
     }  # fmt: skip
     writer = fmt.Writer(file, "snapshot", head, compress=compress)
-    walk = _stream.Walk(cache, BLOCK_BYTES)
+    walk = _stream.Walk(cache, BLOCK_BYTES, copies=False)
     synced, sync = 0, Sync(file.fileno())
     try:
         while walk.block():
@@ -274,11 +274,12 @@ def restore(
 
     Args: options: of create(); those that are not given are as they were when the snapshot was written. log_policy: with which the
     segment is logged from the first moment. log_buffer_if_none: log_buffer, if it had none.
-    Returns: {"snapshot" (None: log only), "items", "stored", "present", "expired", "dropped", "log_records", "seconds", "clock_back_s",
-    "cleared", "damaged" (newer files that are not whole), "cut" (torn ends of log files), "gaps" (operations that the log lacks)}.
+    Returns: {"snapshot" (None: log only), "items", "stored", "present", "expired", "dropped", "copies" (of what the store has: to be
+    loaded again), "log_records", "seconds", "clock_back_s", "cleared", "damaged" (newer files that are not whole), "cut" (torn ends of log
+    files), "gaps" (operations that the log lacks)}.
     Raises: NoSnapshot: none is whole, and there is no log from the first write on; the segment, if it was created, is empty then.
-    DamagedFile: of the log, whose place is named; the segment is unlinked then. ForeignDataDir, NewerFormat; SegmentExists and the rest of
-    create(); StripeBusy, OSError.
+    DamagedFile: of the log, whose place is named, NoRoom: for what the store has not got; the segment is unlinked then. ForeignDataDir,
+    NewerFormat; SegmentExists and the rest of create(); StripeBusy, OSError.
     """
     began = time.monotonic()
     datadir.check_owner(folder, name)
@@ -291,7 +292,7 @@ def restore(
     with _create_or_complete(name, candidates, logs, options) as cache:
         try:
             report = _fill(cache, folder, candidates, logs, damaged, progress)
-        except errors.DamagedFile:
+        except (errors.DamagedFile, errors.NoRoom):
             segment.unlink(name)
             raise
     return {**report, "seconds": time.monotonic() - began}
@@ -326,6 +327,11 @@ def _fill(
     clock_back_ms = max(0, created_ms - int(time.time() * 1000))
     # namespaces first: who needs one while it is absent would begin a new one; and what is dirty: who loads its key would get an older row
     _put_all(into, found, logs, progress, clock_back_ms, -1, epoch, True, tail)
+    if into.lost:
+        raise errors.NoRoom(
+            f"{into.lost:,} items that the store has not got do not fit into {memoryview(cache.mapping).nbytes:,} bytes, or are larger "
+            "than its values may be: restore into a segment as large as it was (--size); the data directory is as it was"
+        )
     into.generations_done()
     # into less memory than they came from: the hottest first, as long as there is room
     settings = found.settings if found else logs.settings
@@ -336,7 +342,8 @@ def _fill(
     items = found.items if found else 0
     return {
         "snapshot": str(found.path) if found else None, "items": items, "stored": into.stored, "present": into.present,
-        "expired": into.expired, "dropped": into.dropped, "log_records": tail.records, "clock_back_s": clock_back_ms / 1000,
+        "expired": into.expired, "dropped": into.dropped, "copies": into.copies,
+        "log_records": tail.records, "clock_back_s": clock_back_ms / 1000,
         "cleared": into.cleared, "damaged": damaged, "cut": logs.cut, "gaps": tail.gaps,
     }  # fmt: skip
 

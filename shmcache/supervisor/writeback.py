@@ -7,6 +7,8 @@ flush_every seconds, at once when an eighth of what may be dirty is, or somebody
 Who was killed in the middle has changed nothing but the store, and what his COMMIT still does there has versions that are not above those
 of his successor, which the store leaves alone. A store that is down is tried again, after a pause that doubles, with jitter, up to
 LONGEST_PAUSE. A row that it refuses stays dirty, is said once, and tried again every RETRY_REFUSED seconds, or when it is written again.
+A row that is there with a higher version, which this segment has not given (the wall clock was behind when it was made, or another host
+writes that table), is overwritten: the segment's versions go above it.
 """
 
 from __future__ import annotations
@@ -55,6 +57,7 @@ class WriteBack:
         self.dirty.recount()  # who was before may have died
         self.next_recount = 0.0
         self.damaged: bytes | None = None
+        self.behind = False  # it has been said that versions are
         self.thread = threading.Thread(target=self.run, name="writeback", daemon=True)
         self.thread.start()
 
@@ -86,6 +89,8 @@ class WriteBack:
 
     def one_pass(self) -> bool:
         """Store what is dirty now: False if the store failed. What is refused, or was written meanwhile, stays dirty."""
+        if self.cache.durability()["generations_missing"]:  # what is dirty is being restored: none of it is to go before all is there
+            return True
         asked = int(self.header["flushes_asked"])
         find = self.dirty.walk if asked > int(self.header["flushes_ended"]) else self.dirty.find
         at, left, began = 0, 0, time.time()
@@ -157,21 +162,38 @@ class WriteBack:
             except Exception as e:  # a codec: anybody's code
                 refused[key] = e
         versions = {item[0]: item[5] for item in items}
+        newer: dict[bytes, int] = {}
         try:
             timeout = self.policy.timeout
-            try:
-                if kept:
-                    self.store.store_many(kept, timeout=timeout, versions={key: versions[key] for key in kept})
-            except errors.RowsRefused as e:
-                refused |= e.errors
-            try:
-                if gone:
-                    self.store.delete_many(gone, timeout=timeout, versions={key: versions[key] for key in gone})
-            except errors.RowsRefused as e:
-                refused |= e.errors
+            while some := {key: entry for key, entry in kept.items() if key not in refused}:
+                try:
+                    newer |= self.store.store_many(some, timeout=timeout, versions={key: versions[key] for key in some}) or {}
+                    break
+                except errors.RowsRefused as e:  # then the others again: what is newer of them is to be known
+                    refused |= e.errors
+            while keys := [key for key in gone if key not in refused]:
+                try:
+                    newer |= self.store.delete_many(keys, timeout=timeout, versions={key: versions[key] for key in keys}) or {}
+                    break
+                except errors.RowsRefused as e:
+                    refused |= e.errors
         except Exception as e:  # a store: anybody's code
             self._failed(e)
             return None
+        behind = [item for item in items if item[0] in newer and item[4] > self.header["restored_seq"]]
+        if behind:
+            base = max(newer[item[0]] - item[4] for item in behind) + 1
+            self.header["version_base"] = max(int(self.header["version_base"]), base)
+            if not self.behind:
+                self._say(
+                    f"the store has rows of higher versions than this segment's, {behind[0][0]!r} is one; they are overwritten: was the "
+                    "clock set back, or does another host write that table?"
+                )
+            self.behind = True
+            of_these = self._store([(*item[:5], int(self.header["version_base"]) + item[4]) for item in behind])
+            if of_these is None:
+                return None
+            refused |= of_these
         self.header["flushed_ms"] = int(time.time() * 1000)
         self.cache.count_store(writes=len(items) - len(refused))
         again = time.monotonic() + RETRY_REFUSED

@@ -12,12 +12,13 @@ import pytest
 
 import shmcache
 from shmcache import errors
+from shmcache.codec import MsgpackCodec
 from shmcache.stores import Entry
 from shmcache.supervisor import datadir, snapshot
 from shmcache.supervisor.appendlog import AppendLog
 from tests.integration.test_policy import flushing
 from tests.integration.test_processes import child, ended
-from tests.integration.test_store import DictStore, until
+from tests.integration.test_store import DATABASES, DictStore, opened, until
 from tests.redis.inprocess import InProcess
 from tests.redis.resp import encode
 
@@ -141,6 +142,167 @@ def test_keys_of_the_caches_own_are_not_stored_after_a_restore_either(back, stor
         assert cache.ttl("\0own") < 1001
         assert cache.delete("\0own")
     shmcache.unlink(cache.name)
+
+
+@pytest.mark.parametrize("kind", DATABASES)
+def test_a_delete_that_is_stored_does_not_come_back(name, folder, kind, request, tmp_path):
+    with opened(kind, request, tmp_path) as database, contextlib.closing(database.store()) as store:
+        with shmcache.create(name, "16M", policy=BACK, store=store) as cache:
+            cache.set("k", "v")
+            cache.set("n", 1)
+            snapshot.write(cache, folder, throttled=False)
+            with flushing(cache, store):
+                cache.flush()
+                cache.delete("k")
+                cache.set("n", 2)
+        assert {k: e.value for k, e in store.load_many([b"k", b"n"]).items()} == {b"n": 2}
+        shmcache.unlink(cache.name)
+        snapshot.restore(cache.name, folder)
+        with shmcache.attach(cache.name, store=store) as cache:
+            assert cache.get("k") == "v"  # till it has been compared with the store
+            with flushing(cache, store):
+                cache.flush()
+            assert [cache.get("k"), cache.get("n")] == [None, 2]  # and what the store has is not hidden by what it refused
+            assert {k: e.value for k, e in store.load_many([b"k", b"n"]).items()} == {b"n": 2}
+            with flushing(cache, store):
+                cache.set("k", "again")
+            assert store.load_many([b"k"])[b"k"].value == "again"
+            assert cache.verify() == []
+        shmcache.unlink(cache.name)
+
+
+@pytest.mark.parametrize("mode", ["through", "around", "back"])
+@pytest.mark.parametrize("logged", [False, True])
+def test_a_copy_of_what_the_store_has_is_not_restored(make, store, folder, mode, logged):
+    """It would be older than what was stored since."""
+    store.store_many({b"k": ("old", None), b"n": ("old", None)}, versions={b"k": 0, b"n": 0})
+    cache = make("16M", policy=mode, store=store, log_buffer="64K")
+    assert [cache["k"], cache["n"]] == ["old", "old"]
+    cache.set("\0own", 1)
+    cache.namespace("users").set("1", "Ada")
+    snapshot.write(cache, folder, throttled=False)
+    if logged:
+        log = AppendLog(cache, folder, "always")
+        store.store_many({b"more": ("old", None)}, versions={b"more": 0})
+        assert cache["more"] == "old"
+        log.close()
+    cache.close()
+    shmcache.unlink(cache.name)
+    store.store_many(dict.fromkeys([b"k", b"n", b"more"], ("new", None)), versions={b"k": 1, b"n": 1, b"more": 1})
+    report = snapshot.restore(cache.name, folder)
+    with shmcache.attach(cache.name, store=store) as cache:
+        assert [cache["k"], cache["n"], cache["more"]] == ["new"] * 3
+        assert [cache["\0own"], cache.namespace("users").get("1")] == [1, "Ada"]
+        assert report["copies"] == (0 if mode != "back" else 2) + logged
+    shmcache.unlink(cache.name)
+
+
+def test_what_the_store_has_not_got_is_not_dropped_for_want_of_room(make, store, folder):
+    cache = make("32M", policy=BACK, store=store)
+    for i in range(400):
+        cache.set(f"k{i}", bytes(10_000))
+    cache.set("large", bytes(200_000))
+    snapped(cache, folder)
+    for options in {"size": "4M"}, {"max_value": "100K"}:
+        with pytest.raises(errors.NoRoom, match="--size"):
+            snapshot.restore(cache.name, folder, **options)
+        with pytest.raises(errors.SegmentNotFound):
+            shmcache.attach(cache.name)
+    snapshot.restore(cache.name, folder)
+    assert len(flushed(cache, store)) == 401
+    shmcache.unlink(cache.name)
+
+
+def test_what_is_dirty_is_restored_whatever_departs_meanwhile(back, store, folder, monkeypatch):
+    """Other keys may share its bit; and nothing is stored, so that it could depart, before all is there."""
+    cache = back()
+    cache.set("k", "v")
+    put_all, first = snapshot._put_all, []
+
+    def with_a_worker(into, *args):
+        if not first:
+            first.append(1)
+            with shmcache.attach(cache.name, store=store) as worker:
+                with open(f"/dev/shm/shmcache.{cache.name}", "r+b") as file:  # as if a key of each bit had departed
+                    file.seek(int(worker.segment.header["sketch_off"]))
+                    file.write(b"\xff" * int(worker.segment.header["sketch_bytes"]))
+                with flushing(worker, store):
+                    worker.set("new", "v")
+                    with pytest.raises(errors.StoreUnavailable):
+                        worker.flush(0.2)
+                    assert store.values() == {}
+                put_all(into, *args)
+                assert worker.peek("k") == "v"
+        else:
+            put_all(into, *args)
+
+    monkeypatch.setattr(snapshot, "_put_all", with_a_worker)
+    snapped(cache, folder)
+    snapshot.restore(cache.name, folder)
+    assert flushed(cache, store) == {b"k": ("v", False), b"new": ("v", False)}
+    shmcache.unlink(cache.name)
+
+
+def test_add_does_not_pass_by_what_came_behind_a_tombstone(back, store, monkeypatch):
+    cache = back()
+    store.store_many({b"k": ("old", None)}, versions={b"k": 0})
+    cache.delete("k")
+    add, seen = shmcache.policy.BackCache._add_claimed, []
+
+    def late(self, *args, **kwargs):
+        if not seen:
+            seen.append(1)
+            with flushing(cache, store):
+                cache.flush()
+                cache.set("k", "another's")
+                cache.flush()
+                assert cache.discard("k")
+        return add(self, *args, **kwargs)
+
+    monkeypatch.setattr(shmcache.policy.BackCache, "_add_claimed", late)
+    assert not cache.add("k", "mine")
+    assert cache.get("k") == "another's"
+    cache.delete("k")
+    with shmcache.attach(cache.name) as bare:
+        bare.clear()  # a tombstone stays
+    assert cache.add("k", "mine")
+    assert flushed(cache, store) == {b"k": ("mine", False)}
+    assert cache.verify() == []
+
+
+@pytest.mark.parametrize("kind", ["dict", *DATABASES])
+def test_rows_of_higher_versions_that_this_segment_has_not_given_do_not_swallow_writes(name, kind, request, tmp_path, capfd):
+    """As after the wall clock was set back: a segment's first version is made of it."""
+    with contextlib.ExitStack() as stack:
+        store = DictStore() if kind == "dict" else stack.enter_context(opened(kind, request, tmp_path)).store()
+        stack.callback(store.close)
+        names = [b"k%d" % i for i in range(20)]
+        store.store_many(dict.fromkeys(names, ("of the future", None)), versions={name: 2**62 + i for i, name in enumerate(names)})
+        with shmcache.create(name, "16M", policy=BACK, store=store) as cache:
+            for i in range(0, 20, 2):
+                cache.set(f"k{i}", i)
+            cache.delete("k1")
+            cache.set("new", "v")
+            if kind == "dict":
+                cache.set("poison", 1)
+                store.codec = Refusing()
+            with flushing(cache, store):
+                until(lambda: cache.stats()["store"]["dirty_items"] == (kind == "dict"))
+                expected = {b"k%d" % i: "of the future" if i % 2 else i for i in range(20) if i != 1} | {b"new": "v"}
+                assert {k: e.value for k, e in store.load_many([*names, b"new"]).items()} == expected
+                cache.set("k1", "again")
+                cache.delete("k2")
+                until(lambda: cache.stats()["store"]["dirty_items"] == (kind == "dict"))
+                assert {k: e.value for k, e in store.load_many([b"k1", b"k2"]).items()} == {b"k1": "again"}
+        assert capfd.readouterr().err.count("higher versions") == 1
+        shmcache.unlink(name)
+
+
+class Refusing(MsgpackCodec):
+    def encode(self, value):
+        if value == 1:
+            raise errors.UnsupportedValue("no")
+        return super().encode(value)
 
 
 # ---- the copy's time --------------------------------------------------------------------------------------------------------------
