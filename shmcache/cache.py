@@ -102,6 +102,11 @@ class Cache(_core.Table):
         """
         return flight.memoize(self, ttl, name, lease, stale_ttl, early, tags)
 
+    def invalidate(self, *keys: bytes | str) -> None:
+        """Drop the cached copies, not what is in the store: for who has changed it there past this cache. Of what is written back, what the
+        store has not got yet stays."""
+        each([_core.key_bytes(k) for k in keys], self.discard)
+
     def invalidate_tag(self, *tags: str) -> None:
         """Remove all items that were stored with one of these tags, for everybody: one write a tag, however many items there are.
 
@@ -248,6 +253,18 @@ def _options(
             raise errors.InvalidConfig(f"log_buffer is a power of two from '64K' to '1G', not {log_buffer!r}")
         given["ring_bytes"] = n
     return given
+
+
+def each(names: Iterable[bytes], call: Callable[[bytes], object]) -> None:
+    """The call for all of them. Raises: what one of them raised for want of time or room, when all have been tried."""
+    failed: Exception | None = None
+    for name in names:
+        try:
+            call(name)
+        except errors.CapacityError as e:
+            failed = e
+    if failed is not None:
+        raise failed
 
 
 def create(

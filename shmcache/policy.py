@@ -20,7 +20,8 @@ Race table
                              if the writer is dead, or slow, it loads and does not fill
     write vs invalidate      the mark stays, with another version: its writer does not fill. clear() leaves it as it is
     the store says no, or not now         the mark goes: a miss, which loads what the store has
-    the write is torn off    (a signal handler raises, a bug of the store's) it may be going on: the mark stands till its time is over
+    the write is torn off    (unsettled; a signal handler raises; a bug of the store's) it may be going on: the mark stands till its time is
+                             over, and till then each miss loads, and does not fill
     the writer dies          his mark stands till its time is over, longer than the store may work for him; till then loads do not fill
     the writer is stopped, and goes on when his mark's time is over: his mark is gone, he deletes before he returns
     a load vs a load         one has the claim, the others wait for it (flight.py); its death hands over at once
@@ -37,7 +38,7 @@ from typing import TYPE_CHECKING, Any
 import msgpack
 
 from shmcache import codec, errors, flight
-from shmcache.cache import Cache, attach
+from shmcache.cache import Cache, attach, each
 from shmcache.core import _core, _dirty
 from shmcache.segment import parse_size
 from shmcache.stores import Entry
@@ -281,15 +282,18 @@ class StoredCache(Cache):
         claims: dict[bytes, int] = {}
         later = []
         for name in sorted(missing):
-            if name[0] == 0 or self._is_negative(name):
+            if name[0] == 0:
                 continue
-            version = self.claim(name, self._age)
+            state = self._look(name)[0] if self._notes else codec.ABSENT
+            if state == codec.NEGATIVE:
+                continue
+            version = self.claim(name, self._age) if state == codec.ABSENT else 0
             if version > 0:
                 claims[name] = version
             else:
                 later.append(name)
         values = {name: e.value for name, e in self._loaded(list(claims), claims).items()} if claims else {}
-        for name in later:  # somebody else loads or writes them: one by one, for each may be waited for
+        for name in later:  # there is a stale one, or somebody else loads or writes them: one by one, for each may be waited for
             value = self.get(name, MISSING)
             if value is not MISSING:
                 values[name] = value
@@ -340,10 +344,6 @@ class StoredCache(Cache):
     def __delitem__(self, key: Key) -> None:
         if not self.delete(key):
             raise KeyError(key)
-
-    def invalidate(self, *keys: Key) -> None:
-        """Drop the cached copies, not what is in the store: for who has changed it there past this cache."""
-        _each([_core.key_bytes(k) for k in keys], self.discard)
 
 
 class ThroughCache(StoredCache):
@@ -418,8 +418,8 @@ class ThroughCache(StoredCache):
                 for name, value in encoded.items():
                     if value is not DELETE and self._filled(name, Entry(value, ttl), marks[name], heads[name]):
                         del marks[name]
-        except errors.ShmcacheError:  # the store's word, not a signal's or a stranger's
-            known = True
+        except errors.ShmcacheError as e:
+            known = known or knows(e)
             raise
         finally:
             self._end(marks, known)
@@ -430,7 +430,7 @@ class ThroughCache(StoredCache):
             self.end_mark(name, known)
             self.discard(name)  # if the mark was not there any more, what was loaded meanwhile may be older
 
-        _each(names, end)
+        each(names, end)
 
     def _mark(self, name: bytes, deadline: float, alone: bool, version: int = 0) -> int:
         """Put a mark on a key: its version, 0 if another's was there, -1: the key has not this version.
@@ -482,8 +482,8 @@ class ThroughCache(StoredCache):
             if isinstance(now, Entry) and now.ttl != 0 and (self._fills or now is was):
                 filled = self._filled(name, now, mark, head)
             return told
-        except errors.ShmcacheError:  # the store's word, not a signal's or a stranger's
-            known = True
+        except errors.ShmcacheError as e:
+            known = known or knows(e)
             raise
         finally:
             if not filled:
@@ -606,14 +606,15 @@ class BackCache(StoredCache):
         value = self.encoded(value)
         deadline = time.monotonic() + self.policy.timeout
         while True:
-            state, _, _ = self._look(name)
+            state, _, seen = self._look(name)
             if state in (codec.FRESH, codec.STALE):
                 return False
-            version = DELETED if state == codec.NEGATIVE else self._claim(name, deadline)
-            if version == DELETED:
-                if super().add(name, value, ttl):
+            if state == codec.NEGATIVE:  # in the place of just that: behind it another's value may have come, been stored, and evicted
+                if self._add_claimed(name, value, seen, ttl, refresh=True):
                     return True
-            elif version:
+                continue
+            version = self._claim(name, deadline)
+            if version and version != DELETED:
                 try:
                     entry = self._call(self.store.load_many, [name], timeout=self.policy.timeout).get(name)
                     self.count_store(loads=1, found=entry is not None)
@@ -694,16 +695,9 @@ def _reopened(
     return attach(name, codec=codec_name, store=store, tags=tags, **trust)
 
 
-def _each(names: Iterable[bytes], call: Callable[[bytes], object]) -> None:
-    """The call for all of them. Raises: what one of them raised for want of time or room, when all have been tried."""
-    failed: Exception | None = None
-    for name in names:
-        try:
-            call(name)
-        except errors.CapacityError as e:
-            failed = e
-    if failed is not None:
-        raise failed
+def knows(e: errors.ShmcacheError) -> bool:
+    """Does who got this of a store's write know that nothing of it is to come? It is the store's word, not a signal's or a stranger's."""
+    return not (isinstance(e, errors.StoreUnavailable) and e.unsettled)
 
 
 def _no_tags(tags: Tags) -> None:

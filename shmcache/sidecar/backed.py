@@ -1,6 +1,6 @@
 """What a command needs of the store behind the segment. In a thread of the pool, in place of Client.retry; the loop never asks the store.
 
-    a read            what it misses is loaded, as StoredCache does it, then it runs
+    a read            what it misses is loaded, as StoredCache does it, then it runs; on copies, where a mark stands that nobody ends
     back: a write     the same: it runs on what there is. What it writes is dirty, and the supervisor stores it
     through, around:  the keys are marked for this thread alone, and loaded; the command runs on copies of them (Executor.know,
     a write           aside), as it would on the keys; what it has changed is stored; then the marks are filled (through), or
@@ -21,12 +21,14 @@ from typing import TYPE_CHECKING
 
 from shmcache import errors
 from shmcache.core import _resp
-from shmcache.policy import BATCH, MISSING, StoredCache, ThroughCache
+from shmcache.policy import BATCH, MISSING, StoredCache, ThroughCache, knows
 from shmcache.sidecar.commands.table import OF_CACHE, TABLE, WRITE, Error, keys_in
 from shmcache.sidecar.commands.transactions import discard_transaction
 from shmcache.stores import Entry
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from shmcache.sidecar.server import Connection
 
 MOST_KEY = 4096 - len(_resp.ASIDE) - 8  # bytes of a key that is written through
@@ -41,7 +43,7 @@ class Plan:
     names: dict[bytes, None] = field(default_factory=dict)
     read: dict[bytes, None] = field(default_factory=dict)
     writes: bool = False
-    own: bool = False  # it writes others, too
+    own: bool = False  # others, too
 
 
 def planned(client: Connection, through: bool) -> Plan:
@@ -67,12 +69,12 @@ def planned(client: Connection, through: bool) -> Plan:
         names = dict.fromkeys(key for key in keys if key[:1] > b"\0")
         if TABLE[name].flags & WRITE and keys:
             plan.writes = plan.writes or bool(names)
-            plan.own = plan.own or any(key not in names for key in keys)
+        plan.own = plan.own or any(key not in names for key in keys)
         plan.names |= names
         if not is_blind(name, arguments):
             plan.read |= names
     if through and plan.writes and plan.own:
-        raise Error("ERR keys that are stored, and keys of the cache's own (which begin with a zero byte), are not written in one step")
+        raise Error("ERR keys that are stored, and keys of the cache's own (which begin with a zero byte), are not changed in one step")
     if through and plan.writes and max(map(len, plan.names)) > MOST_KEY:
         raise Error(f"ERR a key that is stored has at most {MOST_KEY} bytes")
     return plan
@@ -125,20 +127,32 @@ def loaded(client: Connection, ex: _resp.Executor, cache: StoredCache, plan: Pla
     """Run it with what it reads cached. What is evicted meanwhile is loaded again; but a part of a transaction may have been done."""
     deadline = time.monotonic() + cache.policy.timeout
     words, before = client.retried or [], client.buffered[1]
+    names = [name for name in plan.read if len(name) <= 4096]
     while True:
+        copies = Copies(ex, cache)
         try:
-            there = load(ex, cache, [name for name in plan.read if len(name) <= 4096])
-        except Exception as e:
-            refuse(client, ex, e)
-            return
-        ex.know(dict.fromkeys(there, 0), takes_stale=not plan.writes)
-        try:
-            client.retry(ex)
+            try:
+                there = load(ex, cache, names)
+                if not plan.writes and not plan.own and any(is_uncached(ex, cache, name) for name in there):
+                    copies.put(cache._loaded(names, {}))
+            except Exception as e:
+                refuse(client, ex, e)
+                return
+            ex.know(copies.at or dict.fromkeys(there, 0), copies.aside if copies.at else None, takes_stale=not plan.writes)
+            try:
+                client.retry(ex)
+            finally:
+                ex.forget()
         finally:
-            ex.forget()
+            copies.drop()
         if not ex.lost or words[0].lower() == b"exec" or time.monotonic() > deadline:
             return
         client.take_back(before)
+
+
+def is_uncached(ex: _resp.Executor, cache: StoredCache, name: bytes) -> bool:
+    """Is it loaded, and not there, for a mark stands?"""
+    return len(name) <= MOST_KEY and not ex.version(name) and cache.claim_version(name) != 0
 
 
 def load(ex: _resp.Executor, cache: StoredCache, names: list[bytes]) -> set[bytes]:
@@ -150,16 +164,38 @@ def load(ex: _resp.Executor, cache: StoredCache, names: list[bytes]) -> set[byte
     return there | cache.get_many(missing).keys()
 
 
+class Copies:
+    """Of keys, with their values and times, for a command that is to run on them. Nobody else knows their names."""
+
+    def __init__(self, ex: _resp.Executor, cache: StoredCache) -> None:
+        self.ex, self.cache = ex, cache
+        self.aside = _resp.ASIDE + os.urandom(8)
+        self.at: dict[bytes, int] = {}  # a copy's name -> unix ms at which it expires, 0: never
+
+    def put(self, entries: Mapping[bytes, Entry]) -> None:
+        for name, entry in entries.items():
+            if entry.ttl is None or entry.ttl > 0:
+                copy = self.aside + name
+                self.at[copy] = 0 if entry.ttl is None else self.ex.now() + math.ceil(entry.ttl * 1000)
+                self.cache.set(copy, entry.value, entry.ttl)
+                if entry.ttl is None:
+                    self.cache.persist(copy)  # the segment's default is that of cached copies
+
+    def drop(self) -> None:
+        for copy in self.at:
+            with contextlib.suppress(errors.CapacityError):  # till it is evicted
+                self.cache.discard(copy)
+
+
 class Trial:
     """A command that is run on copies of its keys, in front of a store that is written through, or around."""
 
     def __init__(self, ex: _resp.Executor, cache: ThroughCache, plan: Plan) -> None:
         self.ex, self.cache, self.plan = ex, cache, plan
         self.names = sorted(plan.names)
-        self.aside = _resp.ASIDE + os.urandom(8)
+        self.copies = Copies(ex, cache)
         self.marks: dict[bytes, int] = {}
         self.was: dict[bytes, Entry] = {}
-        self.copies: dict[bytes, int] = {}  # -> unix ms at which it expires, 0: never
         self.kept: dict[bytes, Entry] = {}  # what the command has written
         self.gone: list[bytes] = []  # and removed
         self.known = True  # what the store has done
@@ -173,22 +209,17 @@ class Trial:
             self.marks[name] = cache._mark(name, deadline, alone=True)
         if self.plan.read:
             self.was = cache._loaded([name for name in self.names if name in self.plan.read], {})
-        for name, entry in self.was.items():
-            if entry.ttl is None or entry.ttl > 0:
-                copy = self.aside + name
-                self.copies[copy] = 0 if entry.ttl is None else self.ex.now() + math.ceil(entry.ttl * 1000)
-                cache.set(copy, entry.value, entry.ttl)
-                if entry.ttl is None:
-                    cache.persist(copy)  # the segment's default is that of cached copies
+        self.copies.put(self.was)
 
     def run(self, client: Connection) -> None:
-        self.ex.know(self.copies, self.aside)
+        aside = self.copies.aside
+        self.ex.know(self.copies.at, aside)
         try:
             client.retry(self.ex)
         finally:
             self.there, self.changed = self.ex.forget()
-            self.changed = {copy for copy in self.changed if copy.startswith(self.aside)}  # COPY writes another database, too
-            self.copies |= dict.fromkeys(self.changed, 0)
+            self.changed = {copy for copy in self.changed if copy.startswith(aside)}  # COPY writes another database, too
+            self.copies.at |= dict.fromkeys(self.changed, 0)
 
     def look(self) -> None:
         """At what it has done. Raises: StoreUnavailable: a copy was evicted, or cleared, so that nobody knows."""
@@ -196,7 +227,7 @@ class Trial:
         if self.ex.lost:
             raise errors.StoreUnavailable("what this command works on was evicted meanwhile: nothing was changed; try again")
         for copy in self.changed:
-            name = copy.removeprefix(self.aside)
+            name = copy.removeprefix(self.copies.aside)
             if copy not in there:
                 self.gone.append(name)
                 continue
@@ -213,8 +244,8 @@ class Trial:
         self.known = False
         try:
             self.write()
-        except errors.ShmcacheError:
-            self.known = True
+        except errors.ShmcacheError as e:
+            self.known = knows(e)
             raise
         self.known = True
 
@@ -240,11 +271,9 @@ class Trial:
 
     def end(self) -> None:
         """What is marked still goes, and the copies."""
-        with contextlib.suppress(errors.CapacityError):  # a mark stands till its time is over, a copy till it is evicted
+        with contextlib.suppress(errors.CapacityError):  # a mark stands till its time is over
             self.cache._end(self.marks, self.known)
-        for name in self.copies:
-            with contextlib.suppress(errors.CapacityError):
-                self.cache.discard(name)
+        self.copies.drop()
 
 
 def written(client: Connection, ex: _resp.Executor, cache: ThroughCache, plan: Plan) -> None:

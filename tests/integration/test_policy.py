@@ -296,13 +296,14 @@ def test_a_handle_without_a_store_reads_and_is_refused_writes(over, hooked):
         assert bare["k"] == 1
         assert bare.get("other") is None
         calls = [lambda: bare.set("k", 2), lambda: bare.add("n", 2), lambda: bare.set_many({"k": 2}), lambda: bare.incr("k"), lambda: bare.touch("k", 9),
-                 lambda: bare.cas("k", 2, bare.gets("k")[1]), lambda: bare.replace("k", 2)]  # fmt: skip
+                 lambda: bare.cas("k", 2, bare.gets("k")[1]), lambda: bare.replace("k", 2), lambda: bare.delete("k"), lambda: bare.pop("k"),
+                 lambda: bare.delete_many(["k"])]  # fmt: skip
         for call in calls:
             with pytest.raises(shmcache.StoreNeeded, match="store="):
                 call()
         assert bare["k"] == 1
         bare["\0own"] = 5
-        assert bare.delete("k")  # from the cache
+        bare.invalidate("k")
     assert backed["k"] == 1
 
 
@@ -531,18 +532,23 @@ def test_a_write_that_failed_leaves_a_miss(over, hooked, when):
     assert cache.stats()["store"]["errors"] == 4
 
 
-def test_of_a_write_that_was_torn_off_nobody_knows_what_it_does(over, hooked):
+class Unsettled(errors.StoreUnavailable):
+    unsettled = True
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, Unsettled])
+def test_of_a_write_that_was_torn_off_nobody_knows_what_it_does(over, hooked, error):
     """It may still be done: till its mark's time is over nothing is cached, and nobody waits."""
     cache = over(hooked)
     cache["k"] = 1
 
     def torn(what, keys):
         if what == "store":
-            raise KeyboardInterrupt
+            raise error
 
     hooked.before = torn
     for call in (lambda: cache.set("k", 2), lambda: cache.incr("k")):
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(error):
             call()
         assert cache.claim_version("k")
     hooked.before = lambda what, keys: None
@@ -568,6 +574,19 @@ def test_a_write_that_is_refused_leaves_a_miss_that_is_cached_again(over, hooked
             call()
         assert cache.peek("k") is None
         assert [cache["k"], cache.peek("k")] == [1, 1]
+
+
+def test_of_many_keys_stale_copies_are_given_while_the_store_is_down(over, hooked):
+    cache = over(hooked, stale_ttl=100)
+    hooked.store_many({b"stale": (1, 0.05), b"fresh": (2, None)})
+    assert cache.get_many(["stale", "fresh", "none"]) == {"stale": 1, "fresh": 2}
+    until(lambda: cache.peek("stale") is None)
+    hooked.before = down
+    for _ in range(2):
+        assert cache.get_many(["stale", "fresh"]) == {"stale": 1, "fresh": 2}
+    hooked.before = lambda what, keys: None
+    hooked.store_many({b"stale": (3, None)})
+    assert [cache.get_many(["stale", "none"]) for _ in range(2)][1] == {"stale": 3}
 
 
 def test_of_overlapping_writers_one_is_killed_when_the_other_has_ended(over, hooked):
@@ -966,7 +985,7 @@ def test_what_is_dirty_is_not_evicted_expired_or_cleared(back, hooked):
     assert [cache["dirty"], cache.get("gone")] == ["d" * 200, None]
     with flushing(cache, hooked):
         cache.flush()
-        assert {k: hooked.codec.decode(*row[0]) for k, row in hooked.rows.items()} == {b"dirty": "d" * 200, b"big": b"b" * 100_000}
+        assert hooked.values() == {b"dirty": "d" * 200, b"big": b"b" * 100_000}
         assert cache.segment.header["dirty"] == 0
         assert cache.get("short") is None
         cache.invalidate("dirty")
@@ -1157,7 +1176,7 @@ def test_what_is_dirty_survives_the_segment(name, tmp_path, hooked, log):
             hooked.rows[b"k"] = (hooked.codec.encode("newer"), None, int(cache.segment.header["version_base"]))
             with flushing(cache, hooked):
                 cache.flush()
-            assert {k: hooked.codec.decode(*row[0]) for k, row in hooked.rows.items()} == {b"k": "newer", b"ttl": "dirty"}
+            assert hooked.values() == {b"k": "newer", b"ttl": "dirty"}
             cache.set("k", "newest")
             with flushing(cache, hooked):
                 cache.flush()

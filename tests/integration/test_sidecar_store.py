@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 import threading
+import time
 
 import pytest
 import redis
@@ -15,7 +16,7 @@ from shmcache.sidecar import backed, serving
 from shmcache.stores import Entry
 from shmcache.supervisor import writeback
 from tests.integration.service import LIMIT, running, until
-from tests.integration.test_policy import POLICIES, Hooked
+from tests.integration.test_policy import POLICIES, Hooked, Unsettled
 from tests.integration.test_store import DictStore
 
 
@@ -148,6 +149,41 @@ def test_what_is_evicted_once_it_was_loaded_is_loaded_again(front, monkeypatch, 
     assert client.execute_command(*line.split()) == reply and len(times) == 4
     with pytest.raises(redis.ResponseError, match="cannot be cached just now"):
         client.get("large")
+
+
+@pytest.mark.parametrize("mode", ["through", "around"])
+def test_a_read_does_not_need_the_cache(front, mode):
+    """Where the mark of a write stands that nobody ends."""
+    store = Hooked()
+    store.store_many({b"k": (b"v", 100), b"n": (b"7", None), b"other": (b"w", None)})
+    cache, client = front(store, mode, timeout=1.0)
+    other = client.get("other")
+    client.set(b"\0own", "1")
+
+    def torn(what, keys):
+        if what == "store":
+            raise Unsettled
+
+    store.before = torn
+    for key in "k", "n":
+        with pytest.raises(redis.ResponseError):
+            client.set(key, "lost")
+    store.before = lambda what, keys: None
+    began = time.monotonic()
+    for _ in range(2):
+        assert [client.get("k"), client.strlen("n"), client.exists("k", "n", "other")] == [b"v", 1, 3]
+        assert client.mget("other", "n", "none", "k") == [other, b"7", None, b"v"]
+        assert 90 < client.ttl("k") <= 100 and client.ttl("n") == -1
+    with client.pipeline(transaction=True) as pipe:
+        assert pipe.get("k").get("other").execute() == [b"v", b"w"]
+    assert time.monotonic() - began < 1  # nobody waits
+    assert client.get(b"\0own") == b"1"
+    with pytest.raises(redis.ResponseError, match="cannot be cached just now"):  # keys of the cache itself have no copies
+        client.mget(b"\0own", "k")
+    assert cache.peek("k") is None
+    assert client.incr("n") == 8
+    assert [client.get("n"), cache.peek("n")] == [b"8", None]
+    assert not [key for key in cache.scan() if key.startswith(b"\0try")] and cache.verify() == []
 
 
 # ---- writes -------------------------------------------------------------------------------------------------------------------------
@@ -425,7 +461,7 @@ def test_flushall_clears_the_cache_and_the_store_keeps_all(front, mode):
 
 def in_database(path):
     with contextlib.closing(sqlite3.connect(path)) as db:
-        return dict(db.execute("SELECT key, value FROM shmcache").fetchall())
+        return dict(db.execute("SELECT key, value FROM shmcache WHERE coalesce(expires_at, 1) > 0").fetchall())  # not the tombstones
 
 
 @pytest.mark.parametrize("mode", POLICIES)
