@@ -28,6 +28,7 @@ from shmcache.core.clock cimport now_ms
 from shmcache.core.envelope cimport CODEC_ENVELOPE, STATE_FRESH, STATE_NEGATIVE, STATE_STALE, envelope_open, envelope_t
 from shmcache.core.dirty cimport writes_back
 from shmcache.core.layout cimport FLAG_COPY_TTL, FLAG_RAW, MAX_KEY, NAMESPACES_FIRST, POLICY_BACK, seg_t
+from shmcache.core.number cimport shm_digits, shm_number
 from shmcache.core.ring cimport log_t, ring_of
 from shmcache.core.siphash cimport siphash13
 from shmcache.core.table cimport (
@@ -48,51 +49,6 @@ cdef extern from "sys/socket.h" nogil:
 
 cdef extern from *:
     """
-    /* Decimal digits of n behind `to`: how many characters. */
-    static int shm_digits(char *to, int64_t n) {
-        char d[24]; int i = 0, k = 0;
-        uint64_t u = n < 0 ? 0 - (uint64_t)n : (uint64_t)n;
-        do { d[i++] = (char)('0' + u % 10); u /= 10; } while (u);
-        if (n < 0) to[k++] = '-';
-        while (i) to[k++] = d[--i];
-        return k;
-    }
-    /* The number that these bytes spell in the one canonical way (no sign +, no leading zero, no space): 1, or 0. */
-    static int shm_number(const uint8_t *p, size_t n, int64_t *out) {
-        size_t i = 0; int minus = 0; uint64_t v = 0;
-        if (n == 0 || n > 20) return 0;
-        if (n == 1 && p[0] == '0') { *out = 0; return 1; }
-        if (p[0] == '-') { minus = 1; i = 1; if (n == 1) return 0; }
-        if (p[i] < '1' || p[i] > '9') return 0;
-        for (; i < n; i++) {
-            unsigned d = (unsigned)p[i] - '0';
-            if (d > 9 || v > (UINT64_MAX - d) / 10) return 0;
-            v = v * 10 + d;
-        }
-        if (minus) { if (v > (uint64_t)INT64_MAX + 1) return 0; *out = (int64_t)(0 - v); }
-        else { if (v > INT64_MAX) return 0; *out = (int64_t)v; }
-        return 1;
-    }
-    #include <ctype.h>
-    #include <errno.h>
-    #include <math.h>
-    #include <stdio.h>
-    #include <stdlib.h>
-    static int shm_float(const char *p, size_t n, long double *x) {
-        char *end;
-        errno = 0;
-        *x = strtold(p, &end);      /* Python's bytes end with a zero byte */
-        return !isspace((unsigned char)p[0]) && (size_t)(end - p) == n && !isnan(*x) &&
-               !(errno == ERANGE && (isinf(*x) || fpclassify(*x) == FP_ZERO)) && errno != EINVAL;
-    }
-    static int shm_not_finite(long double x) { return isnan(x) || isinf(x); }
-    static int shm_print_float(char *to, size_t room, long double x) {
-        int n = snprintf(to, room, "%.17Lf", x);
-        while (to[n - 1] == '0') n--;
-        if (to[n - 1] == '.') n--;
-        if (n == 2 && to[0] == '-' && to[1] == '0') { to[0] = '0'; n = 1; }
-        return n;
-    }
     static uint32_t shm_name_hash(const uint8_t *p, size_t n) {
         uint32_t h = 2166136261u;
         for (size_t i = 0; i < n; i++) h = (h ^ (uint32_t)(p[i] | 0x20)) * 16777619u;
@@ -107,11 +63,6 @@ cdef extern from *:
         return 1;
     }
     """
-    int shm_digits(char* to, int64_t n) nogil
-    bint shm_number(const uint8_t* p, size_t n, int64_t* out) nogil
-    bint shm_float(const char* p, size_t n, long double* x) nogil
-    bint shm_not_finite(long double x) nogil
-    int shm_print_float(char* to, size_t room, long double x) nogil
     uint32_t shm_name_hash(const uint8_t* p, size_t n) nogil
     bint shm_same_name(const uint8_t* p, const char* name, size_t n) nogil
 
@@ -2195,7 +2146,7 @@ cdef class Client:
         return True
 
 
-# ---- text -----------------------------------------------------------------------------------------------------------------------
+# ---- error replies, inline commands ---------------------------------------------------------------------------------------------
 
 cdef bytes clean(const uint8_t* p, size_t n):
     """For an error: up to the first zero byte, as C prints a string."""
@@ -2217,173 +2168,6 @@ def error_text(e):
     if isinstance(e, (OverflowError, ValueError, MemoryError)):
         return b"ERR internal error: " + type(e).__name__.encode()
     raise e
-
-
-def matches(bytes pattern not None, bytes data not None):
-    """Redis' patterns: * any bytes, ? one, [abc] [a-z] [^a] one of a set, \\x the byte x itself; an unclosed set ends with the pattern.
-
-    At most len(pattern) * len(data) steps: of several stars only the last is ever gone back to.
-    """
-    cdef const uint8_t* p = <const uint8_t*>PyBytes_AS_STRING(pattern)
-    cdef const uint8_t* s = <const uint8_t*>PyBytes_AS_STRING(data)
-    cdef size_t np = len(pattern), ns = len(data), i = 0, k = 0, star = 0, from_k = 0, after = 0
-    cdef bint starred = False
-    if ns == 0:
-        return np == 0 or pattern == b"*"
-    while k < ns:
-        if i < np and p[i] == 42:
-            while i < np and p[i] == 42:
-                i += 1
-            if i == np:
-                return True
-            starred = True
-            star = i
-            from_k = k
-        elif i < np and one_matches(p, np, i, s[k], &after):
-            i = after
-            k += 1
-        elif starred:
-            from_k += 1
-            k = from_k
-            i = star
-        else:
-            return False
-    while i < np and p[i] == 42:
-        i += 1
-    return i == np
-
-
-cdef bint one_matches(const uint8_t* p, size_t n, size_t i, uint8_t c, size_t* after) noexcept:
-    """Does the part of the pattern at i, which is no star, match this byte? after: what is behind it."""
-    cdef bint negated = False, found = False
-    cdef uint8_t low, high
-    if p[i] == 63:              # ?
-        after[0] = i + 1
-        return True
-    if p[i] == 92 and i + 1 < n:
-        after[0] = i + 2
-        return p[i + 1] == c
-    if p[i] != 91:              # [
-        after[0] = i + 1
-        return p[i] == c
-    i += 1
-    if i < n and p[i] == 94:
-        negated = True
-        i += 1
-    while i < n and p[i] != 93:
-        if p[i] == 92 and i + 1 < n:
-            found = found or p[i + 1] == c
-            i += 2
-        elif i + 2 < n and p[i + 1] == 45:
-            low = min(p[i], p[i + 2])
-            high = max(p[i], p[i + 2])
-            found = found or low <= c <= high
-            i += 3
-        else:
-            found = found or p[i] == c
-            i += 1
-    after[0] = min(i + 1, n)
-    return found != negated
-
-
-def number(bytes text not None):
-    """The 64-bit number that a text spells in the canonical way; None: it does not."""
-    cdef int64_t n = 0
-    if not shm_number(<const uint8_t*>PyBytes_AS_STRING(text), PyBytes_GET_SIZE(text), &n):
-        return None
-    return n
-
-
-def add_floats(bytes a not None, bytes b not None):
-    """The sum of two numbers' texts as INCRBYFLOAT writes it: 17 digits of a C long double, without zeros at the end. Raises: ValueError: one
-    is not a number; ArithmeticError: the sum is not."""
-    cdef char out[6000]
-    cdef long double x, sum = 0
-    cdef int n
-    for text in (a, b):
-        if not float_of(text, len(text), &x):
-            raise ValueError
-        sum += x
-    if shm_not_finite(sum):
-        raise ArithmeticError
-    n = shm_print_float(out, sizeof(out), sum)
-    return PyBytes_FromStringAndSize(out, n)
-
-
-cdef bint float_of(bytes text, size_t n, long double* x):
-    return n and n < 5120 and shm_float(PyBytes_AS_STRING(text), n, x)
-
-
-def longest_common(const uint8_t[:] a not None, const uint8_t[:] b not None):
-    """The longest common subsequence of two strings: (itself, [((first, last) in a, (first, last) in b)] of its runs from the end, length).
-    By the table of lengths of all prefixes, 4 bytes each: the caller bounds it."""
-    cdef size_t n = a.shape[0], m = b.shape[0], i, j
-    cdef uint32_t* table = <uint32_t*>malloc((n + 1) * (m + 1) * sizeof(uint32_t))
-    cdef size_t width = m + 1
-    cdef int64_t a0 = -1, a1 = 0, b0 = 0, b1 = 0
-    cdef bytearray common = bytearray()
-    cdef list runs = []
-    cdef uint32_t size
-    if table == NULL:
-        raise MemoryError
-    try:
-        with nogil:
-            for j in range(m + 1):
-                table[j] = 0
-            for i in range(1, n + 1):
-                table[i * width] = 0
-                for j in range(1, m + 1):
-                    if a[i - 1] == b[j - 1]:
-                        table[i * width + j] = table[(i - 1) * width + j - 1] + 1
-                    else:
-                        table[i * width + j] = max(table[(i - 1) * width + j], table[i * width + j - 1])
-        size = table[n * width + m]
-        i, j = n, m
-        while i and j:
-            if a[i - 1] == b[j - 1]:
-                common.append(a[i - 1])
-                if a0 == <int64_t>i and b0 == <int64_t>j:
-                    a0 -= 1
-                    b0 -= 1
-                else:
-                    if a0 >= 0:
-                        runs.append(((a0, a1), (b0, b1)))
-                    a0 = a1 = <int64_t>i - 1
-                    b0 = b1 = <int64_t>j - 1
-                i -= 1
-                j -= 1
-            elif table[(i - 1) * width + j] > table[i * width + j - 1]:
-                i -= 1
-            else:
-                j -= 1
-        if a0 >= 0:
-            runs.append(((a0, a1), (b0, b1)))
-    finally:
-        free(table)
-    common.reverse()
-    return bytes(common), runs, size
-
-
-def crc64(const uint8_t[:] data, uint64_t crc=0):
-    """CRC-64 of the Jones polynomial, reflected, as DUMP's payloads end with."""
-    cdef Py_ssize_t i
-    for i in range(data.shape[0]):
-        crc = CRC64[(crc ^ data[i]) & 0xff] ^ (crc >> 8)
-    return crc
-
-
-cdef uint64_t CRC64[256]
-
-cdef void make_crc64() noexcept:
-    cdef int i, k
-    cdef uint64_t crc
-    for i in range(256):
-        crc = i
-        for k in range(8):
-            crc = (crc >> 1) ^ (0x95ac9329ac4bc9b5 if crc & 1 else 0)
-        CRC64[i] = crc
-
-make_crc64()
 
 
 class CommandError(Exception):

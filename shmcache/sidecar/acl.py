@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from shmcache import errors
-from shmcache.core._resp import matches
+from shmcache.core._text import matches
 from shmcache.sidecar import replies
 from shmcache.sidecar.commands.table import NO_AUTH, SUBCOMMANDS, TABLE, WRITE, categories, family, full_name, keys_in, shown
 from shmcache.sidecar.replies import bulk, integer

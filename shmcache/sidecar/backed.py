@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from shmcache import errors
-from shmcache.core import _resp
+from shmcache.core import _resp, _text
 from shmcache.policy import BATCH, MISSING, StoredCache, ThroughCache, knows
 from shmcache.sidecar.commands.table import OF_CACHE, TABLE, WRITE, Error, keys_in
 from shmcache.sidecar.commands.transactions import discard_transaction
@@ -55,7 +55,7 @@ def planned(client: Connection, through: bool) -> Plan:
     plan, db = Plan(), client.db
     for one in client.queue if transaction else [words]:
         name, arguments = one[0].decode("latin-1").lower(), one[1:]
-        if name == "select" and (n := _resp.number(arguments[0])) is not None and 0 <= n < client.ex.databases:
+        if name == "select" and (n := _text.number(arguments[0])) is not None and 0 <= n < client.ex.databases:
             db = n
         if through and name in ("eval", "evalsha"):
             raise Error("ERR scripts that may write do not run in front of a store that is written through, or around: use EVAL_RO")
@@ -83,7 +83,7 @@ def planned(client: Connection, through: bool) -> Plan:
 def target(arguments: list[bytes], db: int) -> int:
     """The database that COPY writes."""
     for word, following in itertools.pairwise(arguments[2:]):
-        if word.lower() == b"db" and (n := _resp.number(following)) is not None:
+        if word.lower() == b"db" and (n := _text.number(following)) is not None:
             db = n
     return db
 

@@ -57,7 +57,7 @@ class WriteBack:
         self.dirty.recount()  # who was before may have died
         self.next_recount = 0.0
         self.damaged: bytes | None = None
-        self.behind = False  # it has been said that versions are
+        self.behind = self.waiting = False  # it has been said that versions are below the store's; that a restore is waited for
         self.thread = threading.Thread(target=self.run, name="writeback", daemon=True)
         self.thread.start()
 
@@ -90,6 +90,9 @@ class WriteBack:
     def one_pass(self) -> bool:
         """Store what is dirty now: False if the store failed. What is refused, or was written meanwhile, stays dirty."""
         if self.cache.durability()["generations_missing"]:  # what is dirty is being restored: none of it is to go before all is there
+            if not self.waiting:
+                self._say("storing nothing until the restore has put in what the store has not got; if it was killed, run it again")
+            self.waiting = True
             return True
         asked = int(self.header["flushes_asked"])
         find = self.dirty.walk if asked > int(self.header["flushes_ended"]) else self.dirty.find

@@ -176,6 +176,9 @@ def test_a_read_does_not_need_the_cache(front, mode):
         assert 90 < client.ttl("k") <= 100 and client.ttl("n") == -1
     with client.pipeline(transaction=True) as pipe:
         assert pipe.get("k").get("other").execute() == [b"v", b"w"]
+    assert client.execute_command("EVAL_RO", "return {redis.call('GET', KEYS[1]), redis.call('TTL', KEYS[2])}", 2, "k", "n") == [b"v", -1]
+    assert client.execute_command("OBJECT", "ENCODING", "n") == b"int" and client.type("k") == b"string" and client.getrange("k", 0, 0) == b"v"
+    assert client.lcs("k", "k") == b"v" and client.touch("k", "none") == 1
     assert time.monotonic() - began < 1  # nobody waits
     assert client.get(b"\0own") == b"1"
     with pytest.raises(redis.ResponseError, match="cannot be cached just now"):  # keys of the cache itself have no copies

@@ -253,7 +253,7 @@ def test_a_closed_handle_answers_or_says_that_it_is_closed(cache):
     name = cache.name
     calls = {
         "set": (b"k", b"v"), "add": (b"k", b"v"), "replace": (b"k", b"v"), "cas": (b"k", b"v", 1), "get_or_set": (b"k", int), "claim": (b"k", 1.0),
-        "fill_claim": (b"k", b"v", 1), "get_lease": (b"k",), "invalidate_tag": ("t",), "discard": (b"k",), "flush": (), "mark": (b"k", 1.0), "end_mark": (b"k",), "count_store": (1,), "unclaim": (b"k", 1), "set_many": ({b"k": b"v"},), "get_many": ([b"k"],), "delete_many": ([b"k"],), "expire": (b"k", 1),
+        "fill_claim": (b"k", b"v", 1), "get_lease": (b"k",), "invalidate_tag": ("t",), "discard": (b"k",), "invalidate": (b"k",), "flush": (), "mark": (b"k", 1.0), "end_mark": (b"k",), "count_store": (1,), "unclaim": (b"k", 1), "set_many": ({b"k": b"v"},), "get_many": ([b"k"],), "delete_many": ([b"k"],), "expire": (b"k", 1),
         **dict.fromkeys(("get", "gets", "peek", "delete", "pop", "ttl", "touch", "persist", "incr", "decr", "claim_version"), (b"k",)),
         **dict.fromkeys(("clear", "counters", "processes", "supervisor", "slab_classes", "stats", "verify", "views", "durability", "store_counters"), ()),
     }  # fmt: skip

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import shmcache
-from shmcache.core import _resp
+from shmcache.core import _text
 from shmcache.sidecar import acl, commands
 from tests.redis.inprocess import InProcess
 from tests.redis.resp import encode
@@ -239,7 +239,7 @@ def as_expression(pattern):
 @given(st.lists(st.sampled_from([b"*", b"?", b"a", b"b"]), max_size=8), st.lists(st.sampled_from([b"a", b"b"]), min_size=1, max_size=10))
 def test_patterns_as_regular_expressions(pattern, data):
     pattern, data = b"".join(pattern), b"".join(data)
-    assert _resp.matches(pattern, data) == (as_expression(pattern).fullmatch(data) is not None)
+    assert _text.matches(pattern, data) == (as_expression(pattern).fullmatch(data) is not None)
 
 
 @pytest.mark.parametrize(
@@ -251,29 +251,29 @@ def test_patterns_as_regular_expressions(pattern, data):
     ],
 )  # fmt: skip
 def test_patterns(pattern, data, fits):
-    assert _resp.matches(pattern, data) == fits
+    assert _text.matches(pattern, data) == fits
 
 
 def test_crc64_of_the_published_check_value():
-    assert _resp.crc64(b"123456789") == 0xE9C6D914C4B8D9CA
+    assert _text.crc64(b"123456789") == 0xE9C6D914C4B8D9CA
 
 
 @pytest.mark.parametrize(
     "a, b, total", [(b"10.5", b"0.1", b"10.6"), (b"3.0e3", b"200", b"3200"), (b"-0.0", b"0", b"0"), (b"1", b"-1", b"0"), (b"5e-324", b"0", None)]
 )
 def test_floats_are_added_as_long_doubles(a, b, total):
-    assert _resp.add_floats(a, b) == (total if total is not None else b"0")
+    assert _text.add_floats(a, b) == (total if total is not None else b"0")
 
 
 @pytest.mark.parametrize("text", [b"", b" 1", b"1 ", b"x", b"nan", b"1,5", b"1e99999"])
 def test_what_is_no_float(text):
     with pytest.raises(ValueError):
-        _resp.add_floats(text, b"1")
+        _text.add_floats(text, b"1")
 
 
 @given(st.binary(max_size=30), st.binary(max_size=30))
 def test_the_longest_common_subsequence(a, b):
-    common, runs, size = _resp.longest_common(a, b)
+    common, runs, size = _text.longest_common(a, b)
     assert len(common) == size == sum(a1 - a0 + 1 for (a0, a1), _ in runs)
     assert common == b"".join(a[a0 : a1 + 1] for (a0, a1), _ in reversed(runs)) == b"".join(b[b0 : b1 + 1] for _, (b0, b1) in reversed(runs))
     rows = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from shmcache.core import _resp
+from shmcache.core import _text
 from shmcache.sidecar.commands.table import ONE, RAW, SYNTAX, WRITE, Error, command, integer_of
 from shmcache.sidecar.commands.transactions import all_of
 from shmcache.sidecar.replies import array, integer, nil
@@ -116,7 +116,7 @@ def bitop(client: Connection, arguments: list[bytes]) -> bytes:
 
 def bitfield_type(word: bytes) -> tuple[bool, int]:
     """(signed, bits)"""
-    n = _resp.number(word[1:])
+    n = _text.number(word[1:])
     signed = word[:1] == b"i"
     if n is None or not (signed or word[:1] == b"u") or not 1 <= n <= (64 if signed else 63):
         raise Error("ERR Invalid bitfield type. Use something like i16 u8. Note that u64 is not supported but i64 is.")
@@ -125,7 +125,7 @@ def bitfield_type(word: bytes) -> tuple[bool, int]:
 
 def bitfield_offset(client: Connection, word: bytes, bits: int) -> int:
     times = word.startswith(b"#")
-    n = _resp.number(word[1:] if times else word)
+    n = _text.number(word[1:] if times else word)
     most = int(client.server.settings["proto-max-bulk-len"]) * 8
     if n is None or n < 0 or (n * bits if times else n) + bits > most:
         raise Error("ERR bit offset is not an integer or out of range")

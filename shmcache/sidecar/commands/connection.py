@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from shmcache.core import _resp
+from shmcache.core import _text
 from shmcache.sidecar import acl, replies
 from shmcache.sidecar.commands.everywhere import everywhere, part
 from shmcache.sidecar.commands.pubsub import forget
@@ -70,7 +70,7 @@ def hello(client: Connection, arguments: list[bytes]) -> bytes:
     protocol, name = client.protocol, None
     rest = list(arguments)
     if rest:
-        n = _resp.number(rest.pop(0))
+        n = _text.number(rest.pop(0))
         if n is None:
             raise Error("ERR Protocol version is not an integer or out of range")
         if n not in (2, 3):
@@ -178,7 +178,7 @@ def client_(client: Connection, arguments: list[bytes]) -> bytes | None:
             client.skip = 2  # this one, which replies nothing, and the next
         return OK if how == b"on" else None
     if word == b"pause" and len(rest) in (1, 2):
-        ms = _resp.number(rest[0])
+        ms = _text.number(rest[0])
         if ms is None or not 0 <= ms < 1 << 50:
             raise Error("ERR timeout is negative" if ms is not None and ms < 0 else "ERR timeout is not an integer or out of range")
         if len(rest) == 2 and rest[1].lower() not in (b"write", b"all"):
@@ -240,7 +240,7 @@ def kill_clients(server: Server, asked_by: int, rest: list[bytes]) -> int:
     for word, value in zip(rest[::2], rest[1::2], strict=True):
         word = word.lower()
         if word == b"id":
-            number = _resp.number(value)
+            number = _text.number(value)
             if number is None or number < 1:
                 raise Error("ERR client-id should be greater than 0")
             clients = [c for c in clients if c.id == number]

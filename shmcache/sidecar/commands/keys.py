@@ -6,8 +6,8 @@ import random
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from shmcache.core import _resp
-from shmcache.core._resp import matches
+from shmcache.core import _resp, _text
+from shmcache.core._text import matches
 from shmcache.sidecar import replies
 from shmcache.sidecar.commands.table import ONE, RAW, SCAN_BUCKETS, SYNTAX, WRITE, Error, command, container, in_pool, integer_of
 from shmcache.sidecar.replies import OK, array, bulk, integer, nil
@@ -123,7 +123,7 @@ def randomkey(client: Connection, arguments: list[bytes]) -> bytes:
 def encoding(value: bytes, codec: int) -> str:
     if codec & RAW:
         return "raw"
-    if codec == 2 or (len(value) <= 20 and _resp.number(value) is not None):
+    if codec == 2 or (len(value) <= 20 and _text.number(value) is not None):
         return "int"
     return "embstr" if len(value) <= 44 else "raw"
 
@@ -172,14 +172,14 @@ def dump(client: Connection, arguments: list[bytes]) -> bytes:
     if found is None:
         return nil(client.protocol)
     value = found[0]
-    n = _resp.number(value) if len(value) <= 11 else None
+    n = _text.number(value) if len(value) <= 11 else None
     if n is not None and -(1 << 31) <= n < 1 << 31:
         width = 1 if -128 <= n < 128 else 2 if -(1 << 15) <= n < 1 << 15 else 4
         body = bytes([0xC0 | (width >> 1)]) + n.to_bytes(width, "little", signed=True)
     else:
         body = rdb_length(len(value)) + value
     payload = b"\0" + body + RDB_VERSION.to_bytes(2, "little")
-    return bulk(payload + _resp.crc64(payload).to_bytes(8, "little"))
+    return bulk(payload + _text.crc64(payload).to_bytes(8, "little"))
 
 
 def rdb_length(n: int) -> bytes:
@@ -197,7 +197,7 @@ BAD_FORMAT = "ERR Bad data format"
 def undumped(payload: bytes, most: int = 1 << 29) -> bytes:
     if len(payload) < 10 or int.from_bytes(payload[-10:-8], "little") > RDB_VERSION:
         raise Error(BAD_PAYLOAD)
-    if _resp.crc64(payload[:-8]) != int.from_bytes(payload[-8:], "little"):
+    if _text.crc64(payload[:-8]) != int.from_bytes(payload[-8:], "little"):
         raise Error(BAD_PAYLOAD)
     body = payload  # as Redis reads it: what follows the value is not looked at
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from shmcache.core._resp import matches
+from shmcache.core._text import matches
 from shmcache.sidecar import replies
 from shmcache.sidecar.commands.table import IN_PUBSUB, PUSH_LIMIT, PUSHES, SYNTAX, Error, categories, command, container, full_name
 from shmcache.sidecar.replies import OK, array, bulk, integer, nil

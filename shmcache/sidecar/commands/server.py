@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from shmcache.core import _resp
-from shmcache.core._resp import matches
+from shmcache.core import _text
+from shmcache.core._text import matches
 from shmcache.sidecar import acl, replies
 from shmcache.sidecar.commands.everywhere import everywhere, heard, part
 from shmcache.sidecar.commands.keys import encoding
@@ -57,7 +57,7 @@ def config(client: Connection, arguments: list[bytes]) -> bytes | None:
                 raise Error(f"ERR CONFIG SET failed (possibly related to argument '{name}') - can't set immutable config")
             limits = CHANGEABLE[name]
             if limits is not None:
-                n = _resp.number(value_b)
+                n = _text.number(value_b)
                 if n is None or not limits[0] <= n <= limits[1]:
                     raise Error(
                         f"ERR CONFIG SET failed (possibly related to argument '{name}') - argument must be between {limits[0]} and "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from shmcache.core import _resp
+from shmcache.core import _text
 from shmcache.sidecar import replies
 from shmcache.sidecar.commands.table import ONE, SYNTAX, WRITE, Error, command, in_pool, integer_of
 from shmcache.sidecar.replies import bulk, integer
@@ -20,7 +20,7 @@ def incrbyfloat(client: Connection, arguments: list[bytes]) -> bytes:
         found = ex.read(key)
         value, version, expires_ms = (b"0", None, None) if found is None else found[:3]
         try:
-            value = _resp.add_floats(value, by)
+            value = _text.add_floats(value, by)
         except ValueError:
             raise Error("ERR value is not a valid float") from None
         except ArithmeticError:
@@ -52,7 +52,7 @@ def lcs(client: Connection, arguments: list[bytes]) -> bytes:
     a, b = (found[0] if (found := client.ex.read(key)) else b"" for key in arguments[:2])
     if (len(a) + 1) * (len(b) + 1) > 1 << 28:
         raise Error("ERR Insufficient memory, transient memory for LCS exceeds proto-max-bulk-len")
-    common, ranges, size = _resp.longest_common(a, b)
+    common, ranges, size = _text.longest_common(a, b)
     if length:
         return integer(size)
     if not idx:

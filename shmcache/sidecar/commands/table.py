@@ -11,7 +11,7 @@ from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from shmcache.core import _core, _resp
+from shmcache.core import _core, _resp, _text
 from shmcache.sidecar import replies
 from shmcache.sidecar.replies import array
 
@@ -99,7 +99,7 @@ def table(disabled: Container[str] = ()) -> dict[str, tuple[int, int, Run | None
 
 
 def integer_of(text: bytes, error: str = NOT_AN_INTEGER) -> int:
-    n = _resp.number(text)
+    n = _text.number(text)
     if n is None:
         raise Error(error)
     return n
@@ -133,7 +133,7 @@ def keys_in(name: str, arguments: list[bytes]) -> list[bytes]:
     if c is None:
         return []
     if name in SCRIPTS:
-        n = _resp.number(arguments[1]) or 0
+        n = _text.number(arguments[1]) or 0
         return arguments[2 : 2 + n] if n > 0 else []
     first, last, step = c.keys
     if first == 0:

@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from shmcache.core._core import WouldWait
-from shmcache.core._resp import number
+from shmcache.core._text import number
 from shmcache.sidecar import acl, replies
 from shmcache.sidecar.commands.pubsub import tell_monitors
 from shmcache.sidecar.commands.table import (
