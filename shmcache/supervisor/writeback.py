@@ -33,6 +33,7 @@ FIRST_PAUSE = 0.05  # seconds
 LONGEST_PAUSE = 5.0
 RETRY_REFUSED = 60.0
 RECOUNT_EVERY = 5.0  # seconds at least, of what writers' deaths have made wrong
+HIGHEST = 1 << 62  # of a row's version that is gone above; a column of 64 bits has as many again
 AT_END = 30.0  # seconds for which stop() tries to store what is left
 
 
@@ -184,6 +185,11 @@ class WriteBack:
             self._failed(e)
             return None
         behind = [item for item in items if item[0] in newer and item[4] > self.header["restored_seq"]]
+        for item in behind:
+            if newer[item[0]] >= HIGHEST:
+                refused[item[0]] = errors.StoreRefused(f"its row's version is {newer[item[0]]}, which shmcache never gives: set it to 0")
+        behind = [item for item in behind if item[0] not in refused]
+        self.cache.count_store(writes=len(items) - len(refused) - len(behind))
         if behind:
             base = max(newer[item[0]] - item[4] for item in behind) + 1
             self.header["version_base"] = max(int(self.header["version_base"]), base)
@@ -198,7 +204,6 @@ class WriteBack:
                 return None
             refused |= of_these
         self.header["flushed_ms"] = int(time.time() * 1000)
-        self.cache.count_store(writes=len(items) - len(refused))
         again = time.monotonic() + RETRY_REFUSED
         for key, _, _, _, version, _ in items:
             if key in refused:

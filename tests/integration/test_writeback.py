@@ -277,24 +277,28 @@ def test_rows_of_higher_versions_that_this_segment_has_not_given_do_not_swallow_
         store = DictStore() if kind == "dict" else stack.enter_context(opened(kind, request, tmp_path)).store()
         stack.callback(store.close)
         names = [b"k%d" % i for i in range(20)]
-        store.store_many(dict.fromkeys(names, ("of the future", None)), versions={name: 2**62 + i for i, name in enumerate(names)})
+        store.store_many(dict.fromkeys(names, ("of the future", None)), versions={name: 2**61 + i for i, name in enumerate(names)})
+        store.store_many({b"most": ("of nobody", None)}, versions={b"most": 2**63 - 1})
         with shmcache.create(name, "16M", policy=BACK, store=store) as cache:
             for i in range(0, 20, 2):
                 cache.set(f"k{i}", i)
             cache.delete("k1")
             cache.set("new", "v")
+            cache.set("most", "v")
             if kind == "dict":
                 cache.set("poison", 1)
                 store.codec = Refusing()
+            left = 1 + (kind == "dict")
             with flushing(cache, store):
-                until(lambda: cache.stats()["store"]["dirty_items"] == (kind == "dict"))
+                until(lambda: cache.stats()["store"]["dirty_items"] == left == cache.stats()["store"]["refused"])
                 expected = {b"k%d" % i: "of the future" if i % 2 else i for i in range(20) if i != 1} | {b"new": "v"}
                 assert {k: e.value for k, e in store.load_many([*names, b"new"]).items()} == expected
                 cache.set("k1", "again")
                 cache.delete("k2")
-                until(lambda: cache.stats()["store"]["dirty_items"] == (kind == "dict"))
+                until(lambda: cache.stats()["store"]["dirty_items"] == left == cache.stats()["store"]["refused"])
                 assert {k: e.value for k, e in store.load_many([b"k1", b"k2"]).items()} == {b"k1": "again"}
-        assert capfd.readouterr().err.count("higher versions") == 1
+        said = capfd.readouterr().err
+        assert said.count("higher versions") == 1 and said.count("set it to 0") == 1
         shmcache.unlink(name)
 
 
