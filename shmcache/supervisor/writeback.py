@@ -25,6 +25,8 @@ from shmcache.core import _dirty
 from shmcache.policy import check, policy_of
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     from shmcache.cache import Cache
     from shmcache.stores import Store
 
@@ -153,34 +155,22 @@ class WriteBack:
         """Those that were refused; None: the store failed."""
         refused: dict[bytes, Exception] = {}
         kept: dict[bytes, tuple[Any, float | None]] = {}
-        gone: list[bytes] = []
+        gone: dict[bytes, None] = {}
         for key, number, payload, left, _, _ in items:
             try:
                 negative = False
                 if number == codec.ENVELOPE:
                     number, negative, _, _, payload = codec.open_envelope(payload)
                 if negative or left == 0:
-                    gone.append(key)
+                    gone[key] = None
                 else:
                     kept[key] = (self.cache._value(number, payload), left)
             except Exception as e:  # a codec: anybody's code
                 refused[key] = e
         versions = {item[0]: item[5] for item in items}
-        newer: dict[bytes, int] = {}
         try:
-            timeout = self.policy.timeout
-            while some := {key: entry for key, entry in kept.items() if key not in refused}:
-                try:
-                    newer |= self.store.store_many(some, timeout=timeout, versions={key: versions[key] for key in some}) or {}
-                    break
-                except errors.RowsRefused as e:  # then the others again: what is newer of them is to be known
-                    refused |= e.errors
-            while keys := [key for key in gone if key not in refused]:
-                try:
-                    newer |= self.store.delete_many(keys, timeout=timeout, versions={key: versions[key] for key in keys}) or {}
-                    break
-                except errors.RowsRefused as e:
-                    refused |= e.errors
+            newer = self._sent(self.store.store_many, kept, versions, refused)
+            newer |= self._sent(lambda keys, **limits: self.store.delete_many(list(keys), **limits), gone, versions, refused)
         except Exception as e:  # a store: anybody's code
             self._failed(e)
             return None
@@ -211,6 +201,20 @@ class WriteBack:
         if refused:
             self._say(f"{errors.RowsRefused(refused)}; they are kept, and tried again")
         return refused
+
+    def _sent(
+        self, call: Callable[..., Mapping[bytes, int] | None], what: dict[bytes, Any], versions: dict[bytes, int],
+        refused: dict[bytes, Exception],
+    ) -> dict[bytes, int]:  # fmt: skip
+        """A call of the store, and again for those that it does not refuse: of rows that are newer there, their versions."""
+        while what:
+            try:
+                return dict(call(what, timeout=self.policy.timeout, versions={key: versions[key] for key in what}) or {})
+            except errors.RowsRefused as e:
+                refused |= e.errors
+                rest = {key: x for key, x in what.items() if key not in e.errors}
+                what = rest if len(rest) < len(what) else {}
+        return {}
 
     def _failed(self, error: Exception) -> None:
         self.cache.count_store(errors=1)
