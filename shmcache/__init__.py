@@ -12,15 +12,18 @@ The files, in reading order (arrows point down only; tests/unit/test_layers.py h
     supervisor/   eviction ahead of demand, expiry, snapshots, dump  -> cache, core
     cache.py      Cache, create, attach, open                        -> codec, segment, core
     flight.py     get_or_set, memoize, lock: computed once per host     -> core by cache
-    policy.py     a cache in front of a store: what its writes and misses do there -> cache, flight, stores
-    aio.py        the same, awaited
+    through.py    a cache in front of a store: writes that are stored first  -> stored
+    back.py       the same: writes that the supervisor stores              -> stored
+    stored.py     the same: misses load                                    -> policy, cache, flight, stores
+    policy.py     which of them it is, in the segment's header             -> segment, core
+    aio.py        all of it, awaited
     namespace.py  keys of their own, an O(1) clear of their own
     stores/       what stands behind the cache: SQLStore, FunctionStore -> codec
     codec.py      values that are not bytes, str or int              -> errors
     segment.py    the shared memory object, geometry, numpy views    -> core
     core/         layout, envelope -> atomics, siphash -> token -> lock -> ring -> slab -> bucket -> big -> settle -> clock -> table
                   _core.pyx the edge to Python, _sweep.pyx verify and settling, _stream.pyx items as records,
-                  _resp.pyx the Redis protocol
+                  _dirty.pyx what the store has not got, _resp.pyx the Redis protocol, _text.pyx its patterns and numbers
     errors.py     every exception
 """
 

@@ -321,9 +321,16 @@ def _handle(
 ) -> Cache:
     if store is None:
         return Cache(mapping, codec, trust)
-    from shmcache import policy
+    from shmcache.policy import policy_of
 
-    return policy.handle(mapping, codec, trust, store, tags)
+    policy = policy_of(mapping)
+    if policy is not None and policy.mode == "back":
+        from shmcache.back import BackCache
+
+        return BackCache(mapping, codec, trust, store, tags)
+    from shmcache.through import ThroughCache
+
+    return ThroughCache(mapping, codec, trust, store, tags)
 
 
 def attach(

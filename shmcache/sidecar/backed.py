@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING
 
 from shmcache import errors
 from shmcache.core import _resp, _text
-from shmcache.policy import BATCH, MISSING, StoredCache, ThroughCache, knows
 from shmcache.sidecar.commands.table import OF_CACHE, TABLE, WRITE, Error, keys_in
 from shmcache.sidecar.commands.transactions import discard_transaction
+from shmcache.stored import BATCH, MISSING, StoredCache
 from shmcache.stores import Entry
+from shmcache.through import ThroughCache, knows
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

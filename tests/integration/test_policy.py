@@ -18,7 +18,7 @@ import warnings
 import pytest
 
 import shmcache
-from shmcache import errors, policy
+from shmcache import errors
 from shmcache.core import _dirty
 from shmcache.stores import Entry
 from shmcache.supervisor import writeback
@@ -817,7 +817,7 @@ def test_a_load_that_asks_for_its_own_key_does_not_wait_for_itself(over, hooked)
 
 def test_the_mark_of_a_dead_writer_stands_till_its_time_is_over(over, hooked, monkeypatch):
     """What he had begun may still be done in the store: till then nothing that is loaded stays."""
-    monkeypatch.setattr(policy, "GRACE", 1.0)
+    monkeypatch.setattr(shmcache.stored, "GRACE", 1.0)
     cache = over(hooked, timeout=0.5)
     cache["k"] = "old"
     hooked.before = lambda what, keys: os.kill(os.getpid(), signal.SIGKILL) if what == "store" else None

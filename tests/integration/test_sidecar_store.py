@@ -135,7 +135,7 @@ def test_what_is_evicted_once_it_was_loaded_is_loaded_again(front, monkeypatch, 
     store = Hooked()
     store.store_many({b"k": (b"41", None), b"large": (bytes(3 << 20), None)}, versions={b"k": 0, b"large": 0})
     cache, client = front(store, mode, timeout=2.0)
-    get_many, times = shmcache.policy.StoredCache.get_many, []
+    get_many, times = shmcache.stored.StoredCache.get_many, []
 
     def and_evicted(self, keys):
         found = get_many(self, keys)
@@ -144,7 +144,7 @@ def test_what_is_evicted_once_it_was_loaded_is_loaded_again(front, monkeypatch, 
         times.append(1)
         return found
 
-    monkeypatch.setattr(shmcache.policy.StoredCache, "get_many", and_evicted)
+    monkeypatch.setattr(shmcache.stored.StoredCache, "get_many", and_evicted)
     client.response_callbacks.clear()
     assert client.execute_command(*line.split()) == reply and len(times) == 4
     with pytest.raises(redis.ResponseError, match="cannot be cached just now"):

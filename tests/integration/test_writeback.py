@@ -247,7 +247,7 @@ def test_add_does_not_pass_by_what_came_behind_a_tombstone(back, store, monkeypa
     cache = back()
     store.store_many({b"k": ("old", None)}, versions={b"k": 0})
     cache.delete("k")
-    add, seen = shmcache.policy.BackCache._add_claimed, []
+    add, seen = shmcache.back.BackCache._add_claimed, []
 
     def late(self, *args, **kwargs):
         if not seen:
@@ -259,7 +259,7 @@ def test_add_does_not_pass_by_what_came_behind_a_tombstone(back, store, monkeypa
                 assert cache.discard("k")
         return add(self, *args, **kwargs)
 
-    monkeypatch.setattr(shmcache.policy.BackCache, "_add_claimed", late)
+    monkeypatch.setattr(shmcache.back.BackCache, "_add_claimed", late)
     assert not cache.add("k", "mine")
     assert cache.get("k") == "another's"
     cache.delete("k")

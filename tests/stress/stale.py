@@ -28,7 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import shmcache
-from shmcache.policy import MISSING, ThroughCache
+from shmcache.stored import MISSING
+from shmcache.through import ThroughCache
 
 EVENT = struct.Struct("<BHQQQ")  # kind, key, value (0: none), from, to; monotonic ns, which all processes of a host share
 READ, WRITE = 0, 1

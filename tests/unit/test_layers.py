@@ -18,12 +18,15 @@ ALLOWED = {  # module -> what of ours it may import
     "stores": {"errors", "codec", "stores"},
     "flight": {"errors", "codec", "cache"},  # cache for annotations only
     "namespace": {"errors", "flight", "cache"},
-    "cache": {"errors", "core", "segment", "codec", "flight", "namespace", "policy", "stores"},  # those two for annotations, and on demand
-    "policy": {"errors", "codec", "core", "segment", "cache", "flight", "stores"},
+    "cache": {"errors", "core", "segment", "codec", "flight", "namespace", "policy", "stores", "through", "back"},  # those four for annotations, and on demand
+    "policy": {"errors", "core", "segment", "cache", "stores"},  # the last two for annotations only
+    "stored": {"errors", "codec", "core", "cache", "policy", "flight", "stores"},
+    "through": {"errors", "core", "cache", "flight", "stored", "stores"},
+    "back": {"errors", "codec", "core", "stored"},
     "aio": {"core", "cache", "flight"},
     "supervisor": {"errors", "codec", "core", "segment", "cache", "policy", "stores", "supervisor"},
     "metrics": set(),
-    "sidecar": {"errors", "core", "cache", "metrics", "policy", "stores", "sidecar"},
+    "sidecar": {"errors", "core", "cache", "metrics", "policy", "stored", "stores", "through", "sidecar"},
     "cli": {"errors", "core", "segment", "policy", "stores", "supervisor", "metrics", "sidecar"},
     "__init__": {"errors", "segment", "cache", "policy", "supervisor", "stores", "aio"},
 }

@@ -1,0 +1,271 @@
+"""`StoredCache`: what is the same with each policy: misses load from the store, and what is loaded is cached."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import TYPE_CHECKING, Any
+
+from shmcache import codec, errors, flight
+from shmcache.cache import Cache, attach
+from shmcache.core import _core
+from shmcache.policy import check, policy_of
+from shmcache.stores import Entry
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from datetime import timedelta
+
+    from shmcache.stores import Store
+
+    Key = bytes | str
+    Ttl = float | timedelta | None
+    Tags = Iterable[str] | None
+
+GRACE = 5.0  # seconds that a mark stands beyond the times that waiting and storing may take
+BATCH = 500  # keys in one call of the store
+DELETED = -5  # of claim(): in the store, too, as soon as the supervisor comes to it
+MISSING: Any = flight.MISSING
+
+
+class StoredCache(Cache):
+    """A cache that stands in front of a store, by the segment's policy. Made by create(), open() and attach() with store=.
+
+    Methods are Cache's. A miss loads. A write gets to the store, or raises what the store says (StoreUnavailable: it may have been done,
+    and can be done again; StoreRefused, RowsRefused) and leaves a miss. Keys that begin with a NUL byte, and with them namespaces, locks
+    and memoized results, are the cache's own. A ttl is the value's, also in the store; the segment's default_ttl is that of the cached
+    copy. len(), scan() and clear() are about what is cached.
+
+    get_lease() and fill() are for copies of what the caller has read from the store himself: fill() changes nothing there.
+
+    tags: of a stored key's copies, made of the key's bytes, so that who changes the store past the cache can drop them by invalidate_tag().
+    """
+
+    def __init__(
+        self, mapping: _core.Mapping, codec_name: str, trust: dict[str, Any] | None, store: Store,
+        tags: Callable[[bytes], Iterable[str]] | None = None,
+    ) -> None:
+        super().__init__(mapping, codec_name, trust)
+        policy = policy_of(mapping)
+        if policy is None:
+            raise errors.InvalidConfig(f"the segment {self.name!r} stands before no store: create it with policy=, or leave store= out")
+        self.policy = policy
+        self.store = store
+        self._age = 2 * policy.timeout + GRACE  # of claims and marks: longer than to wait for another's, and then for the store
+        check(policy, store, tags)
+        self._tags_of = tags
+        self._notes = policy.mode == "back" or policy.negative_ttl > 0 or policy.stale_ttl > 0  # there may be envelopes
+        self._reads_through = True
+
+    def __reduce__(self) -> Any:
+        if self.closed:
+            raise errors.CacheClosed("a closed handle cannot be pickled")
+        return _reopened, (self.name, self._codec_name, self._trust, self.store, self._tags_of)
+
+    # ---- loads ----
+
+    def _load_missing(self, key: Key, default: Any) -> Any:
+        """What get() does on a miss."""
+        name = _core.key_bytes(key)
+        if name[0] == 0:
+            return default
+        if self._notes:
+            state, value, seen = self._look(name)
+            if state == codec.NEGATIVE:
+                return default
+            if state == codec.FRESH or (state == codec.STALE and (value := self._refreshed(name, value, seen)) is not MISSING):
+                return value
+        deadline = time.monotonic() + self.policy.timeout
+        while (version := self._claim(name, deadline)) == 0:
+            value = self.peek(name, MISSING)
+            if value is not MISSING:
+                return value
+        if version == DELETED:
+            return default
+        entry = self._loaded([name], {name: version}).get(name)
+        return default if entry is None else entry.value
+
+    def _refreshed(self, name: bytes, stale: Any, seen: int) -> Any:
+        """A stale copy, of which one caller at a time loads another. MISSING: the store has none."""
+        claimed = flight.refresh_key(name)
+        version = self.claim(claimed, self._age)
+        if version <= 0:
+            return stale
+        try:
+            head = self._head(name)
+            entry = self._call(self.store.load_many, [name], timeout=self.policy.timeout).get(name)
+            self.count_store(loads=1, found=entry is not None)
+            if entry is None:
+                self.discard(name)
+                return MISSING
+            self._filled(name, entry, seen, head, True)
+            return entry.value
+        except errors.StoreUnavailable:
+            return stale
+        finally:
+            self.unclaim(claimed, version)
+
+    def _head(self, name: bytes) -> bytes | None:
+        """The tags of a key's copy, as they are before it is loaded."""
+        return None if self._tags_of is None else self._carry(self._tags_of(name))
+
+    def _claim(self, name: bytes, deadline: float) -> int:
+        """Of a missing key: a claim's version; 0: there is a value now; -1: load it, and do not fill it; DELETED.
+
+        Raises: StoreUnavailable: somebody else has been loading it for too long.
+        """
+        pause = flight.waits(deadline)
+        while True:
+            version = self.claim(name, self._age)
+            if version >= 0 or version == DELETED:
+                return version
+            if version in (-2, -4):  # the load of this very key asks for it; its writer is dead
+                return -1
+            if next(pause, "late"):
+                if version == -3:
+                    return -1
+                raise errors.StoreUnavailable(f"another caller has been loading this key for {self.policy.timeout} s: try again")
+
+    def _loaded(self, names: list[bytes], claims: dict[bytes, int]) -> dict[bytes, Entry]:
+        """What the store has of names, with which those of claims are filled. Claims are given back whatever happens."""
+        try:
+            found: dict[bytes, Entry] = {}
+            refused: dict[bytes, Exception] = {}
+            heads = {name: self._head(name) for name in claims}
+            for i in range(0, len(names), BATCH):
+                found.update(self._call(self._load_some, names[i : i + BATCH], refused))
+            self.count_store(loads=len(names), found=len(found))
+            for name, version in list(claims.items()):
+                entry = found.get(name)
+                if entry is None and self.policy.negative_ttl and version > 0 and name not in refused:
+                    if self._put_negative(name, self.policy.negative_ttl, version):
+                        del claims[name]
+                elif entry is not None and self._filled(name, entry, version, heads[name]):
+                    del claims[name]
+            if refused:
+                raise next(iter(refused.values())) if len(names) == 1 else errors.RowsRefused(refused)
+            return found
+        finally:
+            for name, version in claims.items():
+                if version > 0:
+                    self.unclaim(name, version)
+
+    def _is_negative(self, name: bytes) -> bool:
+        """Is it remembered that this key is not in the store?"""
+        return self._notes and self._look(name)[0] == codec.NEGATIVE
+
+    def _load_some(self, names: list[bytes], refused: dict[bytes, Exception]) -> dict[bytes, Entry]:
+        try:
+            return self.store.load_many(names, timeout=self.policy.timeout)
+        except errors.RowsRefused as e:
+            refused |= e.errors
+            rest = [name for name in names if name not in e.errors]
+            return self._load_some(rest, refused) if rest and len(rest) < len(names) else {}
+
+    def _filled(self, name: bytes, entry: Entry, version: int, head: bytes | None, refresh: bool = False) -> bool:
+        """Fill a claim or a mark with what the store has. False: it does not stand any more, or this cannot be cached."""
+        if version <= 0:
+            return False
+        try:
+            return self.fill_claim(name, entry.value, version, entry.ttl, head, self.policy.stale_ttl or None, 0, refresh)
+        except (errors.UnsupportedValue, errors.ValueTooLarge, errors.InvalidTTL, errors.CapacityError):
+            return False  # who asked gets it all the same
+
+    def _call(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A call of the store, counted if it fails."""
+        try:
+            return call(*args, **kwargs)
+        except BaseException:
+            if not self.closed:
+                self.count_store(errors=1)
+            raise
+
+    def get_many(self, keys: Iterable[Key]) -> dict[Any, Any]:
+        wanted = list(keys)
+        found = super().get_many(wanted)
+        missing = {_core.key_bytes(k): k for k in wanted if k not in found}
+        claims: dict[bytes, int] = {}
+        later = []
+        for name in sorted(missing):
+            if name[0] == 0:
+                continue
+            state = self._look(name)[0] if self._notes else codec.ABSENT
+            if state == codec.NEGATIVE:
+                continue
+            version = self.claim(name, self._age) if state == codec.ABSENT else 0
+            if version > 0:
+                claims[name] = version
+            else:
+                later.append(name)
+        values = {name: e.value for name, e in self._loaded(list(claims), claims).items()} if claims else {}
+        for name in later:  # there is a stale one, or somebody else loads or writes them: one by one, for each may be waited for
+            value = self.get(name, MISSING)
+            if value is not MISSING:
+                values[name] = value
+        for k in wanted:
+            if k not in found and (name := _core.key_bytes(k)) in values:
+                found[k] = values[name]
+        return found
+
+    def gets(self, key: Key) -> tuple[Any, int]:
+        """As Cache.gets. The version is the cached copy's: after an eviction cas() finds another one."""
+        name = _core.key_bytes(key)
+        deadline = time.monotonic() + self.policy.timeout
+        while True:
+            value, version = super().gets(name)
+            if version or name[0] == 0 or self.get(name, MISSING) is MISSING:
+                return value, version
+            if time.monotonic() > deadline:
+                raise errors.StoreUnavailable("this key is there, but cannot be cached just now, so it has no version: try again")
+
+    def __contains__(self, key: Key) -> bool:
+        return self.get(key, MISSING) is not MISSING
+
+    def ttl(self, key: Key) -> float | None:
+        """As Cache.ttl; of a key that is not cached, or cannot be, as the store says."""
+        name = _core.key_bytes(key)
+        ttl = super().ttl(name)
+        if ttl is None and name[0] != 0 and not self._is_negative(name):
+            version = self.claim(name, self._age)
+            entry = None if version == DELETED else self._loaded([name], {name: version}).get(name)
+            if entry is not None:
+                return math.inf if entry.ttl is None else entry.ttl
+        return ttl
+
+    def get_or_set(self, key: Key, factory: Callable[[], Any], ttl: Ttl = None, **options: Any) -> Any:
+        """As Cache.get_or_set, for a key that the store has not either: factory()'s value is stored. Options: lease alone."""
+        if not is_own(key) and options.keys() - {"lease"}:
+            raise errors.UsageError("in front of a store stale_ttl is the policy's, and tags are open()'s: leave them, and early, out here")
+        return super().get_or_set(key, factory, ttl, **options)
+
+    def _fill_computed(self, key: Key, value: Any, version: int, terms: flight.Terms, refresh: bool) -> bool:
+        return super()._fill_computed(key, value, version, terms, refresh) if is_own(key) else self.add(key, value, terms.ttl)
+
+    # ---- all of it ----
+
+    def delete(self, key: Key) -> bool:
+        return self.delete_many([key]) == 1
+
+    def __delitem__(self, key: Key) -> None:
+        if not self.delete(key):
+            raise KeyError(key)
+
+
+def _reopened(
+    name: str, codec_name: str, trust: dict[str, Any], store: Store, tags: Callable[[bytes], Iterable[str]] | None
+) -> Cache:
+    return attach(name, codec=codec_name, store=store, tags=tags, **trust)
+
+
+def no_tags(tags: Tags) -> None:
+    if tags is not None:
+        raise errors.UsageError("a copy that is loaded again would not have these tags: give open() tags=, a function of the key, instead")
+
+
+def is_own(key: Key) -> bool:
+    return _core.key_bytes(key)[0] == 0
+
+
+def seconds_of(ttl: Ttl) -> float | None:
+    """Raises: InvalidTTL."""
+    return None if ttl is None else _core.seconds(ttl)

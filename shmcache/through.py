@@ -1,0 +1,254 @@
+"""Through and around: who writes changes the store. `ThroughCache`.
+
+Who writes a key first puts a mark on it (core: Table.mark, a claim of the kind WRITING), which takes away what is cached; then changes the
+store; then, if exactly his mark still stands and no other writer's was in its place, fills it with the value (through), else deletes the
+key. So the cache has a value only if it is what the store has, or was what the store had when no write that is acknowledged by now had
+been asked for (a fill that began before a mark finds its claim gone).
+
+Race table
+    write vs write           the later mark takes the earlier's place, counts it, and knows it: "overlapped". Neither fills; the last to end
+                             takes the mark away, before he returns: nobody knows which of them the store did last
+    write vs change          add, replace, cas, incr, pop, expire ... mark the key for themselves: a write waits for them, they wait for all
+    write vs load            the mark voids the load's claim: its fill is refused. A load that meets a mark waits for it, then asks again;
+                             if the writer is dead, or slow, it loads and does not fill
+    write vs invalidate      the mark stays, with another version: its writer does not fill. clear() leaves it as it is
+    the store says no, or not now         the mark goes: a miss, which loads what the store has
+    the write is torn off    (unsettled; a signal handler raises; a bug of the store's) it may be going on: the mark stands till its time is
+                             over, and till then each miss loads, and does not fill
+    the writer dies          his mark stands till its time is over, longer than the store may work for him; till then loads do not fill
+    the writer is stopped, and goes on when his mark's time is over: his mark is gone, he deletes before he returns
+    a load vs a load         one has the claim, the others wait for it (flight.py); its death hands over at once
+Writes that other programs do in the store are seen when an item has expired; invalidate(), tags and a ttl are for them.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from shmcache import errors, flight
+from shmcache.cache import each
+from shmcache.core import _core
+from shmcache.stored import BATCH, MISSING, StoredCache, is_own, no_tags, seconds_of
+from shmcache.stores import Entry
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+    from shmcache.stored import Key, Tags, Ttl
+
+    # what a change makes of what is there: (value, seconds to live or None), or DELETE, or KEEP; and what its caller is told
+    Change = Callable[[Entry | None], tuple[Any, Any]]
+
+DELETE: Any = object()
+KEEP: Any = object()
+
+
+class ThroughCache(StoredCache):
+    """Through and around: who writes changes the store."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._fills = self.policy.mode == "through"
+
+    # ---- writes ----
+
+    def set(self, key: Key, value: Any, ttl: Ttl = None, tags: Tags = None) -> None:
+        name = _core.key_bytes(key)
+        if name[0] == 0:
+            super().set(name, value, ttl, tags)
+        else:
+            no_tags(tags)
+            self._write({name: value}, seconds_of(ttl))
+
+    def __setitem__(self, key: Key, value: Any) -> None:
+        self.set(key, value)
+
+    def set_many(self, mapping: Mapping[Any, Any] | Iterable[tuple[Key, Any]], ttl: Ttl = None, tags: Tags = None) -> None:
+        """As Cache.set_many; in the store as few calls, each a transaction where it has them."""
+        values = {_core.key_bytes(k): v for k, v in (mapping.items() if hasattr(mapping, "items") else mapping)}
+        own = {k: v for k, v in values.items() if k[0] == 0}
+        if own.keys() != values.keys():
+            no_tags(tags)
+        if own:
+            super().set_many(own, ttl, tags)
+        names = sorted(values.keys() - own.keys())
+        seconds = seconds_of(ttl)
+        for name in names:
+            self.encoded(values[name])  # all, before the first is stored
+        self._write_all({name: values[name] for name in names}, seconds)
+
+    def delete_many(self, keys: Iterable[Key]) -> int:
+        names = dict.fromkeys(_core.key_bytes(k) for k in keys)
+        there = super().delete_many([name for name in names if name[0] == 0])
+        stored = sorted(name for name in names if name[0] != 0)
+        unseen = [name for name in stored if self.peek(name, MISSING) is MISSING]
+        there += len(stored) - len(unseen) + len(self._loaded(unseen, {}))
+        self._write_all(dict.fromkeys(stored, DELETE), None)
+        return there
+
+    def _write_all(self, values: dict[bytes, Any], ttl: float | None) -> None:
+        """_write() in batches; what the store refuses of one does not keep it from the others."""
+        refused: dict[bytes, Exception] = {}
+        names = list(values)
+        for i in range(0, len(names), BATCH):
+            try:
+                self._write({name: values[name] for name in names[i : i + BATCH]}, ttl)
+            except errors.RowsRefused as e:
+                refused |= e.errors
+        if refused:
+            raise errors.RowsRefused(refused)
+
+    def _write(self, values: dict[bytes, Any], ttl: float | None) -> None:
+        """Store those values, or delete where it is DELETE (all, or none of them)."""
+        encoded = {name: value if value is DELETE else self.encoded(value) for name, value in values.items()}
+        deadline = time.monotonic() + self.policy.timeout
+        marks: dict[bytes, int] = {}  # 0: overlapped
+        heads = {name: self._head(name) for name in values} if self._fills else {}
+        known = True
+        try:
+            for name in sorted(values):
+                marks[name] = self._mark(name, deadline, alone=False)
+            known = False
+            self._store(values, ttl)
+            known = True
+            if self._fills and ttl != 0:
+                for name, value in encoded.items():
+                    if value is not DELETE and self._filled(name, Entry(value, ttl), marks[name], heads[name]):
+                        del marks[name]
+        except errors.ShmcacheError as e:
+            known = known or knows(e)
+            raise
+        finally:
+            self._end(marks, known)
+
+    def _end(self, names: Iterable[bytes], known: bool) -> None:
+        """Of writes that have not filled their marks. Not known: whether the store has done it, or will."""
+        def end(name: bytes) -> None:
+            self.end_mark(name, known)
+            self.discard(name)  # if the mark was not there any more, what was loaded meanwhile may be older
+
+        each(names, end)
+
+    def _mark(self, name: bytes, deadline: float, alone: bool, version: int = 0) -> int:
+        """Put a mark on a key: its version, 0 if another's was there, -1: the key has not this version.
+
+        Raises: StoreUnavailable: who has the key for himself, or (alone) whoever writes it, takes too long.
+        """
+        pause = flight.waits(deadline)
+        while True:
+            mark, overlapped = self.mark(name, self._age, alone, version)
+            if mark:
+                return 0 if overlapped and mark > 0 else mark
+            if next(pause, "late"):
+                raise errors.StoreUnavailable(
+                    f"another caller has been writing this key for {self.policy.timeout} s: nothing was changed; try again"
+                )
+
+    def _store(self, values: dict[bytes, Any], ttl: float | None) -> None:
+        gone = [name for name, value in values.items() if value is DELETE or ttl == 0]
+        kept = {name: (value, ttl) for name, value in values.items() if name not in gone} if len(gone) < len(values) else {}
+        if gone:
+            self._call(self.store.delete_many, gone, timeout=self.policy.timeout)
+        if kept:
+            self._call(self.store.store_many, kept, timeout=self.policy.timeout)
+        self.count_store(writes=len(values))
+
+    # ---- changes of what is there ----
+
+    def _change(self, key: Key, change: Change, version: int = 0) -> Any:
+        """Let change() make something else of what the store has, with nobody between: what it tells. MISSING: another version."""
+        name = _core.key_bytes(key)
+        deadline = time.monotonic() + self.policy.timeout
+        mark = self._mark(name, deadline, True, version)
+        if mark < 0:
+            return MISSING
+        filled, known = False, True
+        try:
+            head = self._head(name)
+            was = self._call(self.store.load_many, [name], timeout=self.policy.timeout).get(name)
+            now, told = change(was)
+            if now is KEEP:
+                now = was
+            else:
+                known = False
+                if now is DELETE:
+                    self._store({name: DELETE}, None)
+                else:
+                    self._store({name: now.value}, now.ttl)
+                known = True
+            if isinstance(now, Entry) and now.ttl != 0 and (self._fills or now is was):
+                filled = self._filled(name, now, mark, head)
+            return told
+        except errors.ShmcacheError as e:
+            known = known or knows(e)
+            raise
+        finally:
+            if not filled:
+                self._end([name], known)
+
+    def add(self, key: Key, value: Any, ttl: Ttl = None, tags: Tags = None) -> bool:
+        if is_own(key):
+            return super().add(key, value, ttl, tags)
+        no_tags(tags)
+        new = Entry(value, seconds_of(ttl))
+        self.encoded(value)
+        return bool(self._change(key, lambda was: (new, True) if was is None else (KEEP, False)))
+
+    def replace(self, key: Key, value: Any, ttl: Ttl = None, tags: Tags = None) -> bool:
+        if is_own(key):
+            return super().replace(key, value, ttl, tags)
+        no_tags(tags)
+        new = Entry(value, seconds_of(ttl))
+        self.encoded(value)
+        return bool(self._change(key, lambda was: (KEEP, False) if was is None else (new, True)))
+
+    def cas(self, key: Key, value: Any, version: int, ttl: Ttl = None, tags: Tags = None) -> bool:
+        if is_own(key):
+            return super().cas(key, value, version, ttl, tags)
+        no_tags(tags)
+        if not version:
+            return self.add(key, value, ttl)
+        new = Entry(value, seconds_of(ttl))
+        self.encoded(value)
+        return self._change(key, lambda was: (new, True), version) is True
+
+    def pop(self, key: Key, default: Any = None) -> Any:
+        if is_own(key):
+            return super().pop(key, default)
+        return self._change(key, lambda was: (KEEP, default) if was is None else (DELETE, was.value))
+
+    def incr(self, key: Key, n: int = 1, *, default: int | None = None, ttl: Ttl = None) -> int:
+        if is_own(key):
+            return super().incr(key, n, default=default, ttl=ttl)
+        if not isinstance(n, int) or not (default is None or isinstance(default, int)):
+            raise errors.NotANumber("incr and decr take an int to add, and an int or None as default")
+        seconds = seconds_of(ttl)
+
+        def count(was: Entry | None) -> tuple[Any, int]:
+            if was is None and default is None:
+                raise KeyError(key)
+            base, left = (default, seconds) if was is None else was
+            if type(base) is not int:
+                raise errors.NotANumber("the value of this key was not set as an int: set it to one first")
+            if not -(2**63) <= base + n < 2**63:
+                raise errors.CounterOverflow("the counter would leave the signed 64-bit range; it keeps its value")
+            return Entry(base + n, left), base + n
+
+        return int(self._change(key, count))
+
+    def touch(self, key: Key, ttl: Ttl = None) -> bool:
+        if is_own(key):
+            return super().touch(key, ttl)
+        seconds = seconds_of(ttl)
+        if seconds == 0:
+            return self.delete(key)
+        return bool(self._change(key, lambda was: (KEEP, False) if was is None else (Entry(was.value, seconds), True)))
+
+    def persist(self, key: Key) -> bool:
+        return super().persist(key) if is_own(key) else self.touch(key)
+
+
+def knows(e: errors.ShmcacheError) -> bool:
+    """Does who got this of a store's write know that nothing of it is to come? It is the store's word, not a signal's or a stranger's."""
+    return not (isinstance(e, errors.StoreUnavailable) and e.unsettled)
