@@ -189,6 +189,23 @@ def test_a_read_does_not_need_the_cache(front, mode):
     assert not [key for key in cache.scan() if key.startswith(b"\0try")] and cache.verify() == []
 
 
+@pytest.mark.parametrize("mode", ["through", "around"])
+def test_without_the_store_nothing_passes_it_by(make, mode):
+    store = DictStore()
+    store.store_many({b"k": (b"41", None)})
+    cache = make(policy=mode, store=store)
+    with serving(cache.name) as server, redis.Redis(port=server.port) as client:
+        client.response_callbacks.clear()
+        assert cache["k"] == b"41" == client.get("k")
+        for line in ("DEL k", "UNLINK k", "GETDEL k", "SET k v", "INCR k", "APPEND k v", "RENAME k n", "EXPIRE k 9", "SETNX n v", "GETEX k EX 9",
+                     "MSET k v", "COPY k n", "SETEX n 9 v"):  # fmt: skip
+            with pytest.raises(redis.ResponseError, match="this handle has none"):
+                client.execute_command(*line.split())
+        assert client.get("k") == b"41" and store.values() == {b"k": b"41"}
+        assert client.flushall() and client.get("k") is None  # what is cached
+    assert cache["k"] == b"41"
+
+
 # ---- writes -------------------------------------------------------------------------------------------------------------------------
 
 THERE = {b"n": b"41", b"s": b"abc", b"a": b"1", b"b": b"2"}
