@@ -1167,7 +1167,7 @@ cdef class Table:
             if op.when == IF_ABSENT and not self._reads_through:
                 return fail(NO_STORE)       # who cannot ask the store does not know
             self.wait_stored(s, self.mapping)
-        if likely(s.ring_bytes == 0) or op.flags & FLAG_CLAIM:
+        if likely(s.ring_bytes == 0) or op.flags & FLAG_CLAIM or passes_by(s, op.key):      # a copy of what the store has is not restored
             return self.put_now(s, op)
         held = self.mapping
         self.secure(s, held, &op.log, record_room(s, op.key_bytes, op.value_bytes))
@@ -1574,16 +1574,18 @@ cdef class Table:
         cdef seg_t* s
         cdef Mapping held = self.mapping
         cdef int rc
+        cdef bint logged
         key_view(key, &k, &n)
         s = self.ready()
         log.bytes = 0
         log.end = 0
-        if s.ring_bytes:
+        logged = s.ring_bytes != 0 and not passes_by(s, k)
+        if logged:
             self.secure(s, held, &log, record_room(s, n, 0))
         try:
             rc = self.remove_now(s, held, k, n, siphash13(k, n, s.k0, s.k1), 0, False, &log)
         finally:
-            if s.ring_bytes:
+            if logged:
                 self.over(s, &log, False)
         return rc == OK
 
