@@ -359,15 +359,29 @@ def open(
     A live segment keeps its own settings: arguments that differ from them are said in one ConfigMismatch warning.
     """
     options = _options(default_ttl, max_value, stripes, max_processes, lock_limit, log_buffer) | _policy_options(policy, store, tags)
+    new = {"mode": mode, "group": group, "huge_pages": huge_pages}
+    how = {"codec": codec, "owner": owner, "store": store, "tags": tags}
+    return _attached_or_created(name, size, options, new, {**how, "group": group})
+
+
+def open_logged(
+    name: str, size: int | str | None, log_policy: int, *, huge_pages: bool = False, log_buffer: int | str | None = None,
+    policy: Policy | str | None = None,
+) -> Cache:
+    """open(), for who is about to log it: one that is created is logged from the first moment, so that no write is acknowledged before."""
+    options = _options(None, None, None, None, None, log_buffer) | _policy_options(policy, None, None)
+    return _attached_or_created(name, size, options, {"huge_pages": huge_pages, "log_policy": log_policy}, {})
+
+
+def _attached_or_created(name: str, size: int | str | None, options: dict[str, Any], new: dict[str, Any], how: dict[str, Any]) -> Cache:
     size_bytes = None if size is None else segment.parse_size(size)
     for _ in range(100):  # only against somebody who creates and unlinks all the while
         try:
-            cache = attach(name, codec=codec, owner=owner, group=group, store=store, tags=tags)
+            cache = attach(name, **how)
         except errors.SegmentNotFound:
             try:
-                new_bytes = size_bytes or segment.parse_size(DEFAULT_SIZE)
-                mapping = segment.create(name, new_bytes, mode=mode, group=group, huge_pages=huge_pages, **options)
-                return _handle(mapping, codec, {}, store, tags)
+                mapping = segment.create(name, size_bytes or segment.parse_size(DEFAULT_SIZE), **new, **options)
+                return _handle(mapping, how.get("codec", "msgpack"), {}, how.get("store"), how.get("tags"))
             except errors.SegmentExists:
                 continue
         _warn_of_differences(cache, size_bytes, options)

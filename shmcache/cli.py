@@ -496,7 +496,9 @@ def _live_or_restored(args: argparse.Namespace, folder: Path | None) -> shmcache
     if buffer:
         created.setdefault("log_buffer", buffer)
     policy = args.policy or ("through" if args.store else None)
-    return shmcache.attach(args.name) if args.size is None else shmcache.open(args.name, args.size, policy=policy, **created)
+    if args.size is None:
+        return shmcache.attach(args.name)
+    return shmcache.cache.open_logged(args.name, args.size, appendlog.POLICIES[args.log], policy=policy, **created)
 
 
 def do_supervise(args: argparse.Namespace) -> int:

@@ -156,8 +156,8 @@ def create(
     **options: int,
 ) -> _core.Mapping:
     """Make a segment and map it. options: of geometry(). restored_seq: it is to be restored, and no version in what comes is higher; its
-    epoch is restored_epoch, and its log's policy from the first moment log_policy. config: a msgpack map, for the header. version_base: at
-    least; restored_base: of what is restored.
+    epoch is restored_epoch. log_policy: of its log, from the first moment. config: a msgpack map, for the header. version_base: at least;
+    restored_base: of what is restored.
 
     Warns: HugePagesRefused.
 
@@ -172,8 +172,8 @@ def create(
         raise errors.SegmentExists(f"a segment {name!r} exists: attach() or open() it, or unlink() it first")
     g, chunks = geometry(size_bytes, **options)
     if restored_seq:
-        g["restored_seq"], g["epoch"], g["log_policy"] = restored_seq, restored_epoch, log_policy
-    g["version_base"], g["restored_base"] = version_base, restored_base
+        g["restored_seq"], g["epoch"] = restored_seq, restored_epoch
+    g["log_policy"], g["version_base"], g["restored_base"] = log_policy, version_base, restored_base
     try:
         # Not posix_ipc's O_CREAT under a temporary name: a creator that is killed would leave it, with all its memory.
         fd = os.open(SHM_DIR, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, mode)

@@ -295,13 +295,13 @@ def format_segment(int fd, dict g, list chunk_bytes, bytes boot_id, bytes hash_k
         h.restored_base = g.get("restored_base", 0)
         #! create: header
         h.ring_bytes = g["ring_bytes"]
+        h.log_policy = g.get("log_policy", 0)
         h.epoch = 1
         h.tick = 1
         if "restored_seq" in g:
             h.epoch = h.restored_epoch = g["epoch"]
             h.restoring = NAMESPACES_FIRST
             h.restored_seq = g["restored_seq"]
-            h.log_policy = g["log_policy"]
             for i in range(h.n_stripes):
                 (<stripe_t*>(base + h.stripes_off))[i].seq = h.restored_seq
         classes = <class_t*>(base + h.classes_off)
