@@ -17,11 +17,12 @@ import time
 import pytest
 
 import shmcache
-from shmcache import errors
+from shmcache import cli, errors
 from shmcache.core import _stream
 from shmcache.supervisor import appendlog, datadir, snapshot
 from shmcache.supervisor import format as fmt
 from shmcache.supervisor.appendlog import AppendLog
+from shmcache.supervisor.loop import Supervisor
 
 LIMIT = 60  # seconds, of any wait
 
@@ -545,6 +546,34 @@ def test_what_was_acknowledged_survives_everything_being_killed(name, tmp_path):
                 assert promised[i] <= cache.get(b"k%d" % i) <= promised[i] + 50, (i, promised[i], cache.get(b"k%d" % i))
             assert cache.verify() == []
         shmcache.unlink(name)
+
+
+def test_a_segment_that_supervise_creates_is_logged_from_the_first_moment(name, tmp_path, monkeypatch):
+    """Else what workers write before the log begins is acknowledged, and in no file."""
+    seen = []
+
+    class Looked(Supervisor):
+        def __init__(self, cache, *args, **kwargs):
+            with shmcache.attach(cache.name) as worker:
+                seen.append(worker.durability()["log"])
+                thread = threading.Thread(target=lambda: seen.append(worker.set("k", "v")))
+                thread.start()
+                until(lambda: worker.peek("k") == "v")
+                assert len(seen) == 1  # seen by all, and not acknowledged
+                super().__init__(cache, *args, **kwargs)
+                thread.join()
+                self.stop()
+
+    monkeypatch.setattr("shmcache.supervisor.loop.Supervisor", Looked)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    assert cli.main(["supervise", name, "--quiet", "--size", "16M", "--data-dir", str(tmp_path / "data"), "--log", "always"]) == 0
+    assert seen == ["always", None]
+    shmcache.unlink(name)
+    with datadir.take(tmp_path / "data") as folder:
+        assert snapshot.restore(name, folder)["gaps"] == 0
+    with shmcache.attach(name) as cache:
+        assert cache["k"] == "v"
+    shmcache.unlink(name)
 
 
 def test_a_supervisor_that_dies_and_its_successor(name, tmp_path):

@@ -1165,9 +1165,6 @@ def test_what_is_dirty_survives_the_segment(name, tmp_path, hooked, log):
             thread.join(60)
             del supervisor
         shmcache.unlink(name)
-        if log:
-            for path in folder.glob("*.snapshot"):
-                path.unlink()
         snapshot.restore(name, folder)
         with shmcache.attach(name, store=hooked) as cache:
             assert int(cache.segment.header["restored_base"]) == first < int(cache.segment.header["version_base"])
@@ -1182,6 +1179,12 @@ def test_what_is_dirty_survives_the_segment(name, tmp_path, hooked, log):
                 cache.flush()
             assert stored(cache, "k") == {b"k": Entry("newest")}
             assert cache.verify() == []
+
+
+def test_nothing_is_lost_when_the_machine_reboots_again_and_again():
+    """In short; python -m tests.stress.reboot is the long one."""
+    done = subprocess.run([sys.executable, "-m", "tests.stress.reboot", "--rounds", "8"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("database", DATABASES)
