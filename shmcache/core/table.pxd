@@ -636,7 +636,6 @@ cdef inline int put(seg_t* s, put_t* op, uint64_t limit_ns) noexcept nogil:
         inherit_mark(s, of_mark(s, op.chunk, op.key_bytes), of_mark(s, f.addr, op.key_bytes))
         if it.expiry_ms < item_at(s, f.addr).expiry_ms:
             it.expiry_ms = item_at(s, f.addr).expiry_ms
-        #! put: mark inherited
     op.cas = st.seq + 1 if likely(op.when != RESTORED) else op.version
     st64(&it.cas, op.cas)
     #! put: cas
@@ -690,9 +689,7 @@ cdef inline int remove(seg_t* s, const uint8_t* key, size_t n, uint64_t h, uint6
         if not only_expired:        # the mark stays, and whoever's it is fills no more: what he has stored may be older than this
             note_intent(st, OP_TOUCH, f.addr, 0, st.count)
             st64(&item_at(s, f.addr).cas, st.seq + 1)
-            #! remove: mark void
             st64(&st.seq, st.seq + 1)
-            #! remove: seq of a mark
         stripe_release(s, st)
         return ABSENT
     if unlikely(ld32(&s.header.restoring)) and not only_expired and not version:
@@ -768,12 +765,9 @@ cdef inline int end_mark(seg_t* s, const uint8_t* key, size_t n, uint64_t h, bin
             word |= GIVEN_UP
         if word & WRITERS:
             st64(&mark[1], word)
-            #! end mark: others write
         elif word & GIVEN_UP:
             st64(&mark[1], word)
-            #! end mark: given up
             st64(&mark[0], 0)
-            #! end mark: nobody's
         else:
             gone = True
             remove_locked(s, st, b, f.slot, f.addr, OP_EVICT, NULL)

@@ -37,7 +37,6 @@ import numpy as np
 import shmcache
 from shmcache import errors
 from shmcache.core import _core, _dirty, _stream, _sweep
-from shmcache.stores import Entry
 from shmcache.supervisor import appendlog
 from shmcache.supervisor import format as fmt
 from tests import special
@@ -53,37 +52,12 @@ SMALL = 48 + 16 + 60  # bytes of a chunk for the filling items
 COMMITS = {"put: slot stored", "remove: slot cleared", "incr: value"}  # points right behind the store that makes a write seen
 
 
-class Rows:
-    """A store whose rows are items of the segment before it: who puts the segment's bytes back puts them back, too."""
-
-    ordered = False
-    cache: Any = None
-
-    def load_many(self, keys: Any, *, timeout: Any = None) -> dict[bytes, Entry]:
-        found = ((key, self.cache.get(b"\0row:" + key)) for key in keys)
-        return {key: Entry(value) for key, value in found if value is not None}
-
-    def store_many(self, items: Any, *, timeout: Any = None, versions: Any = None) -> None:
-        for key, (value, _) in items.items():
-            self.cache.set(b"\0row:" + key, value)
-
-    def delete_many(self, keys: Any, *, timeout: Any = None, versions: Any = None) -> None:
-        for key in keys:
-            self.cache.delete(b"\0row:" + key)
-
-    def close(self) -> None:
-        pass
-
-
 class Bench:
     """A segment with writable views, and what its keys ought to hold."""
 
     def __init__(self, size: str = "4M", **options: Any) -> None:
         self.name = f"matrix-{os.getpid()}"
         self.cache = shmcache.create(self.name, size, stripes=16, max_processes=6, lock_limit=2.0, **options)
-        self.rows: Rows | None = options.get("store")
-        if self.rows:
-            self.rows.cache = self.cache
         self.seg = self.cache.views(writable=True)
         self.expected: dict[bytes, Any] = {}
         self.fleeting: set[bytes] = set()  # may be evicted
@@ -96,7 +70,6 @@ class Bench:
         self.k0, self.k1 = map(int, self.seg.header["hash_key"])
         self.n_buckets, self.n_stripes = len(self.seg.buckets), len(self.seg.stripes)
         self.near: dict[bytes, list[bytes]] = {}
-        self.marked = False  # VICTIM has the mark of somebody else, who does not end
 
     def close(self) -> None:
         del self.seg
@@ -391,99 +364,6 @@ def to_be_stored(b: Bench) -> None:
 def back_store(b: Bench) -> None:
     stored(b, VICTIM)
     stored(b)
-
-
-# -- the same, before a store: who writes marks the key, stores, and fills his mark or ends it
-
-
-def stored_first(prepare: Callable[[Bench], None], mode: str = "through") -> Any:
-    return scenario(prepare=prepare, policy=shmcache.Policy(mode, timeout=0.05), store=Rows())
-
-
-def marked_by(mark: Callable[[Bench], Any], dies: bool, prepare: Callable[[Bench], None] = basic) -> Callable[[Bench], None]:
-    """The victim has another's mark: of one who is dead, or lives and does not go on."""
-
-    def prepared(b: Bench) -> None:
-        prepare(b)
-        if not dies:
-            mark(b)
-        elif (pid := os.fork()) == 0:
-            mark(b)
-            os.kill(os.getpid(), signal.SIGKILL)
-        else:
-            os.waitpid(pid, 0)
-        b.marked = True
-
-    return prepared
-
-
-def mark(b: Bench) -> None:
-    b.cache.mark(VICTIM, 500.0)
-
-
-@stored_first(basic)
-def through_set(b: Bench) -> None:
-    b.cache.set(VICTIM, NEW)
-
-
-@stored_first(basic, "around")
-def around_set(b: Bench) -> None:
-    b.cache.set(VICTIM, NEW)
-
-
-@stored_first(to_delete)
-def through_delete(b: Bench) -> None:
-    b.cache.delete(VICTIM)
-
-
-@stored_first(counter)
-def through_incr(b: Bench) -> None:
-    b.cache.incr(VICTIM)  # it wants the key for itself
-
-
-@stored_first(lambda b: (basic(b), b.cache.invalidate(VICTIM), setattr(b, "victim", [OLD]))[0])
-def through_load(b: Bench) -> None:
-    b.cache.get(VICTIM)
-
-
-@stored_first(marked_by(mark, dies=True))
-def through_set_after_death(b: Bench) -> None:
-    b.cache.set(VICTIM, NEW)
-
-
-@stored_first(marked_by(lambda b: b.cache.mark(VICTIM, 500.0, alone=True), dies=True, prepare=counter))
-def through_incr_after_death(b: Bench) -> None:
-    b.cache.incr(VICTIM)
-
-
-@stored_first(marked_by(mark, dies=False))
-def through_set_beside_another(b: Bench) -> None:
-    b.cache.set(VICTIM, NEW)
-
-
-@stored_first(marked_by(lambda b: (mark(b), b.cache.end_mark(VICTIM, known=False)), dies=False))
-def through_set_after_one_gave_up(b: Bench) -> None:
-    b.cache.set(VICTIM, NEW)
-
-
-def to_be_read(b: Bench) -> None:
-    basic(b)
-    b.victim = [OLD]
-
-
-@stored_first(marked_by(mark, dies=False, prepare=to_be_read))
-def through_given_up(b: Bench) -> None:
-    b.cache.end_mark(VICTIM, known=False)  # of a write that was torn off: it may be done yet
-
-
-@stored_first(marked_by(mark, dies=False, prepare=to_be_read))
-def through_invalidate_marked(b: Bench) -> None:
-    b.cache.invalidate(VICTIM)
-
-
-@stored_first(marked_by(mark, dies=False, prepare=to_be_read))
-def through_load_marked(b: Bench) -> None:
-    b.cache.get(VICTIM)
 
 
 def expired(b: Bench) -> None:
@@ -1057,8 +937,6 @@ def read_all(b: Bench, evicts: bool) -> list[str]:
     got = b.cache.get(VICTIM)
     if not any(type(got) is type(v) and got == v for v in b.victim):
         wrong.append(f"the operation's key reads {got!r:.60}")
-    if b.rows:
-        wrong += not_as_stored(b)
     return (wrong + read_states(b, evicts))[:5]
 
 
@@ -1072,30 +950,6 @@ def read_states(b: Bench, evicts: bool) -> list[str]:
     if not b.states or any(map(is_state, b.states if evicts else b.states[b.done : b.done + 1])):
         return []
     return [f"after {b.done} writes its keys are { {key: str(value)[:20] for key, value in got.items()} }"]
-
-
-def not_as_stored(b: Bench) -> list[str]:
-    """What is cached is what the store has; under somebody's mark nothing is."""
-    assert b.rows
-    row, got, cached = b.rows.load_many([VICTIM]).get(VICTIM), b.cache.get(VICTIM), b.cache.peek(VICTIM)
-    if got != (row and row.value):
-        return [f"the operation's key reads {got!r:.60}, and the store has {row}"]
-    return [f"{cached!r:.60} is cached while another writes"] if b.marked and cached is not None else []
-
-
-def when_marks_are_over(b: Bench) -> list[str]:
-    """Nobody is locked out for good."""
-    assert b.rows
-    b.seg.header["clock_shift_ms"] += 600_000
-    b.marked = False
-    if wrong := not_as_stored(b):
-        return wrong
-    if b.cache.policy.mode == "through" and b.cache.peek(VICTIM) is None:
-        return ["nothing is cached, and all marks are over"]
-    b.cache.set(VICTIM, b"later")
-    if b.cache.policy.mode == "through" and b.cache.peek(VICTIM) != b"later":
-        return ["a write is not cached, and all marks are over"]
-    return not_as_stored(b)
 
 
 def survivors(s: Scenario) -> Any:
@@ -1120,8 +974,6 @@ def survivors(s: Scenario) -> Any:
             took[f"same class {n}"] = 1000 * (time.monotonic() - began)
         if b.cache.get(VICTIM) not in (b"after", None):
             wrong.append("a later write is not read")
-        if b.rows:
-            wrong += not_as_stored(b) + when_marks_are_over(b)
         s.mend(b.cache)
         wrong += b.cache.verify()
         wrong += read_others(b, s.evicts)
@@ -1395,8 +1247,7 @@ def cases(stop: bool) -> dict[str, Scenario | Callable[[Bench], list[str]]]:
         **{f"take over after {first} / {point}": after_death(first, point) for first, point in FIRST_DEATHS},
         **{f"settle after {first} / {point}": after_death(first, point, settle_first=True) for first, point in SETTLED_AT_ONCE},
     }
-    scenarios = {name: s for name, s in SCENARIOS.items() if not (stop and "store" in s.options)}  # a miss loads, and so writes
-    return {**scenarios, **({} if stop else taken_over), **{race.__name__: race for race in RACES}}
+    return {**SCENARIOS, **({} if stop else taken_over), **{race.__name__: race for race in RACES}}
 
 
 def one(name: str, stop: bool) -> tuple[float, dict[str, Any]]:
