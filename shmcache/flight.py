@@ -145,11 +145,11 @@ def flying(cache: Cache, key: bytes | str, lease: float, terms: Terms) -> Genera
                 if state == STALE and (value := (yield from refreshing(cache, key, lease, terms, value, seen))) is not MISSING:
                     return value
             version = cache.claim(key, lease)
-            if version > 0 or version == -5:  # -5: deleted, which the store has not got yet
+            if version > 0 or version in (-4, -5):  # -4: who changes it in the store is dead; -5: deleted, which the store has not got yet
                 break
             if version == -2:
                 return (yield COMPUTE)
-            if version:  # another's; or somebody changes the key in the store, or was when he died
+            if version:  # another's; or somebody changes the key in the store
                 yield WAIT
             else:
                 value, seen = cache.gets(key)  # not get: that may miss early again

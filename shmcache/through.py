@@ -6,8 +6,9 @@ key. So the cache has a value only if it is what the store has, or was what the 
 been asked for (a fill that began before a mark finds its claim gone).
 
 Race table
-    write vs write           the later mark takes the earlier's place, counts it, and knows it: "overlapped". Neither fills; the last to end
-                             takes the mark away, before he returns: nobody knows which of them the store did last
+    write vs write           the later mark takes the earlier's place, names its writers, and knows it: "overlapped". Neither fills; the
+                             last to end takes the mark away, before he returns: nobody knows which of them the store did last. Of more than
+                             seven at a time the others wait
     write vs change          add, replace, cas, incr, pop, expire ... mark the key for themselves: a write waits for them, they wait for all
     write vs load            the mark voids the load's claim: its fill is refused. A load that meets a mark waits for it, then asks again;
                              if the writer is dead, or slow, it loads and does not fill
@@ -15,7 +16,8 @@ Race table
     the store says no, or not now         the mark goes: a miss, which loads what the store has
     the write is torn off    (unsettled; a signal handler raises; a bug of the store's) it may be going on: the mark stands till its time is
                              over, and till then each miss loads, and does not fill
-    the writer dies          his mark stands till its time is over, longer than the store may work for him; till then loads do not fill
+    the writer dies          his mark stands till its time is over, longer than the store may work for him, whoever writes meanwhile; till
+                             then loads do not fill, and nobody waits
     the writer is stopped, and goes on when his mark's time is over: his mark is gone, he deletes before he returns
     a load vs a load         one has the claim, the others wait for it (flight.py); its death hands over at once
 Writes that other programs do in the store are seen when an item has expired; invalidate(), tags and a ttl are for them.
@@ -133,7 +135,7 @@ class ThroughCache(StoredCache):
     def _mark(self, name: bytes, deadline: float, alone: bool, version: int = 0) -> int:
         """Put a mark on a key: its version, 0 if another's was there, -1: the key has not this version.
 
-        Raises: StoreUnavailable: who has the key for himself, or (alone) whoever writes it, takes too long.
+        Raises: StoreUnavailable: who has the key for himself, or (alone, or seven at a time) whoever writes it, takes too long.
         """
         pause = flight.waits(deadline)
         while True:

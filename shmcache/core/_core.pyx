@@ -41,9 +41,9 @@ from shmcache.core.ring cimport log_t, record_room, ring_of, ring_release, ring_
 from shmcache.core.siphash cimport siphash, siphash13
 from shmcache.core.slab cimport chunk_class, cls_mark, give_back_all, item_at, page_cls
 from shmcache.core.table cimport (
-    ALONE, ALWAYS, IF_ABSENT, IF_CLAIM, IF_PRESENT, IF_SAME, IF_UNCLAIMED, IF_UNMARKED, IF_UNMARKED_BY_ANY, IF_VERSION, RESTARTS, WRITER, add_to,
-    clear_all, count_items, end_mark, envelope_state, give_up, next_keys, passes_by, prefetch_item, put, put_t, read_begin, read_claim, read_copy, read_end, read_generation, read_t, remove,
-    remove_claim, same_item, set_expiry, state_in_place, unchanged)
+    ALWAYS, IF_ABSENT, IF_CLAIM, IF_PRESENT, IF_SAME, IF_UNCLAIMED, IF_UNMARKED, IF_UNMARKED_BY_ANY, IF_VERSION, RESTARTS, add_to,
+    clear_all, count_items, end_mark, envelope_state, give_up, mark_t, next_keys, passes_by, prefetch_item, put, put_t, read_begin, read_claim, read_copy, read_end,
+    read_generation, read_t, remove, remove_claim, same_item, set_expiry, state_in_place, unchanged)
 from shmcache.core.token cimport (
     ABSENT, AGAIN, BUSY, EXISTS, INTR, KEPT, MISMATCH, NO_OFD, NO_ROOM, NO_ROW, NO_STORE, NOT_INT, OK, OS_ERROR, OVERFLOW, SUPERVISOR_BYTE,
     close, dead, getpid, mono_ns, munmap, prober_ready, row_of, shm_ofd_lock, shm_reopen, shm_wiped_page, take_row, wall_ms, word_of)
@@ -1661,8 +1661,8 @@ cdef class Table:
 
         Args: seconds: after which the claim is void, 0: never. lock: clear() leaves it alone.
         Returns: the claim's version, above 0; 0: a value is there; -1: another living thread's claim stands, or (write-back) a restore has
-        not put in yet what the store has not got; -2: this thread's own; -3: somebody changes it in the store (mark()); -4: did, and has
-        ended or is dead; -5: it was deleted, and the store does not know yet.
+        not put in yet what the store has not got; -2: this thread's own; -3: somebody changes it in the store (mark()); -4: did, and is
+        dead or does not know how it ended; -5: it was deleted, and the store does not know yet.
         A claim of the dead is taken over. Whoever sets, deletes or (but for a lock) clears the key voids it.
         """
         cdef put_t op
@@ -1689,7 +1689,7 @@ cdef class Table:
                 continue
             if rc == EXISTS:
                 if flags & FLAG_WRITING:
-                    return -4 if token == 0 or dead(s, token) else -3
+                    return -3 if token else -4
                 if token == owner[0]:
                     return -2 if thread == owner[1] else -1
                 if not dead(s, token):
@@ -1729,21 +1729,20 @@ cdef class Table:
 
         Args: seconds: that the mark stands, also if this process dies: its write may be going on in the store. alone: nobody else is to
         write meanwhile. version: if the key still has it.
-        Returns: (version, overlapped). The version is for fill_claim(), 0 if a living thread's mark is in the way: one that wants the key
-        for itself; or, alone, any; -1: it has another version. overlapped: another's mark was there, so nobody knows what the store will
-        have in the end. Who does not fill it calls end_mark().
+        Returns: (version, overlapped). The version is for fill_claim(), 0 if living threads' marks are in the way: of one that wants the
+        key for itself; alone, of any; or of seven; -1: it has another version. overlapped: another's mark was there, so nobody knows what
+        the store will have in the end. Who does not fill it calls end_mark().
         """
         cdef put_t op
-        cdef uint64_t owner[2]
+        cdef mark_t mark
         cdef seg_t* s
         cdef int rc
-        cdef uint64_t token
         key_view(key, &op.key, &op.key_bytes)
         while True:
             s = self.ready()
-            token = s.me[0]
-            owner[0] = s.me[0]
-            owner[1] = (<uint64_t>PyThread_get_thread_ident() & (WRITER - 1)) + WRITER + (ALONE if alone else 0)
+            memset(&mark, 0, sizeof(mark))
+            mark.owner = mark.token[0] = s.me[0]
+            mark.alone = alone
             op.chunk = 0
             op.refs = 0
             op.hash = siphash13(op.key, op.key_bytes, s.k0, s.k1)
@@ -1753,17 +1752,17 @@ cdef class Table:
             op.flags = FLAG_CLAIM | FLAG_LOCK | FLAG_WRITING
             op.loaded = True
             op.codec = CODEC_BYTES
-            op.value = <const uint8_t*>owner
-            op.value_bytes = 16
-            op.expiry_ms = now_ms(s) + <uint64_t>(seconds * 1000 + 0.999999)
+            op.value = <const uint8_t*>&mark
+            op.value_bytes = sizeof(mark)
+            op.expiry_ms = mark.until_ms[0] = now_ms(s) + <uint64_t>(seconds * 1000 + 0.999999)
             rc = self.put_view(s, &op)
-            if rc != MISMATCH or token == s.me[0]:      # else a fork child: the mark was the parent's
+            if rc != MISMATCH or mark.owner == s.me[0]:      # else a fork child: the mark was the parent's
                 return (op.cas if rc == OK else -1 if rc == MISMATCH else 0), bool(op.overlapped)
 
     def end_mark(self, key, bint known=True):
         """End a write for which mark() was called, and whose mark was not filled: it goes when all have ended who put one here.
 
-        Args: known: it is known what the store has done; else the mark stands till its time is over, and nobody waits for it.
+        Args: known: it is known what the store has done; else the mark stands till this write's time is over, and nobody waits for it.
         """
         self.give_back(key, 0, known)
 

@@ -10,7 +10,7 @@
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 cdef enum:
-    LAYOUT_VERSION = 6      # bump = attach refuses older segments, every host starts cold
+    LAYOUT_VERSION = 7      # bump = attach refuses older segments, every host starts cold
     SLOTS = 7               # of a bucket
     OV_SLOTS = 6            # of an overflow bucket; its last word says whose it is
     GRANULE = 16            # bytes; unit of an address
@@ -268,7 +268,7 @@ cdef enum:
     FLAG_BIG = 1            # instead of the value: u32 page indexes, then the rest of the value
     FLAG_CLAIM = 2          # no value: somebody computes it, or holds this lock. Value: u64 owner's token, u64 thread
     FLAG_LOCK = 4           # a claim that clear() leaves alone
-    FLAG_WRITING = 16       # a claim and lock: somebody changes this key in the store. It stands till its time is over, dead or not
+    FLAG_WRITING = 16       # a claim and lock: somebody changes this key in the store. It stands till its time is over. Value: mark_t
     FLAG_DIRTY = 32         # write-back: the store has not got it yet. Neither evicted, nor expired, nor cleared (dirty.pxd)
     FLAG_COPY_TTL = 64      # write-back: it expires by the segment's default, which is that of the copy, not of what is stored
     FLAG_RAW = 8            # for the sidecar: in Redis the value would be of the encoding raw, even if it spells a number. Not in snapshots

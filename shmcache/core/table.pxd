@@ -72,6 +72,19 @@ ctypedef struct read_t:
     bint claimed            # the miss is a claim, at addr
     big_t big
 
+cdef enum:
+    MARK_WRITERS = 7        # who may write one key at a time; others wait
+
+ctypedef struct mark_t:     # a mark's value. Writer: the holder of the stripe
+    uint64_t owner          # token of who put it last: he may fill it
+    uint64_t alone          # he wants the key for himself
+    uint64_t given_up_ms    # till when that may go on in the store of which nobody will say how it ended; 0: nothing
+    uint64_t token[7]       # of those who have not ended, dead or alive; 0: none
+    uint64_t until_ms[7]    # when the time of his mark is over
+
+cdef inline uint64_t claim_bytes(uint8_t flags) noexcept nogil:
+    return sizeof(mark_t) if unlikely(flags & FLAG_WRITING) else 16
+
 cdef inline bint unchanged(read_t* r) noexcept nogil:
     """Is what was read since read_begin one state of the table?"""
     fence_acquire()
@@ -321,7 +334,7 @@ cdef inline void find_locked(seg_t* s, uint64_t b, const uint8_t* key, size_t n,
                 f.slot = &c.slot[i]
                 f.addr = r.addr
                 f.live = not stale(s, item_at(s, r.addr))
-                f.claimed = f.live and r.flags & FLAG_CLAIM and r.value_bytes == 16
+                f.claimed = f.live and r.flags & FLAG_CLAIM and r.value_bytes == claim_bytes(r.flags)
                 if unlikely(r.codec == CODEC_ENVELOPE) and f.live and not r.flags & FLAG_CLAIM:
                     r.expiry_ms = item_at(s, r.addr).expiry_ms
                     f.state = state_in_place(s, &r, True, &f.stale_ms)
@@ -522,39 +535,66 @@ cdef inline int place_locked(seg_t* s, put_t* op, uint64_t b, found_t* f, uint64
 
 cdef inline bint my_claim(seg_t* s, uint64_t addr, size_t n) noexcept nogil:
     """Is this claim of this process? A fork child knows its parent's versions, and is to fill and release none of them."""
-    return item_at(s, addr).value_bytes == 16 and value_offset(n) + 16 <= page_room(s, addr) and \
+    return item_at(s, addr).value_bytes >= 16 and value_offset(n) + 16 <= page_room(s, addr) and \
         ld64r(<uint64_t*>(<uint8_t*>item_at(s, addr) + value_offset(n))) == s.me[0]
-
-cdef extern from *:
-    """
-    #define SHM_ALONE ((uint64_t)1 << 63)   /* of the thread in a mark: user space has no such address */
-    #define SHM_GIVEN_UP ((uint64_t)1 << 62) /* the same: of a writer who has ended nobody knows what the store has done, or will */
-    #define SHM_WRITER ((uint64_t)1 << 48)  /* the same: one writer more that has not ended; up to 16,383 */
-    #define SHM_WRITERS (SHM_GIVEN_UP - SHM_WRITER)
-    """
-    const uint64_t ALONE "SHM_ALONE"
-    const uint64_t GIVEN_UP "SHM_GIVEN_UP"
-    const uint64_t WRITER "SHM_WRITER"
-    const uint64_t WRITERS "SHM_WRITERS"
 
 cdef inline bint passes_by(seg_t* s, const uint8_t* key) noexcept nogil:
     """Would a plain write of this key pass the store by? Keys that begin with a NUL are the cache's own."""
     return s.policy != 0 and (s.policy == POLICY_THROUGH or s.policy == POLICY_AROUND) and key[0] != 0
 
-cdef inline uint64_t* of_mark(seg_t* s, uint64_t addr, size_t n) noexcept nogil:
-    """Of a mark that find_locked has found: the token of who put it last, 0: he has ended; behind it the thread, ALONE, GIVEN_UP, WRITERS."""
-    return <uint64_t*>(<uint8_t*>item_at(s, addr) + value_offset(n))
+# ---- marks: somebody changes a key in the store (policy.py) --------------------------------------------------------------------
+# A mark names all who are at it. A new one takes the place of the one that stands and takes over whom it names; each who ends takes his
+# name off, and the last the mark. What of the dead, or of one who cannot say, may still go on in the store keeps it for as long as his own
+# mark would have stood, however many come after him.
 
-cdef inline void inherit_mark(seg_t* s, uint64_t* new, uint64_t* old) noexcept nogil:
-    """A mark stands for those, too, whose marks it takes the place of; who of them is dead has not told what he has done."""
-    cdef uint64_t owner = ld64r(&old[0]), word = ld64r(&old[1]) & (GIVEN_UP | WRITERS)
-    if owner and word & WRITERS and dead(s, owner):
-        word = (word - WRITER) | GIVEN_UP
-    st64(&new[1], (ld64r(&new[1]) + (word & WRITERS)) | (word & GIVEN_UP))
+cdef inline mark_t* of_mark(seg_t* s, uint64_t addr, size_t n) noexcept nogil:
+    """Of a mark that was found, and is of its size."""
+    return <mark_t*>(<uint8_t*>item_at(s, addr) + value_offset(n))
 
-cdef inline bint alone(seg_t* s, uint64_t addr, size_t n) noexcept nogil:
-    """Does the owner of this mark want the key for itself?"""
-    return (ld64r(&of_mark(s, addr, n)[1]) & ALONE) != 0
+cdef inline uint64_t living_writers(seg_t* s, mark_t* m, int* n) noexcept nogil:
+    """How many live who have put a mark here, have not ended, and whose time is not over; the token of one of them, or 0. Takes no lock."""
+    cdef uint64_t token, one = 0, now = now_ms(s)
+    cdef int i
+    n[0] = 0
+    for i in range(MARK_WRITERS):
+        token = ld64r(&m.token[i])
+        if token and ld64r(&m.until_ms[i]) > now and not dead(s, token):
+            one = token
+            n[0] += 1
+    return one
+
+cdef inline void inherit_mark(seg_t* s, mark_t* new, mark_t* old) noexcept nogil:
+    """Take over those whose mark the new one takes the place of; who of them is dead will not tell what he has done."""
+    cdef uint64_t token, until, now = now_ms(s)
+    cdef int i, n = 1
+    new.given_up_ms = old.given_up_ms if old.given_up_ms > now else 0
+    for i in range(MARK_WRITERS):
+        token = old.token[i]
+        until = old.until_ms[i]
+        if token == 0 or until <= now:
+            continue
+        if n < MARK_WRITERS and not dead(s, token):
+            new.token[n] = token
+            new.until_ms[n] = until
+            n += 1
+        else:
+            new.given_up_ms = max(new.given_up_ms, until)
+    #! mark: inherited
+
+cdef inline uint64_t mark_until(mark_t* m, int but) noexcept nogil:
+    """When it need not stand any more, if it were not for that writer."""
+    cdef uint64_t until = m.given_up_ms
+    cdef int i
+    for i in range(MARK_WRITERS):
+        if i != but and m.token[i]:
+            until = max(until, m.until_ms[i])
+    return until
+
+cdef inline bint waits_for_others(seg_t* s, put_t* op, mark_t* m) noexcept nogil:
+    """Has this mark to wait for those that the one which stands names?"""
+    cdef int n
+    living_writers(s, m, &n)
+    return n >= MARK_WRITERS or (n > 0 and (op.when == IF_UNMARKED_BY_ANY or m.alone))
 
 cdef inline int allowed(seg_t* s, put_t* op, found_t* f) noexcept nogil:
     cdef bint present = f.slot != NULL and f.live
@@ -564,8 +604,7 @@ cdef inline int allowed(seg_t* s, put_t* op, found_t* f) noexcept nogil:
         return EXISTS           # what was loaded is older, and a claim would take a tombstone's place
     if op.flags & FLAG_WRITING:
         op.overlapped = f.slot != NULL and ld8r(&item_at(s, f.addr).flags) & FLAG_WRITING
-        if op.overlapped and f.claimed and (op.when == IF_UNMARKED_BY_ANY or alone(s, f.addr, op.key_bytes)) and \
-                ld64r(of_mark(s, f.addr, op.key_bytes)) and not dead(s, ld64r(of_mark(s, f.addr, op.key_bytes))):
+        if op.overlapped and f.claimed and waits_for_others(s, op, of_mark(s, f.addr, op.key_bytes)):
             return EXISTS
         return OK if not op.version or (present and ld64(&item_at(s, f.addr).cas) == op.version) else MISMATCH
     if op.when == IF_ABSENT:
@@ -634,8 +673,8 @@ cdef inline int put(seg_t* s, put_t* op, uint64_t limit_ns) noexcept nogil:
     it.epoch = <uint32_t>(count >> 32)
     if unlikely(op.flags & FLAG_WRITING) and op.overlapped and f.claimed:
         inherit_mark(s, of_mark(s, op.chunk, op.key_bytes), of_mark(s, f.addr, op.key_bytes))
-        if it.expiry_ms < item_at(s, f.addr).expiry_ms:
-            it.expiry_ms = item_at(s, f.addr).expiry_ms
+        it.expiry_ms = mark_until(of_mark(s, op.chunk, op.key_bytes), -1)
+        #! mark: time
     op.cas = st.seq + 1 if likely(op.when != RESTORED) else op.version
     st64(&it.cas, op.cas)
     #! put: cas
@@ -689,7 +728,9 @@ cdef inline int remove(seg_t* s, const uint8_t* key, size_t n, uint64_t h, uint6
         if not only_expired:        # the mark stays, and whoever's it is fills no more: what he has stored may be older than this
             note_intent(st, OP_TOUCH, f.addr, 0, st.count)
             st64(&item_at(s, f.addr).cas, st.seq + 1)
+            #! mark: voided
             st64(&st.seq, st.seq + 1)
+            #! mark: voided, seq
         stripe_release(s, st)
         return ABSENT
     if unlikely(ld32(&s.header.restoring)) and not only_expired and not version:
@@ -742,35 +783,41 @@ cdef inline int remove_claim(seg_t* s, const uint8_t* key, size_t n, uint64_t h,
     return rc
 
 cdef inline int end_mark(seg_t* s, const uint8_t* key, size_t n, uint64_t h, bint known, uint64_t limit_ns) noexcept nogil:
-    """A writer who has put a mark here ends: the last takes it away. Not known: what the store has done; then it stands till its time is
-    over, and nobody waits for it. OK, ABSENT, BUSY or INTR. Crash between the stores: as if he had not ended."""
-    cdef uint64_t b = bucket_of(s, h)
+    """A writer who has put a mark here ends: the last takes it away. Not known: what the store has done; then it stands till his time is
+    over, and nobody waits for it. OK, ABSENT (it does not name this process), BUSY or INTR.
+
+    Crash: till his name is off as if he had not ended; then, till its time is set, it stands longer than it need, and nobody waits for it.
+    """
+    cdef uint64_t b = bucket_of(s, h), until
     cdef stripe_t* st = stripe_of(s, b)
     cdef found_t f
-    cdef uint64_t* mark
-    cdef uint64_t word
+    cdef mark_t* m
+    cdef int i, at = -1
     cdef bint gone = False
     cdef int rc = stripe_take(s, st, limit_ns)
     if rc != OK:
         return rc
     find_locked(s, b, key, n, h, &f)
-    rc = ABSENT
     if f.slot != NULL and f.claimed and ld8r(&item_at(s, f.addr).flags) & FLAG_WRITING:
-        rc = OK
-        mark = of_mark(s, f.addr, n)
-        word = ld64r(&mark[1])
-        if word & WRITERS:
-            word -= WRITER
+        m = of_mark(s, f.addr, n)
+        for i in range(MARK_WRITERS):   # of this process's threads any: the first to be over
+            if m.token[i] == s.me[0] and (at < 0 or m.until_ms[i] < m.until_ms[at]):
+                at = i
+    rc = ABSENT if at < 0 else OK
+    if at >= 0:
+        until = mark_until(m, at)
         if not known:
-            word |= GIVEN_UP
-        if word & WRITERS:
-            st64(&mark[1], word)
-        elif word & GIVEN_UP:
-            st64(&mark[1], word)
-            st64(&mark[0], 0)
-        else:
-            gone = True
+            until = max(until, m.until_ms[at])
+            st64(&m.given_up_ms, max(m.given_up_ms, m.until_ms[at]))
+            #! end mark: given up
+        gone = until <= now_ms(s)
+        if gone:
             remove_locked(s, st, b, f.slot, f.addr, OP_EVICT, NULL)
+        else:
+            st64(&m.token[at], 0)
+            #! end mark: name off
+            st64(&item_at(s, f.addr).expiry_ms, until)
+            #! end mark: time
     stripe_release(s, st)
     if gone:
         free_old(s, f.addr, limit_ns)
@@ -778,20 +825,22 @@ cdef inline int end_mark(seg_t* s, const uint8_t* key, size_t n, uint64_t h, bin
 
 cdef inline int read_claim(seg_t* s, const uint8_t* key, size_t n, uint64_t h, uint64_t* version, uint64_t* token,
                            uint64_t* thread, uint8_t* flags) noexcept nogil:
-    """Whose claim is on this key? OK: a value is there. EXISTS: a claim. ABSENT: neither. AGAIN."""
+    """Whose claim is on this key? OK: a value is there. EXISTS: a claim (of a mark: of one of its writers who live, or 0). ABSENT: neither.
+    AGAIN."""
     cdef read_t r
     cdef uint64_t* at
     cdef uint32_t stale_ms
+    cdef int n_living
     cdef int rc = read_begin(s, key, n, h, &r)
     if unlikely(rc == OK and r.codec == CODEC_ENVELOPE):
         rc = state_in_place(s, &r, False, &stale_ms)
         return OK if rc == STATE_FRESH or rc == STATE_DAMAGED else AGAIN if rc == AGAIN else ABSENT
-    if rc != ABSENT or not r.claimed or r.value_bytes != 16:
+    if rc != ABSENT or not r.claimed or r.value_bytes != claim_bytes(r.flags):
         return rc
     at = <uint64_t*>(<uint8_t*>item_at(s, r.addr) + value_offset(n))
     flags[0] = r.flags
     version[0] = r.cas
-    token[0] = ld64r(&at[0])
+    token[0] = living_writers(s, <mark_t*>at, &n_living) if r.flags & FLAG_WRITING else ld64r(&at[0])
     thread[0] = ld64r(&at[1])
     return EXISTS if unchanged(&r) or same_item(s, &r) else AGAIN
 

@@ -21,8 +21,10 @@ import concurrent.futures
 import contextlib
 import ctypes
 import json
+import mmap
 import multiprocessing
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -37,6 +39,7 @@ import numpy as np
 import shmcache
 from shmcache import errors
 from shmcache.core import _core, _dirty, _stream, _sweep
+from shmcache.stores import Entry
 from shmcache.supervisor import appendlog
 from shmcache.supervisor import format as fmt
 from tests import special
@@ -52,17 +55,58 @@ SMALL = 48 + 16 + 60  # bytes of a chunk for the filling items
 COMMITS = {"put: slot stored", "remove: slot cleared", "incr: value"}  # points right behind the store that makes a write seen
 
 
+class Shared:
+    """A store that children of fork see and change, too. torn: a signal's exception ends a write before it is done, or just behind."""
+
+    ordered = False
+
+    def __init__(self) -> None:
+        self.shared = mmap.mmap(-1, 1 << 17)
+        self.rows = {}
+        self.torn = False
+
+    @property
+    def rows(self) -> dict[bytes, Any]:
+        rows: dict[bytes, Any] = pickle.loads(self.shared)
+        return rows
+
+    @rows.setter
+    def rows(self, rows: dict[bytes, Any]) -> None:
+        packed = pickle.dumps(rows)
+        self.shared[: len(packed)] = packed
+
+    def load_many(self, keys: Any, *, timeout: float | None = None) -> dict[bytes, Entry]:
+        rows = self.rows
+        return {key: Entry(rows[key]) for key in keys if key in rows}
+
+    def store_many(self, items: Any, *, timeout: float | None = None, versions: Any = None) -> None:
+        if self.torn:
+            raise KeyboardInterrupt
+        self.rows = self.rows | {key: value for key, (value, _) in items.items()}
+
+    def delete_many(self, keys: Any, *, timeout: float | None = None, versions: Any = None) -> None:
+        self.rows = {key: value for key, value in self.rows.items() if key not in keys}
+
+    def close(self) -> None:
+        pass
+
+
 class Bench:
     """A segment with writable views, and what its keys ought to hold."""
 
     def __init__(self, size: str = "4M", **options: Any) -> None:
         self.name = f"matrix-{os.getpid()}"
+        self.store = Shared() if "policy" in options and options["policy"] != "back" else None
+        if self.store is not None:
+            options["store"] = self.store
         self.cache = shmcache.create(self.name, size, stripes=16, max_processes=6, lock_limit=2.0, **options)
         self.seg = self.cache.views(writable=True)
         self.expected: dict[bytes, Any] = {}
         self.fleeting: set[bytes] = set()  # may be evicted
         self.victim: list[Any] = []  # values that VICTIM may have; None: no value
         self.states: list[dict[bytes, Any]] = []  # of a transaction: what its keys hold before it and after each of its writes
+        self.before: list[str] = []  # the points that were passed before the death, that of it, too
+        self.marked = 0  # the version of a mark that this process has put on VICTIM
         self.done = 0  # so many of these were stored before the death
         self.whole = False  # it died, or was stopped, with all of its stripes
         row = int(np.flatnonzero(self.seg.rows["pid"] == os.getpid())[0])
@@ -75,6 +119,14 @@ class Bench:
         del self.seg
         shmcache.unlink(self.name)
         self.cache.close()
+
+    def save(self) -> tuple[bytes, bytes]:
+        return bytes(self.seg.bytes), bytes(self.store.shared) if self.store is not None else b""
+
+    def restore(self, saved: tuple[bytes, bytes]) -> None:
+        self.seg.bytes[:] = np.frombuffer(saved[0], np.uint8)
+        if self.store is not None:
+            self.store.shared[:] = saved[1]
 
     def put(self, key: bytes, value: Any) -> None:
         self.cache.set(key, value)
@@ -175,6 +227,7 @@ class Scenario:
     options: dict[str, Any] = field(default_factory=dict)
     meanwhile: Callable[[Bench, int], None] | None = None  # what another process does while the child acts: what is passed is up to both
     mend: Callable[[Any], Any] = _sweep.settle
+    after: Callable[[Bench], list[str]] | None = None  # what the first process sees and does after the death: what is wrong
 
 
 SCENARIOS: dict[str, Scenario] = {}
@@ -398,6 +451,209 @@ def cleared(b: Bench) -> None:
 @scenario(prepare=cleared, evicts=True)
 def clear(b: Bench) -> None:
     b.cache.clear()
+
+
+# -- in front of a store: what is cached is what the store has, whoever died on his way there, and no key is shut for ever
+
+
+TIMEOUT = 0.02  # seconds of a wait, and of a call of the store
+AGE = 600.0  # seconds that a mark stands: longer than a scenario takes
+LATE, LATER, LATEST = b"late" * 20, b"later" * 20, b"latest" * 20
+
+
+def marks(b: Bench) -> None:
+    b.marked = b.cache.mark(VICTIM, AGE)[0]
+
+
+def marks_and_dies(b: Bench) -> None:
+    marks(b)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def before_store(other: str = "", mode: str = "through", after: Any = None) -> Any:
+    """Other: whose mark is on VICTIM already: of the "living" (the first process), of the "dead", or nobody's."""
+    def prepare(b: Bench) -> None:
+        basic(b)
+        b.cache._age = AGE
+        b.cache.get(VICTIM)
+        b.victim = [OLD, NEW, LATE, LATER, LATEST, None]
+        if other == "living":
+            marks(b)
+        elif other == "dead":
+            assert die(b, Scenario(nothing, marks_and_dies), "") == "killed"
+
+    def add(function: Any) -> Any:
+        options = {"policy": shmcache.Policy(mode, timeout=TIMEOUT)}
+        SCENARIOS[function.__name__] = Scenario(prepare, function, False, options, after=after or (lambda b: after_writer(b, other)))
+        return function
+
+    return add
+
+
+@before_store()
+def through_set(b: Bench) -> None:
+    b.cache.set(VICTIM, NEW)
+
+
+@before_store("living")
+def through_set_beside_living(b: Bench) -> None:
+    b.cache.set(VICTIM, NEW)
+
+
+@before_store("dead")
+def through_set_after_dead(b: Bench) -> None:
+    b.cache.set(VICTIM, NEW)
+
+
+@before_store()
+def through_delete(b: Bench) -> None:
+    b.cache.delete(VICTIM)
+
+
+@before_store()
+def through_change(b: Bench) -> None:
+    b.cache.replace(VICTIM, NEW)
+
+
+@before_store("dead")
+def through_change_after_dead(b: Bench) -> None:
+    b.cache.replace(VICTIM, NEW)
+
+
+@before_store("living")
+def through_change_beside_living(b: Bench) -> None:
+    assert b.cache.mark(VICTIM, AGE, True) == (0, True)
+
+
+@before_store(mode="around")
+def around_set(b: Bench) -> None:
+    b.cache.set(VICTIM, NEW)
+
+
+@before_store("living", mode="around")
+def around_set_beside_living(b: Bench) -> None:
+    b.cache.set(VICTIM, NEW)
+
+
+@before_store()
+def through_torn_off(b: Bench) -> None:
+    b.store.torn = True
+    with contextlib.suppress(KeyboardInterrupt):
+        b.cache.set(VICTIM, NEW)
+
+
+@before_store("living")
+def through_torn_off_beside_living(b: Bench) -> None:
+    through_torn_off(b)
+
+
+@before_store("dead")
+def through_torn_off_after_dead(b: Bench) -> None:
+    through_torn_off(b)
+
+
+@before_store("living", after=lambda b: after_invalidation(b))
+def through_invalidate(b: Bench) -> None:
+    b.store.rows = b.store.rows | {VICTIM: NEW}
+    b.cache.invalidate(VICTIM)
+
+
+def mark_on(b: Bench) -> tuple[list[int], bool] | None:
+    """The mark on VICTIM, as the bytes have it: whom it names, and whether something was given up."""
+    try:
+        at = b.address(VICTIM)
+    except KeyError:
+        return None
+    if not int(b.item(at)["flags"]) & 16:
+        return None
+    words = b.seg.bytes[at * 16 + 48 + (len(VICTIM) + 7 & ~7) :][: 17 * 8].view("<u8")
+    return [int(w) for w in words[3:10] if w], bool(words[2])
+
+
+def take_over_stripe(b: Bench) -> None:
+    b.cache.discard(b.on_stripes(b.stripe(VICTIM), prefix=b"absent")[0])
+
+
+class After:
+    """Who looks at VICTIM after a death, and writes it."""
+
+    def __init__(self, b: Bench) -> None:
+        self.b, self.cache, self.wrong = b, b.cache, list[str]()
+        take_over_stripe(b)
+
+    def see(self, what: str, got: Any, expected: Any) -> None:
+        if got != expected:
+            self.wrong.append(f"{what}: {got!r:.70}, not {expected!r:.70}")
+
+    def reads(self, when: str, cached: bool) -> None:
+        """What is read is what the store has; from then on it is cached, or it is not."""
+        has = self.b.store.rows.get(VICTIM)
+        self.see(f"{when} there is read", self.cache.get(VICTIM), has)
+        self.see(f"{when} there is cached", self.cache.peek(VICTIM), has if cached else None)
+
+    def comes_late(self, when: str) -> None:
+        """The store does now what the dead had begun, and the cache must not have what it replaces."""
+        self.b.store.rows = self.b.store.rows | {VICTIM: LATE}
+        self.reads(f"{when}, and the dead one's write was late,", False)
+
+
+def after_writer(b: Bench, other: str) -> list[str]:
+    a, cache = After(b), b.cache
+    commits = [name for name in b.before if name in ("put: slot stored", "end mark: name off", "remove: slot cleared")]
+    writing, filled = commits == ["put: slot stored"], commits[1:] == ["put: slot stored"]
+    torn = "end mark: given up" in b.before
+    unknown = writing or torn  # what he had begun may still be done
+    shut = unknown or other != ""
+    names = writing + (other == "living") + (other == "dead" and not commits)
+    mark = mark_on(b)
+    given_up = torn or (other == "dead" and commits != [])
+    a.see("the mark's names, and what it gave up", mark and (len(mark[0]), mark[1]), (names, given_up) if shut else None)
+    if shut:
+        a.see("the mark's claim", cache.claim(VICTIM, AGE), -3 if other == "living" else -4)
+        a.see("the living one's name", mark and mark[0].count(b.me), int(other == "living"))
+    else:
+        a.see("cached is", cache.peek(VICTIM), NEW if filled else None if commits else OLD)
+    a.reads("after the death", not shut)
+    if unknown:
+        a.comes_late("after the death")
+    try:
+        changed = cache.replace(VICTIM, LATER) or VICTIM not in b.store.rows
+        a.see("a change beside a writer", other == "living", False)
+    except errors.StoreUnavailable:
+        changed = True
+        a.see("a change that was kept waiting, by the living", other, "living")
+    a.see("a change was done", changed, True)
+    a.reads("after a change", not shut)
+    cache.set(VICTIM, LATEST)
+    a.reads("after a write", not shut)
+    if unknown:
+        a.comes_late("after a write")
+    if other == "living":
+        a.see("the living one fills", cache.fill_claim(VICTIM, LATE, b.marked), False)
+        cache._end([VICTIM], True)
+        a.reads("when the living one has ended", not unknown)
+        if unknown:
+            a.comes_late("when the living one has ended")
+    b.seg.header["clock_shift_ms"] += int(AGE * 900)
+    cache.set(VICTIM, LATER)
+    if unknown:
+        a.comes_late("when his time is nearly over")
+    b.seg.header["clock_shift_ms"] += int(AGE * 200)  # of no mark but the dead one's, however many came after it
+    a.reads("when his time is over", True)
+    return a.wrong
+
+
+def after_invalidation(b: Bench) -> list[str]:
+    a, cache = After(b), b.cache
+    voided = "mark: voided" in b.before
+    a.see("the mark's names", mark_on(b), ([b.me], False))
+    a.see("the mark's claim", cache.claim(VICTIM, AGE), -3)
+    if voided or "intent: count" not in b.before:
+        a.see("the living one fills", cache.fill_claim(VICTIM, NEW if not voided else OLD, b.marked), not voided)
+    if cache.claim_version(VICTIM):
+        cache._end([VICTIM], True)
+    a.reads("when the living one has ended", True)
+    return a.wrong
 
 
 # -- chains
@@ -664,7 +920,8 @@ FIRST_DEATHS = [
     ("set_first_of_class", "give: cut"), ("set_grows_chain", "grow: RESERVED"), ("set_grows_chain", "grow: linked"), ("set_grows_chain", "grow: released"), ("delete_shrinks_chain", "shrink: RESERVED"),
     ("delete_shrinks_chain", "shrink: unlinked"), ("set_takes_page", "drain: DRAINING"), ("set_takes_page", "drain: chunk FREE"), ("set_takes_page", "drain: out of the ring"), ("big_new", "big: page listed"),
     ("big_new", "put: slot stored"), ("big_replace", "put: version"), ("big_delete", "remove: old cleared"), ("set_evicts", "evict: out of the table"),
-    ("claim_and_fill", "put: released"), ("frees_while_class_busy", "push: FREE"),
+    ("claim_and_fill", "put: released"), ("frees_while_class_busy", "push: FREE"), ("through_set_after_dead", "put: slot stored"),
+    ("through_delete", "remove: slot cleared"), ("through_torn_off", "end mark: name off"), ("through_invalidate", "mark: voided"),
 ]  # fmt: skip
 
 
@@ -896,8 +1153,9 @@ def trace(b: Bench, s: Scenario) -> list[str]:
 def note_progress(b: Bench, passed: list[str], point: str, nth: int) -> None:
     """How far a transaction is at this passing of the point."""
     at = [i for i, name in enumerate(passed) if name == point][nth - 1]
-    b.done = sum(name in COMMITS for name in passed[: at + 1])
-    b.whole = "hold: held" in passed[: at + 1] and "release: begun" not in passed[:at]
+    b.before = passed[: at + 1]
+    b.done = sum(name in COMMITS for name in b.before)
+    b.whole = "hold: held" in b.before and "release: begun" not in passed[:at]
 
 
 def not_held(b: Bench) -> list[str]:
@@ -1099,13 +1357,13 @@ def run(name: str, s: Scenario, stop: bool, report: dict[str, Any]) -> None:
     b = Bench(**s.options)
     with contextlib.closing(b):
         s.prepare(b)
-        saved = bytes(b.seg.bytes)
+        saved = b.save()
         passed = trace(b, s)
         counts = dict(collections.Counter(passed))
         if b.states and not s.evicts and sum(name in COMMITS for name in passed) != len(b.states) - 1:
             report["failed"].append(f"{name}: not the writes that it says: {[p for p in passed if p in COMMITS]}")
         for _ in range(15 if s.meanwhile else 0):  # the two may meet otherwise each time: what they can pass is what any of these has
-            b.seg.bytes[:] = np.frombuffer(saved, np.uint8)
+            b.restore(saved)
             counts = {**collections.Counter(trace(b, s)), **counts}
         clean_up_created(b)
         for point, n in counts.items():
@@ -1113,13 +1371,13 @@ def run(name: str, s: Scenario, stop: bool, report: dict[str, Any]) -> None:
                 passings = [1]
             elif stop:
                 passings = sorted({1, (n + 1) // 2} if b.states else {1})
-            elif b.states and not s.evicts:
+            elif (b.states and not s.evicts) or s.after:
                 passings = list(range(1, n + 1))
             else:
                 passings = sorted({1, 2, n} & set(range(1, n + 1)))
             for nth in passings:
-                b.seg.bytes[:] = np.frombuffer(saved, np.uint8)
-                if b.states:
+                b.restore(saved)
+                if not s.meanwhile:
                     note_progress(b, passed, point, nth)
                 where = f"{name} / {point} / {nth} of {n}"
                 if stop:
@@ -1130,12 +1388,12 @@ def run(name: str, s: Scenario, stop: bool, report: dict[str, Any]) -> None:
                     for _ in range(100 if s.meanwhile else 0):
                         if ended != "done":
                             break
-                        b.seg.bytes[:] = np.frombuffer(saved, np.uint8)  # the two met otherwise than when they were traced: again
+                        b.restore(saved)  # the two met otherwise than when they were traced: again
                         ended = die(b, s, f"k{nth:04d}{point}")
                     b.unplant()
                     if ended == "killed":
                         report["kills"] += 1
-                        left = not_held(b)
+                        left = not_held(b) + (s.after(b) if s.after else [])
                         wrong, took = in_fresh_process(b, survivors(s))
                         wrong = left + wrong
                         for what, ms in took.items():

@@ -849,6 +849,86 @@ def test_who_writes_over_a_dead_writers_mark_leaves_a_miss(over, hooked):
     assert cache["n"] == 5
 
 
+def marks_and_dies(cache, seconds, then=lambda: None):
+    def dies():
+        cache.mark("k", seconds)
+        then()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    return child(dies)
+
+
+def test_a_change_waits_for_a_living_writer_over_whose_mark_one_has_died(over, hooked):
+    cache = over(hooked, timeout=0.1)
+    cache.mark("k", 60)
+    assert ended(marks_and_dies(cache, 60)) == -signal.SIGKILL
+    assert cache.mark("k", 60, True) == (0, True)
+    with pytest.raises(errors.StoreUnavailable, match="another caller"):
+        cache.incr("k", default=1)
+    cache.end_mark("k")
+    assert cache.claim("k", 1) == -4
+    assert cache.incr("k", default=0) == 1
+
+
+@pytest.mark.parametrize("under", [False, True])
+def test_writes_do_not_make_a_dead_writers_mark_longer(over, hooked, under):
+    cache = over(hooked)
+    begun, go = fork.Event(), fork.Event()
+    over_at = time.monotonic() + 1.2
+    pid = marks_and_dies(cache, 1, lambda: [begun.set(), go.wait(60)])
+    assert begun.wait(60)
+    if under:  # another's mark when he dies
+        cache.mark("k", 60)
+    go.set()
+    assert ended(pid) == -signal.SIGKILL
+    if under:
+        cache.end_mark("k")
+    while time.monotonic() < over_at:
+        cache.set("k", 1)
+        assert cache["k"] == 1
+    assert cache.claim_version("k") == 0
+    cache.set("k", 2)
+    assert [cache["k"], cache.peek("k")] == [2, 2]
+
+
+def test_a_mark_stands_for_the_longest_of_its_writers_times(over, hooked):
+    cache = over(hooked)
+    assert ended(marks_and_dies(cache, 60)) == -signal.SIGKILL
+    cache.mark("k", 0.01)
+    time.sleep(0.03)
+    assert cache.claim("k", 1) == -4
+    cache.end_mark("k")
+    assert cache.claim("k", 1) == -4
+
+
+def test_who_ends_when_his_time_is_over_takes_no_others_mark_away(over, hooked):
+    cache = over(hooked)
+    cache.mark("k", 0.01)
+    time.sleep(0.03)
+    assert ended(marks_and_dies(cache, 60)) == -signal.SIGKILL
+    cache.end_mark("k")
+    assert cache.claim("k", 1) == -4
+
+
+def test_of_many_writers_of_one_key_seven_write_at_once(over, hooked):
+    cache = over(hooked)
+    assert all(cache.mark("k", 60)[0] for _ in range(7))
+    assert cache.mark("k", 60) == (0, True)
+    cache.end_mark("k")
+    assert cache.mark("k", 60)[0]
+    for _ in range(7):
+        assert cache.claim("k", 1) == -3
+        cache.end_mark("k")
+    assert cache.claim("k", 1) > 0
+
+
+def test_what_is_to_be_computed_does_not_wait_for_the_dead(over, hooked):
+    cache = over(hooked)
+    assert ended(marks_and_dies(cache, 60)) == -signal.SIGKILL
+    assert cache.get_or_set("k", lambda: 5) == 5
+    assert cache["k"] == 5
+
+
 def test_marks_are_not_evicted(over, hooked):
     cache = over(hooked)
     gate = Gate(hooked, "store")
