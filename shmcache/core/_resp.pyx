@@ -33,7 +33,7 @@ from shmcache.core.ring cimport log_t, ring_of
 from shmcache.core.siphash cimport siphash13
 from shmcache.core.table cimport (
     ALWAYS, IF_ABSENT, IF_PRESENT, IF_VERSION, RESTARTS, envelope_state, next_keys, prefetch_item, put_t, read_begin, read_copy, read_end, read_t)
-from shmcache.core.token cimport ABSENT, EXISTS, INTR, NO_ROOM, OK, OVERFLOW, mono_ns, wall_ms
+from shmcache.core.token cimport ABSENT, BUSY, EXISTS, INTR, NO_ROOM, NO_STORE, OK, OVERFLOW, mono_ns, wall_ms
 
 import threading
 from os import urandom
@@ -1802,7 +1802,7 @@ cdef class Client:
                 return self.integer(out)
             if rc == OVERFLOW:
                 return self.error(b"ERR increment or decrement would overflow")
-            if rc == ABSENT:
+            if rc == ABSENT or rc == NO_STORE or rc == BUSY:        # the last two raise here
                 known(ex, ex.argv[1], ex.argl[1])
                 if put_value(ex, ex.argv[1], ex.argl[1], <const uint8_t*>&by, 8, CODEC_INT, 0, IF_ABSENT, 0) == OK:
                     return self.integer(by)

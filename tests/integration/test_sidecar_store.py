@@ -197,7 +197,7 @@ def test_without_the_store_nothing_passes_it_by(make, mode):
     with serving(cache.name) as server, redis.Redis(port=server.port) as client:
         client.response_callbacks.clear()
         assert cache["k"] == b"41" == client.get("k")
-        for line in ("DEL k", "UNLINK k", "GETDEL k", "SET k v", "INCR k", "APPEND k v", "RENAME k n", "EXPIRE k 9", "SETNX n v", "GETEX k EX 9",
+        for line in ("DEL k", "UNLINK k", "GETDEL k", "SET k v", "INCR k", "INCR new", "DECRBY new 2", "APPEND k v", "APPEND new v", "SETRANGE new 0 x", "RENAME k n", "EXPIRE k 9", "SETNX n v", "GETEX k EX 9",
                      "MSET k v", "COPY k n", "SETEX n 9 v"):  # fmt: skip
             with pytest.raises(redis.ResponseError, match="this handle has none"):
                 client.execute_command(*line.split())
