@@ -578,7 +578,7 @@ def test_a_write_that_is_refused_leaves_a_miss_that_is_cached_again(over, hooked
 
 def test_of_many_keys_stale_copies_are_given_while_the_store_is_down(over, hooked):
     cache = over(hooked, stale_ttl=100)
-    hooked.store_many({b"stale": (1, 0.05), b"fresh": (2, None)})
+    hooked.store_many({b"stale": (1, 0.5), b"fresh": (2, None)})
     assert cache.get_many(["stale", "fresh", "none"]) == {"stale": 1, "fresh": 2}
     until(lambda: cache.peek("stale") is None)
     hooked.before = down

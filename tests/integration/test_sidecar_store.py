@@ -115,7 +115,7 @@ def test_keys_of_the_cache_itself_and_of_other_databases_are_not_asked_for(make)
 
 def test_a_stale_copy_is_given_while_the_store_is_down(front):
     store = Hooked()
-    store.store_many({b"k": (b"v", 0.05)})
+    store.store_many({b"k": (b"v", 0.5)})
     cache, client = front(store, "through", stale_ttl=100)
     assert client.get("k") == b"v"
     until(lambda: cache.peek("k") is None)
