@@ -11,7 +11,8 @@ The files, in reading order (arrows point down only; tests/unit/test_layers.py h
     sidecar/      the same bytes over the Redis protocol             -> cache, core
     supervisor/   eviction ahead of demand, expiry, snapshots, dump  -> cache, core
     cache.py      Cache, create, attach, open                        -> codec, segment, core
-    flight.py     get_or_set, memoize, lock: computed once per host     -> core by cache
+    memoize.py    a function's results by its arguments              -> flight
+    flight.py     get_or_set, lease, lock: computed once per host    -> core by cache
     through.py    a cache in front of a store: writes that are stored first  -> stored
     back.py       the same: writes that the supervisor stores              -> stored
     stored.py     the same: misses load                                    -> policy, cache, flight, stores

@@ -100,7 +100,9 @@ class Cache(_core.Table):
         too, or a function that makes them of the arguments. Arguments are told apart by their encoded bytes, so they are what the codec
         takes; 1 and True and 1.0 are three. The function gets `cache_key(*args)` and `forget(*args)`.
         """
-        return flight.memoize(self, ttl, name, lease, stale_ttl, early, tags)
+        from shmcache.memoize import memoize
+
+        return memoize(self, ttl, name, lease, stale_ttl, early, tags)
 
     def invalidate(self, *keys: bytes | str) -> None:
         """Drop the cached copies, not what is in the store: for who has changed it there past this cache. Of what is written back, what the

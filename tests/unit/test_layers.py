@@ -17,8 +17,9 @@ ALLOWED = {  # module -> what of ours it may import
     "segment": {"errors", "core"},
     "stores": {"errors", "codec", "stores"},
     "flight": {"errors", "codec", "cache"},  # cache for annotations only
+    "memoize": {"errors", "flight", "cache"},  # cache for annotations only
     "namespace": {"errors", "flight", "cache"},
-    "cache": {"errors", "core", "segment", "codec", "flight", "namespace", "policy", "stores", "through", "back"},  # those four for annotations, and on demand
+    "cache": {"errors", "core", "segment", "codec", "flight", "memoize", "namespace", "policy", "stores", "through", "back"},  # memoize and the last four on demand
     "policy": {"errors", "core", "segment", "cache", "stores"},  # the last two for annotations only
     "stored": {"errors", "codec", "core", "cache", "policy", "flight", "stores"},
     "through": {"errors", "core", "cache", "flight", "stored", "stores"},
