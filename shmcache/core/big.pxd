@@ -5,9 +5,20 @@
 # lock with the row and the head's hash re-read: `head` differs when the page serves another head, the hash when that head
 # chunk serves another value with the same page.
 #
+# Race table. What decides is `head`: it is set to a head chunk only by a process that has that chunk in hand (before the word says BIG), and
+# set to 0 before the word says anything else. So while a chunk is in hand, a row with that head is the row of a page of its value.
+#   free vs settle          both may free a page; the pool's lock orders them, and under it (word, head) is compared: one pushes it
+#   free, pool busy, vs settle and reuse    the row that was read BIG and then found to have this head was this value's when it was read, so w
+#                           is BIG(nobody), or BIG(this process, or the dead one whose stripe is held), which nobody else changes. If a settler
+#                           has given the page away meanwhile, the exchange fails on any other word; from BIG(nobody) to the same it may
+#                           meet the next big value's page and changes nothing; and the exchange of `head` fails on any other head
+#   a word read after the row was asked    would be the next owner's: ACTIVE of living items became BIG(nobody), and the page was given away
+# Source: model/big.pml.
+#
 # Crash while building: pages BIG(dead), head RESERVED(dead) -> pool, by settle_pages. Published, not yet marked: BIG(dead),
 # listed -> BIG(0). While freeing: BIG(0), head RETIRED(dead) -> pool, before the head is freed (settle_chunk). A page that could not
-# be freed since the pool was busy is BIG(0) of head 0 -> pool, by settle_pages: the head may be another item's by then.
+# be freed since the pool was busy is BIG(0) of head 0 -> pool, by settle_pages: the head may be another item's by then. Between the two
+# exchanges: BIG(0) of a head that the dead had in hand -> pool, as while freeing.
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
@@ -111,10 +122,14 @@ cdef inline void big_free_pages(seg_t* s, uint64_t addr, uint64_t klen, uint32_t
     cdef uint64_t w
     for i in range(n_pages):
         p = ld32r(&pages[i])
-        if big_owns(s, addr, p):
+        if p >= s.n_pages:
+            continue
+        w = ld64(&s.pages[p].word)      # before the row is asked whose it is: w is the value's own word then, never that of a later owner
+        #! big: word read
+        if kind_of(w) == PAGE_BIG and big_owns(s, addr, p):
             #! big: page to be freed
-            w = ld64(&s.pages[p].word)
             if page_to_pool(s, p, w, addr, limit_ns) != OK and cas64(&s.pages[p].word, w, word_of(PAGE_BIG, 0)):
+                #! big: page left behind
                 cas64(&s.pages[p].head, addr, 0)    # no other page gets this head while the chunk is in hand
 
 cdef inline void big_free_item_pages(seg_t* s, uint64_t addr, uint64_t limit_ns) noexcept nogil:

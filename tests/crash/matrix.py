@@ -213,6 +213,8 @@ class Bench:
     def unplant(self) -> None:
         for locks in (self.seg.stripes, self.seg.classes):
             locks["word"][locks["word"] & ((1 << 63) - 1) == self.me] = 0
+        if int(self.seg.header["pages_word"]) & ((1 << 63) - 1) == self.me:
+            self.seg.header["pages_word"] = 0
 
 
 def nothing(b: Bench) -> None:
@@ -813,6 +815,13 @@ def big_gone(b: Bench) -> None:
 @scenario(prepare=big_gone)
 def big_delete(b: Bench) -> None:
     b.cache.delete(VICTIM)
+
+
+@scenario(prepare=big_gone)
+def big_delete_pool_busy(b: Bench) -> None:
+    b.seg.header["pages_word"] = b.me
+    b.cache.delete(VICTIM)
+    b.unplant()
 
 
 def big_full(b: Bench) -> None:
@@ -1471,7 +1480,33 @@ def dead_holder_and_stopped_successors(b: Bench) -> list[str]:
     return ([f"the stripe was had after {took:.2f} s"] if took > 1 else []) + read_others(b, False) + accounts(b)
 
 
-RACES = [dead_holder_and_stopped_successors, settler_and_reused_pages, evictor_and_recut_page]
+def page_of_items_and_late_freer(b: Bench, point: str) -> list[str]:
+    """A process that frees a page of a big value is stopped; a settler has given it to the pool, and it is cut for items by then. The freer finds the pool busy."""
+    b.cache.set(b"K1", BIG_OLD)
+    f = Stopped(b, lambda b: b.cache.delete(b"K1"), point)
+    _sweep.settle(b.cache)
+    b.full()
+    b.seg.header["pages_word"] = b.me
+    f.go()
+    b.seg.header["pages_word"] = 0
+    return read_others(b, True) + accounts(b)
+
+
+def freer_stopped_before_the_row_is_asked(b: Bench) -> list[str]:
+    return page_of_items_and_late_freer(b, "big: word read")
+
+
+def freer_stopped_behind_it(b: Bench) -> list[str]:
+    return page_of_items_and_late_freer(b, "big: page to be freed")
+
+
+RACES = [
+    dead_holder_and_stopped_successors,
+    settler_and_reused_pages,
+    evictor_and_recut_page,
+    freer_stopped_before_the_row_is_asked,
+    freer_stopped_behind_it,
+]
 
 
 def accounts_unless(b: Bench, s: Scenario) -> list[str]:

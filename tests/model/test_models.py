@@ -43,6 +43,7 @@ REFUTED = [
     ("kept.pml", "-DTWOSTEP"),
     ("page.pml", "-DNORECHECK"),
     ("big.pml", "-DNOHASH"),
+    ("big.pml", "-DLATEWORD"),
     ("overflow.pml", "-DMOVE"),
     ("overflow.pml", "-DNOASK"),
 ]
