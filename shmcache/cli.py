@@ -367,6 +367,8 @@ def do_snapshot(args: argparse.Namespace) -> int:
         snapshot.step_back(snapshot.NICE_UNTHROTTLED)
         with datadir.take(args.data_dir) as folder, _progress("writing") as progress:
             report = snapshot.write(cache, folder, keep=args.keep, compress=args.compress, progress=progress)
+    for line in report["kept"]:
+        print(f"shmcache-admin: kept, since it cannot be read: {line}", file=sys.stderr)
     if args.json:
         print(json.dumps(report))
     else:
@@ -414,7 +416,7 @@ def _say_restored(report: dict[str, Any], as_json: bool, to: Any = None) -> None
     for line in report["cut"]:
         print(f"shmcache: {line}", file=sys.stderr)
     for line in report["damaged"]:
-        print(f"shmcache: passed over: {line}", file=sys.stderr)
+        print(f"shmcache: passed over, and kept: {line}", file=sys.stderr)
     if report["clock_back_s"]:
         print(f"shmcache: the wall clock is {report['clock_back_s']:.0f} s behind the snapshot: lives count from there", file=sys.stderr)
     if as_json:
@@ -471,9 +473,11 @@ def _whole(name: str) -> bool:
 
 
 def _live_or_restored(args: argparse.Namespace, folder: Path | None) -> shmcache.Cache:
-    """The segment: the live one; else restored from the data directory, if it has a snapshot; else created, if there is a size."""
+    """The segment: the live one; else restored from the data directory, if anything is there; else created, if there is a size."""
     from shmcache.supervisor import appendlog, datadir, format, snapshot
 
+    if args.start_empty and (args.size is None or folder is None):
+        raise errors.UsageError("--start-empty needs --data-dir, and --size: of the segment that is created then")
     created: dict[str, Any] = {"huge_pages": args.huge_pages}
     if args.log_buffer:
         created["log_buffer"] = args.log_buffer
@@ -483,8 +487,16 @@ def _live_or_restored(args: argparse.Namespace, folder: Path | None) -> shmcache
             try:
                 options = {**created, "log_policy": appendlog.POLICIES[args.log], **({} if args.size is None else {"size": args.size})}
                 _say_restored(snapshot.restore(args.name, folder, log_buffer_if_none=buffer, **options), False, sys.stderr)
-            except errors.NoSnapshot as e:
-                print(f"shmcache: {e}", file=sys.stderr)
+            except (errors.NoSnapshot, errors.DamagedFile, errors.NewerFormat) as e:
+                if datadir.is_blank(folder):  # who began the log was killed before anything was in it
+                    pass
+                elif not args.start_empty:
+                    print(f"shmcache: nothing was changed in {folder}. --start-empty sets aside what is there, and begins without it",
+                          file=sys.stderr)  # fmt: skip
+                    raise
+                else:
+                    print(f"shmcache: {e}\nshmcache: {args.name} starts empty; what was there is in {datadir.set_aside(folder)}",
+                          file=sys.stderr)  # fmt: skip
         elif not datadir.is_of(args.name, folder):
             what = (
                 f"{args.name} was there already, created by somebody else: nothing is restored into it, and what is in {folder} and not of "
@@ -548,7 +560,7 @@ def do_serve(args: argparse.Namespace) -> int:
         word for name in SUPERVISED if (value := getattr(args, name)) is not None
         for word in ("--" + name.replace("_", "-"), str(value))
     ]  # fmt: skip
-    supervise += [flag for flag in ("--compress", "--huge-pages") if getattr(args, flag[2:].replace("-", "_"))]
+    supervise += [flag for flag in ("--compress", "--huge-pages", "--start-empty") if getattr(args, flag[2:].replace("-", "_"))]
     settings = {
         "bind": " ".join(args.bind), "port": str(args.port), "unixsocket": args.unix or "", "maxclients": str(args.maxclients),
         "timeout": str(int(args.timeout)), "protected-mode": args.protected_mode, "databases": str(args.databases),
@@ -719,6 +731,8 @@ def _supervise_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--log", choices=("off", "no", "everysec", "always"), default="off",
                    help="log every write to --data-dir, synced never, every second, or before it returns (off)")  # fmt: skip
     p.add_argument("--log-buffer", metavar="SIZE", help="of the log, for each process, if it is created (by its size: 64K to 256K)")
+    p.add_argument("--start-empty", action="store_true",
+                   help="if what is in --data-dir cannot be restored, set it aside and start empty, instead of ending")  # fmt: skip
     p.add_argument("--snapshot-every", type=_positive, default=300.0, metavar="S", help="seconds (300); one more is written at the end")
     _snapshot_options(p)
     p.add_argument("--quiet", action="store_true", help="say nothing but errors")

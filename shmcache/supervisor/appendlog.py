@@ -45,7 +45,7 @@ class AppendLog:
 
     def __init__(
         self, cache: Cache, folder: Path, policy: str, on_gap: Callable[[], None] = lambda: None, compress: bool = False,
-        open_file: Callable[[Path], Any] = lambda path: open(path, "xb", buffering=0),  # noqa: SIM115
+        open_file: Callable[[Path], Any] = lambda path: os.fdopen(datadir.create(path), "wb", buffering=0),
     ) -> None:
         self.cache, self.folder, self.policy, self.on_gap = cache, folder, policy, on_gap
         self.compress, self.open_file = compress, open_file
@@ -66,7 +66,8 @@ class AppendLog:
         self.writer: fmt.Writer
         datadir.check_owner(folder, cache.name)
         for _, path in fmt.listing(folder)[1][-1:]:  # what the one before has written must not be lost behind what is synced from now on
-            datadir.sync_file(path)
+            with contextlib.suppress(errors.DamagedFile):  # it is no file
+                datadir.sync_file(path)
         self.number = datadir.last_log_number(folder)
         self.begin_file()
         mark(cache, log_policy=POLICIES[policy], log_failed_ms=0, log_epoch=self.base_epoch)

@@ -25,8 +25,10 @@ A file of a newer version is refused, never tried: the preamble is what all vers
 from __future__ import annotations
 
 import errno
+import io
 import os
 import re
+import stat
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
@@ -113,6 +115,7 @@ ZSTD_MOST = 1 << 15  # bytes out of one in: a zstd block gives 128 KiB and has 4
 CRC_BYTES = 4  # a checksum ends the preamble and the block header, and covers all before it
 PIECE = 1 << 20  # bytes in hand while a tail is searched
 SECTOR = 512  # bytes: the least that a disk writes as one
+UNREADABLE = (errno.EIO, errno.EBADMSG, errno.EUCLEAN)  # of a read: the disk or the file system has lost these bytes
 
 
 # ---- records ------------------------------------------------------------------------------------------------------------------
@@ -326,6 +329,21 @@ class Readable(Protocol):
     def close(self) -> None: ...
 
 
+def open_regular(path: str | os.PathLike[str]) -> io.FileIO:
+    """Open to read what a directory lists under the name of a file of ours. It never waits: a fifo of that name has no writer.
+    Raises: DamagedFile if it is no regular file; OSError."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    except OSError as e:
+        if e.errno != errno.ENXIO:  # a socket, or a device without a driver
+            raise
+    else:
+        if stat.S_ISREG(os.fstat(fd).st_mode):
+            return io.FileIO(fd, "rb")
+        os.close(fd)
+    raise errors.DamagedFile(str(path), 0, "this is no regular file")
+
+
 class _Header(NamedTuple):
     kind: int
     flags: int
@@ -384,7 +402,7 @@ class Reader:
 
     def __init__(self, source: str | os.PathLike[str] | Readable, kind: FileKind | None = None) -> None:
         self._owned = isinstance(source, (str, os.PathLike))
-        self._file: Readable = open(source, "rb", buffering=0) if isinstance(source, (str, os.PathLike)) else source  # noqa: SIM115
+        self._file: Readable = open_regular(source) if isinstance(source, (str, os.PathLike)) else source
         self.path = str(source if self._owned else getattr(source, "name", "a file without a name"))
         self.head: dict[str, Any] = {}
         self.end: dict[str, Any] | None = None
@@ -559,11 +577,19 @@ class Reader:
             done = 0
             while done < n_bytes:
                 with view[done:] as rest:
-                    n_read = self._file.readinto(rest)
+                    n_read = self._readinto(at + done, rest)
                 if not n_read:
                     raise self._damaged(at + done, "the file became shorter while it was read")
                 done += n_read
         return data
+
+    def _readinto(self, at: int, view: memoryview) -> int | None:
+        try:
+            return self._file.readinto(view)
+        except OSError as e:
+            if e.errno not in UNREADABLE:
+                raise
+            raise self._damaged(at, f"the disk does not give these bytes back ({e.strerror})") from None
 
     def _crc(self, at: int, n_bytes: int) -> int:
         crc = 0
@@ -585,14 +611,19 @@ def log_name(number: int) -> str:
     return f"log-{number:012d}.shmcache"
 
 
+def number_of(name: str, kind: str) -> int | None:
+    """Of a file of this name; None if no such file has it."""
+    match = _NAME.fullmatch(name)
+    if match and match[1] == kind and name == f"{kind}-{int(match[2]):012d}.shmcache":  # one name per number
+        return int(match[2])
+    return None
+
+
 def listing(folder: str | os.PathLike[str]) -> tuple[list[tuple[int, Path]], list[tuple[int, Path]]]:
     """(snapshots, logs) of a folder, each as (number, path), ascending. Other names, temporary ones too, are left out. Raises: OSError."""
-    found: dict[str, list[tuple[int, Path]]] = {"snapshot": [], "log": []}
-    for path in Path(folder).iterdir():
-        match = _NAME.fullmatch(path.name)
-        if match and path.name in (snapshot_name(int(match[2])), log_name(int(match[2]))):  # one name per number
-            found[match[1]].append((int(match[2]), path))
-    return sorted(found["snapshot"]), sorted(found["log"])
+    paths = list(Path(folder).iterdir())
+    snapshots, logs = (sorted((n, path) for path in paths if (n := number_of(path.name, kind)) is not None) for kind in MAGIC)
+    return snapshots, logs
 
 
 def gaps(numbers: Iterable[int]) -> list[range]:

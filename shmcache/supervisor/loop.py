@@ -84,6 +84,7 @@ class Supervisor:
         self.folder, self.every, self.keep, self.compress = folder, every, keep, compress
         self.next_snapshot = time.monotonic() + every
         self.writer: threading.Thread | None = None
+        self.said: set[str] = set()  # which files are kept since they cannot be read
         self.stop_writing = threading.Event()
         self.log: AppendLog | None = None
         self.writeback: WriteBack | None = None
@@ -220,10 +221,13 @@ class Supervisor:
             snapshot.step_back(snapshot.NICE)
         asked = int(self.header["snapshots_asked"])
         try:
-            snapshot.write(
+            report = snapshot.write(
                 self.cache, self.folder, keep=self.keep, compress=self.compress, throttled=throttled,
                 stop=self.stop_writing if throttled else None, log=self.log,
             )  # fmt: skip
+            for line in set(report["kept"]) - self.said:
+                print(f"shmcache: kept, since it cannot be read: {line}", file=sys.stderr, flush=True)
+            self.said |= set(report["kept"])
         except errors.SnapshotStopped:
             return  # the last one, which run() writes, is what was asked for
         except (errors.ShmcacheError, OSError) as e:

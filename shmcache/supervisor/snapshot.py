@@ -5,6 +5,14 @@
 
 Crash at any line of write(): the temporary file is no snapshot, and the next write removes it; once renamed it is whole. The rename
 may be lost with the power until the directory is synced, as if nothing had been written. Crash in restore(): core/_stream.pyx.
+
+Rotation lets a file go only if what is in it is known to be in the live segment, and so in the snapshot that was just written:
+    snapshot of the live segment         goes in its turn
+    of an earlier one                    in its turn, if the live one was restored, and it is whole: else it was passed over at the restore
+    snapshot that cannot be read         stays, and is said
+    log file of the live segment         goes when no snapshot before which it was begun is left, of those that count
+    of an earlier one                    the same, if no snapshot stays that is not whole: it may need it
+    log file that cannot be read         stays
 """
 
 from __future__ import annotations
@@ -104,14 +112,15 @@ def _write(
     log: AppendLog | None,
 ) -> dict[str, Any]:
     datadir.check_owner(folder, cache.name)
-    for left in folder.glob("snapshot-*.shmcache.tmp"):
-        left.unlink(missing_ok=True)
     snapshots, logs = fmt.listing(folder)
+    for left in folder.glob("snapshot-*.shmcache.tmp"):
+        if fmt.number_of(left.stem, "snapshot") is not None and left.is_file():
+            left.unlink(missing_ok=True)
     number = snapshots[-1][0] + 1 if snapshots else 1
     log_from = log.rotate() if log else datadir.last_log_number(folder) + 1
     path = folder / fmt.snapshot_name(number)
     temporary = path.with_name(path.name + ".tmp")
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    fd = datadir.create(temporary)
     try:
         with os.fdopen(fd, "wb", buffering=0) as file:
             walk, size_bytes = _write_file(cache, file, compress, throttle, stop, progress, log, log_from)
@@ -121,24 +130,70 @@ def _write(
             temporary.unlink()
         raise
     datadir.sync_folder(folder)
-    going = _superseded(cache, [path for _, path in snapshots], keep - 1)
-    for old in going:
-        old.unlink(missing_ok=True)
-    kept = [datadir.head(path, "snapshot") for _, path in snapshots if path not in going]
-    needed = min([log_from, *(head["log_from"] for head in kept if "log_from" in head)])
-    for log_number, old in logs:
-        if log_number < needed:
-            old.unlink(missing_ok=True)
-    return {"path": str(path), "number": number, "items": walk.items, "bytes": size_bytes, "damaged": walk.damaged}
+    kept: list[str] = []
+    with contextlib.suppress(errors.SnapshotStopped):  # the next one rotates
+        kept = _rotate(cache, snapshots, logs, keep - 1, log_from, throttle, stop)
+    return {"path": str(path), "number": number, "items": walk.items, "bytes": size_bytes, "damaged": walk.damaged, "kept": kept}
 
 
-def _superseded(cache: Cache, earlier: list[Path], keep: int) -> list[Path]:
-    """Of earlier snapshots, oldest first, those that may go. A segment that was not restored does not know what was in those before it:
-    theirs stay."""
-    if not int(cache.segment.header["restored_seq"]):
-        mine = int(cache.segment.header["created_ms"])
-        earlier = [path for path in earlier if datadir.head(path, "snapshot").get("segment_created_ms") == mine]
-    return earlier[: max(0, len(earlier) - keep)]
+def _rotate(
+    cache: Cache, snapshots: list[tuple[int, Path]], logs: list[tuple[int, Path]], keep: int, log_from: int, throttle: _Throttle | None,
+    stop: threading.Event,
+) -> list[str]:
+    """Let go what was there before a snapshot that needs the log from log_from on, but for the newest `keep` snapshots: what is wrong with
+    those that stay since they cannot be read. Raises: SnapshotStopped: something may be left that is to go; OSError."""
+    mine, restored = int(cache.segment.header["created_ms"]), int(cache.segment.header["restored_seq"]) > 0
+    needed, faults = log_from, []
+    for _, path in reversed(snapshots):
+        head = datadir.head(path, "snapshot")
+        if head.get("segment_created_ms") != mine:
+            if fault := _fault(path, throttle, stop):
+                faults.append(fault)
+            if fault or not restored:
+                continue
+        if keep > 0:
+            keep -= 1
+            needed = min(needed, int(head.get("log_from", 0)))
+        else:
+            path.unlink(missing_ok=True)
+    all_restored = restored and not faults
+    for number, path in logs:
+        if number < needed:
+            try:
+                with fmt.Reader(path, "log") as reader:  # torn at 0: there is nothing in it
+                    goes = all_restored or reader.torn == 0 or reader.head.get("segment_created_ms") == mine
+            except (errors.DamagedFile, errors.NewerFormat, OSError) as e:
+                faults.append(str(e))
+            else:
+                if goes:
+                    path.unlink(missing_ok=True)
+    return faults
+
+
+_faults: dict[tuple[str, int, int, int], str] = {}  # a file's path, inode, size and time of its last change -> what _fault said
+
+
+def _fault(path: Path, throttle: _Throttle | None, stop: threading.Event) -> str:
+    """What is wrong with a snapshot that is read through; nothing if it is whole. Once, as long as the file stays as it is."""
+
+    def progress(done: int, total: int) -> None:
+        if throttle:
+            throttle.pause()
+        if stop.is_set():
+            raise errors.SnapshotStopped("the rotation was stopped")
+
+    try:
+        is_now = path.stat()
+        key = (str(path), is_now.st_ino, is_now.st_size, is_now.st_mtime_ns)
+        if key not in _faults:
+            try:
+                Found(path).check(progress=progress)
+                _faults[key] = ""
+            except (errors.DamagedFile, errors.NewerFormat) as e:
+                _faults[key] = str(e)
+        return _faults[key]
+    except OSError as e:
+        return str(e)
 
 
 def _write_file(
@@ -277,9 +332,9 @@ def restore(
     Returns: {"snapshot" (None: log only), "items", "stored", "present", "expired", "dropped", "copies" (of what the store has: to be
     loaded again), "log_records", "seconds", "clock_back_s", "cleared", "damaged" (newer files that are not whole), "cut" (torn ends of log
     files), "gaps" (operations that the log lacks)}.
-    Raises: NoSnapshot: none is whole, and there is no log from the first write on; the segment, if it was created, is empty then.
-    DamagedFile: of the log, whose place is named, NoRoom: for what the store has not got; the segment is unlinked then. ForeignDataDir,
-    NewerFormat; SegmentExists and the rest of create(); StripeBusy, OSError.
+    Raises: NoSnapshot: none is whole, and there is no log from the first write on; DamagedFile: of the log, whose place is named; NoRoom:
+    for what the store has not got; the segment, if it was created, is unlinked then. ForeignDataDir, NewerFormat; SegmentExists and the
+    rest of create(); StripeBusy, OSError.
     """
     began = time.monotonic()
     datadir.check_owner(folder, name)
@@ -292,7 +347,7 @@ def restore(
     with _create_or_complete(name, candidates, logs, options) as cache:
         try:
             report = _fill(cache, folder, candidates, logs, damaged, progress)
-        except (errors.DamagedFile, errors.NoRoom):
+        except (errors.DamagedFile, errors.NoSnapshot, errors.NoRoom):
             segment.unlink(name)
             raise
     return {**report, "seconds": time.monotonic() - began}
@@ -312,8 +367,7 @@ def _fill(
     else:
         found = None
         if candidates:  # an earlier log is not there any more: it went when they were written
-            into.finish()
-            raise errors.NoSnapshot(_none_whole(folder, damaged) + f"\nthe segment {cache.name!r} was created, and is empty")
+            raise errors.NoSnapshot(_none_whole(folder, damaged))
     if found is not None and found is not candidates[0]:
         logs = Logs(cache.name, folder, found.log_from, found.logged)
     tail = _stream.Tail(cache, found.floors if found else b"")

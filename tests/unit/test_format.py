@@ -863,3 +863,19 @@ def test_the_documentation_has_every_field_and_its_sizes_add_up():
     for names in (f.KINDS, f.OPS):
         assert all(re.search(rf"^ +{number}  {name} +\w", text, re.M) for number, (name, _) in names.items())
     assert f"format {f.FORMAT}" in text
+
+
+@pytest.mark.parametrize("number", f.UNREADABLE)
+@pytest.mark.parametrize("at", [0, 30, -1])
+def test_what_the_disk_does_not_give_back_is_damage(number, at):
+    """So a snapshot on a bad sector is passed over, as one with a flipped bit is."""
+    whole, _ = written("snapshot", SMALL)
+
+    class BadSector(io.BytesIO):
+        def readinto(self, view):
+            if self.tell() <= at % len(whole) < self.tell() + len(view):
+                raise OSError(number, "bad sector")
+            return super().readinto(view)
+
+    with pytest.raises(errors.DamagedFile, match="does not give"), f.Reader(BadSector(whole)) as reader:
+        list(reader.blocks())
