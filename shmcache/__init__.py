@@ -11,8 +11,8 @@ The files, in reading order (arrows point down only; tests/unit/test_layers.py h
     sidecar/      the same bytes over the Redis protocol             -> cache, core
     supervisor/   eviction ahead of demand, expiry, snapshots, dump  -> cache, core
     cache.py      Cache, create, attach, open                        -> codec, segment, core
-    memoize.py    a function's results by its arguments              -> flight
-    flight.py     get_or_set, lease, lock: computed once per host    -> core by cache
+    memoize.py    a function's results by its arguments              -> canonical, flight
+    flight.py     get_or_set, lease, lock: computed once per host    -> core
     through.py    a cache in front of a store: writes that are stored first  -> stored
     back.py       the same: writes that the supervisor stores              -> stored
     stored.py     the same: misses load                                    -> policy, cache, flight, stores
@@ -20,6 +20,7 @@ The files, in reading order (arrows point down only; tests/unit/test_layers.py h
     aio.py        all of it, awaited
     namespace.py  keys of their own, an O(1) clear of their own
     stores/       what stands behind the cache: SQLStore, FunctionStore -> codec
+    canonical.py  values as bytes that do not depend on the process  -> codec, core
     codec.py      values that are not bytes, str or int              -> errors
     segment.py    the shared memory object, geometry, numpy views    -> core
     core/         layout, envelope -> atomics, siphash -> token -> lock -> ring -> slab -> bucket -> big -> settle -> clock -> table

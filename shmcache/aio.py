@@ -78,7 +78,7 @@ class Cache:
         return await self._asking(self.sync.gets, key)
 
     async def get_many(self, keys: Iterable[Key]) -> dict[Any, Any]:
-        return await self._asking(self.sync.get_many, list(keys))
+        return await self._asking(self.sync.get_many, _core.several(keys))
 
     async def contains(self, key: Key) -> bool:
         """key in cache."""
@@ -99,7 +99,7 @@ class Cache:
         return await self._asking(self.sync.delete, key)
 
     async def delete_many(self, keys: Iterable[Key]) -> int:
-        return await self._asking(self.sync.delete_many, list(keys))
+        return await self._asking(self.sync.delete_many, _core.several(keys))
 
     async def add(self, key: Key, value: Any, ttl: Ttl = None, tags: Iterable[str] | None = None) -> bool:
         return await self._asking(self.sync.add, key, value, ttl, tags)

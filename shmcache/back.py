@@ -20,7 +20,7 @@ class BackCache(StoredCache):
     """A handle of a segment that writes back."""
 
     def delete_many(self, keys: Iterable[Key]) -> int:
-        names = dict.fromkeys(_core.key_bytes(k) for k in keys)
+        names = dict.fromkeys(_core.key_bytes(k) for k in _core.several(keys))
         unseen = [name for name in names if name[0] != 0 and self._look(name)[0] == codec.ABSENT and self.claim_version(name) == 0]
         there = self._loaded(unseen, {})
         return sum([super(StoredCache, self).delete(name) or name in there for name in names])

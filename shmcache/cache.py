@@ -90,15 +90,19 @@ class Cache(_core.Table):
         return version > 0 and terms.fill_claim(key, value, version, refresh)
 
     def memoize(
-        self, ttl: float | timedelta | None = None, *, name: str | None = None, lease: float = flight.LEASE,
+        self, ttl: float | timedelta | None = None, *, name: bytes | str | None = None, lease: float = flight.LEASE,
         stale_ttl: float | timedelta | None = None, early: float | bool = 0.0,
         tags: Iterable[str] | Callable[..., Iterable[str]] | None = None,
     ) -> Any:
         """A decorator: the function's results are cached by its arguments and computed once per host, as by get_or_set.
 
-        Args: name: that results are kept under, else the function's module and qualified name. stale_ttl, early: as for get_or_set; tags:
-        too, or a function that makes them of the arguments. Arguments are told apart by their encoded bytes, so they are what the codec
-        takes; 1 and True and 1.0 are three. The function gets `cache_key(*args)` and `forget(*args)`.
+        Args: name: under which the results are kept. Without it the function is told from all others by its module, qualified name, code,
+        defaults and what it closes over (by its program, in `__main__`); a function whose code was changed starts without results. With it
+        the caller answers for that. stale_ttl, early: as for get_or_set; tags: too, or a function that makes them of the arguments.
+        f(1), f(a=1) and f(1, 2) are one call of f(a, b=2). Arguments are what the codec takes, and classes; equal ones of equal types, at
+        every depth, are the same in every process; 1 and True and 1.0 are three. The function gets `cache_key(*args)` and `forget(*args)`.
+        Raises: UsageError: it is a coroutine function, a generator, a class, a staticmethod or classmethod, or closes over what cannot be
+        encoded; when it is called: UnsupportedValue: an argument cannot; TypeError: it does not take these arguments.
         """
         from shmcache.memoize import memoize
 
@@ -146,7 +150,7 @@ class Cache(_core.Table):
         """A lock that all processes share: `with cache.lock("report", ttl=30): ...`. Its owner's death, or ttl seconds, release it."""
         return flight.Lock(self, name, ttl)
 
-    def namespace(self, name: str) -> Namespace:
+    def namespace(self, name: bytes | str) -> Namespace:
         """A part of the cache with keys of its own, and an O(1) clear() of its own."""
         return Namespace(self, name)
 

@@ -239,12 +239,13 @@ def _shown(value: Any) -> Any:
 def do_get(args: argparse.Namespace) -> int:
     with shmcache.attach(args.name) as cache:
         missing = object()
-        value = cache.get(args.key, missing)
+        key = os.fsencode(args.key)
+        value = cache.get(key, missing)
         if value is missing:
             print(f"{args.key}: not there", file=sys.stderr)
             return 1
         if args.json:
-            ttl = cache.ttl(args.key)
+            ttl = cache.ttl(key)
             ttl = None if ttl in (None, float("inf")) else ttl
             print(json.dumps({"key": args.key, "value": _shown(value), "type": type(value).__name__, "ttl": ttl}))
         elif isinstance(value, bytes):
@@ -264,7 +265,7 @@ def do_set(args: argparse.Namespace) -> int:
     except ValueError as e:
         raise errors.UsageError(f"the value is not {args.type}: {e}") from None
     with shmcache.attach(args.name) as cache:
-        cache.set(args.key, value, ttl=args.ttl)
+        cache.set(os.fsencode(args.key), value, ttl=args.ttl)
     if args.json:
         print(json.dumps({"key": args.key, "stored": True}))
     return 0
@@ -272,7 +273,8 @@ def do_set(args: argparse.Namespace) -> int:
 
 def do_delete(args: argparse.Namespace) -> int:
     with shmcache.attach(args.name) as cache:
-        deleted = cache.discard(args.key) if cache.mapping.settings()["policy"] not in (0, segment.WRITE_BACK) else cache.delete(args.key)
+        remove = cache.discard if cache.mapping.settings()["policy"] not in (0, segment.WRITE_BACK) else cache.delete
+        deleted = remove(os.fsencode(args.key))
     if args.json:
         print(json.dumps({"key": args.key, "deleted": deleted}))
     elif not deleted:
@@ -282,7 +284,7 @@ def do_delete(args: argparse.Namespace) -> int:
 
 def do_scan(args: argparse.Namespace) -> int:
     with shmcache.attach(args.name) as cache:
-        for n, key in enumerate(cache.scan(args.prefix)):
+        for n, key in enumerate(cache.scan(os.fsencode(args.prefix))):
             if args.limit is not None and n >= args.limit:
                 break
             print(json.dumps(_shown(key)) if args.json else _text(key))
@@ -433,7 +435,7 @@ def do_dump(args: argparse.Namespace) -> int:
     if sys.stdout.isatty():
         raise errors.UsageError("a dump is binary (msgpack maps): send it to a file or a pipe")
     with shmcache.attach(args.name) as cache, _progress("dumping") as progress:
-        n = dump.dump(cache, sys.stdout.buffer, args.prefix.encode("utf-8", "surrogateescape"), progress)
+        n = dump.dump(cache, sys.stdout.buffer, os.fsencode(args.prefix), progress)
         sys.stdout.buffer.flush()
     print(json.dumps({"name": args.name, "items": n}) if args.json else f"{n:,} items", file=sys.stderr)
     return 0

@@ -111,7 +111,7 @@ class MsgpackCodec:
         self._causes = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, ImportError, RecursionError, SyntaxError,
                         OSError, msgpack.UnpackException)  # fmt: skip
         self._depth = 0
-        self._packers: dict[type, Callable[[Any], tuple[int, Any]]] = _packers()
+        self._packers: dict[type, Callable[[Any], tuple[int, Any]]] = packers()
 
     def encode(self, value: Any) -> tuple[int, bytes]:
         try:
@@ -228,7 +228,7 @@ def _refuse_buffers(value: Any) -> None:
 # ---- packing ------------------------------------------------------------------------------------------------------------------
 
 
-def _packers() -> dict[type, Callable[[Any], tuple[int, Any]]]:
+def packers() -> dict[type, Callable[[Any], tuple[int, Any]]]:
     """(extension type, bytes or a value to pack) by exact type. Modules that a value needs are loaded already."""
     import datetime as dt
     from collections import OrderedDict

@@ -27,11 +27,11 @@ class DamageError(ShmcacheError):
 
 
 class InvalidKey(UsageError, ValueError):
-    """A key is bytes, or a str that has a UTF-8 form, of 1 to 4,096 bytes. Shorten, hash or encode it."""
+    """A key is bytes, or a str that has a UTF-8 form, of 1 to 4,096 bytes; so is a name that is part of one. Shorten, hash or encode it."""
 
 
 class InvalidKeyType(InvalidKey, TypeError):
-    """A key is bytes or str. Convert it, for example with str(key)."""
+    """A key is bytes or str, and several keys are a list. Convert it, for example with str(key)."""
 
 
 class ValueTooLarge(UsageError, ValueError):
@@ -58,12 +58,20 @@ class InvalidTTL(UsageError, ValueError):
     """A ttl is a finite number of seconds, zero or more, or a timedelta, or None. Pass such a one."""
 
 
-class InvalidTag(UsageError, ValueError):
+class InvalidTag(InvalidKey):
     """A tag is a str of 1 to 200 bytes in UTF-8, and an item has at most 16, in a tuple. Shorten it, or use fewer."""
+
+
+class InvalidTagType(InvalidTag, InvalidKeyType):
+    """A tag is a str, and tags are a tuple of them. Convert it, for example with str(tag)."""
 
 
 class InvalidName(UsageError, ValueError):
     """A segment name is 1 to 200 characters without a slash, not '.' or '..'. Choose another."""
+
+
+class InvalidNamespace(InvalidKey, InvalidName):
+    """The name of a namespace is bytes or str of 1 to 200 bytes, none of them NUL. Choose another."""
 
 
 class InvalidConfig(UsageError, ValueError):
@@ -211,6 +219,10 @@ class DamagedFile(DamageError):
 
 class ConfigMismatch(UserWarning):
     """open() was given arguments that differ from those of the live segment; the segment's stay in force."""
+
+
+class SharedName(UserWarning):
+    """Two functions of this process are memoized under one name=, and may be given each other's results. Give each its own."""
 
 
 class HugePagesRefused(UserWarning):

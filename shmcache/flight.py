@@ -38,6 +38,7 @@ import time
 
 from shmcache import errors
 from shmcache.codec import FRESH, STALE
+from shmcache.core import _core
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -70,10 +71,8 @@ def waits(deadline: float | None) -> Any:
 
 
 def several(tags: Iterable[str] | None) -> tuple[str, ...]:
-    """Tags that are gone through more than once. Raises: InvalidTag: a str, whose characters they would be."""
-    if isinstance(tags, str):
-        raise errors.InvalidTag(f"tags is a tuple of str, not str: write tags=({tags!r},)")
-    return tuple(tags or ())
+    """Tags that are gone through more than once. Raises: InvalidTag."""
+    return () if tags is None else _core.several_tags(tags)
 
 
 class Terms:
@@ -187,7 +186,7 @@ def refreshing(cache: Cache, key: bytes | str, lease: float, terms: Terms, stale
 
 def refresh_key(key: bytes | str) -> bytes:
     """Who has claimed this key refreshes that one."""
-    raw = key.encode() if isinstance(key, str) else key
+    raw = _core.key_bytes(key)
     if len(raw) > LONGEST_NAMED:
         from hashlib import blake2b
 
@@ -222,6 +221,12 @@ class Lease:
         return f"<shmcache.Lease on {self.key!r}: {'a value' if self.found else 'to be filled' if self.held else 'not held'}>"
 
 
+def check_is_lease(lease: Lease) -> None:
+    """Raises: UsageError."""
+    if not isinstance(lease, Lease):
+        raise errors.UsageError(f"a lease is what get_lease() has returned, not {type(lease).__name__}")
+
+
 def get_lease(cache: Cache, key: bytes | str, seconds: float, tags: Iterable[str] | None) -> Lease:
     """Cache.get_lease."""
     check_lease(seconds)
@@ -244,6 +249,7 @@ def get_lease(cache: Cache, key: bytes | str, seconds: float, tags: Iterable[str
 
 def fill(cache: Cache, lease: Lease, value: Any, ttl: float | timedelta | None, tags: Iterable[str]) -> bool:
     """Cache.fill."""
+    check_is_lease(lease)
     version, lease._version = lease._version, 0
     if not version:
         raise errors.UsageError("this lease is not held: get_lease() has found a value or another's lease, or it was filled or released")
@@ -263,6 +269,7 @@ def fill(cache: Cache, lease: Lease, value: Any, ttl: float | timedelta | None, 
 
 def release(cache: Cache, lease: Lease) -> bool:
     """Cache.release."""
+    check_is_lease(lease)
     version, lease._version = lease._version, 0
     return version > 0 and cache.unclaim(lease.key, version)
 
@@ -277,7 +284,7 @@ class Lock:
         if ttl is not None and not 0 < ttl < 1e9:
             raise errors.InvalidTTL(f"the ttl of a lock is a number of seconds above 0, or None, not {ttl!r}")
         self._cache = cache
-        self._key = LOCK_PREFIX + (name.encode() if isinstance(name, str) else name)
+        self._key = _core.own_key(LOCK_PREFIX, name, "the name of a lock")
         self._ttl = ttl or 0.0
         self._version = 0
 

@@ -12,6 +12,7 @@ import os
 import time
 
 from shmcache import errors, flight
+from shmcache.core import _core
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     Ttl = float | timedelta | None
 
 PREFIX = b"\x00ns\x00"
+LONGEST_NAME = 200  # bytes
 RESTORE_WAIT = 1.0  # seconds
 
 
@@ -53,23 +55,28 @@ def renew(cache: Cache, key: bytes) -> None:
 class Namespace:
     """A part of a cache, with the cache's operations on keys, and clear(). Made by cache.namespace(name)."""
 
-    def __init__(self, cache: Cache, name: str) -> None:
-        if not isinstance(name, str) or not 0 < len(name.encode()) <= 200:
-            raise errors.InvalidName(f"the name of a namespace is a str of 1 to 200 bytes, not {name!r}")
+    def __init__(self, cache: Cache, name: Key) -> None:
+        try:
+            self._generation_key = _core.own_key(PREFIX, name, "the name of a namespace", LONGEST_NAME)
+        except errors.InvalidKey as e:
+            raise errors.InvalidNamespace(str(e)) from None
+        if b"\x00" in self._generation_key[len(PREFIX) :]:  # which ends it in the keys of what is in it
+            raise errors.InvalidNamespace(f"the name of a namespace has no NUL byte, as {name!r} has: use another")
         self.cache = cache
         self.name = name
-        self._generation_key = PREFIX + name.encode()
 
     def prefix(self) -> bytes:
         """What its keys begin with in the cache, till the next clear()."""
         return self._generation_key + b"\x00" + generation(self.cache, self._generation_key)
 
     def _key(self, key: Key) -> bytes:
-        if not isinstance(key, (bytes, str)):
-            raise errors.InvalidKeyType(f"a key is bytes or str, not {type(key).__name__}: convert it, for example with str(key)")
-        if not key:
-            raise errors.InvalidKey("a key has at least 1 byte: use a longer one")
-        return self.prefix() + (key.encode() if isinstance(key, str) else key)
+        own: bytes = _core.own_key(self.prefix(), key, "a key in a namespace")
+        return own
+
+    def _keys(self, keys: Iterable[Key]) -> list[tuple[Key, bytes]]:
+        """Several keys, each as passed and as it is in the cache."""
+        prefix = self.prefix()
+        return [(key, _core.own_key(prefix, key, "a key in a namespace")) for key in _core.several(keys)]
 
     def clear(self) -> None:
         """Remove everything in the namespace, for everybody, in one step."""
@@ -118,17 +125,17 @@ class Namespace:
         return self.cache.ttl(self._key(key))
 
     def get_many(self, keys: Iterable[Key]) -> dict[Key, Any]:
-        prefix = self.prefix()
-        wanted = {prefix + (k.encode() if isinstance(k, str) else k): k for k in keys}
-        return {wanted[bytes(k)]: v for k, v in self.cache.get_many(wanted).items()}
+        wanted = self._keys(keys)
+        found = self.cache.get_many([own for _, own in wanted])
+        return {key: found[own] for key, own in wanted if own in found}
 
     def set_many(self, mapping: Mapping[Key, Any], ttl: Ttl = None, tags: Iterable[str] | None = None) -> None:
         prefix = self.prefix()
-        self.cache.set_many({prefix + (k.encode() if isinstance(k, str) else k): v for k, v in mapping.items()}, ttl, tags)
+        own = [(_core.own_key(prefix, key, "a key in a namespace"), value) for key, value in _core.pairs(mapping)]
+        self.cache.set_many(own, ttl, tags)
 
     def delete_many(self, keys: Iterable[Key]) -> int:
-        prefix = self.prefix()
-        return self.cache.delete_many([prefix + (k.encode() if isinstance(k, str) else k) for k in keys])
+        return self.cache.delete_many([own for _, own in self._keys(keys)])
 
     def get_or_set(
         self, key: Key, factory: Callable[[], Any], ttl: Ttl = None, *, lease: float = flight.LEASE, stale_ttl: Ttl = None,
@@ -148,8 +155,8 @@ class Namespace:
     def scan(self, prefix: Key = b"") -> Iterator[bytes]:
         """The keys, as bytes, that begin with prefix: as they are in the namespace."""
         own = self.prefix()
-        for key in self.cache.scan(own + (prefix.encode() if isinstance(prefix, str) else prefix)):
-            yield key[len(own) :]
+        n = len(own)
+        return (key[n:] for key in self.cache._scan(own + _core.prefix_bytes(prefix)))
 
     def __getitem__(self, key: Key) -> Any:
         return self.cache[self._key(key)]

@@ -181,7 +181,7 @@ class StoredCache(Cache):
             raise
 
     def get_many(self, keys: Iterable[Key]) -> dict[Any, Any]:
-        wanted = list(keys)
+        wanted = _core.several(keys)
         found = super().get_many(wanted)
         missing = {_core.key_bytes(k): k for k in wanted if k not in found}
         claims: dict[bytes, int] = {}

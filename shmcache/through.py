@@ -68,7 +68,7 @@ class ThroughCache(StoredCache):
 
     def set_many(self, mapping: Mapping[Any, Any] | Iterable[tuple[Key, Any]], ttl: Ttl = None, tags: Tags = None) -> None:
         """As Cache.set_many; in the store as few calls, each a transaction where it has them."""
-        values = {_core.key_bytes(k): v for k, v in (mapping.items() if hasattr(mapping, "items") else mapping)}
+        values = {_core.key_bytes(k): v for k, v in _core.pairs(mapping)}
         own = {k: v for k, v in values.items() if k[0] == 0}
         if own.keys() != values.keys():
             no_tags(tags)
@@ -81,7 +81,7 @@ class ThroughCache(StoredCache):
         self._write_all({name: values[name] for name in names}, seconds)
 
     def delete_many(self, keys: Iterable[Key]) -> int:
-        names = dict.fromkeys(_core.key_bytes(k) for k in keys)
+        names = dict.fromkeys(_core.key_bytes(k) for k in _core.several(keys))
         there = super().delete_many([name for name in names if name[0] == 0])
         stored = sorted(name for name in names if name[0] != 0)
         unseen = [name for name in stored if self.peek(name, MISSING) is MISSING]

@@ -146,6 +146,54 @@ def key_bytes(key):
     return key if PyBytes_CheckExact(key) else PyBytes_FromStringAndSize(<char*>k, <Py_ssize_t>n)
 
 
+def own_key(bytes prefix, name, str what, Py_ssize_t most=MAX_KEY):
+    """The cache's own key of a name or key that a user has passed: its bytes behind a prefix.
+
+    Args: what: the name is, for errors ("the name of a lock"). most: bytes that it may have, if there is room for so many.
+    Raises: InvalidKey, InvalidKeyType.
+    """
+    cdef const uint8_t* k
+    cdef size_t n
+    cdef Py_ssize_t n_prefix = PyBytes_GET_SIZE(prefix)
+    named_view(name, &k, &n, min(most, MAX_KEY - n_prefix), what)
+    made = PyBytes_FromStringAndSize(NULL, n_prefix + <Py_ssize_t>n)
+    memcpy(PyBytes_AS_STRING(made), PyBytes_AS_STRING(prefix), n_prefix)
+    memcpy(PyBytes_AS_STRING(made) + n_prefix, k, n)
+    return made
+
+
+def prefix_bytes(prefix):
+    """What keys are to begin with; it may be empty. Raises: InvalidKey, InvalidKeyType."""
+    cdef const uint8_t* k
+    cdef size_t n
+    if isinstance(prefix, (str, bytes)) and not prefix:
+        return b""
+    named_view(prefix, &k, &n, MAX_KEY, "a prefix")
+    return PyBytes_FromStringAndSize(<char*>k, <Py_ssize_t>n)
+
+
+def several(keys):
+    """The keys of a call that takes many, as a list: one that is no key by itself. Raises: InvalidKeyType."""
+    if isinstance(keys, (str, bytes)):
+        raise errors.InvalidKeyType(f"several keys are passed as a list, not as {type(keys).__name__}: write [{keys[:50]!r}]")
+    try:
+        iter(keys)
+    except TypeError as e:
+        raise errors.InvalidKeyType(f"several keys are passed as a list, not as {type(keys).__name__} ({e})") from None
+    return list(keys)
+
+
+def pairs(mapping):
+    """(key, value) of each item of a mapping, or of an iterable of such pairs. Raises: InvalidKeyType."""
+    if hasattr(mapping, "items"):
+        return mapping.items()
+    made = several(mapping)
+    for pair in made:
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise errors.InvalidKeyType(f"keys and values are passed as a mapping, or as (key, value) pairs: {type(pair).__name__} is none")
+    return made
+
+
 def layout():
     """The structs of layout.pxd: {struct: (size, [(field, offset, numpy format, count)])}."""
     cdef header_t* h = NULL
@@ -373,6 +421,11 @@ cdef int fail(int rc) except -100:
 
 
 cdef inline int key_view(object key, const uint8_t** p, size_t* n) except -1:
+    return named_view(key, p, n, MAX_KEY, "a key")
+
+
+cdef inline int named_view(object key, const uint8_t** p, size_t* n, Py_ssize_t most, str what) except -1:
+    """The bytes of a key, or of what else a user names: here it is decided what can be one. what: it is, for errors."""
     cdef Py_ssize_t size
     if PyBytes_Check(key):
         p[0] = <const uint8_t*>PyBytes_AS_STRING(key)
@@ -381,21 +434,32 @@ cdef inline int key_view(object key, const uint8_t** p, size_t* n) except -1:
         try:
             p[0] = <const uint8_t*>PyUnicode_AsUTF8AndSize(key, &size)
         except UnicodeEncodeError as e:
-            raise errors.InvalidKey(f"this str has no UTF-8 form ({e.reason}): use bytes as the key") from None
+            raise errors.InvalidKey(f"{what} has a UTF-8 form, this str has none ({e.reason}): use bytes, or another") from None
     else:
-        raise errors.InvalidKeyType(f"a key is bytes or str, not {type(key).__name__}: convert it, for example with str(key)")
-    if unlikely(size == 0 or size > MAX_KEY):
-        raise errors.InvalidKey(f"a key has 1 to {MAX_KEY:,} bytes, this one {size:,}: " +
+        raise errors.InvalidKeyType(f"{what} is bytes or str, not {type(key).__name__}: convert it, for example with str()")
+    if unlikely(size == 0 or size > most):
+        raise errors.InvalidKey(f"{what} has 1 to {most:,} bytes, this one {size:,}: " +
                                 ("use a longer one" if size == 0 else "shorten it, or use a digest of it"))
     n[0] = <size_t>size
     return 0
+
+
+def several_tags(tags):
+    """What is passed as tags=, as a tuple. Raises: InvalidTag."""
+    if isinstance(tags, (str, bytes)):
+        raise errors.InvalidTag(f"tags is a tuple of str, not {type(tags).__name__}: write tags=({tags[:50]!r},)")
+    try:
+        iter(tags)
+    except TypeError as e:
+        raise errors.InvalidTagType(f"tags is a tuple of str, not {type(tags).__name__} ({e})") from None
+    return tuple(tags)
 
 
 cdef const char* tag_view(object tag, Py_ssize_t* n) except NULL:
     """A tag's UTF-8, which lives as long as it. Raises: InvalidTag."""
     cdef const char* name
     if not PyUnicode_Check(tag):
-        raise errors.InvalidTag(f"a tag is a str, not {type(tag).__name__}: convert it, for example with str(tag)")
+        raise errors.InvalidTagType(f"a tag is a str, not {type(tag).__name__}: convert it, for example with str(tag)")
     try:
         name = PyUnicode_AsUTF8AndSize(tag, n)
     except UnicodeEncodeError as e:
@@ -978,7 +1042,7 @@ cdef class Table:
         read one by one.
         """
         cdef dict found = {}
-        cdef list todo = list(keys)         # ours: what a codec runs cannot change it
+        cdef list todo = several(keys)      # ours: what a codec runs cannot change it
         cdef const uint8_t* k[GROUP]
         cdef size_t n[GROUP]
         cdef uint64_t h[GROUP]
@@ -1375,7 +1439,7 @@ cdef class Table:
         cdef Mapping held = self.mapping
         if ttl is not None:
             ttl_to_ms(ttl)
-        for key, value in (mapping.items() if hasattr(mapping, "items") else mapping):
+        for key, value in pairs(mapping):
             key_view(key, &k, &n)
             if unlikely(head is not None and writes_back(self.ready(), k)):
                 raise untagged()
@@ -1443,9 +1507,7 @@ cdef class Table:
             at = <uint64_t>PyBytes_GET_SIZE(head)
             memcpy(to, PyBytes_AS_STRING(head), at)
             memcpy(&n_tags, to + 2, 2)
-        if isinstance(tags, (str, bytes)):
-            raise errors.InvalidTag(f"tags is a tuple of str, not {type(tags).__name__}: write tags=({tags!r},)")
-        for tag in tags:
+        for tag in several_tags(tags):
             name = tag_view(tag, &n)
             if n_tags == MOST_TAGS:
                 raise errors.InvalidTag(f"an item has at most {MOST_TAGS} tags: use fewer")
@@ -1617,7 +1679,7 @@ cdef class Table:
 
     def delete_many(self, keys):
         """Remove several keys: how many were there."""
-        cdef list todo = list(keys)
+        cdef list todo = several(keys)
         cdef const uint8_t* k
         cdef size_t n
         cdef log_t log, last
@@ -2011,15 +2073,11 @@ cdef class Table:
 
     def scan(self, prefix=b""):
         """The keys, as bytes, that begin with prefix, in no order. One that is there all the while comes exactly once."""
-        cdef uint64_t b = 0
-        if isinstance(prefix, str):
-            prefix = prefix.encode()
-        elif not isinstance(prefix, bytes):
-            raise errors.InvalidKeyType(f"a prefix is bytes or str, not {type(prefix).__name__}")
+        cdef bytes begins = prefix_bytes(prefix)
         self.ready()
-        return self.scan_from(prefix)
+        return self._scan(begins)
 
-    def scan_from(self, bytes prefix):
+    def _scan(self, bytes prefix):
         cdef uint64_t b = 0
         while b < self.ready().n_buckets:
             for key in self.keys_between(b, b + 256):

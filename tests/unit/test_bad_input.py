@@ -273,4 +273,4 @@ def test_a_closed_handle_answers_or_says_that_it_is_closed(cache):
     assert "closed" in repr(cache)
     cache.close()
     untested = {a for a in dir(cache) if not a.startswith("_")} - set(calls)
-    assert untested == {"close", "closed", "encoded", "fill", "keys_between", "lock", "lock_limit", "mapping", "memoize", "name", "namespace", "release", "row", "scan", "scan_from", "segment", "unlinked"}
+    assert untested == {"close", "closed", "encoded", "fill", "keys_between", "lock", "lock_limit", "mapping", "memoize", "name", "namespace", "release", "row", "scan", "segment", "unlinked"}

@@ -16,9 +16,10 @@ ALLOWED = {  # module -> what of ours it may import
     "core": {"errors", "core"},
     "segment": {"errors", "core"},
     "stores": {"errors", "codec", "stores"},
-    "flight": {"errors", "codec", "cache"},  # cache for annotations only
-    "memoize": {"errors", "flight", "cache"},  # cache for annotations only
-    "namespace": {"errors", "flight", "cache"},
+    "canonical": {"errors", "codec", "core"},
+    "flight": {"errors", "codec", "core", "cache"},  # cache for annotations only
+    "memoize": {"errors", "codec", "core", "canonical", "flight", "cache"},  # cache for annotations only
+    "namespace": {"errors", "core", "flight", "cache"},
     "cache": {"errors", "core", "segment", "codec", "flight", "memoize", "namespace", "policy", "stores", "through", "back"},  # memoize and the last four on demand
     "policy": {"errors", "core", "segment", "cache", "stores"},  # the last two for annotations only
     "stored": {"errors", "codec", "core", "cache", "policy", "flight", "stores"},

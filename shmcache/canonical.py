@@ -1,0 +1,242 @@
+"""The canonical bytes of a value: equal values of equal types, at every depth, have the same bytes in each process, whatever its hash seed.
+Values that differ have different bytes. Nothing decodes them: a key is made of their digest.
+
+    order       a dict, a set and a frozenset have none: their items are sorted by their bytes. An OrderedDict and a list have one
+    sharing     plain data that is there twice counts as two equal values. Pickle tells these apart, by whether a str happens to be interned
+    types       1, 1.0 and True are three values, "a" and b"a" are two
+    numbers     0.0 and -0.0 differ, and so do Decimal("1.0") and Decimal("1.00"): a function can tell. Every nan is the same
+    arrays      the dtype (with its byte order), the shape and the items count; the order in memory does not
+    classes     are their module and qualified name, and must be found there
+    functions   are their module, qualified name, code, defaults, and what they close over
+    objects     are a class and a state, as pickle sees them
+
+Functions and objects are only taken where any_object is true. The code of a function is the compiler's, without its place in the file; each
+version of Python makes its own. `__main__` is the program: the name of its module if it was started by `-m`, else its file.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+import os
+import struct
+import sys
+import types
+
+from shmcache import codec, errors
+from shmcache.core import _core
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from typing import Any
+
+packers = functools.cache(codec.packers)
+
+
+def canonical(value: Any, any_object: bool) -> bytes:
+    """Of one value. any_object: of whatever type, else what the msgpack codec takes, and classes. Raises: UnsupportedValue."""
+    leaf = _LEAVES.get(type(value))
+    if leaf is not None:
+        return leaf(value)
+    try:
+        return Walk(any_object).bytes_of(value)
+    except RecursionError:
+        raise codec.refuse(value, "this value is nested too deeply, or refers to itself") from None
+
+
+class Walk:
+    """One value's way to its bytes."""
+
+    def __init__(self, any_object: bool) -> None:
+        self._any_object = any_object
+        # Objects and functions that were met, by id, with their number: the second time that stands for them. They are kept, or another
+        # could get the id of one that is gone.
+        self._met: dict[int, tuple[int, Any]] = {}
+
+    def bytes_of(self, value: Any) -> bytes:
+        """Raises: UnsupportedValue, RecursionError."""
+        kind = type(value)
+        leaf = _LEAVES.get(kind)
+        if leaf is not None:
+            return leaf(value)
+        if kind is tuple:
+            return self._items(b"t", value)
+        if kind is list:
+            return self._items(b"l", value)
+        if kind is dict:
+            return self._dict(b"d", value.items())
+        if kind is set or kind is frozenset:
+            return self._set(b"u" if kind is set else b"z", value)
+        numpy = sys.modules.get("numpy")
+        if numpy is not None and (kind is numpy.ndarray or (isinstance(value, numpy.generic) and kind.__module__ == "numpy")):
+            return self._array(b"a" if kind is numpy.ndarray else b"n", numpy.asarray(value))
+        packer = packers().get(kind)
+        if packer is not None:
+            try:
+                number, content = packer(value)
+            except errors.UnsupportedValue:  # a time zone that is neither fixed nor one of zoneinfo's
+                if not self._any_object:
+                    raise
+            else:
+                return b"x%d:" % number + self.bytes_of(content)
+        if isinstance(value, type):
+            return b"c" + self.bytes_of(found_as(value))
+        if not self._any_object:
+            raise codec.refuse(value, f"no key can be made of a {kind.__module__}.{kind.__qualname__}")
+        return self._object(value)
+
+    def _items(self, tag: bytes, values: Iterable[Any]) -> bytes:
+        made = [self.bytes_of(value) for value in values]
+        return b"%c%d:" % (tag, len(made)) + b"".join(made)
+
+    def _alone(self, value: Any) -> bytes:
+        """Of what is sorted: it refers to nothing beside it, for its place is not known yet."""
+        return Walk(self._any_object).bytes_of(value) if self._any_object else self.bytes_of(value)
+
+    def _set(self, tag: bytes, values: Iterable[Any]) -> bytes:
+        made = sorted([self._alone(value) for value in values])
+        return b"%c%d:" % (tag, len(made)) + b"".join(made)
+
+    def _dict(self, tag: bytes, items: Iterable[tuple[Any, Any]]) -> bytes:
+        made = sorted([(self._alone(key), value) for key, value in items], key=_first)
+        return b"%c%d:" % (tag, len(made)) + b"".join([key + self.bytes_of(value) for key, value in made])
+
+    def _array(self, tag: bytes, array: Any) -> bytes:
+        if array.dtype.hasobject:
+            if not self._any_object:
+                raise codec.refuse(array, "an array of objects would have to be pickled")
+            return tag + self.bytes_of(("O", array.shape, array.ravel().tolist()))
+        if array.dtype.names:  # field by field: between them there may be bytes that mean nothing
+            head = tag + self.bytes_of((array.dtype.names, array.shape))
+            return head + b"".join([self._array(b"a", array[name]) for name in array.dtype.names])
+        kind = array.dtype.type  # of another package, whose dtypes may all be called V2
+        dtype = array.dtype.str if kind.__module__ == "numpy" else (array.dtype.str, found_as(kind))
+        return tag + self.bytes_of((dtype, array.shape, array.tobytes()))
+
+    # ---- of any object ----
+
+    def _object(self, value: Any) -> bytes:
+        if isinstance(value, _core.Table):
+            return b"k" + self.bytes_of(value.name)
+        if isinstance(value, types.ModuleType):
+            return b"m" + self.bytes_of(module_name(vars(value)))
+        met = self._met.get(id(value))
+        if met is not None:
+            return b"^%d:" % met[0]
+        self._met[id(value)] = (len(self._met), value)
+        if type(value) is types.FunctionType:
+            return self._function(value)
+        if type(value) is types.MethodType:
+            return b"b" + self.bytes_of(value.__func__) + self.bytes_of(value.__self__)
+        return self._reduced(value)
+
+    def _function(self, function: types.FunctionType) -> bytes:
+        wrapper, memoized = vars(function).get("memoized", (None, None))
+        if wrapper is function:  # not another decorator's, which has taken over its attributes
+            return b"w" + self.bytes_of(memoized)
+        where = (module_name(function.__globals__), function.__module__, function.__qualname__)
+        defaults = (function.__defaults__, function.__kwdefaults__)
+        return b"p" + self.bytes_of((where, code_digest(function.__code__), defaults)) + self._cells(function)
+
+    def _cells(self, function: types.FunctionType) -> bytes:
+        """What a function closes over."""
+        made = []
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            try:
+                value = cell.cell_contents
+            except ValueError:  # it has no value yet
+                made.append(b"e")
+                continue
+            try:
+                made.append(b"v" + self.bytes_of(value))
+            except errors.UnsupportedValue as e:
+                raise errors.UnsupportedValue(f"the variable {name!r} of the function around {function.__qualname__}: {e}") from None
+        return b"".join(made)
+
+    def _reduced(self, value: Any) -> bytes:
+        kind = type(value)
+        try:
+            reduce = copyreg.dispatch_table.get(kind)
+            made = reduce(value) if reduce is not None else value.__reduce_ex__(4)
+        except (errors.ShmcacheError, RecursionError):
+            raise
+        except Exception as e:  # __reduce__ is anybody's code
+            raise errors.UnsupportedValue(f"no key can be made of this {kind.__qualname__} ({e})") from e
+        if isinstance(made, str):
+            return b"g" + self.bytes_of(found_as(value, made))
+        function, arguments, state, items, pairs = (*made, None, None, None)[:5]
+        if isinstance(value, (set, frozenset)):  # of which it has made a list, in no order
+            return b"r" + self.bytes_of(found_as(kind)) + self._set(b"u", value) + self.bytes_of(state)
+        head = b"r" + self.bytes_of(found_as(function)) + self.bytes_of(arguments) + self.bytes_of(state)
+        return head + self._items(b"l", items or ()) + self._dict(b"d", pairs or ())
+
+
+def found_as(value: Any, name: str | None = None) -> tuple[str, str]:
+    """The module and qualified name under which a class, or what else pickle names, is found. Raises: UnsupportedValue."""
+    qualname = name or getattr(value, "__qualname__", None) or type(value).__qualname__
+    module = sys.modules.get(getattr(value, "__module__", None) or "builtins")
+    found: Any = module
+    for part in qualname.split("."):
+        found = getattr(found, part, None)
+    if module is None or found is not value:
+        raise errors.UnsupportedValue(f"no key can be made of {qualname}: it is not found by that name in its module")
+    return module_name(vars(module)), qualname
+
+
+def module_name(module: dict[str, Any]) -> str:
+    """What a module, of which these are the globals, is called in a key. Of a session, or of -c, no more than `__main__` is known."""
+    name = str(module.get("__name__"))
+    if name not in ("__main__", "__mp_main__"):  # the second: what multiprocessing's spawned children call their parent's
+        return name
+    spec, file = module.get("__spec__"), module.get("__file__")
+    if spec is not None and spec.name != "__main__":
+        return str(spec.name)
+    return f"__main__ of {os.path.abspath(file)}" if file else "__main__"
+
+
+@functools.lru_cache(1024)
+def code_digest(code: types.CodeType) -> bytes:
+    """Of what a function does, not of where it stands."""
+    from hashlib import blake2b
+
+    return blake2b(_code(code), digest_size=16).digest()
+
+
+def _code(code: types.CodeType) -> bytes:
+    shape = (code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags, code.co_code, code.co_exceptiontable,
+             code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars)  # fmt: skip
+    return canonical(shape, False) + b"".join([_constant(constant) for constant in code.co_consts])
+
+
+def _constant(constant: Any) -> bytes:
+    return b"h" + code_digest(constant) if isinstance(constant, types.CodeType) else canonical(constant, True)
+
+
+def _first(pair: tuple[bytes, Any]) -> bytes:
+    return pair[0]
+
+
+_NAN = struct.pack("<d", float("nan"))
+
+
+def _float(value: float) -> bytes:
+    return b"f" + (struct.pack("<d", value) if value == value else _NAN)
+
+
+def _str(value: str) -> bytes:
+    raw = value.encode("utf-8", "surrogatepass")
+    return b"s%d:" % len(raw) + raw
+
+
+_LEAVES: dict[type, Callable[[Any], bytes]] = {
+    str: _str,
+    int: lambda v: b"i%x:" % v,
+    bytes: lambda v: b"y%d:" % len(v) + v,
+    float: _float,
+    bool: lambda v: b"T" if v else b"F",
+    type(None): lambda v: b"N",
+    complex: lambda v: b"j" + _float(v.real) + _float(v.imag),
+    type(Ellipsis): lambda v: b"E",
+    type(NotImplemented): lambda v: b"I",
+}
