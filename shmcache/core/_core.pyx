@@ -24,7 +24,7 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset, strncpy
 from posix.unistd cimport usleep
 
-from shmcache.core.atomics cimport add64, ld32, ld64, likely, prefetch, st64, unlikely
+from shmcache.core.atomics cimport add64, fence_acquire, ld32, ld64, likely, prefetch, st64, unlikely
 from shmcache.core.big cimport big_read
 from shmcache.core.bucket cimport bucket_of, pthread_self, stripe_of, stripe_release, stripe_take
 from shmcache.core.clock cimport now_ms, ring_supervisor
@@ -875,7 +875,7 @@ cdef class Table:
         """Is what is in this envelope, copied to p, given to who takes (TAKE_*)? Its state is then in r."""
         if not envelope_open(p, r.value_bytes, e):
             raise damaged_envelope()
-        r.state = envelope_state(s, p, e, r.expiry_ms)
+        r.state = envelope_state(s, p, e, r.expiry_ms, r.now_ms)
         if r.state == STATE_FRESH and e.early_ms and take & TAKE_EARLY and r.expiry_ms and self.rolled_early(s, r, e, take):
             r.state = STATE_STALE
         return r.state == STATE_FRESH or (r.state == STATE_STALE and take & TAKE_STALE)
@@ -883,7 +883,7 @@ cdef class Table:
     cdef bint rolled_early(self, seg_t* s, read_t* r, envelope_t* e, int take):
         """Is this the read that misses early? now - early_ms * ln(random) >= the fresh end (XFetch: Vattani, Chierichetti and Lowenstein, VLDB
         2015). The miss that get has just had is not rolled for again by the _look that follows."""
-        cdef uint64_t now = now_ms(s), end = r.expiry_ms - e.stale_ms, x
+        cdef uint64_t now = r.now_ms, end = r.expiry_ms - e.stale_ms, x
         if take & TAKE_STALE and self.rolled == (r.hash ^ r.cas):
             self.rolled = 0
             return True
@@ -1105,6 +1105,7 @@ cdef class Table:
         cdef seg_t* s
         cdef int rc, state
         cdef uint32_t stale_ms = 0
+        cdef uint64_t now
         key_view(key, &k, &n)
         while True:
             s = self.ready()
@@ -1117,8 +1118,12 @@ cdef class Table:
                     continue
                 if state != STATE_FRESH and state != STATE_DAMAGED:
                     return None
-            if rc == OK and (unchanged(&r) or same_item(s, &r)):
-                return INFINITY if r.expiry_ms == 0 else max(0, <int64_t>(r.expiry_ms - stale_ms - now_ms(s))) / 1000.0
+            if rc == OK:
+                #! ttl: read
+                now = now_ms(s)
+                fence_acquire()
+                if same_item(s, &r):            # with this version, so with this expiry, when the clock was read
+                    return INFINITY if r.expiry_ms == 0 else max(0, <int64_t>(r.expiry_ms - stale_ms - now)) / 1000.0
             PyErr_CheckSignals()
 
     # -- set

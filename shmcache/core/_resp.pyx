@@ -177,6 +177,7 @@ cdef class Executor:
     cdef readonly int db                # whose keys are meant
     cdef size_t n_prefix                # of `named`: what the keys of this database begin with
     cdef uint8_t named[MAX_KEY + PREFIX_MOST]
+    cdef dict pinned                    # by database, while stripes are held or about to be: what its keys begin with (`named`)
     cdef readonly int databases
     cdef readonly uint64_t held_ns      # when it did, on the monotonic clock
     cdef readonly int backed            # 0: as if there was no store behind the segment; LOADS, KNOWS
@@ -398,8 +399,10 @@ cdef class Executor:
                 i = stripes[k]
                 s.held[i >> 6] |= <uint64_t>1 << (i & 63)
             #! hold: all taken
+            s.held_epoch = ld32(&s.header.epoch)
             s.holder = pthread_self()
             self.holding = stripes
+            self.pin()
             #! hold: held
             self.was_impatient = self.table.impatient
             self.table.impatient = False
@@ -426,6 +429,7 @@ cdef class Executor:
             stripe_release(s, &s.stripes[i])
             #! release: a stripe released
         self.holding = None
+        self.pinned = None
         self.table.impatient = self.was_impatient
         HOLDING.release()
 
@@ -519,6 +523,10 @@ cdef class Executor:
                 memcpy(self.named, PyBytes_AS_STRING(self.aside), self.n_prefix)
             return 0
         memcpy(self.named, <const char*>b"\0ns\0db:", 7)
+        if self.pinned is not None and db in self.pinned:
+            self.n_prefix = PyBytes_GET_SIZE(self.pinned[db])
+            memcpy(self.named, PyBytes_AS_STRING(self.pinned[db]), self.n_prefix)
+            return 0
         n += shm_digits(<char*>self.named + n, db)
         h = siphash13(self.named, n, s.k0, s.k1)
         while True:
@@ -528,6 +536,8 @@ cdef class Executor:
                 if read_end(s, &r) == OK:
                     self.named[n] = 0
                     self.n_prefix = n + 9
+                    if self.pinned is not None:
+                        self.pinned[db] = PyBytes_FromStringAndSize(<char*>self.named, <Py_ssize_t>self.n_prefix)
                     return 0
             elif rc != ABSENT:          # somebody came between; or it is no generation
                 if rc == OK and read_end(s, &r) == OK:
@@ -538,6 +548,18 @@ cdef class Executor:
                 raise WouldWait
             else:
                 self.table.namespace(f"db:{db}").prefix()       # waits for it
+
+    cdef void pin(self):
+        """From here to release() databases keep the generations that they have when they are first used: what was held by their keys is held."""
+        if self.pinned is None:
+            self.pinned = {}
+            if self.db:
+                self.pinned[self.db] = PyBytes_FromStringAndSize(<char*>self.named, <Py_ssize_t>self.n_prefix)
+
+    def unpin(self):
+        """This thread has cleared databases."""
+        if self.pinned is not None:
+            self.pinned.clear()
 
     cdef bytes shown(self, const uint8_t* key, size_t n):
         """The client's key for a segment's one, None if it is of another database."""
@@ -728,7 +750,7 @@ cdef int finish_raw(Executor ex, read_t* r, raw_t* raw, int whole) except -1:
     if unlikely(r.codec == CODEC_ENVELOPE):
         if not envelope_open(ex.scratch, r.value_bytes, &e):
             raise errors.DamageError("the head of this value is damaged, or of a newer version: delete the key")
-        state = envelope_state(ex.s, ex.scratch, &e, r.expiry_ms)
+        state = envelope_state(ex.s, ex.scratch, &e, r.expiry_ms, r.now_ms)
         if state != STATE_FRESH and not (state == STATE_STALE and ex.takes_stale):
             ex.s.row.misses += 1
             return UNKNOWN if ex.backed and state != STATE_NEGATIVE else False
@@ -2093,13 +2115,15 @@ cdef class Client:
             return self.error(b"ERR source and destination objects are the same")
         if unlikely(ex.put_off) and db == 0:
             raise WouldWait
-        ex.add_stripe(found, ex.argv[1], ex.argl[1])
-        ex.use(<int>db)
-        ex.add_stripe(found, ex.argv[2], ex.argl[2])
-        if ex.s.holder != pthread_self():
-            ex.take_stripes(found, ex.argl[2] + RECORD_ROOM)
-            held = True
         try:
+            if ex.s.holder != pthread_self():
+                ex.pin()
+                ex.add_stripe(found, ex.argv[1], ex.argl[1])
+                ex.use(<int>db)
+                ex.add_stripe(found, ex.argv[2], ex.argl[2])
+                ex.take_stripes(found, ex.argl[2] + RECORD_ROOM)
+                held = True
+            ex.use(<int>db)
             if not replace and look(ex, ex.argv[2], ex.argl[2], &raw, False):
                 return self.integer(0)
             ex.use(self.db)
@@ -2111,6 +2135,8 @@ cdef class Client:
         finally:
             if held:
                 ex.release()
+            elif ex.s.holder != pthread_self():
+                ex.pinned = None
 
     def transact(self, list queue not None, list keys not None, dict watching not None, uint64_t log_bytes, is_answered,
                  bint looked_at):
@@ -2125,11 +2151,16 @@ cdef class Client:
         cdef set found = set()
         cdef bytes key
         cdef int db
-        for db, key in keys:
-            if db != ex.db:
-                ex.use(db)
-            ex.add_stripe(found, <const uint8_t*>PyBytes_AS_STRING(key), PyBytes_GET_SIZE(key))
-        ex.take_stripes(found, log_bytes)
+        ex.pin()
+        try:
+            for db, key in keys:
+                if db != ex.db:
+                    ex.use(db)
+                ex.add_stripe(found, <const uint8_t*>PyBytes_AS_STRING(key), PyBytes_GET_SIZE(key))
+            ex.take_stripes(found, log_bytes)
+        except BaseException:
+            ex.pinned = None
+            raise
         try:
             for (db, key), version in watching.items():
                 if db != ex.db:

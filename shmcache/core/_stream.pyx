@@ -68,6 +68,7 @@ cdef int copy_chain(seg_t* s, uint64_t b, uint32_t stripe, copy_t* c) noexcept n
     cdef uint64_t seen[MOST_IN_CHAIN]
     cdef int n_seen = 0, k
     cdef uint32_t version = ld32(&s.buckets[b].version), epoch = ld32(&s.header.epoch)
+    cdef uint64_t now = now_ms(s)       # before any expiry (clock.pxd, over())
     cdef record_t r
     cdef chain_t chain
     cdef item_t* it
@@ -89,14 +90,14 @@ cdef int copy_chain(seg_t* s, uint64_t b, uint32_t stripe, copy_t* c) noexcept n
             r.codec = ld8r(&it.codec)
             r.epoch = ld32r(&it.epoch)
             flags = ld8r(&it.flags)
-            expiry = ld64r(&it.expiry_ms)
+            expiry = ld64(&it.expiry_ms)
             room = page_room(s, addr)
             offset = value_offset(r.key_bytes)
             if (w ^ h) >> 48 or bucket_of(s, h) != b or r.key_bytes == 0 or r.key_bytes > MAX_KEY or 48 + r.key_bytes > room:
                 continue
             if not c.copies and passes_by(s, <uint8_t*>it + 48):
                 continue
-            if flags & FLAG_CLAIM or (not flags & FLAG_DIRTY and (r.epoch != epoch or (expiry != 0 and expiry <= now_ms(s)))):
+            if flags & FLAG_CLAIM or (not flags & FLAG_DIRTY and (r.epoch != epoch or (expiry != 0 and expiry <= now))):
                 continue
             if flags & FLAG_BIG:
                 big_shape(s, r.key_bytes, r.value_bytes, &big)

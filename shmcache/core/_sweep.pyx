@@ -90,6 +90,7 @@ cdef class Verifier:
         cdef seg_t* s = self.s
         cdef stripe_t* st = &s.stripes[i]
         cdef uint64_t b, n = 0, c
+        cdef uint32_t epoch
         cdef int rc
         with nogil:
             rc = stripe_take(s, st, 10 * s.limit_ns)
@@ -97,18 +98,19 @@ cdef class Verifier:
         # verify is the one place that runs Python under a lock, and only to say what is wrong: it makes plain objects, with the
         # collector off (verify()), and a process that holds a stripe for long is only waited for, never robbed.
         try:
+            epoch = ld32(&s.header.epoch)
             b = i
             while b < s.n_buckets:
-                n += self.chain(b, st)
+                n += self.chain(b, st, epoch)
                 b += s.n_stripes
-            c = st.count if st.count >> 32 == ld32(&s.header.epoch) else 0
+            c = st.count if st.count >> 32 == epoch else 0
             if <uint32_t>c != n:
                 self.say(f"I15 stripe {i}: counts {<uint32_t>c} items, its buckets hold {n}")
         finally:
             stripe_release(s, st)
         return 0
 
-    cdef uint64_t chain(self, uint64_t b, stripe_t* st):
+    cdef uint64_t chain(self, uint64_t b, stripe_t* st, uint32_t epoch):
         """Check one chain, the stripe held; how many items of this epoch it holds. Python objects are made of violations only."""
         cdef seg_t* s = self.s
         cdef chain_t c
@@ -131,11 +133,11 @@ cdef class Verifier:
             for i in range(c.n_slots):
                 w = c.slot[i]
                 if w:
-                    n += self.item(b, st, i, w, seen, &n_seen)
+                    n += self.item(b, st, epoch, i, w, seen, &n_seen)
             if not chain_next(s, &c):
                 return n
 
-    cdef int item(self, uint64_t b, stripe_t* st, int i, uint64_t w, uint64_t* seen, int* n_seen):
+    cdef int item(self, uint64_t b, stripe_t* st, uint32_t epoch, int i, uint64_t w, uint64_t* seen, int* n_seen):
         """Check the item that a slot names: 1 if it is of this epoch."""
         cdef seg_t* s = self.s
         cdef uint64_t addr = w & ADDR_MASK, need
@@ -166,7 +168,7 @@ cdef class Verifier:
             need = g.head_bytes
         if not 0 < klen <= MAX_KEY or need > s.chunk_bytes[cls]:
             self.say(f"I6 bucket {b} slot {i}: key {klen} and value {vlen} bytes in a chunk of {s.chunk_bytes[cls]}")
-            return it.epoch == ld32(&s.header.epoch)
+            return it.epoch == epoch
         if siphash13(key, klen, s.k0, s.k1) != it.hash:
             self.say(f"I5 bucket {b} slot {i}: the hash is not that of the key")
         for j in range(<uint32_t>n_seen[0]):
@@ -181,7 +183,7 @@ cdef class Verifier:
                 p = ld32r(&(<uint32_t*>(<uint8_t*>it + value_offset(klen)))[j])
                 if not big_owns(s, addr, p):
                     self.say(f"I13 bucket {b} slot {i}: page {p} of its list is not its own")
-        return it.epoch == ld32(&s.header.epoch)
+        return it.epoch == epoch
 
     # -- chunks, page by page
 
@@ -702,7 +704,7 @@ def repair(Table table not None):
     cdef item_t* it
     cdef overflow_t* ov
     cdef uint64_t b, h, p, addr, n, cleared = 0, freed = 0
-    cdef uint32_t i, k, cls, nxt
+    cdef uint32_t i, k, cls, nxt, epoch
     cdef uint32_t* link
     cdef int j
     cdef uint8_t* chained = <uint8_t*>calloc(s.n_overflow, 1)      # overflow buckets that a chain was seen to lead to
@@ -714,6 +716,7 @@ def repair(Table table not None):
             if stripe_take(s, st, s.limit_ns) != OK:
                 continue
             n = 0
+            epoch = ld32(&s.header.epoch)
             b = i
             while b < s.n_buckets:
                 link = &s.buckets[b].overflow
@@ -750,11 +753,11 @@ def repair(Table table not None):
                         it = item_at(s, c.slot[j] & ADDR_MASK)
                         if it.cas > st.seq:
                             st64(&st.seq, it.cas)
-                        n += it.epoch == ld32(&s.header.epoch)
+                        n += it.epoch == epoch
                     if not chain_next(s, &c):
                         break
                 b += s.n_stripes
-            st64(&st.count, <uint64_t>ld32(&s.header.epoch) << 32 | n)
+            st64(&st.count, <uint64_t>epoch << 32 | n)
             stripe_release(s, st)
         for p in range(s.n_pages):
             cls = <uint32_t>page_cls(s, p)

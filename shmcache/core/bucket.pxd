@@ -12,6 +12,7 @@
 #
 # Race table
 #   get vs set           set wins -> version changed, get begins again and sees the new item
+#   write vs clear       the write's one load of the epoch decides: before it the write finds nothing, after it what it stores is cleared, too
 #   get vs evict         evict wins -> version changed, get begins again, then misses
 #   set vs set           the stripe decides; the later one replaces the earlier
 #   repair vs repair     dies -> the next taker repairs again; every step is idempotent
@@ -38,6 +39,9 @@ cdef extern from *:
     #define SHM_ADDR_MASK (((uint64_t)1 << 48) - 1)
     """
     const uint64_t ADDR_MASK "SHM_ADDR_MASK"
+
+cdef extern from "pthread.h" nogil:
+    uint64_t pthread_self()
 
 cdef inline uint64_t bucket_of(seg_t* s, uint64_t h) noexcept nogil:
     """By the low 48 bits of the hash (the top 16 are the tag), scaled: the number of buckets is any."""
@@ -94,10 +98,18 @@ cdef inline uint64_t* reachable(seg_t* s, uint64_t addr) noexcept nogil:
 
 # ---- count of a stripe --------------------------------------------------------------------------------------------------
 
-cdef inline uint64_t count_now(seg_t* s, stripe_t* st) noexcept nogil:
+# clear() takes no lock: it counts header.epoch up, and of each operation that load decides which comes first. So an operation loads it once,
+# under the stripe, judges with it what is there, and gives it to what it stores: what followed on a cleared item is cleared, too. Several
+# stripes at once (below) are one operation.
+
+cdef inline uint32_t epoch_now(seg_t* s) noexcept nogil:
+    if unlikely(s.holder != 0) and s.holder == pthread_self():
+        return s.held_epoch
+    return ld32(&s.header.epoch)
+
+cdef inline uint64_t count_at(stripe_t* st, uint64_t epoch) noexcept nogil:
     """epoch << 32 | items; begins again at 0 after clear()."""
-    cdef uint64_t e = ld32(&s.header.epoch)
-    return st.count if st.count >> 32 == e else e << 32
+    return st.count if st.count >> 32 == epoch else epoch << 32
 
 cdef inline uint64_t count_without(seg_t* s, uint64_t count, uint64_t addr) noexcept nogil:
     if item_at(s, addr).epoch == count >> 32 and <uint32_t>count:
@@ -149,9 +161,6 @@ cdef inline void stripe_repair(seg_t* s, stripe_t* st) noexcept nogil:
     st64(&st.old, 0)
     #! stripe repair: old cleared
     st64(&st.new, 0)
-
-cdef extern from "pthread.h" nogil:
-    uint64_t pthread_self()
 
 # Several stripes at once (what the sidecar's EXEC needs): a thread takes them in ascending order, then says so: from there on what it does
 # to keys of these stripes finds them taken. For any other stripe it does not wait (it would wait out of order, for somebody who may wait
@@ -332,7 +341,7 @@ cdef inline void remove_locked(seg_t* s, stripe_t* st, uint64_t b, uint64_t* slo
     """
     if unlikely(ld32(&s.header.restoring)):
         depart_with(s, addr, op)
-    note_intent(st, op, addr, 0, count_without(s, count_now(s, st), addr))
+    note_intent(st, op, addr, 0, count_without(s, count_at(st, epoch_now(s)), addr))
     st64(&item_at(s, addr).word, word_of(RETIRED, s.me[0]))
     #! remove: RETIRED
     st64(slot, 0)

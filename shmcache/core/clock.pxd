@@ -22,7 +22,7 @@ from libc.string cimport memset
 
 from shmcache.core.atomics cimport add64, cas32, cas64, ld8r, ld16r, ld32, ld32r, ld64, ld64r, ldi64r, st8r, st32, st64
 from shmcache.core.big cimport big_free_item_pages
-from shmcache.core.bucket cimport OP_EVICT, bucket_of, remove_locked, slot_naming, stripe_of, stripe_release, stripe_take
+from shmcache.core.bucket cimport OP_EVICT, bucket_of, epoch_now, remove_locked, slot_naming, stripe_of, stripe_release, stripe_take
 from shmcache.core.layout cimport FLAG_BIG, FLAG_CLAIM, FLAG_DIRTY, FLAG_LOCK, FLAG_WRITING, class_t, item_t, page_t, seg_t, stripe_t
 from shmcache.core.lock cimport shm_ring
 from shmcache.core.settle cimport settle_chunk, settle_overflow, settle_pages
@@ -41,12 +41,20 @@ cdef inline uint64_t now_ms(seg_t* s) noexcept nogil:
     """The segment's clock: monotonic, so that a step of the wall clock expires nothing."""
     return <uint64_t>(<int64_t>(mono_ns() // 1000000) + ldi64r(&s.header.clock_shift_ms))
 
-cdef inline bint stale(seg_t* s, item_t* it) noexcept nogil:
-    """Cleared or expired: nobody may be given it any more."""
-    cdef uint64_t expiry = ld64r(&it.expiry_ms)
+cdef inline bint over(item_t* it, uint64_t expiry, uint64_t now, uint32_t epoch) noexcept nogil:
+    """Cleared or expired: nobody may be given it any more. Without its stripe the clock is read before the expiry is loaded: else a reader that
+    slept between the two finds a key over that was given more time meanwhile."""
     if ld8r(&it.flags) & FLAG_DIRTY:
         return False
-    return (ld32r(&it.epoch) != ld32(&s.header.epoch) and not ld8r(&it.flags) & FLAG_LOCK) or (expiry != 0 and expiry <= now_ms(s))
+    return (ld32r(&it.epoch) != epoch and not ld8r(&it.flags) & FLAG_LOCK) or (expiry != 0 and expiry <= now)
+
+cdef inline bint stale_at(seg_t* s, item_t* it, uint32_t epoch) noexcept nogil:
+    """Is it over? Its stripe is held, or it is a hint."""
+    cdef uint64_t expiry = ld64r(&it.expiry_ms)
+    return over(it, expiry, now_ms(s) if expiry else 0, epoch)
+
+cdef inline bint stale(seg_t* s, item_t* it) noexcept nogil:
+    return stale_at(s, it, epoch_now(s))
 
 cdef inline bint claim_stands(seg_t* s, uint64_t addr) noexcept nogil:
     """Is this item a claim of a living process whose time is not over? A mark stands without its process, too: what that had begun in the

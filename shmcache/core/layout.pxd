@@ -319,6 +319,7 @@ ctypedef struct seg_t:
     uint64_t* dirty         # the bits
     uint64_t holder         # the thread of this process that holds several stripes at once; 0: none. One at a time
     uint64_t held[1024]     # which: a bit for each stripe
+    uint32_t held_epoch     # header.epoch when it had them all: the one that counts for what it does to their keys
     bint supervising        # this process is the supervisor: what it evicts, it evicts ahead of demand
     uint64_t limit_ns       # how long to wait for a lock that a living process holds
     uint64_t patience_ns    # the same, as the segment has it: who waited so long speaks for all

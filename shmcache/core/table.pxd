@@ -16,9 +16,9 @@ from shmcache.core.atomics cimport add64, cas32, fence_acquire, fence_release, l
 from shmcache.core.big cimport big_fill, big_free_item_pages, big_free_pages, big_owns, big_read, big_seal_locked, big_shape, big_t, \
     page_bytes_of
 from shmcache.core.bucket cimport ADDR_MASK, OP_DELETE, OP_EVICT, OP_SET, OP_TOUCH, bucket_of, bump, chain_first, \
-    chain_grow_locked, chain_next, chain_t, count_now, count_without, depart, depart_with, departed, note_intent, pthread_self, remove_locked, \
+    chain_grow_locked, chain_next, chain_t, count_at, count_without, depart, depart_with, departed, epoch_now, note_intent, pthread_self, remove_locked, \
     slot_naming, slot_word, stripe_of, stripe_release, stripe_take
-from shmcache.core.clock cimport claim_stands, now_ms, stale, take_page, take_room
+from shmcache.core.clock cimport claim_stands, now_ms, over, stale, stale_at, take_page, take_room
 from shmcache.core.dirty cimport dirty_chunk, dirty_clear, dirty_gone, dirty_in_place, dirty_placed, dirty_set, writes_back
 from shmcache.core.layout cimport CLS_BIG, FLAG_BIG, FLAG_CLAIM, FLAG_COPY_TTL, FLAG_DIRTY, FLAG_LOCK, FLAG_WRITING, MAX_REFS, \
     NAMESPACES_FIRST, POLICY_AROUND, POLICY_THROUGH, bucket_t, item_t, seg_t, stripe_t
@@ -61,6 +61,7 @@ ctypedef struct read_t:
     uint64_t addr
     uint64_t cas
     uint64_t expiry_ms
+    uint64_t now_ms         # if there is an expiry: the clock, from before it was loaded
     uint64_t key_bytes
     uint64_t value_bytes
     uint8_t codec
@@ -151,9 +152,13 @@ cdef inline int read_begin(seg_t* s, const uint8_t* key, size_t n, uint64_t h, r
             r.slot = &c.slot[i]
             r.slot_word = w
             r.expiry_ms = ld64r(&it.expiry_ms)
-            if unlikely(ld32r(&it.epoch) != ld32(&s.header.epoch)) and not r.flags & (FLAG_LOCK | FLAG_DIRTY):
+            if unlikely(r.expiry_ms != 0):
+                r.now_ms = now_ms(s)
+                #! read: clock
+                r.expiry_ms = ld64(&it.expiry_ms)       # behind the clock: if it is over now, it was over when this was loaded
+            if unlikely(ld32r(&it.epoch) != ld32(&s.header.epoch)) and not r.flags & (FLAG_LOCK | FLAG_DIRTY) and ld32r(&it.epoch) != epoch_now(s):
                 return ABSENT if unchanged(r) else AGAIN
-            if unlikely(r.expiry_ms != 0) and r.expiry_ms <= now_ms(s) and not r.flags & FLAG_DIRTY:
+            if unlikely(r.expiry_ms != 0) and r.expiry_ms <= r.now_ms and not r.flags & FLAG_DIRTY:
                 if not unchanged(r):
                     return AGAIN
                 r.expired = True
@@ -232,8 +237,8 @@ cdef inline int read_generation(seg_t* s, const uint8_t* key, size_t n, uint64_t
                 return OK
     return AGAIN
 
-cdef inline int envelope_state(seg_t* s, const uint8_t* p, envelope_t* e, uint64_t expiry_ms) noexcept nogil:
-    """STATE_*, of a copy of the head that is whole. Takes no lock; may be asked under a stripe."""
+cdef inline int envelope_state(seg_t* s, const uint8_t* p, envelope_t* e, uint64_t expiry_ms, uint64_t now) noexcept nogil:
+    """STATE_*, of a copy of the head that is whole; now: read_t.now_ms. Takes no lock; may be asked under a stripe."""
     cdef uint8_t key[TAG_PREFIX_BYTES + TAG_BYTES]
     cdef uint64_t carried, generation = 0
     cdef int i
@@ -247,7 +252,7 @@ cdef inline int envelope_state(seg_t* s, const uint8_t* p, envelope_t* e, uint64
         p += 9 + p[8]
     if e.flags & FLAG_NEGATIVE:
         return STATE_NEGATIVE
-    if e.stale_ms and expiry_ms and expiry_ms <= now_ms(s) + e.stale_ms:
+    if e.stale_ms and expiry_ms and expiry_ms <= now + e.stale_ms:
         return STATE_STALE
     return STATE_FRESH
 
@@ -275,9 +280,9 @@ cdef inline int state_in_place(seg_t* s, read_t* r, bint locked, uint32_t* stale
     if not envelope_open(head, n, &e):
         return STATE_DAMAGED
     stale_ms[0] = e.stale_ms
-    return envelope_state(s, head, &e, r.expiry_ms)
+    return envelope_state(s, head, &e, r.expiry_ms, r.now_ms)
 
-cdef inline bint hidden_at(seg_t* s, uint64_t addr, uint64_t key_bytes) noexcept nogil:
+cdef inline bint hidden_at(seg_t* s, uint64_t addr, uint64_t key_bytes, uint64_t now) noexcept nogil:
     """Is the envelope at this address given to nobody who does not ask for it? Without its stripe the caller sees that it has not changed."""
     cdef read_t r
     cdef item_t* it = item_at(s, addr)
@@ -287,6 +292,7 @@ cdef inline bint hidden_at(seg_t* s, uint64_t addr, uint64_t key_bytes) noexcept
     r.hash = ld64r(&it.hash)
     if not load_item(s, &r, <uint8_t*>it + 48, key_bytes):
         return False
+    r.now_ms = now
     r.expiry_ms = ld64r(&it.expiry_ms)
     state = state_in_place(s, &r, True, &stale_ms)
     return state != STATE_FRESH and state != STATE_DAMAGED
@@ -298,6 +304,7 @@ ctypedef struct found_t:
     uint64_t addr
     bint live               # a value; not cleared, not expired, not hidden
     bint claimed            # a claim; not cleared, not expired
+    uint32_t epoch          # with which that was judged: of what is stored now, too
     int state               # STATE_*, of a value that is neither cleared nor expired; live if it is fresh (or damaged)
     uint32_t stale_ms       # of an envelope
     uint64_t* empty         # the first free slot of the chain, or NULL
@@ -313,6 +320,7 @@ cdef inline void find_locked(seg_t* s, uint64_t b, const uint8_t* key, size_t n,
     cdef uint8_t refs
     cdef int i
     f.slot = NULL
+    f.epoch = epoch_now(s)
     f.state = STATE_FRESH
     f.stale_ms = 0
     f.empty = NULL
@@ -333,9 +341,10 @@ cdef inline void find_locked(seg_t* s, uint64_t b, const uint8_t* key, size_t n,
             if (w ^ h) >> 48 == 0 and load_item(s, &r, key, n):
                 f.slot = &c.slot[i]
                 f.addr = r.addr
-                f.live = not stale(s, item_at(s, r.addr))
+                f.live = not stale_at(s, item_at(s, r.addr), f.epoch)
                 f.claimed = f.live and r.flags & FLAG_CLAIM and r.value_bytes == claim_bytes(r.flags)
                 if unlikely(r.codec == CODEC_ENVELOPE) and f.live and not r.flags & FLAG_CLAIM:
+                    r.now_ms = now_ms(s)
                     r.expiry_ms = item_at(s, r.addr).expiry_ms
                     f.state = state_in_place(s, &r, True, &f.stale_ms)
                     f.live = f.state == STATE_FRESH or f.state == STATE_DAMAGED
@@ -624,7 +633,7 @@ cdef inline int allowed(seg_t* s, put_t* op, found_t* f) noexcept nogil:
         return OK if op.flags & FLAG_CLAIM or my_claim(s, f.addr, op.key_bytes) else MISMATCH     # a claim on a claim: the dead's is taken over
     if op.when == IF_SAME:      # it may have expired meanwhile: who deletes, sets or clears it takes the item or its epoch away
         return OK if f.slot != NULL and not f.claimed and f.state != STATE_GONE and ld64(&item_at(s, f.addr).cas) == op.version and \
-            (op.unstored or item_at(s, f.addr).epoch == ld32(&s.header.epoch)) else MISMATCH
+            (op.unstored or item_at(s, f.addr).epoch == f.epoch) else MISMATCH
     if not present:
         return ABSENT
     if op.when == IF_VERSION and ld64(&item_at(s, f.addr).cas) != op.version:
@@ -652,25 +661,23 @@ cdef inline int put(seg_t* s, put_t* op, uint64_t limit_ns) noexcept nogil:
     if rc != OK:
         return rc
     find_locked(s, b, op.key, op.key_bytes, op.hash, &f)
+    #! put: found
     rc = allowed(s, op, &f)
     if rc == OK and f.slot == NULL:
         rc = place_locked(s, op, b, &f, limit_ns)
     elif rc == OK:
         st8r(refs_of(s, op.chunk), ld8r(refs_of(s, f.addr)))        # a key keeps its count
-    count = count_now(s, st)
-    if unlikely(op.when == RESTORED) and rc == OK and count >> 32 != op.epoch and not op.flags & FLAG_DIRTY:
+    if unlikely(op.when == RESTORED) and rc == OK and f.epoch != op.epoch and not op.flags & FLAG_DIRTY:
         rc = MISMATCH
-    if op.loaded and rc == OK and (op.when == IF_CLAIM or op.when == IF_SAME) and item_at(s, f.addr).epoch != count >> 32 and \
-            not item_at(s, f.addr).flags & FLAG_LOCK:
-        rc = MISMATCH           # cleared since find_locked
     if rc != OK:
         stripe_release(s, st)
         return rc
     #! put: placed
+    count = count_at(st, f.epoch)
     old = f.addr
     if old and unlikely(ld32(&s.header.restoring)) and ld64(&item_at(s, old).hash) != op.hash:
         depart_with(s, old, OP_EVICT)
-    it.epoch = <uint32_t>(count >> 32)
+    it.epoch = f.epoch
     if unlikely(op.flags & FLAG_WRITING) and op.overlapped and f.claimed:
         inherit_mark(s, of_mark(s, op.chunk, op.key_bytes), of_mark(s, f.addr, op.key_bytes))
         it.expiry_ms = mark_until(of_mark(s, op.chunk, op.key_bytes), -1)
@@ -1013,6 +1020,8 @@ cdef inline void clear_all(seg_t* s) noexcept nogil:
             return
     cas32(&s.header.epoch, e, e + 1)
     #! clear: epoch
+    if unlikely(s.holder != 0) and s.holder == pthread_self():
+        s.held_epoch = ld32(&s.header.epoch)
 
 cdef inline int next_keys(seg_t* s, uint64_t b, uint8_t* to, uint32_t room, uint32_t* used, uint64_t limit_ns) noexcept nogil:
     """The keys of one chain at one instant, each as u16 length + bytes: OK, NO_ROOM (a larger buffer), BUSY or INTR."""
@@ -1033,10 +1042,12 @@ cdef inline int next_keys(seg_t* s, uint64_t b, uint8_t* to, uint32_t room, uint
 
 cdef inline int copy_keys(seg_t* s, uint64_t b, uint8_t* to, uint32_t room, uint32_t* used) noexcept nogil:
     cdef chain_t c
-    cdef uint64_t addr, klen
+    cdef uint64_t addr, klen, now = now_ms(s)       # before any expiry
+    cdef uint32_t epoch = epoch_now(s)              # once: these are the keys of one instant
     cdef item_t* it
     cdef int i
     used[0] = 0
+    #! scan: clock
     chain_first(s, b, &c)
     while True:
         for i in range(c.n_slots):
@@ -1045,10 +1056,10 @@ cdef inline int copy_keys(seg_t* s, uint64_t b, uint8_t* to, uint32_t room, uint
                 continue
             it = item_at(s, addr)
             klen = ld16r(&it.key_bytes)
-            if klen == 0 or klen > 4096 or 48 + klen > page_room(s, addr) or stale(s, it) or \
+            if klen == 0 or klen > 4096 or 48 + klen > page_room(s, addr) or over(it, ld64(&it.expiry_ms), now, epoch) or \
                     ld8r(&it.flags) & FLAG_CLAIM:
                 continue
-            if unlikely(ld8r(&it.codec) == CODEC_ENVELOPE) and hidden_at(s, addr, klen):
+            if unlikely(ld8r(&it.codec) == CODEC_ENVELOPE) and hidden_at(s, addr, klen, now):
                 continue
             if used[0] + 2 + klen > room:
                 return NO_ROOM

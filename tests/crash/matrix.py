@@ -318,6 +318,12 @@ def touch(b: Bench) -> None:
     b.cache.persist(VICTIM)
 
 
+@scenario(prepare=lambda b: (basic(b), setattr(b, "victim", [OLD]))[0])
+def look_round(b: Bench) -> None:
+    assert VICTIM in set(b.cache)
+    assert b.cache.ttl(VICTIM) == float("inf")
+
+
 # -- the same, logged: in the ring, or logged by who repairs
 
 
@@ -997,7 +1003,7 @@ def waits(b: Bench) -> None:
 
 def say(b: Bench, *commands: tuple[bytes, ...], reply: bytes) -> None:
     """Be the sidecar, and a client of it: the reply has to be this."""
-    server = InProcess(b.name)
+    server = InProcess(b.name, {"databases": "2"})
     said = server.say(server.connect(), b"".join(map(encode, commands)))
     assert said == reply, said
 
@@ -1500,7 +1506,82 @@ def freer_stopped_behind_it(b: Bench) -> list[str]:
     return page_of_items_and_late_freer(b, "big: page to be freed")
 
 
+def write_and_clear(b: Bench, write: Callable[[Bench], Any], point: str, nth: int = 1, clear: Callable[[Bench], Any] | None = None) -> list[str]:
+    """A write is stopped behind its look at what is there; all is cleared meanwhile. What it stores on that ground is cleared, too, all of it."""
+    w = Stopped(b, write, point, nth)
+    (clear or (lambda b: b.cache.clear()))(b)
+    left = set(b.cache)
+    w.go()
+    back = set(b.cache) - left
+    b.expected = {}
+    return [f"survived clear(): {key!r}" for key in back] + accounts(b)
+
+
+def clear_during_cas(b: Bench) -> list[str]:
+    b.cache.set(VICTIM, OLD)
+    version = b.cache.gets(VICTIM)[1]
+    return write_and_clear(b, lambda b: b.cache.cas(VICTIM, NEW, version), "put: found")
+
+
+def clear_during_replace(b: Bench) -> list[str]:
+    b.cache.set(VICTIM, OLD)
+    return write_and_clear(b, lambda b: b.cache.replace(VICTIM, NEW), "put: found")
+
+
+def clear_during_append(b: Bench) -> list[str]:
+    b.cache.set(VICTIM, OLD)
+    return write_and_clear(b, lambda b: say(b, (b"APPEND", VICTIM, NEW), reply=b":%d\r\n" % len(OLD + NEW)), "put: found")
+
+
+def clear_during_rename(b: Bench) -> list[str]:
+    b.cache.set(VICTIM, OLD)
+    return write_and_clear(b, lambda b: say(b, (b"RENAME", VICTIM, b"other"), reply=b"+OK\r\n"), "put: reserved")
+
+
+def clear_during_msetnx(b: Bench) -> list[str]:
+    return write_and_clear(b, lambda b: say(b, (b"MSETNX", b"one", b"1", b"two", b"2"), reply=b":1\r\n"), "put: found", 2)
+
+
+def clear_of_a_database_during_exec(b: Bench) -> list[str]:
+    """Of a database with a generation of its own: what the second command stores is cleared with what the first has."""
+    say(b, (b"SELECT", b"1"), (b"SET", VICTIM, OLD), reply=b"+OK\r\n" * 2)
+    words = ((b"SELECT", b"1"), (b"MULTI",), (b"SET", b"one", b"1"), (b"SET", b"two", b"2"), (b"EXEC",))
+    replies = b"+OK\r\n" * 2 + b"+QUEUED\r\n" * 2 + b"*2\r\n" + b"+OK\r\n" * 2
+    w = Stopped(b, lambda b: say(b, *words, reply=replies), "put: released")
+    b.cache.namespace("db:1").clear()
+    w.go()
+    say(b, (b"SELECT", b"1"), (b"MGET", b"one", b"two"), reply=b"+OK\r\n*2\r\n$-1\r\n$-1\r\n")
+    return accounts(b)
+
+
+def persist_during_get(b: Bench) -> list[str]:
+    """A reader is stopped by the clock until the key's first time is over; it was given more meanwhile."""
+    b.cache.set(VICTIM, OLD, ttl=0.5)
+    wrong: list[str] = []
+
+    def read(b: Bench) -> None:
+        assert b.cache.get(VICTIM) == OLD
+
+    readers = [Stopped(b, read, "read: clock"), Stopped(b, lambda b: list(b.cache).index(VICTIM), "scan: clock")]
+    ttl = Stopped(b, lambda b: os._exit(b.cache.ttl(VICTIM) != float("inf")), "ttl: read")
+    b.cache.persist(VICTIM)
+    time.sleep(0.6)
+    for name, reader in zip(("get", "scan", "ttl"), [*readers, ttl], strict=True):
+        try:
+            reader.go()
+        except AssertionError:
+            wrong.append(f"{name} missed a key that was there all the while")
+    return wrong + accounts(b)
+
+
 RACES = [
+    clear_during_cas,
+    clear_during_replace,
+    clear_during_append,
+    clear_during_rename,
+    clear_during_msetnx,
+    clear_of_a_database_during_exec,
+    persist_during_get,
     dead_holder_and_stopped_successors,
     settler_and_reused_pages,
     evictor_and_recut_page,

@@ -46,6 +46,7 @@ def empty(client: Connection) -> bytes:
     if client.server.store is not None or int(client.server.cache.segment.header["log_policy"]):
         in_pool(client)
     client.ex.table.clear()  # back: once the store has everything
+    client.ex.unpin()
     return OK
 
 
@@ -58,6 +59,7 @@ def flushdb(client: Connection, arguments: list[bytes]) -> bytes:
     in_pool(client)
     if client.db:
         ex.table.namespace(f"db:{client.db}").clear()
+        ex.unpin()
     elif client.server.store is None:
         for key in all_keys(ex):
             ex.remove(key)
