@@ -120,7 +120,7 @@ class Walk:
         if isinstance(value, _core.Table):
             return b"k" + self.bytes_of(value.name)
         if isinstance(value, types.ModuleType):
-            return b"m" + self.bytes_of(module_name(vars(value)))
+            return b"m" + self.bytes_of(module_name(value.__name__, vars(value)))
         met = self._met.get(id(value))
         if met is not None:
             return b"^%d:" % met[0]
@@ -135,7 +135,7 @@ class Walk:
         wrapper, memoized = vars(function).get("memoized", (None, None))
         if wrapper is function:  # not another decorator's, which has taken over its attributes
             return b"w" + self.bytes_of(memoized)
-        where = (module_name(function.__globals__), function.__module__, function.__qualname__)
+        where = (module_name(function.__module__, function.__globals__), function.__qualname__)
         defaults = (function.__defaults__, function.__kwdefaults__)
         return b"p" + self.bytes_of((where, code_digest(function.__code__), defaults)) + self._cells(function)
 
@@ -172,23 +172,23 @@ class Walk:
         return head + self._items(b"l", items or ()) + self._dict(b"d", pairs or ())
 
 
-def found_as(value: Any, name: str | None = None) -> tuple[str, str]:
+def found_as(value: Any, called: str | None = None) -> tuple[str, str]:
     """The module and qualified name under which a class, or what else pickle names, is found. Raises: UnsupportedValue."""
-    qualname = name or getattr(value, "__qualname__", None) or type(value).__qualname__
-    module = sys.modules.get(getattr(value, "__module__", None) or "builtins")
+    qualname = called or getattr(value, "__qualname__", None) or type(value).__qualname__
+    name = getattr(value, "__module__", None) or "builtins"
+    module = sys.modules.get(name)
     found: Any = module
     for part in qualname.split("."):
         found = getattr(found, part, None)
     if module is None or found is not value:
         raise errors.UnsupportedValue(f"no key can be made of {qualname}: it is not found by that name in its module")
-    return module_name(vars(module)), qualname
+    return module_name(name, vars(module)), qualname
 
 
-def module_name(module: dict[str, Any]) -> str:
-    """What a module, of which these are the globals, is called in a key. Of a session, or of -c, no more than `__main__` is known."""
-    name = str(module.get("__name__"))
+def module_name(name: str | None, module: dict[str, Any]) -> str:
+    """What a module of this name and these globals is called in a key. Of a session, or of -c, no more than `__main__` is known."""
     if name not in ("__main__", "__mp_main__"):  # the second: what multiprocessing's spawned children call their parent's
-        return name
+        return str(name)
     spec, file = module.get("__spec__"), module.get("__file__")
     if spec is not None and spec.name != "__main__":
         return str(spec.name)

@@ -16,7 +16,7 @@ import warnings
 from hashlib import blake2b
 
 from shmcache import codec, errors
-from shmcache.canonical import canonical, code_digest
+from shmcache.canonical import canonical, code_digest, module_name
 from shmcache.core import _core
 from shmcache.flight import MISSING, Terms, get_or_set
 
@@ -53,8 +53,8 @@ def memoize(
         called = getattr(function, "__qualname__", type(function).__qualname__)
         identity: bytes | None = b""
         if prefix is None:
-            shown = f"{function.__module__}.{called}".encode("utf-8", "backslashreplace")[:SHOWN_BYTES]
-            begins = PREFIX + shown + b"\x00"
+            module = module_name(function.__module__, getattr(function, "__globals__", {}))
+            begins = PREFIX + f"{module}.{called}".encode("utf-8", "backslashreplace")[:SHOWN_BYTES] + b"\x00"
             identity = None if waits_for_values(function) else identified(function, called)
         else:
             begins = prefix

@@ -1,0 +1,430 @@
+"""Memoized functions: none is given another's results, and a call has one key, in whatever process it is made."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import itertools
+import math
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+
+import shmcache
+from shmcache import errors
+from tests.integration.test_policy import Hooked
+
+
+def keys(functions, *args):
+    return [f.cache_key(*args) for f in functions]
+
+
+def apart(functions, *args):
+    """Has each a key of its own, for the same arguments?"""
+    return len(set(keys(functions, *args))) == len(functions)
+
+
+def test_two_lambdas(cache):
+    add, double = cache.memoize()(lambda x: x + 1), cache.memoize()(lambda x: x * 2)
+    assert [add(5), double(5), add(5), double(5)] == [6, 10, 6, 10]
+
+
+def test_closures_of_one_function(cache):
+    def adder(n):
+        @cache.memoize()
+        def add(x):
+            return x + n
+
+        return add
+
+    assert [adder(n)(1) for n in (1, 2, 1, 2)] == [2, 3, 2, 3]
+    assert adder(1).cache_key(1) == adder(1).cache_key(1)
+    by_default = [cache.memoize()(lambda x, i=i: x + i) for i in range(3)]
+    assert [f(0) for f in by_default] == [0, 1, 2]
+    sharing = [cache.memoize()(lambda x: x + i) for i in range(3)]  # noqa: B023
+    assert [f(0) for f in sharing] == [2, 2, 2]
+
+
+def test_closures_whose_variable_comes_later(cache):
+    def adder(n):
+        @cache.memoize()
+        def add(x):
+            return x + later
+
+        later = n
+        return add
+
+    assert [adder(n)(1) for n in (1, 2, 1, 2)] == [2, 3, 2, 3]
+
+
+def test_closures_over_functions(cache):
+    def twice(f):
+        return cache.memoize()(lambda x: f(f(x)))
+
+    def wrapped(f):
+        @functools.wraps(f)
+        def inner(x):
+            return -f(x)
+
+        return inner
+
+    def one(x):
+        return x + 1
+
+    def two(x):
+        return x * 2
+
+    assert [twice(one)(5), twice(two)(5)] == [7, 20]
+    assert [cache.memoize()(wrapped(f))(5) for f in (one, two)] == [-6, -10]
+    assert [twice(cache.memoize()(f))(5) for f in (one, two)] == [7, 20]
+    assert [twice(functools.partial(int.__add__, n))(5) for n in (1, 2)] == [7, 9]
+
+
+def test_a_decorator_above_memoize_is_another_function(cache):
+    def negative(f):
+        return functools.wraps(f)(lambda x: -f(x))
+
+    def twice(f):
+        return cache.memoize()(lambda x: f(x))
+
+    memoized = cache.memoize()(lambda x: x)
+    assert negative(memoized).memoized == memoized.memoized
+    assert [twice(memoized)(5), twice(negative(memoized))(5)] == [5, -5]
+
+
+def test_a_function_that_calls_itself(cache):
+    def made(first):
+        @cache.memoize()
+        def fibonacci(n):
+            return fibonacci(n - 1) + fibonacci(n - 2) if n > 1 else first + n
+
+        return fibonacci
+
+    assert [made(n)(30) for n in (0, 1, 0)] == [832040, 2178309, 832040]
+
+
+def test_a_function_that_is_defined_again(cache):
+    source = "def f(x):\n    return x + {n}\n"
+    made = []
+    for n in (1, 2):
+        found = {"__name__": "notebook"}
+        exec(source.format(n=n), found)
+        made.append(cache.memoize()(found["f"]))
+    assert [f(1) for f in made] == [2, 3]
+
+
+PROGRAM = """
+import sys
+import shmcache
+cache = shmcache.attach(sys.argv[1])
+
+class Kind:
+    pass
+
+def helper():
+    pass
+
+@cache.memoize()
+def f(x):
+    return "{result}"
+
+def closure(over):
+    return cache.memoize()(lambda x: over)
+
+@cache.memoize()
+def counted(*args, **kwargs):
+    return cache.incr("calls", default=0)
+
+if __name__ == "__main__":
+    print(f(1), *[key.hex() for key in (f.cache_key(1), closure(helper).cache_key(1), f.cache_key(Kind))], sep=",")
+"""
+
+
+def output(*command, **environment):
+    run = subprocess.run([sys.executable, *command], capture_output=True, text=True, env={**os.environ, **environment})
+    assert run.returncode == 0, run.stderr
+    return run.stdout.splitlines()
+
+
+def test_main_of_two_programs(cache, tmp_path):
+    printed = []
+    for program, result in (("one", "of one"), ("two", "of two"), ("again", "of one")):
+        path = tmp_path / f"{program}.py"
+        path.write_text(PROGRAM.format(result=result))
+        printed += output(path, cache.name, PYTHONHASHSEED="1")
+        assert output(path, cache.name, PYTHONHASHSEED="2") == printed[-1:]
+    results, of_f, of_closure, of_class = zip(*(line.split(",") for line in printed), strict=True)
+    assert results == ("of one", "of two", "of one")
+    for same in (of_f, of_closure, of_class):
+        assert len(set(same)) == 3
+
+
+def test_a_program_finds_its_results_again(cache, tmp_path):
+    """However it is started, and wherever in its file the function stands; if its code was changed, it does not."""
+    path = tmp_path / "program.py"
+    path.write_text(PROGRAM.format(result="old"))
+    first = output(path, cache.name)
+    path.write_text("# a comment\n\n\n" + PROGRAM.format(result="old"))
+    assert output(path, cache.name) == first
+    path.write_text(PROGRAM.format(result="new"))
+    assert output(path, cache.name)[0].startswith("new,")
+    module = output("-m", "program", cache.name, PYTHONPATH=str(tmp_path))
+    assert module[0].startswith("new,")
+    code = "import program as p; print(p.f(1), *[key.hex() for key in (p.f.cache_key(1), p.closure(p.helper).cache_key(1), p.f.cache_key(p.Kind))], sep=',')"
+    assert output("-c", code, cache.name, PYTHONPATH=str(tmp_path)) == module
+
+
+def test_equal_calls_of_several_processes_are_one(cache, tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM.format(result="any"))
+    calls = """
+import program, collections
+words = [f"word {i}" for i in range(50)]
+text = "".join(["a", "b"])
+calls = [((set(words),), {}), (({"b": {1, 2}, "a": frozenset(words)},), {}), ((), {"b": 1, "a": [set("xyz")]}), (((text, "ab"), (text, text)), {})]
+print([program.counted(*args, **kwargs) for args, kwargs in calls])
+"""
+    turned = calls.replace('{"b": {1, 2}, "a": frozenset(words)}', '{"a": frozenset(reversed(words)), "b": {2, 1}}').replace('{"b": 1, "a": [set("xyz")]}', '{"a": [set("zxy")], "b": 1}')
+    printed = [output("-c", code, cache.name, PYTHONPATH=str(tmp_path), PYTHONHASHSEED=seed) for code in (calls, turned) for seed in "123"]
+    assert printed == [["[1, 2, 3, 4]"]] * 6
+
+
+SPAWNED = """
+import multiprocessing, sys
+import shmcache
+cache = shmcache.attach(sys.argv[1])
+
+@cache.memoize()
+def f(x):
+    return cache.incr("calls", default=0)
+
+def called(x):
+    print(f(x), f.cache_key(x), flush=True)
+
+if __name__ == "__main__":
+    called(1)
+    for how in ("spawn", "fork", "forkserver"):
+        child = multiprocessing.get_context(how).Process(target=called, args=(1,))
+        child.start()
+        child.join()
+"""
+
+
+def test_spawned_and_forked_children_share_their_parents_results(cache, tmp_path):
+    path = tmp_path / "spawned.py"
+    path.write_text(SPAWNED)
+    printed = output(path, cache.name)
+    assert len(printed) == 4
+    assert len(set(printed)) == 1
+
+
+# ---- arguments ---------------------------------------------------------------------------------------------------------------------
+
+
+SIGNATURES = ["a", "a, b=2", "a=1, b=2", "a, /, b=2", "a, *, b=2", "*, a, b=2", "*args", "a, *args", "a, *args, b=2", "**kw", "a, **kw", "a, /, **kw", "a=1, *args, b=2, **kw", ""]
+CALLS = [(args, dict(kwargs)) for args in [(), (1,), (2,), (1, 2), (1, 2, 3), (1, 3)]
+         for n in range(3) for kwargs in itertools.combinations([("a", 1), ("b", 2), ("b", 3), ("c", 1), ("args", (1,)), ("kw", 1)], n)]  # fmt: skip
+
+
+@pytest.mark.parametrize("signature", SIGNATURES)
+def test_a_call_has_one_key_however_it_is_written(cache, signature):
+    function = eval(f"lambda {signature}: 1")
+    memoized = cache.memoize()(function)
+    seen = {}
+    for args, kwargs in CALLS:
+        try:
+            bound = inspect.signature(function).bind(*args, **kwargs)
+        except TypeError as e:
+            with pytest.raises(TypeError, match=str(e).replace("(", ".").replace(")", ".")):
+                memoized(*args, **kwargs)
+            continue
+        bound.apply_defaults()
+        assert seen.setdefault(repr(bound.arguments), memoized.cache_key(*args, **kwargs)) == memoized.cache_key(*args, **kwargs)
+        assert memoized(*args, **kwargs) == 1
+    assert len(set(seen.values())) == len(seen)
+
+
+def test_arguments_that_are_equal_and_of_other_types_are_others(cache):
+    calls = []
+    f = cache.memoize()(lambda x: calls.append(x))
+    for _ in range(2):
+        for x in (1, 1.0, True, "1", b"1", 0.0, -0.0, [1], (1,), {1}, {1: 1}, {True: 1}, [[1.0]], [[1]], math.nan, float("-nan"), int, bool):
+            f(x)
+    assert len(calls) == 17
+
+
+def test_a_default_that_no_key_can_be_made_of(cache):
+    unset = object()
+    calls = []
+
+    @cache.memoize(name="with a default")
+    def f(a, b=unset, *, c=unset):
+        calls.append((a, b, c))
+
+    for call in (lambda: f(1), lambda: f(a=1), lambda: f(1, 2), lambda: f(1, unset), lambda: f(1, c=3), lambda: f(1, b=2)):
+        call()
+    assert calls == [(1, unset, unset), (1, 2, unset), (1, unset, 3)]
+    with pytest.raises(errors.UnsupportedValue, match=r"of 'b' no key can be made"):
+        f(1, object())
+
+
+class Users:
+    def __init__(self, table):
+        self.table = table
+
+    def name(self, user_id):
+        return f"{self.table} {user_id}"
+
+
+def test_a_method(cache):
+    class Shop(Users):
+        name = cache.memoize()(Users.name)
+        by_class = classmethod(cache.memoize()(lambda cls, x: f"{cls.__name__} {x}"))
+        static = staticmethod(cache.memoize()(lambda x: x + 1))
+
+    with pytest.raises(errors.UnsupportedValue, match=r"Users\.name: of 'self' no key can be made.*an id, say"):
+        Shop("a").name(1)
+    assert Shop.static(1) == Shop("a").static(1) == 2
+    with pytest.raises(errors.UnsupportedValue, match="not found by that name"):
+        Shop.by_class(1)
+    with shmcache.attach(cache.name, codec="pickle") as pickling:
+        Users.memoized = pickling.memoize()(Users.name)
+        Users.of_class = classmethod(pickling.memoize()(lambda cls, x: f"{cls.__name__} {x}"))
+        try:
+            assert [Users(table).memoized(1) for table in "abab"] == ["a 1", "b 1", "a 1", "b 1"]
+            assert Users.of_class(1) == Users("a").of_class(1) == "Users 1"
+        finally:
+            del Users.memoized, Users.of_class
+    assert [cache.memoize()(Users(table).name)(1) for table in "abab"] == ["a 1", "b 1", "a 1", "b 1"]
+    assert not any("object at 0x" in str(key) for key in cache.scan())
+
+
+# ---- what can be memoized ----------------------------------------------------------------------------------------------------------
+
+
+class Callable:
+    def __init__(self, n):
+        self.n = n
+
+    def __call__(self, x):
+        return x + self.n
+
+
+def test_what_is_called_and_is_no_function(cache):
+    def add(a, b):
+        return a + b
+
+    made = [functools.partial(add, 1), functools.partial(add, 2), functools.partial(max, 3), Callable(7), Callable(8), [1, 2].count, math.sqrt, "a".join]
+    memoized = [cache.memoize()(f) for f in made]
+    assert [f(("4",) if f is memoized[-1] else 4) for f in memoized * 2] == [5, 6, 4, 11, 12, 0, 2.0, "4"] * 2
+    assert apart(memoized, 1)
+    assert apart([cache.memoize()(Callable(n)) for n in range(3)], 1)
+
+
+async def coroutine_function():
+    pass
+
+
+def generator():
+    yield 1
+
+
+async def asynchronous_generator():
+    yield 1
+
+
+class Asynchronous:
+    async def __call__(self):
+        pass
+
+
+@pytest.mark.parametrize("function", [coroutine_function, generator, asynchronous_generator, functools.partial(coroutine_function), Asynchronous(), Asynchronous().__call__])
+def test_what_has_no_result_to_keep(cache, function):
+    for options in ({}, {"name": "f"}):
+        with pytest.raises(errors.UsageError, match=r"get_or_set\(\) of a shmcache\.aio\.Cache"):
+            cache.memoize(**options)(function)
+    assert asyncio.iscoroutinefunction(coroutine_function)
+
+
+def test_what_is_no_function(cache):
+    for bad in (Users, int, 5, "f", None, property(len)):
+        with pytest.raises(errors.UsageError, match="takes a function"):
+            cache.memoize()(bad)
+    for kind in (staticmethod, classmethod):
+        with pytest.raises(errors.UsageError, match=f"write @{kind.__name__} above"):
+            cache.memoize()(kind(len))
+    with pytest.raises(errors.UsageError, match="memoize is called"):
+        cache.memoize(classmethod(len))
+
+
+def test_a_closure_over_what_cannot_be_encoded_asks_for_a_name(cache):
+    connection = open(os.devnull)  # noqa: SIM115
+
+    def query(x):
+        return (connection.closed, x)
+
+    with connection:
+        with pytest.raises(errors.UsageError, match=r"variable 'connection' of the function around .*query.*name="):
+            cache.memoize()(query)
+        assert cache.memoize(name="query")(query)(1) == (False, 1)
+
+
+def test_a_closure_over_a_cache_and_a_module(cache, make, name):
+    def made(cache, module):
+        return cache.memoize()(lambda x: (cache.name, module.__name__))
+
+    store = Hooked()
+    with shmcache.create(f"{name}-2", "8M", policy="through", store=store) as other:
+        try:
+            assert apart([made(c, m) for c in (cache, other) for m in (os, math)], 1)
+            assert made(other, math)(1) == (other.name, "math")
+            assert made(other, math)(1) == made(other, math)(1)
+        finally:
+            shmcache.unlink(other.name)
+
+
+def test_two_functions_under_one_name_are_warned_of(cache):
+    def sharing(n):
+        return cache.memoize(name="shared")(lambda x: x + n)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert [sharing(1)(1), sharing(2)(1)] == [2, 2]  # its owner has said so
+        cache.memoize(name="another")(lambda x: -x)
+    with pytest.warns(errors.SharedName, match="'shared'") as caught:
+        cache.memoize(name="shared")(lambda x: -x)
+    assert [w.filename for w in caught] == [__file__]
+
+
+def test_a_name_is_the_same_key_for_changed_code(cache):
+    one = cache.memoize(name="stable")(lambda x: "old")
+    assert one(1) == "old"
+    with pytest.warns(errors.SharedName):
+        two = cache.memoize(name=b"stable")(lambda x: "new")
+    assert two(1) == "old"
+    assert two.forget(1)
+    assert one(1) == "old"
+    assert one.cache_key(1).startswith(b"\0memo\0stable\0")
+
+
+def test_a_long_or_strange_qualified_name(cache):
+    def f(x):
+        return x
+
+    made = []
+    for qualname in ("x" * 5000, "x" * 4999 + "y", "\ud800", "é" * 3000, ""):
+        f.__qualname__ = qualname
+        made.append(cache.memoize()(f))
+        assert made[-1](1) == 1
+    assert apart(made, 1)
+
+
+def test_in_front_of_a_store_results_are_the_caches_own(make):
+    store = Hooked()
+    cache = make(policy="through", store=store)
+    f = cache.memoize()(lambda x: x + 1)
+    assert [f(1), f(1)] == [2, 2]
+    assert store.calls == []

@@ -1,0 +1,261 @@
+"""Canonical bytes: the same for what is equal and of the same types, in every process; different for all else."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import datetime as dt
+import decimal
+import enum
+import functools
+import math
+import os
+import pickle
+import subprocess
+import sys
+import uuid
+import zoneinfo
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shmcache import errors
+from shmcache.canonical import canonical, code_digest
+
+
+def plain(value):
+    return canonical(value, False)
+
+
+def pickled(value):
+    return canonical(value, True)
+
+
+leaves = st.one_of(
+    st.none(), st.booleans(), st.integers(-2, 2), st.integers(), st.sampled_from([0.0, -0.0, 1.0, math.inf, math.nan]), st.floats(),
+    st.sampled_from(["", "a", "\ud800", "é"]), st.text(max_size=3), st.sampled_from([b"", b"a"]), st.binary(max_size=3),
+    st.complex_numbers(), st.dates(), st.datetimes(), st.timedeltas(), st.decimals(allow_nan=False), st.uuids(),
+)  # fmt: skip
+hashable = st.recursive(leaves, lambda inner: st.one_of(st.lists(inner, max_size=3).map(tuple), st.frozensets(inner, max_size=3)), max_leaves=4)
+values = st.recursive(
+    st.one_of(hashable, st.sets(hashable, max_size=3)),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.lists(inner, max_size=3).map(tuple), st.dictionaries(hashable, inner, max_size=3),
+                            st.dictionaries(hashable, inner, max_size=3).map(collections.OrderedDict)),
+    max_leaves=6,
+)  # fmt: skip
+
+
+def rebuilt(value):
+    """An equal value of new objects, with what has no order the other way round."""
+    kind = type(value)
+    if kind in (list, tuple):
+        return kind([rebuilt(x) for x in value])
+    if kind in (set, frozenset):
+        return kind([rebuilt(x) for x in reversed(list(value))])
+    if kind is dict:
+        return {rebuilt(k): rebuilt(v) for k, v in reversed(list(value.items()))}
+    if kind is collections.OrderedDict:
+        return kind((rebuilt(k), rebuilt(v)) for k, v in value.items())
+    return pickle.loads(pickle.dumps(value))
+
+
+def form(value):
+    """A value as something whose equality says whether two values are equal and of the same types, all through."""
+    kind = type(value)
+    if kind in (list, tuple):
+        return kind, tuple(form(x) for x in value)
+    if kind in (set, frozenset):
+        return kind, frozenset(collections.Counter(form(x) for x in value).items())
+    if kind is dict:
+        return kind, frozenset(collections.Counter((form(k), form(v)) for k, v in value.items()).items())
+    if kind is collections.OrderedDict:
+        return kind, tuple((form(k), form(v)) for k, v in value.items())
+    if kind is complex:
+        return kind, form(value.real), form(value.imag)
+    if kind is float:
+        return kind, "nan" if math.isnan(value) else value.hex()
+    return kind, repr(value)
+
+
+@settings(deadline=None, max_examples=200)
+@given(values)
+def test_equal_values_have_the_same_bytes(value):
+    other = rebuilt(value)
+    assert form(other) == form(value)
+    assert plain(other) == plain(value)
+    assert pickled(other) == pickled(value)
+
+
+@settings(deadline=None, max_examples=300)
+@given(values, values)
+def test_values_that_differ_have_different_bytes(a, b):
+    assert (plain(a) == plain(b)) == (form(a) == form(b))
+    assert not (plain([a]).startswith(plain([b])) and form(a) != form(b))
+
+
+class Colour(enum.Enum):
+    RED = "red"
+    BLUE = "blue"
+
+
+Point = collections.namedtuple("Point", "x y")
+
+
+class Name(str):
+    pass
+
+
+class Bag(set):
+    pass
+
+
+@dataclasses.dataclass
+class Row:
+    key: str
+    value: object = None
+
+
+class Slotted:
+    __slots__ = ("a", "b")
+
+    def __init__(self, a, b):
+        self.a, self.b = a, b
+
+
+class Node:
+    def __init__(self, label):
+        self.label, self.others = label, []
+
+
+def ring(*labels):
+    nodes = [Node(label) for label in labels]
+    for node in nodes:
+        node.others = nodes
+    return nodes[0]
+
+
+ZONE = zoneinfo.ZoneInfo("Europe/Berlin")
+DIFFERENT = [
+    1, 1.0, True, "1", b"1", decimal.Decimal(1), decimal.Decimal("1.0"), 1 + 0j, np.int64(1), np.int32(1), np.float64(1), np.bool_(True),
+    0, 0.0, -0.0, False, None, "", b"", (), [], {}, set(), frozenset(), collections.OrderedDict(), math.nan, decimal.Decimal("nan"), "nan", ...,
+    [1, [2]], [[1], 2], [1, 2], (1, 2), {1, 2}, frozenset((1, 2)), {1: 2}, [(1, 2)], {"1": 2}, {1: "2"}, "1,2", ["a", "b"], ["ab"], ["a", "b", ""],
+    {"a": 1, "b": 2}, collections.OrderedDict(a=1, b=2), collections.OrderedDict(b=2, a=1), [("a", 1), ("b", 2)], {("a", 1), ("b", 2)},
+    dt.date(2026, 1, 2), dt.datetime(2026, 1, 2), dt.datetime(2026, 1, 2, tzinfo=dt.UTC), dt.datetime(2026, 1, 2, tzinfo=ZONE),
+    dt.datetime(2026, 10, 25, 2, 30, tzinfo=ZONE), dt.datetime(2026, 10, 25, 2, 30, fold=1, tzinfo=ZONE), dt.time(1), dt.timedelta(1), "2026-01-02",
+    uuid.UUID(int=1), 1 << 80, -(1 << 80), 1 << 20000,
+    np.array([1, 2]), np.array([[1, 2]]), np.array([1, 2], "<i4"), np.array([1, 2], ">i4"), np.array([1.0, 2.0]), np.array([1, 2])[:0], np.array(1),
+    np.array(["a", "b"]), np.array([(1, 2.0)], [("a", "<i4"), ("b", "<f8")]), np.array([(1, 2.0)], [("a", "<i4"), ("c", "<f8")]),
+    np.array(["2026-01-02"], "M8[D]"), np.array(["2026-01-02"], "M8[s]"), int, bool, str, Colour, Point,
+]  # fmt: skip
+OBJECTS = [
+    Colour.RED, Colour.BLUE, Point(1, 2), Point(2, 1), Name("a"), Name("b"), Bag("ab"), Bag("a"), Row("a"), Row("a", "x"), Slotted(1, 2), Slotted(2, 1),
+    ring("a"), ring("a", "b"), ring("b", "a"), range(3), range(4), slice(1, 2), bytearray(b"a"), collections.Counter("aab"), collections.defaultdict(list, a=[1]),
+    collections.defaultdict(set, a=[1]), functools.partial(int, base=2), functools.partial(int, base=3), len, math.sqrt, "a".join, "b".join, np.array([None]), os,
+]  # fmt: skip
+
+
+def test_no_two_of_many_have_the_same_bytes():
+    every = [plain(value) for value in DIFFERENT] + [pickled(value) for value in OBJECTS]
+    assert [value for value, made in zip(DIFFERENT + OBJECTS, every, strict=True) if every.count(made) > 1] == []
+    assert [pickled(value) for value in DIFFERENT] == every[: len(DIFFERENT)]
+
+
+def test_what_is_there_twice_counts_as_two_that_are_equal():
+    for shared, apart in (("".join(["a", "b", "c"]), "".join(["ab", "c"])), (len("abc") * 1000, int("3000")), ([1], [1])):
+        assert pickle.dumps((shared, shared)) != pickle.dumps((shared, apart)) or type(shared) is int
+        assert plain((shared, shared)) == plain((shared, apart)) == plain((apart, shared))
+        assert pickled({"a": shared, "b": shared}) == pickled({"b": apart, "a": shared})
+
+
+def test_how_an_array_lies_in_memory_does_not_count():
+    array = np.arange(24).reshape(4, 6)
+    for other in (np.asfortranarray(array), np.arange(48).reshape(4, 12)[:, ::2] // 2, array[::-1][::-1], array.astype("q"), array.copy().view()):
+        assert (other == array).all()
+        assert plain(other) == plain(array)
+    padded = np.dtype([("a", "i1"), ("b", "<i8")], align=True)
+    one, two = np.frombuffer(b"\1" * 16, padded), np.frombuffer(b"\1" + b"\2" * 7 + b"\1" * 8, padded)
+    assert one == two
+    assert pickled(one) == pickled(two)
+    assert plain(math.nan) == plain(-math.nan) == plain(float("-nan"))
+
+
+def test_objects_are_their_state_whatever_its_order():
+    one, two = Row("a", {1, 2}), Row("a")
+    two.__dict__.clear()
+    two.value, two.key = {2, 1}, "a"
+    assert pickled(one) == pickled(two)
+    assert pickled(Bag(["a", "b", "c"])) == pickled(Bag(["c", "b", "a"]))
+    assert pickled(collections.Counter("ab")) == pickled(collections.Counter("ba"))
+    assert pickled({Point(1, 2): 1, Point(2, 3): 2}) == pickled({Point(2, 3): 2, Point(1, 2): 1})
+
+
+def test_objects_that_refer_to_each_other_end():
+    assert pickled(ring(*range(60))) == pickled(ring(*range(60)))
+    assert pickled(ring(*range(60))) != pickled(ring(*range(59), -1))
+    endless = []
+    endless.append(endless)
+    for value in (endless, functools.reduce(lambda inner, _: [inner], range(100_000), [])):
+        with pytest.raises(errors.UnsupportedValue, match="deep"):
+            pickled(value)
+        with pytest.raises(errors.UnsupportedValue, match="deep"):
+            plain(value)
+
+
+@pytest.mark.parametrize("value", [object(), Colour.RED, Point(1, 2), Name("a"), bytearray(b"a"), Row("a"), np.array([None]), len, lambda: 1, range(3), sys])
+def test_without_pickle_plain_data_alone(value):
+    for nested in (value, [value], {"k": value}):
+        with pytest.raises(errors.UnsupportedValue, match="pickle"):
+            plain(nested)
+
+
+def test_what_nobody_finds():
+    class Local:
+        pass
+
+    for value in (Local, Local(), (x for x in ()), sys._getframe(), open(os.devnull)):  # noqa: SIM115
+        with pytest.raises(errors.UnsupportedValue, match="no key can be made"):
+            pickled(value)
+        if hasattr(value, "close"):
+            value.close()
+
+
+CODE = """
+import collections, sys
+from shmcache.canonical import canonical, code_digest
+from tests.unit.test_canonical import Bag, Row, ring
+
+def f(x):
+    def inner(y):
+        return y in {"a", "b", "c", "d", "e", "f"} and [z for z in ({"u", "v"},)]
+    return inner(x) if x not in ("a", "b") else lambda: x
+
+words = [f"word {i}" for i in range(20)]
+values = [set(words), frozenset(words), {w: {w, "a", "b"} for w in set(words)}, {frozenset(words), frozenset("abc")}, [set("abcdef")] * 3]
+objects = [Bag(words), Row("k", set(words)), ring(*words), dict.fromkeys(set(words)), f, {f: set(words)}]
+print([canonical(v, False) for v in values], [canonical(v, True) for v in objects], code_digest(f.__code__))
+"""
+
+
+def test_each_process_makes_the_same_bytes():
+    made = set()
+    for seed in "123":
+        run = [sys.executable, "-c", CODE]
+        made.add(subprocess.run(run, env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True).stdout)
+    assert len(made) == 1
+    assert len(made.pop()) > 1000
+
+
+def compiled(source):
+    found = {}
+    exec(compile(source, "anywhere", "exec"), found)
+    return code_digest(found["f"].__code__)
+
+
+def test_code_counts_and_its_place_does_not():
+    source = "def f(a, b=2):\n    return [a + x for x in (1, 2.0)] if b else None\n"
+    assert compiled(source) == compiled("# more\n\n\n" + source) == compiled("import os\n" + source.replace("    return", "\n    return"))
+    others = [("(1, 2.0)", "(1, 2)"), ("(1, 2.0)", "(True, 2.0)"), ("a + x", "a - x"), ("a + x", "x + a"), ("b=2", "*, b=2"), ("if b", "if c"), ("a, b=2", "a, b=2, /")]
+    digests = {compiled(source)} | {compiled(source.replace(*change)) for change in others}
+    assert len(digests) == 1 + len(others)
