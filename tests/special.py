@@ -5,7 +5,7 @@
 
 A process started in that folder with it on PYTHONPATH runs the special build; the source tree and the environment are left alone.
 
-    -DSHMCACHE_FAULT_POINTS      named places at which a test lets a process die or stop (crash/fault.pxd)
+    -DSHMCACHE_FAULT_POINTS      named places at which a test lets a process die, stop, dawdle or find a lock busy (crash/fault.pxd)
     -DSHMCACHE_NO_VERSION_CHECK  readers trust what they copied
     -DSHMCACHE_NO_TAKEOVER       nobody is ever taken for dead
     -DSHMCACHE_NO_GENERATIONS    a token is a row, whoever has it
@@ -29,25 +29,32 @@ ROOT = Path(__file__).resolve().parent.parent
 FAULT = ROOT / "tests" / "crash" / "fault.pxd"
 SPECIAL = ROOT / "build" / "special"
 SOURCES = ("shmcache", "pyproject.toml", "setup.cfg", "README.md", "LICENSE")
+CALLS = {"!": r'fault("\2")', "~": r'delay("\2")', r"\?": r'if busy("\2"): return -1'}  # what becomes of the comments (crash/fault.pxd); -1: BUSY
 # -fno-sanitize=null: layout() takes the offsets of fields as addresses in a struct at 0
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize=null", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g")
 
 
-def points_of_build() -> set[str]:
-    """The names of the fault points of the build that runs; none in any but a build with -DSHMCACHE_FAULT_POINTS."""
+def points_of_build(kinds: str = "fault") -> set[str]:
+    """The names of the fault points of the build that runs ("fault|delay": of those within reads, too); none in any but a build with
+    -DSHMCACHE_FAULT_POINTS."""
     from shmcache.core import _core
 
     sources = Path(_core.__file__).parent.glob("*.p*x*")
-    return {name for path in sources for name in re.findall(r'^ *fault\("(.+)"\)$', path.read_text(), re.MULTILINE)}
+    return {name for path in sources for name in re.findall(rf'^ *(?:{kinds})\("(.+)"\)$', path.read_text(), re.MULTILINE)}
 
 
 def call_faults(core: Path) -> None:
-    """Turn the comments that name fault points into calls."""
+    """Turn the comments that name points into calls."""
     shutil.copy(FAULT, core / FAULT.name)
     for path in core.glob("*.p*x*"):
-        text, n = re.subn(r"^( *)#! (.+)$", r'\1fault("\2")', path.read_text(), flags=re.MULTILINE)
+        if path.name == FAULT.name:
+            continue
+        text, n = path.read_text(), 0
+        for mark, call in CALLS.items():
+            text, of_these = re.subn(rf"^( *)#{mark} (.+)$", rf"\1{call}", text, flags=re.MULTILINE)
+            n += of_these
         if n:
-            path.write_text(text.replace("\nfrom shmcache.core.", "\nfrom shmcache.core.fault cimport fault\nfrom shmcache.core.", 1))
+            path.write_text(text.replace("\nfrom shmcache.core.", "\nfrom shmcache.core.fault cimport busy, delay, fault\nfrom shmcache.core.", 1))
 
 
 def leave_out(project: Path, extension: str) -> None:

@@ -77,8 +77,10 @@ cdef inline bint big_read(seg_t* s, uint64_t addr, uint64_t klen, uint64_t vlen,
     for i in range(g.n_pages):
         p = ld32r(&(<uint32_t*>at)[i])
         n = min(left, s.page_bytes)
+        #~ big read: page named
         if p < s.n_pages:
             memcpy(to, page_bytes_of(s, p), n)
+        #~ big read: page copied
         fence_acquire()
         own = own and big_owns(s, addr, p)
         to += n

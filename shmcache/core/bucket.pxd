@@ -218,7 +218,9 @@ cdef inline void overflow_push_locked(seg_t* s, uint64_t i) noexcept nogil:
     st64(&pool.n_free, pool.n_free + 1)
 
 cdef inline int overflow_take(seg_t* s, uint64_t limit_ns) noexcept nogil:
-    cdef int rc = lock_take(s, &s.header.overflow.lock, limit_ns)
+    cdef int rc
+    #? overflow: to be taken
+    rc = lock_take(s, &s.header.overflow.lock, limit_ns)
     if rc == TAKEN_OVER:
         overflow_repair(s)
         return OK

@@ -51,6 +51,7 @@ cdef inline bint over(item_t* it, uint64_t expiry, uint64_t now, uint32_t epoch)
 cdef inline bint stale_at(seg_t* s, item_t* it, uint32_t epoch) noexcept nogil:
     """Is it over? Its stripe is held, or it is a hint."""
     cdef uint64_t expiry = ld64r(&it.expiry_ms)
+    #~ stale: expiry loaded
     return over(it, expiry, now_ms(s) if expiry else 0, epoch)
 
 cdef inline bint stale(seg_t* s, item_t* it) noexcept nogil:
@@ -141,6 +142,7 @@ cdef inline int evict_one(seg_t* s, uint32_t cls, uint64_t most, uint64_t limit_
             return NO_ROOM
         it = item_at(s, addr)
         w = ld64(&it.word)
+        #~ hand: word loaded
         if kind_of(w) == LIVE:
             n_live += 1
             r = ld8r(refs_of(s, addr))
@@ -173,6 +175,7 @@ cdef inline bint empty_chunk(seg_t* s, uint64_t addr, uint32_t cls, uint64_t lim
     cdef int tries
     for tries in range(8):
         w = ld64(&item_at(s, addr).word)
+        #~ drain: word loaded
         if kind_of(w) == FREE:
             return True
         if kind_of(w) == LIVE:

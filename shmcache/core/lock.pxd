@@ -59,6 +59,7 @@ cdef enum:
 cdef inline int lock_try(seg_t* s, lock_t* l) noexcept nogil:
     """Take the lock without sleeping: OK or BUSY."""
     cdef int i
+    #? lock: to be tried
     if cas64(&l.word, 0, s.me[0]):
         #! lock: taken
         return OK
@@ -86,10 +87,12 @@ cdef inline int lock_take(seg_t* s, lock_t* l, uint64_t limit_ns) noexcept nogil
     cdef int rc = lock_try(s, l)
     if rc == OK or limit_ns == 0:
         return rc
+    #? lock: to be waited for
     t0 = since = mono_ns()
     while True:
         bell = ld32(&l.bell)
         w = ld64(&l.word)
+        #~ lock: word loaded
         if token_of(w) == 0:
             if cas64(&l.word, w, s.me[0] | (WAIT if slept else 0)):
                 #! lock: taken after a wait

@@ -47,6 +47,7 @@ cdef inline bint settle_chunk(seg_t* s, uint64_t addr, uint64_t limit_ns) noexce
     cdef stripe_t* st
     if (kind != RESERVED and kind != RETIRED and kind != KEPT) or token_of(w) == s.me[0]:
         return True
+    #~ settle: word loaded
     if not dead(s, token_of(w)):
         return False
     h = ld64(&it.hash)
@@ -91,6 +92,7 @@ cdef inline void settle_big_page(seg_t* s, uint64_t p, uint64_t limit_ns) noexce
         page_to_pool(s, p, w, head, limit_ns)
         return
     h = ld64(&item_at(s, head).hash)
+    #~ settle: big page's head read
     b = bucket_of(s, h)
     st = stripe_of(s, b)
     if stripe_take(s, st, limit_ns) != OK:
@@ -117,6 +119,7 @@ cdef inline void settle_page(seg_t* s, uint64_t p, uint64_t limit_ns) noexcept n
     cdef uint64_t w = ld64(&pg.word)
     cdef int kind = kind_of(w)
     cdef int cls = page_cls(s, p)
+    #~ settle: page's word loaded
     if kind == PAGE_BIG:
         settle_big_page(s, p, limit_ns)
     elif kind == PAGE_CUTTING and dead(s, token_of(w)):     # P2

@@ -210,7 +210,9 @@ cdef inline void class_repair(seg_t* s, uint32_t cls) noexcept nogil:
     st32(&c.page_in_hand, 0)
 
 cdef inline int class_take(seg_t* s, uint32_t cls, uint64_t limit_ns) noexcept nogil:
-    cdef int rc = lock_take(s, &s.classes[cls].lock, limit_ns)
+    cdef int rc
+    #? class: to be taken
+    rc = lock_take(s, &s.classes[cls].lock, limit_ns)
     if rc == TAKEN_OVER:
         class_repair(s, cls)
         add64(&s.row.repairs[REPAIRED_CLASS], 1)
@@ -309,7 +311,9 @@ cdef inline void pool_repair(seg_t* s) noexcept nogil:
             pool_push_locked(s, p)
 
 cdef inline int pool_take(seg_t* s, uint64_t limit_ns) noexcept nogil:
-    cdef int rc = lock_take(s, &s.header.pages.lock, limit_ns)
+    cdef int rc
+    #? pool: to be taken
+    rc = lock_take(s, &s.header.pages.lock, limit_ns)
     if rc == TAKEN_OVER:
         pool_repair(s)
         add64(&s.row.repairs[REPAIRED_POOL], 1)
@@ -323,6 +327,7 @@ cdef inline int page_from_pool(seg_t* s, int kind, uint64_t head, uint64_t limit
     cdef int rc
     if ld64(&pool.list) == 0 and ld64(&pool.lock.word) == 0:
         return NO_ROOM
+    #~ pool pop: looked at
     rc = pool_take(s, limit_ns)
     if rc != OK:
         return rc

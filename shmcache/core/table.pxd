@@ -132,6 +132,7 @@ cdef inline int read_begin(seg_t* s, const uint8_t* key, size_t n, uint64_t h, r
     cdef int i
     r.head = &s.buckets[b]
     r.version = ld32(&r.head.version)
+    #~ read: version loaded
     r.hash = h
     r.damaged = False
     r.expired = False
@@ -146,8 +147,10 @@ cdef inline int read_begin(seg_t* s, const uint8_t* key, size_t n, uint64_t h, r
             if unlikely(not in_slab(s, r.addr)):
                 continue
             prefetch_rest(s, r.addr)
+            #~ read: slot loaded
             if not load_item(s, r, key, n):
                 continue
+            #~ read: item loaded
             it = item_at(s, r.addr)
             r.slot = &c.slot[i]
             r.slot_word = w
@@ -156,9 +159,11 @@ cdef inline int read_begin(seg_t* s, const uint8_t* key, size_t n, uint64_t h, r
                 r.now_ms = now_ms(s)
                 #! read: clock
                 r.expiry_ms = ld64(&it.expiry_ms)       # behind the clock: if it is over now, it was over when this was loaded
+            #~ read: expiry loaded
             if unlikely(ld32r(&it.epoch) != ld32(&s.header.epoch)) and not r.flags & (FLAG_LOCK | FLAG_DIRTY) and ld32r(&it.epoch) != epoch_now(s):
                 return ABSENT if unchanged(r) else AGAIN
             if unlikely(r.expiry_ms != 0) and r.expiry_ms <= r.now_ms and not r.flags & FLAG_DIRTY:
+                #~ read: expired
                 if not unchanged(r):
                     return AGAIN
                 r.expired = True
@@ -166,11 +171,13 @@ cdef inline int read_begin(seg_t* s, const uint8_t* key, size_t n, uint64_t h, r
             if unlikely(r.flags & FLAG_CLAIM):
                 r.claimed = unchanged(r)
                 return ABSENT if r.claimed else AGAIN
+            #~ read: to be copied
             if unlikely(r.is_big) and not unchanged(r):     # before anyone allocates value_bytes
                 return AGAIN
             return OK
         if likely(ld32r(c.link) == 0) or not chain_next(s, &c):
             break
+    #~ read: not found
     return ABSENT if unchanged(r) else AGAIN
 
 cdef inline void prefetch_item(seg_t* s, uint64_t h) noexcept nogil:
@@ -210,6 +217,7 @@ cdef inline int read_end(seg_t* s, read_t* r) noexcept nogil:
     """After the copy: OK, and the hit is counted for CLOCK; or AGAIN, and the copy is worth nothing."""
     cdef uint8_t* refs
     cdef uint8_t n
+    #~ read: copied
     if TRUST_BLINDLY or unchanged(r) or same_item(s, r):
         refs = refs_of(s, r.addr)
         n = ld8r(refs)
@@ -243,6 +251,7 @@ cdef inline int envelope_state(seg_t* s, const uint8_t* p, envelope_t* e, uint64
     cdef uint64_t carried, generation = 0
     cdef int i
     p += 12
+    #~ envelope: head copied
     for i in range(e.n_tags):
         memcpy(key, <const char*>b"\0tag\0", TAG_PREFIX_BYTES)
         memcpy(key + TAG_PREFIX_BYTES, p + 9, p[8])
@@ -728,6 +737,7 @@ cdef inline int remove(seg_t* s, const uint8_t* key, size_t n, uint64_t h, uint6
     if rc != OK:
         return rc
     find_locked(s, b, key, n, h, &f)
+    #~ remove: found
     if f.slot != NULL and unlikely(ld8r(&item_at(s, f.addr).flags) & FLAG_DIRTY):
         stripe_release(s, st)       # only a newer value takes its place
         return ABSENT
@@ -880,6 +890,7 @@ cdef inline int add_to(seg_t* s, const uint8_t* key, size_t n, uint64_t h, int64
             if (by > 0 and was > <int64_t>0x7fffffffffffffff - by) or (by < 0 and was < -<int64_t>0x7fffffffffffffff - 1 - by):
                 rc = OVERFLOW
             else:
+                #~ incr: found
                 out[0] = was + by
                 if unlikely(writes_back(s, key)):
                     dirty_in_place(s, f.addr)
@@ -913,6 +924,7 @@ cdef inline int set_expiry(seg_t* s, const uint8_t* key, size_t n, uint64_t h, u
     if f.slot == NULL or not f.live:
         rc = ABSENT
     else:
+        #~ touch: found
         it = item_at(s, f.addr)
         if unlikely(writes_back(s, key)):
             dirty_in_place(s, f.addr)
@@ -1018,6 +1030,7 @@ cdef inline void clear_all(seg_t* s) noexcept nogil:
                 break
         else:
             return
+    #~ clear: counted
     cas32(&s.header.epoch, e, e + 1)
     #! clear: epoch
     if unlikely(s.holder != 0) and s.holder == pthread_self():
@@ -1031,6 +1044,7 @@ cdef inline int next_keys(seg_t* s, uint64_t b, uint8_t* to, uint32_t room, uint
     for tries in range(RESTARTS):
         v = ld32(&s.buckets[b].version)
         rc = copy_keys(s, b, to, room, used)
+        #~ keys: copied
         fence_acquire()
         if ld32r(&s.buckets[b].version) == v:
             return rc
