@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import mmap
 import multiprocessing as mp
 import os
 import random
@@ -24,68 +23,32 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import shmcache
 from shmcache import errors
+from tests.stress.numbers import Numbers, attached, work
 
 TABLE = "reboot"
-WORKERS, KEYS = 2, 4000
+WORKERS = 2
+NAMES = [b"%d" % key for key in range(4000)]
 fork = mp.get_context("fork")
 
 
-def row(number: int) -> int | None:
-    """What a key holds after its write of this number."""
-    return number if number % 7 else None
-
-
-def possible(acked: int, asked: int) -> set[int | None]:
-    return {row(n) for n in range(acked, asked + 1)}
-
-
-def attached(name: str, store: Any) -> Any:
-    while True:
-        try:
-            return shmcache.attach(name, store=store)
-        except errors.SegmentNotFound:
-            time.sleep(0.001)
-
-
-def work(name: str, url: str, worker: int, asked: Any, acked: Any, wrong: Any, seed: int) -> None:
-    rng = random.Random(seed)
-    with contextlib.closing(shmcache.SQLStore(url, TABLE)) as store, attached(name, store) as cache:
-        while True:
-            key = rng.randrange(KEYS // WORKERS) * WORKERS + worker
-            try:
-                found = cache.get(b"%d" % key)
-                if found not in possible(int(acked[key]), int(asked[key])):
-                    wrong.append(f"key {key} reads {found}; acknowledged {acked[key]}, asked {asked[key]}")
-                asked[key] += 1
-                number = int(asked[key])
-                if row(number) is None:
-                    cache.delete(b"%d" % key)
-                else:
-                    cache.set(b"%d" % key, number)
-                acked[key] = number
-            except errors.CapacityError:  # nobody stores, or logs, just now: not acknowledged
-                pass
-
-
 def rows(store: Any) -> list[int | None]:
-    found = store.load_many([b"%d" % key for key in range(KEYS)], timeout=60.0)
-    return [found[b"%d" % key].value if b"%d" % key in found else None for key in range(KEYS)]
+    found = store.load_many(NAMES, timeout=60.0)
+    return [found[name].value if name in found else None for name in NAMES]
 
 
 def run(url: str, rounds: int, seed: int) -> dict[str, Any]:
-    name, rng = f"reboot-{os.getpid()}", random.Random(seed)
-    numbers = np.frombuffer(mmap.mmap(-1, 2 * 8 * KEYS), np.int64).reshape(2, KEYS)
-    asked, acked = numbers
+    name, rng, numbers = f"reboot-{os.getpid()}", random.Random(seed), Numbers(NAMES)
     began, restores_killed, supervisors_killed = time.monotonic(), 0, 0
     processes: list[Any] = []
     with mp.Manager() as manager, tempfile.TemporaryDirectory() as folder, contextlib.closing(shmcache.SQLStore(url, TABLE)) as store:
         wrong = manager.list()
         command = [sys.executable, "-m", "shmcache.cli", "supervise", name, "--quiet", "--size", "16M", "--policy", "back", "--store", url, "--store-table", TABLE,
                    "--data-dir", folder, "--log", "always", "--snapshot-every", "0.4"]  # fmt: skip
+
+        def opened() -> Any:
+            return shmcache.SQLStore(url, TABLE)
 
         def supervise() -> Any:
             with open(Path(folder).with_suffix(".err"), "ab") as err:
@@ -102,7 +65,7 @@ def run(url: str, rounds: int, seed: int) -> dict[str, Any]:
             for _ in range(rounds):
                 supervisor = supervise()
                 for i in range(WORKERS):
-                    processes.append(fork.Process(target=work, args=(name, url, i, asked, acked, wrong, rng.random()), daemon=True))
+                    processes.append(fork.Process(target=work, args=(name, opened, i, WORKERS, numbers, wrong, rng.random()), daemon=True))
                     processes[-1].start()
                 for _ in range(rng.choice((0, 0, 1, 2))):
                     attached(name, None).close()
@@ -121,9 +84,9 @@ def run(url: str, rounds: int, seed: int) -> dict[str, Any]:
                     pass
                 now = rows(store)
                 for key, (was, is_) in enumerate(zip(before, now, strict=True)):
-                    if is_ is not None and not (was or 0) <= is_ <= asked[key]:
-                        wrong.append(f"row {key} was {was}, is {is_}, and {asked[key]} was asked last")
-                    if is_ is None and was is not None and asked[key] // 7 * 7 < was:
+                    if is_ is not None and not (was or 0) <= is_ <= numbers.asked[key]:
+                        wrong.append(f"row {key} was {was}, is {is_}, and {numbers.asked[key]} was asked last")
+                    if is_ is None and was is not None and numbers.asked[key] // 7 * 7 < was:
                         wrong.append(f"row {key} was {was}, is gone, and nobody deleted it")
                 before = now
             supervise()
@@ -131,8 +94,8 @@ def run(url: str, rounds: int, seed: int) -> dict[str, Any]:
                 cache.flush(60)
                 wrong.extend(cache.verify())
             for key, value in enumerate(rows(store)):
-                if value not in possible(int(acked[key]), int(asked[key])):
-                    wrong.append(f"row {key} is {value} in the end; acknowledged {acked[key]}, asked {asked[key]}")
+                if fault := numbers.fault(key, value):
+                    wrong.append(f"the row in the end: {fault}")
         finally:
             for process in processes[:]:
                 end(process)
@@ -143,7 +106,7 @@ def run(url: str, rounds: int, seed: int) -> dict[str, Any]:
         said = Path(folder).with_suffix(".err").read_text()
         Path(folder).with_suffix(".err").unlink()
         return {
-            "store": url.partition(":")[0], "rounds": rounds, "writes": int(acked.sum()), "supervisors_killed": supervisors_killed,
+            "store": url.partition(":")[0], "rounds": rounds, "writes": int(numbers.acked.sum()), "supervisors_killed": supervisors_killed,
             "while_restoring": restores_killed, "wrong": len(wrong), "first": list(wrong)[:5], "said": said[-500:], "seconds": round(time.monotonic() - began, 1),
         }  # fmt: skip
 

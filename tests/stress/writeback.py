@@ -23,25 +23,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import sqlalchemy as sa
-
 import shmcache
 from shmcache.supervisor.loop import Supervisor
+from tests.stress.rows import History
 
 TABLE = "writeback"
 fork = mp.get_context("fork")
-HISTORY = {
-    "sqlite": [
-        "CREATE TABLE history (n INTEGER PRIMARY KEY, key BLOB, version INTEGER)",
-        f"CREATE TRIGGER stored AFTER INSERT ON {TABLE} BEGIN INSERT INTO history (key, version) VALUES (new.key, new.version); END",
-        f"CREATE TRIGGER changed AFTER UPDATE ON {TABLE} BEGIN INSERT INTO history (key, version) VALUES (new.key, new.version); END",
-    ],
-    "postgresql": [
-        "CREATE TABLE history (n BIGSERIAL, key BYTEA, version BIGINT)",
-        "CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN INSERT INTO history (key, version) VALUES (new.key, new.version); RETURN new; END'",
-        f"CREATE TRIGGER stored AFTER INSERT OR UPDATE ON {TABLE} FOR EACH ROW EXECUTE FUNCTION note()",
-    ],
-}
 
 
 def write(name: str, worker: int, updates: int, keys: int, pace: float, seed: int, folder: str) -> None:
@@ -76,12 +63,7 @@ def run(url: str, updates: int, keys: int, kill_every: float, pace: float, seed:
     name = f"writeback-{os.getpid()}"
     rng = random.Random(seed)
     store = shmcache.SQLStore(url, TABLE)
-    store.load_many([b"k"])  # makes the table
-    engine = sa.create_engine(url.replace("postgresql:", "postgresql+psycopg:"))
-    with engine.begin() as c:
-        for statement in HISTORY[url.partition(":")[0]]:
-            c.exec_driver_sql(statement)
-    engine.dispose()
+    rows = History(url, TABLE)
     kills = 0
     wrong: list[str] = []
     began = time.monotonic()
@@ -110,8 +92,7 @@ def run(url: str, updates: int, keys: int, kill_every: float, pace: float, seed:
             stored: dict[bytes, Any] = {}
             for i in range(0, keys, 500):
                 stored |= store.load_many(names[i : i + 500], timeout=60.0)
-            with engine.connect() as c:
-                history = [(bytes(key), version) for key, version in c.exec_driver_sql("SELECT key, version FROM history ORDER BY n")]
+            history = rows.taken()
             for i, key in enumerate(names):
                 row = stored.get(key)
                 value = None if row is None else row.value
@@ -120,7 +101,7 @@ def run(url: str, updates: int, keys: int, kill_every: float, pace: float, seed:
                 if value not in possible or (cached is not None and cached != value):
                     wrong.append(f"key {i}: stored {value}, cached {cached}, written last by a worker {possible}")
             newest: dict[bytes, int] = {}
-            for key, version in history:
+            for key, _, version in history:
                 if version <= newest.get(key, 0):
                     wrong.append(f"key {key!r}: version {version} stored after {newest[key]}")
                 newest[key] = version
@@ -134,7 +115,7 @@ def run(url: str, updates: int, keys: int, kill_every: float, pace: float, seed:
             cache.close()
             shmcache.unlink(name)
             store.close()
-            engine.dispose()
+            rows.close()
     return {
         "store": url.partition(":")[0], "updates": updates, "keys": keys, "kills": kills, "rows_written": len(history), "updates_per_row": round(updates / max(1, len(history)), 1),
         "longest_write_s": round(max(longest for _, longest in lasts), 3), "write_s": round(wrote, 1), "flush_s": round(flushed - wrote, 1), "dirty_bytes_left": left, "wrong": len(wrong), "first": wrong[:5],
