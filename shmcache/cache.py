@@ -345,12 +345,20 @@ def attach(
 ) -> Cache:
     """Open a live segment.
 
+    While it is not certain yet that it can be restored, this waits, up to a minute.
+
     Args: codec, store, tags: as in create; they are this handle's. owner, group: a user or group, by id or name, whose segment is trusted.
-    Raises: SegmentNotFound, SegmentForbidden, ForeignSegment, NotASegment, LayoutMismatch, SegmentTruncated, TooManyProcesses.
+    Raises: SegmentNotFound, SegmentForbidden, ForeignSegment, NotASegment, LayoutMismatch, SegmentTruncated, TooManyProcesses,
+    BeingRestored.
     """
     check_codec(codec)
-    trust = {k: v for k, v in (("owner", owner), ("group", group)) if v is not None}
+    trust: dict[str, Any] = {k: v for k, v in (("owner", owner), ("group", group)) if v is not None}
     return _handle(segment.attach(name, **trust), codec, trust, store, tags)
+
+
+def attach_unsettled(name: str) -> Cache:
+    """attach(), also while its restore may still be refused: to look, or to complete it; nothing is to be written. Raises: as attach()."""
+    return Cache(segment.attach(name, unsettled=True))
 
 
 def open(
@@ -402,11 +410,10 @@ def create_restored(
     log_buffer: int | str | None = None, log_policy: int = 0,
 ) -> Cache:
     """Create a segment of this epoch into which core._stream.Restore then puts items of versions up to restored_seq. was: settings() of the
-    segment that they come from, for arguments that are not given; the others, and what is raised, as of create()."""
+    segment that they come from, for arguments that are not given, and for what is added to versions in the store; the others, and what is
+    raised, as of create()."""
     options = {k: was[k] for k in ("default_ttl_ms", "max_value_bytes", "stripes", "max_processes", "lock_limit_ms", "ring_bytes")}
-    options |= {k: was[k] for k in ("policy", "config", "dirty_limit") if k in was}
-    if was.get("policy"):  # versions in the store go on: what comes is newer than all that was
-        options |= {"restored_base": was["version_base"], "version_base": was["version_base"] + restored_seq + 1}
+    options |= {k: was[k] for k in ("policy", "config", "dirty_limit", "version_base") if k in was}
     options |= _options(default_ttl, max_value, stripes, max_processes, lock_limit, log_buffer)
     size_bytes = was["size_bytes"] if size is None else segment.parse_size(size)
     options |= {"restored_seq": restored_seq, "restored_epoch": epoch, "log_policy": log_policy if options["ring_bytes"] else 0}

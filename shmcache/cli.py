@@ -184,7 +184,7 @@ def do_list(args: argparse.Namespace) -> int:
         row: dict[str, Any] = {"name": name, "size_bytes": None, "items": None, "processes": None, "supervisor": None, "error": None}
         try:
             row["size_bytes"] = path.stat().st_size
-            with shmcache.attach(name) as cache:
+            with shmcache.cache.attach_unsettled(name) as cache:
                 me = os.getpid()
                 row |= {"items": len(cache), "supervisor": cache.supervisor()["alive"],
                         "processes": sum(p["pid"] != me for p in cache.processes())}  # fmt: skip
@@ -204,7 +204,7 @@ def do_list(args: argparse.Namespace) -> int:
 
 def do_stats(args: argparse.Namespace) -> int:
     format_ = "json" if args.json else args.format
-    with shmcache.attach(args.name) as cache:
+    with shmcache.cache.attach_unsettled(args.name) as cache:
         seconds = args.watch or args.interval
         while True:
             before, began = cache.stats(), time.monotonic()
@@ -470,7 +470,7 @@ def _whole(name: str) -> bool:
     """Is there such a segment, and not one whose restore was killed?"""
     if not Path(segment.check_name(name)).exists():
         return False
-    with shmcache.attach(name) as cache:
+    with shmcache.cache.attach_unsettled(name) as cache:
         return not cache.durability()["restoring"]
 
 
@@ -499,6 +499,7 @@ def _live_or_restored(args: argparse.Namespace, folder: Path | None) -> shmcache
                 else:
                     print(f"shmcache: {e}\nshmcache: {args.name} starts empty; what was there is in {datadir.set_aside(folder)}",
                           file=sys.stderr)  # fmt: skip
+                    snapshot.end_restore(args.name)
         elif not datadir.is_of(args.name, folder):
             what = (
                 f"{args.name} was there already, created by somebody else: nothing is restored into it, and what is in {folder} and not of "

@@ -122,6 +122,10 @@ class NoRoom(CapacityError):
     """Nothing could be evicted for this value just now. Try again, or create a larger segment."""
 
 
+class BeingRestored(CapacityError):
+    """What the segment is restored from is still being checked, or who did that was killed. Try again; if nobody does it, restore it."""
+
+
 class SupervisorRunning(UsageError):
     """The segment has a supervisor already; there is exactly one. End that one first."""
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from _weakref import ref
 
 import posix_ipc
@@ -34,6 +35,8 @@ BYTES_PER_BUCKET = 768  # of slab memory: not five of the smallest common items 
 WRITE_BACK = 3  # layout.pxd, POLICY_BACK
 DIRTY_SHARE = 4  # so much of the slab memory, a quarter, may hold at most what the store has not got yet
 CONFIG = b"\x80"  # an empty msgpack map
+RESTORE_LIMIT = 60.0  # seconds for which attach() waits until it is certain that a restore will not be refused
+RESTORE_POLL = 0.01
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _mappings: dict[tuple[int, int], ref[_core.Mapping]] = {}
@@ -152,12 +155,11 @@ def _sections(fixed: dict[str, int], n_pages: int) -> dict[str, int]:
 
 def create(
     name: str, size_bytes: int, *, mode: int = 0o600, group: int | str | None = None, huge_pages: bool = False, restored_seq: int = 0,
-    restored_epoch: int = 0, log_policy: int = 0, config: bytes = CONFIG, version_base: int = 0, restored_base: int = 0,
-    **options: int,
+    restored_epoch: int = 0, log_policy: int = 0, config: bytes = CONFIG, version_base: int | None = None, **options: int,
 ) -> _core.Mapping:
-    """Make a segment and map it. options: of geometry(). restored_seq: it is to be restored, and no version in what comes is higher; its
-    epoch is restored_epoch. log_policy: of its log, from the first moment. config: a msgpack map, for the header. version_base: at least;
-    restored_base: of what is restored.
+    """Make a segment and map it. options: of geometry(). restored_seq: it is to be restored by this process, and no version in what comes
+    is higher; its epoch is restored_epoch. log_policy: of its log, from the first moment. config: a msgpack map, for the header.
+    version_base: of the segment that it is restored from; None: one of its own.
 
     Warns: HugePagesRefused.
 
@@ -173,7 +175,9 @@ def create(
     g, chunks = geometry(size_bytes, **options)
     if restored_seq:
         g["restored_seq"], g["epoch"] = restored_seq, restored_epoch
-    g["log_policy"], g["version_base"], g["restored_base"] = log_policy, version_base, restored_base
+    if version_base is not None:
+        g["version_base"] = version_base
+    g["log_policy"] = log_policy
     try:
         # Not posix_ipc's O_CREAT under a temporary name: a creator that is killed would leave it, with all its memory.
         fd = os.open(SHM_DIR, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, mode)
@@ -188,7 +192,9 @@ def create(
         _link(fd, path, name)
         if refused:
             _warn_of_small_pages(name, refused)
-        return _map(fd, path, name)
+        mapping = _map(fd, path, name)
+        mapping.restores = restored_seq > 0
+        return mapping
     finally:
         os.close(fd)
 
@@ -232,13 +238,29 @@ def _reserve(fd: int, size_bytes: int) -> None:
         raise
 
 
-def attach(name: str, *, owner: int | str | None = None, group: int | str | None = None) -> _core.Mapping:
-    """Map a live segment.
+def attach(
+    name: str, *, owner: int | str | None = None, group: int | str | None = None, unsettled: bool = False
+) -> _core.Mapping:
+    """Map a live segment. If its restore may still be refused, wait for that: what is written there could be gone with it. unsettled: not
+    to write, but to look, or to complete the restore.
 
     Raises: InvalidName, SegmentNotFound, SegmentForbidden, ForeignSegment, NotASegment, LayoutMismatch, SegmentTruncated,
-    TooManyProcesses.
+    TooManyProcesses; BeingRestored: for RESTORE_LIMIT seconds.
     """
     path = check_name(name)
+    for _ in range(int(RESTORE_LIMIT / RESTORE_POLL)):
+        mapping = _attached(path, name, owner, group, unsettled)
+        if mapping is not None:
+            return mapping
+        time.sleep(RESTORE_POLL)
+    raise errors.BeingRestored(
+        f"after {RESTORE_LIMIT:.0f} s it is not certain yet that the segment {name!r} can be restored: try again; if nobody is at it any "
+        "more, complete it (shmcache supervise, or shmcache-admin restore), or unlink it"
+    )
+
+
+def _attached(path: str, name: str, owner: int | str | None, group: int | str | None, unsettled: bool) -> _core.Mapping | None:
+    """None: its restore may still be refused."""
     try:
         shm = posix_ipc.SharedMemory("/" + PREFIX + name)
     except posix_ipc.ExistentialError:
@@ -249,6 +271,8 @@ def attach(name: str, *, owner: int | str | None = None, group: int | str | None
         ) from None
     try:
         _check_owner(shm.fd, name, owner, group)
+        if not unsettled and _core.unsettled(shm.fd) and not _restored_here(shm.fd):
+            return None
         return _map(shm.fd, path, name)
     finally:
         shm.close_fd()
@@ -267,10 +291,20 @@ def _check_owner(fd: int, name: str, owner: int | str | None, group: int | str |
     )
 
 
-def _map(fd: int, path: str, name: str) -> _core.Mapping:
+def _mapped(fd: int) -> _core.Mapping | None:
+    """This process's mapping of it, if there is one."""
     stat = os.fstat(fd)
     known = _mappings.get((stat.st_dev, stat.st_ino))
-    mapping = known() if known is not None else None
+    return known() if known is not None else None
+
+
+def _restored_here(fd: int) -> bool:
+    mapping = _mapped(fd)
+    return mapping is not None and mapping.restores
+
+
+def _map(fd: int, path: str, name: str) -> _core.Mapping:
+    mapping = _mapped(fd)
     if mapping is None:
         for identity in [i for i, r in _mappings.items() if r() is None]:
             del _mappings[identity]

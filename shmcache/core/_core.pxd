@@ -11,6 +11,7 @@ cdef class Mapping:
     cdef readonly str name
     cdef readonly int exports       # buffers that numpy views hold
     cdef readonly int handles       # open Tables
+    cdef public bint restores       # this process restores the segment: it does not wait for that
     cdef object __weakref__
     cdef int revive(self) except -1
     cdef bint geometry_sound(self, header_t* h, uint64_t size)

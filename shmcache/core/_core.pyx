@@ -22,7 +22,7 @@ from libc.math cimport log as ln
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset, strncpy
-from posix.unistd cimport usleep
+from posix.unistd cimport pread, usleep
 
 from shmcache.core.atomics cimport add64, fence_acquire, ld32, ld64, likely, prefetch, st64, unlikely
 from shmcache.core.big cimport big_read
@@ -34,7 +34,7 @@ from shmcache.core.envelope cimport (
 from shmcache.core.dirty cimport any_dirty, writes_back
 from shmcache.core.layout cimport (
     BATCH_CLASSES, BATCH_SLOTS, CLS_POOL, CONFIG_BYTES, FLAG_CLAIM, FLAG_COPY_TTL, FLAG_LOCK, FLAG_WRITING, LAYOUT_VERSION, LOG_ALWAYS, LOG_OFF, MAX_CLASSES, MAX_KEY, MAX_ROWS, MIN_CHUNK,
-    NAMESPACES_FIRST, PARKED_SLOTS, POLICY_BACK,
+    NAMESPACES_FIRST, PARKED_SLOTS, POLICY_BACK, VERSIONS_SHIFT,
     bucket_t, class_t, header_t, item_t, lock_t, overflow_t, page_t, pool_t, ring_t,
     row_t, seg_t, stripe_t)
 from shmcache.core.ring cimport log_t, record_room, ring_of, ring_release, ring_secure, ring_wait, wake_drainer
@@ -122,7 +122,7 @@ cdef uint32_t ABI = <uint32_t>(1 << 8 | sizeof(void*) * 8)
 
 CONSTANTS = {"row": sizeof(row_t), "header": sizeof(header_t), "stripe": sizeof(stripe_t), "class": sizeof(class_t),
                "page": sizeof(page_t), "bucket": sizeof(bucket_t), "overflow": sizeof(overflow_t), "item": sizeof(item_t), "ring": sizeof(ring_t),
-               "max_rows": MAX_ROWS, "max_classes": MAX_CLASSES, "max_key": MAX_KEY, "min_chunk": MIN_CHUNK,
+               "max_rows": MAX_ROWS, "versions_shift": VERSIONS_SHIFT, "max_classes": MAX_CLASSES, "max_key": MAX_KEY, "min_chunk": MIN_CHUNK,
                "config": CONFIG_BYTES, "layout_version": LAYOUT_VERSION, "abi": ABI}
 
 
@@ -249,7 +249,7 @@ def layout():
             ("log_epoch", <size_t>&h.log_epoch, "<u8", 1), ("log_bell", <size_t>&h.log_bell, "<u4", 1),
             ("snapshot_begun_ms", <size_t>&h.snapshot_begun_ms, "<u8", 1), ("dirty_off", <size_t>&h.dirty_off, "<u8", 1),
             ("dirty_bytes", <size_t>&h.dirty_bytes, "<u8", 1), ("dirty_limit", <size_t>&h.dirty_limit, "<u8", 1),
-            ("version_base", <size_t>&h.version_base, "<u8", 1), ("restored_base", <size_t>&h.restored_base, "<u8", 1),
+            ("version_base", <size_t>&h.version_base, "<u8", 1),
             ("dirty", <size_t>&h.dirty, "<u8", 1), ("flushes_asked", <size_t>&h.flushes_asked, "<u8", 1),
             ("flushes_ended", <size_t>&h.flushes_ended, "<u8", 1), ("flushed_ms", <size_t>&h.flushed_ms, "<u8", 1),
             ("flush_failed_ms", <size_t>&h.flush_failed_ms, "<u8", 1), ("flush_refused", <size_t>&h.flush_refused, "<u8", 1),
@@ -302,6 +302,14 @@ def layout():
     }
 
 
+def unsettled(int fd):
+    """Is this a segment of this layout whose restore may still be refused? Cheaper than to map it."""
+    cdef header_t h
+    if pread(fd, &h, sizeof(header_t), 0) != <ssize_t>sizeof(header_t):
+        return False
+    return h.magic == MAGIC and h.layout_version == LAYOUT_VERSION and h.abi == ABI and h.restoring == NAMESPACES_FIRST
+
+
 def format_segment(int fd, dict g, list chunk_bytes, bytes boot_id, bytes hash_key, bytes config, bint huge_pages):
     """Write a new segment's header and empty sections into fd, whose memory is all zero. The magic is stored last.
 
@@ -339,8 +347,7 @@ def format_segment(int fd, dict g, list chunk_bytes, bytes boot_id, bytes hash_k
         h.max_value_bytes = g["max_value_bytes"]; h.default_ttl_ms = g["default_ttl_ms"]; h.lock_limit_ms = g["lock_limit_ms"]
         h.policy = g["policy"]
         h.dirty_off = g["dirty_off"]; h.dirty_bytes = g["dirty_bytes"]; h.dirty_limit = g["dirty_limit"]
-        h.version_base = max(h.created_ms << 20, g.get("version_base", 0))
-        h.restored_base = g.get("restored_base", 0)
+        h.version_base = g.get("version_base", h.created_ms << VERSIONS_SHIFT)
         #! create: header
         h.ring_bytes = g["ring_bytes"]
         h.log_policy = g.get("log_policy", 0)

@@ -15,7 +15,7 @@ from shmcache.core.envelope cimport CODEC_ENVELOPE, envelope_open, envelope_t
 from shmcache.core.layout cimport FLAG_CLAIM, FLAG_COPY_TTL, FLAG_DIRTY, POLICY_BACK, item_t, seg_t
 from shmcache.core.siphash cimport siphash13
 from shmcache.core.slab cimport in_slab, item_at, page_room
-from shmcache.core.table cimport RESTARTS, find_dirty, mark_clean, read_begin, read_copy, read_t, same_item, unchanged
+from shmcache.core.table cimport RESTARTS, find_dirty, go_above, mark_clean, read_begin, read_copy, read_t, renew_dirty, same_item, unchanged
 from shmcache.core.token cimport ABSENT, BUSY, INTR, OK
 
 from shmcache import errors
@@ -163,7 +163,7 @@ cdef class Dirty:
         if r.expiry_ms and not r.flags & FLAG_COPY_TTL:
             now = now_ms(s)
             left = (r.expiry_ms - now) / 1000.0 if r.expiry_ms > now else 0.0
-        return key, r.codec, payload, left, r.cas, r.cas + (s.header.restored_base if r.cas <= s.header.restored_seq else s.header.version_base)
+        return key, r.codec, payload, left, r.cas, r.cas + s.header.version_base
 
     def clean(self, bytes key not None, uint64_t version):
         """The store has this version of a key: True. False: it has been written since, or a process that does not run holds its stripe; then
@@ -180,6 +180,39 @@ cdef class Dirty:
                 PyErr_CheckSignals()
                 s = self.table.ready()
         return rc == OK
+
+    def renew(self, bytes key not None, uint64_t version, uint64_t above):
+        """Give a key's dirty item of this version a new one, above that: True. False: it has been written since, or a process that does not
+        run holds its stripe."""
+        cdef seg_t* s = self.table.ready()
+        cdef const uint8_t* k = <const uint8_t*>PyBytes_AS_STRING(key)
+        cdef size_t n = PyBytes_GET_SIZE(key)
+        cdef uint64_t h = siphash13(k, n, s.k0, s.k1)
+        cdef int rc = INTR
+        while rc == INTR:
+            with nogil:
+                rc = renew_dirty(s, k, n, h, version, above, s.limit_ns)
+            if rc == INTR:
+                PyErr_CheckSignals()
+                s = self.table.ready()
+        return rc == OK
+
+    def go_above(self, uint64_t version):
+        """All that is written from now on has higher versions: True. False: a process that does not run holds a stripe: call it again."""
+        cdef seg_t* s = self.table.ready()
+        cdef uint64_t i = 0
+        cdef bint all_do = True
+        cdef int rc
+        while i < s.n_stripes:
+            with nogil:
+                rc = go_above(s, &s.stripes[i], version, s.limit_ns)
+            if rc == INTR:
+                PyErr_CheckSignals()
+                s = self.table.ready()
+                continue
+            all_do = all_do and rc == OK
+            i += 1
+        return all_do
 
     def recount(self):
         """Look at every item: set the bits that are missing, and count anew. (items, bytes)."""

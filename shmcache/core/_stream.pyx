@@ -337,12 +337,13 @@ cdef class Restore:
         self.evicted_before = s.row.evictions
 
     def put(self, const uint8_t[::1] payload not None, int64_t clock_back_ms=0, int heat=-1, uint32_t least_epoch=0, bint generations=False,
-            Tail tail=None, bint of_log=False):
+            Tail tail=None, bint of_log=False, uint64_t ahead=0):
         """Store the records of one block. Without the GIL.
 
         Args: clock_back_ms: added to the wall clock. heat: only those with this CLOCK count, and end where the segment is full (-1: all).
         least_epoch: items of an earlier one were cleared. generations: only what workers need before the rest: the generations of namespaces and
         tags, and in write-back what the store has not got (all of it: no clear() takes it away); else all but that. tail: what the log has since; of_log: the block is the log's.
+        ahead: added to versions, for the file's base is so far above the segment's (header.version_base).
         Raises: DamageError: the payload is not whole records; StripeBusy.
         """
         cdef uint64_t at = 0, end = payload.shape[0]
@@ -353,7 +354,7 @@ cdef class Restore:
             return
         while True:
             with nogil:
-                rc = self.put_all(s, &payload[0], &at, end, wall, heat, least_epoch, generations, tail, of_log)
+                rc = self.put_all(s, &payload[0], &at, end, wall, heat, least_epoch, generations, tail, of_log, ahead)
             if rc == INTR:
                 PyErr_CheckSignals()
                 s = self.table.ready()
@@ -365,7 +366,7 @@ cdef class Restore:
                 return
 
     cdef int put_all(self, seg_t* s, const uint8_t* payload, uint64_t* at, uint64_t end, uint64_t wall, int heat, uint32_t least_epoch,
-                     bint generations, Tail tail, bint of_log) noexcept nogil:
+                     bint generations, Tail tail, bint of_log, uint64_t ahead) noexcept nogil:
         cdef record_t r
         cdef put_t op
         cdef uint64_t size, hash
@@ -375,6 +376,7 @@ cdef class Restore:
             size = record_bytes(payload, at[0], end, &r)
             if size == 0:
                 return MISMATCH
+            r.version += ahead
             if r.op & 15 != RECORD_SET:
                 at[0] += size
                 continue
@@ -479,7 +481,8 @@ cdef class Tail:
     """For each key of a log's tail its newest version, so that each key is put into the segment once, and as it was last.
 
     add() all blocks of the log, see() all of the snapshot, then Restore.put(..., tail=self, of_log=...) both. Keys are told apart by 64 bits
-    of a hash with the segment's random key. floors: of the snapshot: what is not above its stripe's is in it.
+    of a hash with the segment's random key. floors: of the snapshot: what is not above its stripe's is in it. ahead: added to them, and in add()
+    and see() to versions, as in Restore.put.
     """
     cdef Table table
     cdef entry_t* entries
@@ -488,16 +491,19 @@ cdef class Tail:
     cdef readonly uint64_t records
     cdef readonly uint32_t epoch    # highest CLEAR
     cdef readonly uint64_t gaps     # operations that the log says it does not have
+    cdef readonly uint64_t newest   # no version in the log is higher
     cdef bytes floors
     cdef const uint64_t* floor
     cdef uint64_t n_floors
+    cdef uint64_t floors_ahead
 
-    def __cinit__(self, Table table not None, bytes floors not None):
+    def __cinit__(self, Table table not None, bytes floors not None, uint64_t ahead=0):
         self.table = table
         table.ready()
         self.floors = floors
         self.floor = <const uint64_t*><const uint8_t*>floors
         self.n_floors = len(floors) // 8
+        self.floors_ahead = ahead
         self.mask = 1023
         self.entries = <entry_t*>PyMem_RawCalloc(self.mask + 1, sizeof(entry_t))
         if self.entries == NULL:
@@ -527,15 +533,15 @@ cdef class Tail:
         PyMem_RawFree(old)
         return 0
 
-    def add(self, const uint8_t[::1] payload not None):
+    def add(self, const uint8_t[::1] payload not None, uint64_t ahead=0):
         """Note the records of a block of the log. Raises: DamageError."""
-        self.walk(payload, True)
+        self.walk(payload, True, ahead)
 
-    def see(self, const uint8_t[::1] payload not None):
+    def see(self, const uint8_t[::1] payload not None, uint64_t ahead=0):
         """Note the versions that a block of the snapshot has of keys of the log. Raises: DamageError."""
-        self.walk(payload, False)
+        self.walk(payload, False, ahead)
 
-    cdef int walk(self, const uint8_t[::1] payload, bint of_log) except -1:
+    cdef int walk(self, const uint8_t[::1] payload, bint of_log, uint64_t ahead) except -1:
         cdef seg_t* s = self.table.ready()
         cdef uint64_t at = 0, end = payload.shape[0], size, h
         cdef record_t r
@@ -551,12 +557,15 @@ cdef class Tail:
             elif op == RECORD_GAP:
                 self.gaps += r.version
             else:
+                r.version += ahead
+                if of_log:
+                    self.newest = max(self.newest, r.version)
                 h = siphash13(&payload[at + sizeof(record_t)], r.key_bytes, s.k0, s.k1) | 1
                 e = self.find(h)
                 if not of_log:
                     if e.hash and r.version > e.version:
                         e.version = r.version
-                elif r.stripe >= self.n_floors or r.version > self.floor[r.stripe]:
+                elif r.stripe >= self.n_floors or r.version > self.floor[r.stripe] + self.floors_ahead:
                     self.records += 1
                     if e.hash == 0:
                         if 2 * self.keys > self.mask:

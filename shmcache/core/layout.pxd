@@ -10,7 +10,7 @@
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 cdef enum:
-    LAYOUT_VERSION = 7      # bump = attach refuses older segments, every host starts cold
+    LAYOUT_VERSION = 8      # bump = attach refuses older segments, every host starts cold
     SLOTS = 7               # of a bucket
     OV_SLOTS = 6            # of an overflow bucket; its last word says whose it is
     GRANULE = 16            # bytes; unit of an address
@@ -26,6 +26,7 @@ cdef enum:
     MAX_KEY = 4096
     CONFIG_BYTES = 1024
     MAX_REFS = 3
+    VERSIONS_SHIFT = 20     # a new segment's row versions begin at the wall clock's milliseconds, times 2^20: no stripe has so many writes in one
     ITEM_HEADER = 48
     # kinds of repair
     REPAIRED_FINISHED = 0   # a set whose slot was stored
@@ -128,10 +129,11 @@ ctypedef struct header_t:   # 4,096 bytes. Written at creation only, where nothi
     # read by every operation, written seldom: a line of their own
     uint32_t epoch          # clear() counts it up, by compare-and-swap, no lock
     uint32_t restoring      # items of a snapshot are being put in (bucket.pxd, departed); 2: the generations of namespaces and tags are not in yet, nor what the store
-                            # has not got (write-back).
+                            # has not got (write-back), and the restore may still be refused: nobody but who restores attaches (segment.attach).
                             # Writer: creation, and who restores
     int64_t clock_shift_ms  # added to CLOCK_MONOTONIC: the segment's clock. 0; tests move it
-    uint64_t restored_seq   # no restored item has a higher version, every later write has
+    uint64_t restored_seq   # no restored item has a higher version, nor has anything that an earlier life gave out; every later write has. Writer: creation, and who
+                            # restores, as long as nobody else is attached
     uint32_t restored_epoch # epoch at the creation: another one, and somebody has cleared since
     uint32_t pad7
     uint64_t pad2[4]
@@ -165,8 +167,8 @@ ctypedef struct header_t:   # 4,096 bytes. Written at creation only, where nothi
     uint64_t dirty_off      # a bit for each 128 bytes of slab memory
     uint64_t dirty_bytes
     uint64_t dirty_limit    # bytes of items; who would write beyond waits
-    uint64_t version_base   # added to an item's version: its row's version. Later segments have a higher one
-    uint64_t restored_base  # the same, of what was restored
+    uint64_t version_base   # added to an item's version: its row's version. A restored segment has that of the one before it
+    uint64_t pad10
     uint64_t dirty          # bytes of dirty items. Anyone, no lock; counted anew by the supervisor, for a death loses count
     uint64_t flushes_asked  # counted up by who wants everything stored. Any process, no lock
     uint64_t flushes_ended  # flushes_asked when the last pass over everything began that left nothing. Writer: the supervisor

@@ -946,7 +946,7 @@ cdef inline int set_expiry(seg_t* s, const uint8_t* key, size_t n, uint64_t h, u
 
 cdef inline int mark_clean(seg_t* s, const uint8_t* key, size_t n, uint64_t h, uint64_t version, uint64_t limit_ns) noexcept nogil:
     """The store has this version of a key, or a newer one: OK; MISMATCH: there is a newer one here; BUSY, INTR. A tombstone goes, and what was
-    restored: if the store has a newer one, that is to be loaded."""
+    restored and has the version of then: if the store has a newer one, that is to be loaded."""
     cdef uint64_t b = bucket_of(s, h)
     cdef stripe_t* st = stripe_of(s, b)
     cdef found_t f
@@ -972,6 +972,42 @@ cdef inline int mark_clean(seg_t* s, const uint8_t* key, size_t n, uint64_t h, u
     stripe_release(s, st)
     if goes:
         free_old(s, f.addr, limit_ns)
+    return rc
+
+cdef inline int renew_dirty(seg_t* s, const uint8_t* key, size_t n, uint64_t h, uint64_t version, uint64_t above, uint64_t limit_ns) noexcept nogil:
+    """Give a dirty item of this version a new one, above that: OK; MISMATCH: it has been written or stored since; BUSY, INTR.
+
+    It is not logged: if all dies before the row has the new version, what is restored has the old one, and meets the same row. Crash between
+    the stores: as of a touch, repair counts the version up.
+    """
+    cdef uint64_t b = bucket_of(s, h), new
+    cdef stripe_t* st = stripe_of(s, b)
+    cdef found_t f
+    cdef int rc = stripe_take(s, st, limit_ns)
+    if rc != OK:
+        return rc
+    find_locked(s, b, key, n, h, &f)
+    rc = MISMATCH
+    if f.slot != NULL and ld8r(&item_at(s, f.addr).flags) & FLAG_DIRTY and ld64(&item_at(s, f.addr).cas) == version:
+        rc = OK
+        new = max(st.seq, above) + 1
+        note_intent(st, OP_TOUCH, f.addr, 0, st.count)
+        st64(&item_at(s, f.addr).cas, new)
+        #! renew: cas
+        st64(&st.seq, new)
+        #! renew: seq
+    stripe_release(s, st)
+    return rc
+
+cdef inline int go_above(seg_t* s, stripe_t* st, uint64_t version, uint64_t limit_ns) noexcept nogil:
+    """What comes in this stripe has higher versions than that: OK, BUSY or INTR."""
+    cdef int rc = OK
+    if ld64(&st.seq) < version:
+        rc = stripe_take(s, st, limit_ns)
+        if rc == OK:
+            st64(&st.seq, max(st.seq, version))
+            #! go above: seq
+            stripe_release(s, st)
     return rc
 
 cdef inline int dirty_at(seg_t* s, uint64_t addr, uint8_t* key, size_t* n, uint64_t limit_ns) noexcept nogil:

@@ -132,7 +132,7 @@ class Service:
         while not self.stopping:
             with (
                 contextlib.suppress(errors.SegmentNotFound, errors.NotASegment, errors.SegmentTruncated),
-                cache_module.attach(self.name) as cache,
+                cache_module.attach_unsettled(self.name) as cache,
             ):
                 if cache.supervisor()["pid"] == child.process.pid:
                     return

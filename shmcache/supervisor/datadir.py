@@ -10,15 +10,18 @@ import contextlib
 import fcntl
 import itertools
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from shmcache import cache as cache_module
 from shmcache import errors
 from shmcache.supervisor import format as fmt
 
 LOCK_NAME = "lock"
+VERSIONS_NAME = "versions.shmcache"
+MOST_SKIPPED = 8  # ranges
 
 
 @contextlib.contextmanager
@@ -114,6 +117,52 @@ def set_aside(folder: Path) -> Path:
     sync_folder(aside)
     sync_folder(folder)
     return aside
+
+
+# ---- which versions have been given out -------------------------------------------------------------------------------------------------
+# The versions that rows of the store carry (header.version_base + an item's) grow from one life of a segment to the next, also if the
+# later one is restored from files of which the earlier one has written none, or the wall clock was set back. So what may have been given
+# out stands in a file: a log of no records, whose HEAD has "newest", and "skipped": ranges that a life has left out, since a row was there
+# already. A row of a version in one of these, or above newest, was stored by no segment of this directory.
+# Crash: before the rename the former file stands, and nothing above it has been given out; behind it some versions are never given out.
+
+
+class GivenOut(NamedTuple):
+    newest: int = 0  # no row has got a higher version from here; 0: that is not known
+    skipped: tuple[tuple[int, int], ...] = ()  # (from, to), both exclusive: no row has got one of these
+
+    def may_have(self, version: int) -> bool:
+        return version <= self.newest and not any(low < version < high for low, high in self.skipped)
+
+    def above(self, newest: int, version: int) -> GivenOut:
+        """Once those up to newest are given out, and what comes is above version. The narrowest of too many ranges is forgotten: what may
+        have been given out is left as it is."""
+        skipped = [*self.skipped, *([(newest, version + 1)] if newest < version else [])]
+        return GivenOut(max(self.newest, version), tuple(sorted(sorted(skipped, key=lambda r: r[0] - r[1])[:MOST_SKIPPED])))
+
+
+def given_out(folder: Path) -> GivenOut:
+    """What is noted; nothing, if nothing is. Raises: DamagedFile, NewerFormat, OSError."""
+    path = folder / VERSIONS_NAME
+    try:
+        with fmt.Reader(path, "log") as reader:
+            return GivenOut(int(reader.head["newest"]), tuple((int(low), int(high)) for low, high in reader.head["skipped"]))
+    except FileNotFoundError:
+        return GivenOut()
+    except (KeyError, TypeError, ValueError) as e:
+        raise errors.DamagedFile(str(path), 0, f"it lacks what it has to have ({type(e).__name__}: {e})") from None
+
+
+def note_given_out(folder: Path, name: str, given: GivenOut) -> None:
+    """Before one of these is given out. Raises: OSError."""
+    path = folder / VERSIONS_NAME
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.unlink(missing_ok=True)  # of who was killed
+    with os.fdopen(create(temporary), "wb", buffering=0) as file:
+        fmt.Writer(file, "log", {"name": name, "created_ms": int(time.time() * 1000), "newest": given.newest, "skipped": given.skipped})
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync_folder(folder)
 
 
 def sync_file(path: Path) -> None:

@@ -90,7 +90,7 @@ class Supervisor:
         self.writeback: WriteBack | None = None
         try:
             if store is not None:
-                self.writeback = WriteBack(cache, store)
+                self.writeback = WriteBack(cache, store, folder)
             self.begin_log(log)
         except BaseException:
             self.close()

@@ -3,6 +3,21 @@
     write()     core/_stream.Walk -> format.Writer -> a temporary file, fsync, rename, fsync of the directory; the last few are kept
     restore()   the newest file that is whole, and the log since -> a new segment -> core/_stream.Restore
 
+Versions: files of one restore can be of several lives of the segment. Each life begins above all that those before it may have given out
+(_begin, _settle), and what is added to a version to get its row's, header.version_base, is one number for all of them: so whatever file an
+item comes from, of two records the later one has the higher version, and a row that was stored later has a higher one than the item. Files
+of lives with another base are of another segment in the same directory, or of a time when each life had its own: their versions are put
+in relation to the segment's.
+    life 2 begins, no file of it is written, life 3     both begin above the same files: the second above what datadir.GivenOut notes, too
+    the clock was set back                              above the files and GivenOut all the same
+    versions were raised (writeback.py)                 above what stands in the records read, and above GivenOut
+
+A restore that may still be refused is nobody's: until what workers need first is in, nobody attaches (segment.attach). The name is held
+meanwhile, or a worker that starts would create an empty segment.
+    refused before that          the segment is unlinked; who waited for it finds none
+    killed before that           it stays, and nobody gets in until the restore is run again
+    fails or killed after it     it stays, with what workers wrote; run again, it is completed
+
 Crash at any line of write(): the temporary file is no snapshot, and the next write removes it; once renamed it is whole. The rename
 may be lost with the power until the directory is synced, as if nothing had been written. Crash in restore(): core/_stream.pyx.
 
@@ -28,7 +43,7 @@ from typing import TYPE_CHECKING, Any
 
 from shmcache import cache as cache_module
 from shmcache import errors, segment
-from shmcache.core import _stream
+from shmcache.core import _core, _stream
 from shmcache.supervisor import datadir
 from shmcache.supervisor import format as fmt
 from shmcache.supervisor.appendlog import AppendLog, Sync, mark
@@ -44,6 +59,7 @@ NICE = 10  # of the thread that writes a throttled one,
 NICE_UNTHROTTLED = 2  # and of a process that does nothing else: workers keep what a plain writer of files would leave them
 EPOCHS_AHEAD = 1 << 16  # no segment is cleared so often within one log file
 VERSIONS_AHEAD = 1 << 40  # no stripe has so many writes between two snapshots
+HIGHEST = (1 << 63) - VERSIONS_AHEAD  # of a row's version: a column of 64 bits has no higher ones
 
 Progress = Callable[[int, int], None]  # (done, of so many), in stripes or bytes
 
@@ -248,6 +264,8 @@ class Found:
         with fmt.Reader(path, "snapshot") as reader:
             head, self.size_bytes = reader.head, reader.size_bytes
         self.newest, self.created_ms, self.settings, self.head_epoch = _of_head(path, head)
+        self.base = _base(path, self.settings)
+        self.ahead = 0  # of the segment's base: relate()
         try:
             self.mode, self.group = int(head["mode"]), int(head["group"])
             self.log_from, self.logged = int(head["log_from"]), bool(head["logged"])
@@ -263,9 +281,20 @@ class Found:
             end = reader.end or {}
         try:
             self.items, self.epoch, self.floors = int(end["items"]), int(end["epoch"]), bytes(end["floors"])
+            self.newest = max(self.newest, int(end["newest"]))
         except (KeyError, TypeError, ValueError) as e:
             raise errors.DamagedFile(str(self.path), 0, f"END lacks what a snapshot's has ({type(e).__name__}: {e})") from None
         return self
+
+
+def relate(cache: Cache, path: Path, base: int) -> int:
+    """What is added to the versions of a file with this base. Raises: ForeignDataDir."""
+    own = int(cache.segment.header["version_base"])
+    if base < own:
+        raise errors.ForeignDataDir(
+            f"{path} is not of those from which {cache.name!r} was begun to be restored: unlink the segment, and restore it again"
+        )
+    return base - own
 
 
 def _of_head(path: Path, head: dict[str, Any]) -> tuple[int, int, dict[str, int], int]:
@@ -273,6 +302,17 @@ def _of_head(path: Path, head: dict[str, Any]) -> tuple[int, int, dict[str, int]
         return int(head["newest"]), int(head["created_ms"]), dict(head["settings"]), int(head["epoch"])
     except (KeyError, TypeError, ValueError) as e:
         raise errors.DamagedFile(str(path), 0, f"HEAD lacks what it has to have ({type(e).__name__}: {e})") from None
+
+
+def _base(path: Path, settings: dict[str, int]) -> int:
+    """What is added to the versions of this file to get their rows'."""
+    try:
+        base = int(settings.get("version_base", 0))
+    except (TypeError, ValueError) as e:
+        raise errors.DamagedFile(str(path), 0, f"its version_base is none ({type(e).__name__}: {e})") from None
+    if not 0 <= base < HIGHEST:
+        raise errors.DamagedFile(str(path), 0, f"its version_base is {base}")
+    return base
 
 
 def find(folder: Path) -> tuple[list[Found], list[str]]:
@@ -298,9 +338,11 @@ class Logs:
             path = folder / fmt.log_name(missing[0])
             raise errors.DamagedFile(str(path), 0, "this log file is missing, and what is in it cannot be had from any other")
         self.cut: list[str] = []
-        self.newest = self.epoch = 0
+        self.newest = self.epoch = 0  # newest: of a row's version
         self.created_ms = 0
         self.settings: dict[str, int] = {}
+        self.bases: dict[Path, int] = {}
+        self.ahead: dict[Path, int] = {}  # of the segment's base: relate()
         for path in self.paths:
             with fmt.Reader(path, "log") as reader:
                 if reader.torn == 0:
@@ -308,15 +350,20 @@ class Logs:
                 if reader.head.get("name") != name:
                     raise errors.ForeignDataDir(f"{path} is of the segment {reader.head.get('name')!r}, not {name!r}: move it away")
                 newest, self.created_ms, self.settings, epoch = _of_head(path, reader.head)
-                self.newest, self.epoch = max(self.newest, newest), max(self.epoch, epoch)
+                self.bases[path] = _base(path, self.settings)
+                self.newest, self.epoch = max(self.newest, self.bases[path] + newest), max(self.epoch, epoch)
 
-    def blocks(self) -> Iterator[memoryview]:
-        """Payloads of all, in order; what is torn is left out, and named in `cut`. Raises: DamagedFile, OSError."""
+    def relate(self, cache: Cache) -> None:
+        self.ahead = {path: relate(cache, path, base) for path, base in self.bases.items()}
+
+    def blocks(self) -> Iterator[tuple[memoryview, int]]:
+        """(payload, what is added to its versions) of all, in order; what is torn is left out, and named in `cut`.
+        Raises: DamagedFile, OSError."""
         self.cut = []
         for path in self.paths:
             with fmt.Reader(path, "log") as reader:
                 for _, payload in reader.blocks():
-                    yield payload
+                    yield payload, self.ahead[path]
                 if reader.torn is not None:
                     self.cut.append(f"{path}: cut at byte {reader.torn} of {reader.size_bytes}, behind the last whole block")
 
@@ -324,8 +371,8 @@ class Logs:
 def restore(
     name: str, folder: Path, *, progress: Progress = _nobody, log_buffer_if_none: int | None = None, **options: Any
 ) -> dict[str, Any]:
-    """Create the segment and put the newest whole snapshot of a directory that was taken into it, and what its log has since. Workers can
-    use the segment from the first moment. One whose restore was killed is completed.
+    """Create the segment and put the newest whole snapshot of a directory that was taken into it, and what its log has since. Workers who
+    attach wait until it is certain that this will not be refused, and can use it from then on. One whose restore was killed is completed.
 
     Args: options: of create(); those that are not given are as they were when the snapshot was written. log_policy: with which the
     segment is logged from the first moment. log_buffer_if_none: log_buffer, if it had none.
@@ -344,17 +391,23 @@ def restore(
         raise errors.NoSnapshot(_none_whole(folder, damaged))
     if log_buffer_if_none and not (candidates[0].settings if candidates else logs.settings)["ring_bytes"]:
         options.setdefault("log_buffer", log_buffer_if_none)
-    with _create_or_complete(name, candidates, logs, options) as cache:
+    given = datadir.GivenOut()
+    try:
+        given = datadir.given_out(folder)
+    except errors.DamagedFile as e:
+        damaged.append(str(e))
+    with _create_or_complete(name, folder, candidates, logs, given, options) as cache:
         try:
-            report = _fill(cache, folder, candidates, logs, damaged, progress)
-        except (errors.DamagedFile, errors.NoSnapshot, errors.NoRoom):
-            segment.unlink(name)
+            report = _fill(cache, folder, candidates, logs, given, damaged, progress)
+        except (errors.DamagedFile, errors.NoSnapshot, errors.NoRoom, errors.ForeignDataDir):
+            if cache.durability()["generations_missing"] and not cache.unlinked:  # nobody is in it
+                segment.unlink(name)
             raise
     return {**report, "seconds": time.monotonic() - began}
 
 
 def _fill(
-    cache: Cache, folder: Path, candidates: list[Found], logs: Logs, damaged: list[str], progress: Progress
+    cache: Cache, folder: Path, candidates: list[Found], logs: Logs, given: datadir.GivenOut, damaged: list[str], progress: Progress
 ) -> dict[str, Any]:
     into = _stream.Restore(cache)
     found: Found | None = None
@@ -370,12 +423,18 @@ def _fill(
             raise errors.NoSnapshot(_none_whole(folder, damaged))
     if found is not None and found is not candidates[0]:
         logs = Logs(cache.name, folder, found.log_from, found.logged)
-    tail = _stream.Tail(cache, found.floors if found else b"")
-    for payload in logs.blocks():
-        tail.add(payload)
+    logs.relate(cache)
+    if found:
+        found.ahead = relate(cache, found.path, found.base)
+    ahead = found.ahead if found else 0
+    tail = _stream.Tail(cache, found.floors if found else b"", ahead)
+    for payload, more in logs.blocks():
+        tail.add(payload, more)
     epoch = max(tail.epoch, found.epoch if found else 0)
     if found and tail.keys:
-        found.check(tail.see, progress)
+        found.check(lambda payload: tail.see(payload, ahead), progress)
+    if cache.durability()["generations_missing"]:
+        _settle(cache, folder, max(tail.newest, found.newest + ahead if found else 0), given)
     # if the wall clock was set back since, lives do not become longer than they were
     created_ms = max(logs.created_ms, found.created_ms if found else 0)
     clock_back_ms = max(0, created_ms - int(time.time() * 1000))
@@ -406,13 +465,13 @@ def _put_all(
     into: _stream.Restore, found: Found | None, logs: Logs, progress: Progress, clock_back_ms: int, heat: int, epoch: int,
     generations: bool, tail: _stream.Tail,
 ) -> None:
-    for payload in logs.blocks():
-        into.put(payload, clock_back_ms, heat, epoch, generations, tail, True)
+    for payload, ahead in logs.blocks():
+        into.put(payload, clock_back_ms, heat, epoch, generations, tail, True, ahead)
     if found is None:
         return
     with fmt.Reader(found.path, "snapshot") as reader:
         for offset, payload in reader.blocks():
-            into.put(payload, clock_back_ms, heat, epoch, generations, tail)
+            into.put(payload, clock_back_ms, heat, epoch, generations, tail, False, found.ahead)
             progress(offset, reader.size_bytes)
             if into.cleared and not generations:
                 return
@@ -422,23 +481,70 @@ def _none_whole(folder: Path, damaged: list[str]) -> str:
     return f"no whole snapshot in {folder}" + "".join(f"\n  {line}" for line in damaged)
 
 
-def _create_or_complete(name: str, candidates: list[Found], logs: Logs, options: dict[str, Any]) -> Cache:
-    """The segment, live before the files are read through: a worker that begins meanwhile is to find this one, not to create its own."""
-    # above every version that was given out before, also after the snapshot: clients may still hold one for cas()
-    newest = max([logs.newest, *(found.newest for found in candidates)]) + VERSIONS_AHEAD
-    # and above every epoch: a CLEAR that is in the log still is not to hide what comes
+def end_restore(name: str) -> None:
+    """What its files have not given yet will not come: a segment whose restore was killed goes on with what is there, if workers are in it;
+    else it is unlinked."""
+    with contextlib.suppress(errors.SegmentNotFound), cache_module.attach_unsettled(name) as cache:
+        if cache.durability()["generations_missing"]:
+            segment.unlink(name)
+        elif cache.durability()["restoring"]:
+            _stream.Restore(cache).finish()
+
+
+def _begin(folder: Path, given: datadir.GivenOut, policy: int) -> tuple[int, int]:
+    """(base, highest) of a segment that is restored: what is added to its versions, and up to which row's version all are given out.
+
+    Written back, by the clock, too: what was stored from here while this directory was not used is newer than what is restored.
+    """
+    bases, newest = [], given.newest
+    for head in (head for of_kind in datadir.heads(folder) for head in of_kind):
+        highest, _, settings, _ = _of_head(folder, head)
+        bases.append(_base(folder, settings))
+        newest = max(newest, bases[-1] + highest)
+    clock = int(time.time() * 1000) << _core.CONSTANTS["versions_shift"] if policy == segment.WRITE_BACK else 0
+    return min(bases), max(newest + VERSIONS_AHEAD, clock)
+
+
+def _settle(cache: Cache, folder: Path, newest: int, given: datadir.GivenOut) -> None:
+    """No version in what is restored is above `newest`: begin above all that was given out, and note that, before anybody attaches.
+
+    Crash: what was put in has lower versions; run again, it begins above what was noted.
+    """
+    base, begins = int(cache.segment.header["version_base"]), int(cache.segment.header["restored_seq"])
+    begins = max(begins, newest + VERSIONS_AHEAD)
+    if base + begins >= HIGHEST:
+        raise errors.DamagedFile(str(folder), 0, f"a version there is {newest}, which no segment has ever given out")
+    mark(cache, restored_seq=begins)
+    seq = cache.views(writable=True).stripes["seq"]
+    seq[seq < begins] = begins
+    try:
+        datadir.note_given_out(folder, cache.name, given._replace(newest=max(given.newest, base + begins)))
+    except OSError:
+        if cache.mapping.settings()["policy"] == segment.WRITE_BACK:  # of the others no row has a version
+            raise
+
+
+def _create_or_complete(
+    name: str, folder: Path, candidates: list[Found], logs: Logs, given: datadir.GivenOut, options: dict[str, Any]
+) -> Cache:
+    """The segment, which has its name before the files are read through: a worker that begins meanwhile is to wait for this one, not to
+    create its own."""
+    # above every epoch: a CLEAR that is in the log still is not to hide what comes
     epoch = max([logs.epoch, *(found.head_epoch for found in candidates)]) + EPOCHS_AHEAD
-    settings = candidates[0].settings if candidates else logs.settings
+    settings = dict(candidates[0].settings if candidates else logs.settings)
+    base, highest = _begin(folder, given, int(settings.get("policy", 0)))
+    settings["version_base"] = base
     was: dict[str, Any] = {}
     if candidates:
         was["mode"] = candidates[0].mode
         if candidates[0].group != os.getegid():
             was["group"] = candidates[0].group
     try:
-        return cache_module.create_restored(name, newest, epoch, settings, **{**was, **options})
+        return cache_module.create_restored(name, highest - base, epoch, settings, **{**was, **options})
     except errors.SegmentExists:
-        cache = cache_module.attach(name)
+        cache = cache_module.attach_unsettled(name)
         if not cache.durability()["restoring"]:
             cache.close()
             raise
+        cache.mapping.restores = True
         return cache

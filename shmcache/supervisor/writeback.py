@@ -7,8 +7,20 @@ flush_every seconds, at once when an eighth of what may be dirty is, or somebody
 Who was killed in the middle has changed nothing but the store, and what his COMMIT still does there has versions that are not above those
 of his successor, which the store leaves alone. A store that is down is tried again, after a pause that doubles, with jitter, up to
 LONGEST_PAUSE. A row that it refuses stays dirty, is said once, and tried again every RETRY_REFUSED seconds, or when it is written again.
-A row that is there with a higher version, which this segment has not given (the wall clock was behind when it was made, or another host
-writes that table), is overwritten: the segment's versions go above it.
+A row that is there with a higher version is of a later life of this segment, if what was restored is older than that; then it stays. If
+the segment cannot have given it (the wall clock was behind when it was made, or another host writes that table), it is overwritten: the
+segment's versions go above it. What is added to an item's version to get its row's stays the same, in all lives (snapshot.py): the item
+gets a higher version.
+
+    1  datadir.GivenOut: that what comes is above the row's version, and that no row has got one between what was given out before and that
+       from here. On the disk
+    2  the stripes' sequences: whatever is written from now on has a higher version
+    3  the item's version; it is dirty as before, and the pass is made once more
+Crash: behind 1 whoever stores next goes on with 2. What waits below a row like that, and is restored by a later life, meets it with its old
+version, and is told by 1 that it was not stored by anybody later. Behind 3: the row may have it, or not; what is restored has the old
+version, and one is no later than the other.
+    go above vs set     the set's version is above or below; if below, its row is found next
+    go above vs log     a record has the version of its write. Item and row may have a higher one: of the same value
 """
 
 from __future__ import annotations
@@ -23,9 +35,11 @@ from typing import TYPE_CHECKING, Any
 from shmcache import codec, errors
 from shmcache.core import _dirty
 from shmcache.policy import check, policy_of
+from shmcache.supervisor import datadir
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from pathlib import Path
 
     from shmcache.cache import Cache
     from shmcache.stores import Store
@@ -36,22 +50,35 @@ LONGEST_PAUSE = 5.0
 RETRY_REFUSED = 60.0
 RECOUNT_EVERY = 5.0  # seconds at least, of what writers' deaths have made wrong
 HIGHEST = 1 << 62  # of a row's version that is gone above; a column of 64 bits has as many again
+FAR = 1 << 50  # versions that are left out above a row, so that others like it are below, too: 12 days of the clock
+MEANWHILE = 1 << 24  # no stripe has so many writes while the sequences of all are raised
+ROUNDS = 64  # passes at once, as long as rows of higher versions are found
 AT_END = 30.0  # seconds for which stop() tries to store what is left
 
 
 class WriteBack:
     """The thread. Args: cache: a handle of its own on a segment whose policy is write-back. store: its to use; closed by its maker.
+    folder: the segment's data directory, if it has one.
 
-    Raises: InvalidConfig: the store takes no versions.
+    Raises: InvalidConfig: the store takes no versions. OSError.
     """
 
-    def __init__(self, cache: Cache, store: Store) -> None:
+    def __init__(self, cache: Cache, store: Store, folder: Path | None = None) -> None:
         policy = policy_of(cache.mapping)
         assert policy is not None
         check(policy, store)
         self.cache, self.store, self.policy = cache, store, policy
         self.dirty = _dirty.Dirty(cache)
         self.header = cache.views(writable=True).header
+        self.folder = folder
+        self.base = int(self.header["version_base"])
+        self.before = self.base + int(self.header["restored_seq"])  # of rows of earlier lives none has a higher version
+        self.given = datadir.GivenOut()
+        if folder is not None:
+            with contextlib.suppress(errors.DamagedFile):  # the restore has named it
+                self.given = datadir.given_out(folder)
+        self.given = self.given._replace(newest=max(self.given.newest, self.before))
+        self.renewed = False  # items have new versions, and another pass is to be made
         self.refused: dict[bytes, tuple[int, float]] = {}  # key -> version, when to try again
         self.pause = FIRST_PAUSE
         self.since: dict[bytes, float] = {}  # dirty at the last pass -> since when, as far as is known
@@ -60,7 +87,8 @@ class WriteBack:
         self.dirty.recount()  # who was before may have died
         self.next_recount = 0.0
         self.damaged: bytes | None = None
-        self.behind = self.waiting = False  # it has been said that versions are below the store's; that a restore is waited for
+        # it has been said that versions are below the store's; that what was restored is older than it; that a restore is waited for
+        self.behind = self.older = self.waiting = False
         self.thread = threading.Thread(target=self.run, name="writeback", daemon=True)
         self.thread.start()
 
@@ -83,9 +111,15 @@ class WriteBack:
                     self.wake.clear()
 
     def tried(self) -> bool:
-        """one_pass(); what it raises is taken for a failure of the store's: if this thread ended, writers would wait for good."""
+        """one_pass(), again if it gave higher versions; what it raises is taken for a failure of the store's: if this thread ended, writers
+        would wait for good."""
         try:
-            return self.one_pass()
+            for _ in range(ROUNDS):
+                if not self.one_pass():
+                    return False
+                if not self.renewed:
+                    break
+            return True
         except Exception as e:
             self._failed(e)
             return False
@@ -100,6 +134,8 @@ class WriteBack:
         asked = int(self.header["flushes_asked"])
         find = self.dirty.walk if asked > int(self.header["flushes_ended"]) else self.dirty.find
         at, left, began = 0, 0, time.time()
+        self.renewed = False
+        self.dirty.go_above(max(0, self.given.newest - self.base))  # if it was cut short
         skipped, counted = self.dirty.skipped, int(self.header["dirty"]) + self.dirty.found_bytes
         seen: dict[bytes, float] = {}
         while True:
@@ -113,14 +149,15 @@ class WriteBack:
             for item in items:
                 seen[item[0]] = self.since.get(item[0], began)
             if due:
-                refused = self._store(due)
-                if refused is None:
+                stored = self._store(due)
+                if stored is None:
                     self.since |= seen
                     self.header["oldest_dirty_ms"] = int(min(self.since.values()) * 1000)
                     return False
+                refused, behind = stored
                 left += len(refused)
                 for item in due:
-                    if item[0] not in refused and self.dirty.clean(item[0], item[4]):
+                    if item[0] not in refused and item[0] not in behind and self.dirty.clean(item[0], item[4]):
                         seen.pop(item[0], None)
             if at == 0:
                 break
@@ -129,7 +166,7 @@ class WriteBack:
         self.header["flush_failed_ms"] = 0
         self.header["flush_refused"] = left
         self.header["oldest_dirty_ms"] = int(min(seen.values()) * 1000) if seen else 0
-        if left == 0 and self.dirty.skipped == skipped:
+        if left == 0 and self.dirty.skipped == skipped and not self.renewed:
             self.header["flushes_ended"] = asked
         self._recount(counted - self.dirty.found_bytes)
         return True
@@ -151,8 +188,8 @@ class WriteBack:
         del self.refused[key]
         return False
 
-    def _store(self, items: list[_dirty.Item]) -> dict[bytes, Exception] | None:
-        """Those that were refused; None: the store failed."""
+    def _store(self, items: list[_dirty.Item]) -> tuple[dict[bytes, Exception], set[bytes]] | None:
+        """Those that were refused, and those that are stored later, with a higher version; None: the store failed."""
         refused: dict[bytes, Exception] = {}
         kept: dict[bytes, tuple[Any, float | None]] = {}
         gone: dict[bytes, None] = {}
@@ -174,25 +211,22 @@ class WriteBack:
         except Exception as e:  # a store: anybody's code
             self._failed(e)
             return None
-        behind = [item for item in items if item[0] in newer and item[4] > self.header["restored_seq"]]
+        behind = [item for item in items if item[0] in newer and not self._overtaken(item, newer[item[0]])]
         for item in behind:
             if newer[item[0]] >= HIGHEST:
                 refused[item[0]] = errors.StoreRefused(f"its row's version is {newer[item[0]]}, which shmcache never gives: set it to 0")
         behind = [item for item in behind if item[0] not in refused]
         self.cache.count_store(writes=len(items) - len(refused) - len(behind))
         if behind:
-            base = max(newer[item[0]] - item[4] for item in behind) + 1
-            self.header["version_base"] = max(int(self.header["version_base"]), base)
+            above = self._go_above(max(newer[item[0]] for item in behind))
             if not self.behind:
                 self._say(
                     f"the store has rows of higher versions than this segment's, {behind[0][0]!r} is one; they are overwritten: was the "
                     "clock set back, or does another host write that table?"
                 )
             self.behind = True
-            of_these = self._store([(*item[:5], int(self.header["version_base"]) + item[4]) for item in behind])
-            if of_these is None:
-                return None
-            refused |= of_these
+            for item in behind:
+                self.dirty.renew(item[0], item[4], above)
         self.header["flushed_ms"] = int(time.time() * 1000)
         again = time.monotonic() + RETRY_REFUSED
         for key, _, _, _, version, _ in items:
@@ -200,7 +234,31 @@ class WriteBack:
                 self.refused[key] = (version, again)
         if refused:
             self._say(f"{errors.RowsRefused(refused)}; they are kept, and tried again")
-        return refused
+        return refused, {item[0] for item in behind}
+
+    def _overtaken(self, item: _dirty.Item, row: int) -> bool:
+        """Was the row, of a higher version than this item's, stored by a later life than that from which the item was restored?"""
+        if item[5] > self.before or not (row <= self.before and self.given.may_have(row)):
+            return False
+        if not self.older:
+            self._say(f"items that were restored are older than their rows in the store, {item[0]!r} is one; the rows stay")
+        self.older = True
+        return True
+
+    def _go_above(self, row: int) -> int:
+        """From now on what is written has a higher version than this row. Returns: that of an item of which the same is to be true.
+        Raises: OSError."""
+        self.renewed = True
+        sequences = self.cache.segment.stripes["seq"].copy()
+        if row <= self.base + int(sequences.min()):
+            return row - self.base
+        newest = self.base + int(sequences.max())
+        row += min(FAR, (HIGHEST - row) >> 10)  # the less, the less is left: another host may do the same
+        self.given = self.given.above(newest + MEANWHILE, row)
+        if self.folder is not None:
+            datadir.note_given_out(self.folder, self.cache.name, self.given)
+        self.dirty.go_above(row - self.base)
+        return row - self.base
 
     def _sent(
         self, call: Callable[..., Mapping[bytes, int] | None], what: dict[bytes, Any], versions: dict[bytes, int],

@@ -427,6 +427,14 @@ def back_store(b: Bench) -> None:
     stored(b)
 
 
+@written_back(lambda b: (basic(b), setattr(b, "victim", [OLD]))[0])
+def back_goes_above_a_row(b: Bench) -> None:
+    dirty = _dirty.Dirty(b.cache)
+    version = b.cache.gets(VICTIM)[1]
+    assert dirty.go_above(version + 1000)
+    assert dirty.renew(VICTIM, version, version + 2000)
+
+
 def expired(b: Bench) -> None:
     basic(b)
     b.cache.set(VICTIM, OLD, ttl=10)

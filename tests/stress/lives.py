@@ -46,6 +46,7 @@ import msgpack
 import numpy as np
 
 import shmcache
+from shmcache import cache as cache_module
 from shmcache import errors
 from shmcache.supervisor import datadir
 from shmcache.supervisor import format as fmt
@@ -338,7 +339,7 @@ class Series:
         """A handle, as soon as there is a segment; None: there will be none."""
         while True:
             try:
-                return shmcache.attach(self.name)
+                return cache_module.attach_unsettled(self.name)  # also while nobody else may: it only looks
             except errors.SegmentNotFound:
                 if self.supervisor.poll() is not None:
                     self.wrong.append(f"the supervisor ended with {self.supervisor.returncode}")

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import shmcache
+from shmcache import cache as cache_module
 from shmcache import errors
 from tests.stress.numbers import Numbers, attached, work
 
@@ -31,6 +32,16 @@ TABLE = "reboot"
 WORKERS = 2
 NAMES = [b"%d" % key for key in range(4000)]
 fork = mp.get_context("fork")
+
+
+def looked_at(name: str) -> bool:
+    """Once there is such a segment: is it being restored? Whoever attaches may have to wait for that."""
+    while True:
+        try:
+            with cache_module.attach_unsettled(name) as cache:
+                return bool(cache.durability()["restoring"])
+        except errors.SegmentNotFound:
+            time.sleep(0.001)
 
 
 def rows(store: Any) -> list[int | None]:
@@ -68,10 +79,9 @@ def run(url: str, rounds: int, seed: int) -> dict[str, Any]:
                     processes.append(fork.Process(target=work, args=(name, opened, i, WORKERS, numbers, wrong, rng.random()), daemon=True))
                     processes[-1].start()
                 for _ in range(rng.choice((0, 0, 1, 2))):
-                    attached(name, None).close()
+                    looked_at(name)
                     time.sleep(rng.choice((0, rng.uniform(0, 0.02), rng.uniform(0, 0.2))))  # the moment of a death, not a wait for anything
-                    with attached(name, None) as cache:
-                        restores_killed += cache.durability()["restoring"]
+                    restores_killed += looked_at(name)
                     end(supervisor)
                     supervisors_killed += 1
                     supervisor = supervise()

@@ -4,9 +4,10 @@
     LEASE.FILL key token value [EX s | PX ms]        1, or 0: somebody has set, deleted or cleared the key since, or the seconds are over
     LEASE.RELEASE key token                          1, or 0
 
-A token is a claim's version. A claim is its process's: with several event loops it is filled over a connection to the same one (best: the
-connection that was given it), else the answer is 0. In front of a store a lease is given for what that has not got either, and who
-reads the key meanwhile waits for it, up to the policy's timeout.
+A token is a claim's version: a number, or from 2^53 on, which the numbers of some clients do not tell apart, its digits. A claim is its
+process's: with several event loops it is filled over a connection to the same one (best: the connection that was given it), else the answer
+is 0. In front of a store a lease is given for what that has not got either, and who reads the key meanwhile waits for it, up to the
+policy's timeout.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 SECONDS = 10  # that a lease stands, unless its taker says otherwise
 MOST_SECONDS = 86_400
 TRIES = 16
+MOST_NUMBER = 1 << 53
 
 
 @command("lease.get", -2, 0, ONE)
@@ -39,7 +41,7 @@ def lease_get(client: Connection, arguments: list[bytes]) -> bytes:
             return array((bulk(found[0]), none))
         token = ex.table.claim(name, seconds)
         if token:
-            return array((none, integer(token) if token > 0 else none))
+            return array((none, none if token <= 0 else integer(token) if token < MOST_NUMBER else bulk(b"%d" % token)))
     return array((none, none))  # each time a value was there when it was claimed, and gone when it was read
 
 

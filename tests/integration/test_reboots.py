@@ -1,0 +1,553 @@
+"""Several lives of a segment in a row, one restored from the other's files: nothing that was acknowledged is lost, and no row goes back."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+import time
+
+import pytest
+
+import shmcache
+from shmcache import cache as cache_module
+from shmcache import errors
+from shmcache.supervisor import datadir, snapshot, writeback
+from shmcache.supervisor import format as fmt
+from shmcache.supervisor.appendlog import AppendLog
+from tests.integration.test_store import DictStore
+
+BACK = shmcache.Policy("back", flush_every=0.01, timeout=5.0)
+FUTURE = 2**61  # of rows' versions: no clock of this century gives so high ones
+
+
+class Machine:
+    """A segment that writes back, its store, and its data directory: it is killed, and restored."""
+
+    def __init__(self, name, folder):
+        self.name, self.folder, self.store = name, folder, DictStore()
+        self.log = None
+        self.cache = shmcache.create(name, "8M", policy=BACK, store=self.store, log_buffer="64K", max_processes=16)
+
+    def logged(self):
+        self.log = AppendLog(self.cache, self.folder, "always")
+
+    def snapshot(self):
+        snapshot.write(self.cache, self.folder, log=self.log)
+
+    def flush(self):
+        """Who stores comes, stores all there is, and goes."""
+        with shmcache.attach(self.name) as other:
+            thread = writeback.WriteBack(other, self.store, self.folder)
+            try:
+                self.cache.flush(30)
+            finally:
+                thread.stop()
+
+    def killed(self):
+        """All its processes, and the segment is gone."""
+        if self.log:
+            self.log.close()
+            self.log = None
+        if not self.cache.closed:
+            assert self.cache.verify() == []
+            self.cache.close()
+        with contextlib.suppress(shmcache.SegmentNotFound):
+            shmcache.unlink(self.name)
+
+    def reboot(self, **options):
+        """A new life; logged, if the one before it was."""
+        log_policy = 3 if self.log else 0
+        self.killed()
+        report = snapshot.restore(self.name, self.folder, log_policy=log_policy, **options)
+        self.cache = shmcache.attach(self.name, store=self.store)
+        if log_policy:
+            self.logged()
+        return report
+
+    def row(self, key):
+        entry = self.store.load_many([key]).get(key)
+        return None if entry is None else entry.value
+
+    def version(self, key):
+        return self.store.rows[key][2]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    with datadir.take(tmp_path / "data") as folder:
+        yield folder
+
+
+@pytest.fixture
+def machine(name, folder):
+    machine = Machine(name, folder)
+    yield machine
+    machine.killed()
+
+
+def flipped(path):
+    """One bit of the file's first block of records."""
+    data = bytearray(path.read_bytes())
+    with fmt.Reader(path) as reader:
+        at = next(offset for offset, _ in reader.blocks()) + fmt.BLOCK.size
+    data[at + 3] ^= 4
+    path.write_bytes(data)
+
+
+# ---- one restore, several lives -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("deleted", [False, True])
+def test_a_second_crash_before_the_second_life_has_a_snapshot(machine, deleted):
+    """Its log is read with the first life's snapshot."""
+    machine.cache.set("k", 1)
+    machine.snapshot()
+    machine.logged()
+    machine.reboot()
+    machine.cache.set("k", 2)
+    machine.flush()
+    if deleted:
+        assert machine.cache.delete("k")
+    else:
+        machine.cache.set("k", 3)
+    machine.reboot()
+    assert machine.cache.get("k") == (None if deleted else 3)
+    machine.flush()
+    assert machine.row(b"k") == (None if deleted else 3)
+    machine.reboot()
+    machine.flush()
+    assert machine.row(b"k") == (None if deleted else 3)
+
+
+@pytest.mark.parametrize("logged", [False, True])
+def test_what_many_lives_have_acknowledged(machine, logged):
+    """Each writes some keys, stores some, dies with a snapshot or without; in the end each row is what was acknowledged last, or with
+    neither log nor snapshot since what was stored last."""
+    expected, stored = {}, {}
+    if logged:
+        machine.logged()
+    for life in range(8):
+        for n in range(3):
+            for key in (b"all", b"%d" % (life % 3), b"%d-%d" % (life % 2, n)):
+                machine.cache.set(key, life * 10 + n)
+                expected[key] = life * 10 + n
+            if (life + n) % 3 == 0:
+                machine.flush()
+                stored |= expected
+        if life in (0, 1, 5):
+            machine.snapshot()
+            stored |= expected
+        elif not logged:
+            expected = dict(stored)
+        machine.reboot()
+    machine.flush()
+    assert {key: machine.row(key) for key in expected} == expected
+
+
+def test_two_restores_with_the_store_down_in_between(machine):
+    machine.cache.set("k", 1)
+    machine.cache.set("d", 1)
+    machine.snapshot()
+    machine.cache.set("k", 2)
+    machine.cache.delete("d")
+    machine.flush()
+    machine.reboot()
+    machine.snapshot()  # what is restored is dirty still
+    machine.reboot()
+    machine.flush()
+    assert machine.row(b"k") == 2
+    assert machine.row(b"d") is None
+    assert machine.cache.get("k") == 2
+
+
+def test_an_earlier_lifes_snapshot_is_used_since_the_newest_is_damaged(machine, folder):
+    machine.cache.set("k", 1)
+    machine.snapshot()
+    machine.cache.set("k", 2)
+    machine.flush()
+    machine.reboot()
+    machine.snapshot()
+    flipped(fmt.listing(folder)[0][-1][1])
+    report = machine.reboot()
+    assert len(report["damaged"]) == 1
+    machine.flush()
+    assert machine.row(b"k") == 2
+    machine.cache.set("k", 3)
+    machine.flush()
+    assert machine.row(b"k") == 3
+
+
+def test_two_lives_of_the_same_files_give_out_no_version_twice(machine):
+    """The first of them has left nothing but rows."""
+    machine.cache.set("k", 0)
+    machine.snapshot()
+    seen = set()
+    for life in range(1, 4):
+        machine.reboot()
+        machine.flush()
+        machine.cache.set("k", life)
+        seen.add(machine.cache.gets("k")[1])
+        machine.flush()
+        assert machine.row(b"k") == life
+    assert len(seen) == 3
+
+
+def test_two_lives_of_the_same_files_with_a_clock_that_stands(machine, monkeypatch):
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now)
+    test_two_lives_of_the_same_files_give_out_no_version_twice(machine)
+
+
+def test_versions_go_on_behind_all_that_a_read_record_has(machine, folder):
+    """Also of those that were raised far beyond what the beginnings of the files say."""
+    machine.logged()
+    machine.cache.set("k", 1)
+    machine.store.store_many({b"k": (0, None)}, versions={b"k": FUTURE})
+    machine.flush()
+    machine.cache.set("k", 2)
+    held = machine.cache.gets("k")[1]
+    (folder / datadir.VERSIONS_NAME).unlink()
+    machine.reboot()
+    assert machine.cache["k"] == 2
+    machine.cache.set("k", 3)
+    assert machine.cache.gets("k")[1] > held
+    machine.reboot()
+    assert machine.cache["k"] == 3
+    machine.flush()
+    assert machine.row(b"k") == 3
+
+
+@pytest.mark.parametrize("snapped", [False, True])
+def test_files_of_lives_that_had_a_base_each(machine, snapped):
+    """As segments had that were restored by earlier versions; or of another segment, in the same directory."""
+    machine.cache.set("first", 1)
+    machine.cache.set("k", 1)
+    machine.snapshot()
+    machine.logged()
+    machine.cache.set("first", 2)
+    machine.reboot()
+    machine.log.close()
+    (machine.folder / datadir.VERSIONS_NAME).unlink()
+    header = machine.cache.views(writable=True).header
+    header["version_base"] += header["restored_seq"] + 1
+    del header
+    machine.logged()
+    machine.cache.set("k", 2)
+    machine.flush()
+    if snapped:
+        machine.snapshot()
+    machine.cache.set("k", 3)
+    machine.cache.delete("first")
+    base = int(machine.cache.segment.header["version_base"])
+    machine.reboot()
+    assert int(machine.cache.segment.header["version_base"]) < base
+    assert [machine.cache["k"], machine.cache.get("first")] == [3, None]
+    machine.flush()
+    assert [machine.row(b"k"), machine.row(b"first")] == [3, None]
+    machine.cache.set("k", 4)
+    machine.flush()
+    assert machine.row(b"k") == 4
+
+
+def test_a_note_of_versions_that_is_damaged_is_named_and_made_anew(machine, folder):
+    machine.cache.set("k", 1)
+    machine.snapshot()
+    machine.reboot()
+    path = folder / datadir.VERSIONS_NAME
+    given = datadir.given_out(folder)
+    path.write_bytes(path.read_bytes()[:-1])
+    report = machine.reboot()
+    assert len(report["damaged"]) == 1 and str(path) in report["damaged"][0]
+    assert datadir.given_out(folder).newest >= given.newest
+    assert machine.reboot()["damaged"] == []
+
+
+def test_what_may_have_been_given_out():
+    given = datadir.GivenOut(100)
+    assert given.may_have(100) and not given.may_have(101)
+    given = given.above(120, 1000).above(1100, 3000)
+    assert [v for v in (100, 120, 121, 1000, 1001, 1100, 1101, 3000) if given.may_have(v)] == [100, 120, 1001, 1100]
+    assert given.above(4000, 3500) == datadir.GivenOut(3500, given.skipped)  # it has got there by itself
+    for i in range(2 * datadir.MOST_SKIPPED):
+        given = given.above(10_000 * (i + 1), 10_000 * (i + 1) + 500 + i)
+    assert len(given.skipped) == datadir.MOST_SKIPPED
+    assert (120, 1001) in given.skipped and (10_000, 10_501) not in given.skipped  # the narrowest are forgotten
+
+
+# ---- rows of versions that this cache has never given -------------------------------------------------------------------------------
+
+
+def future(machine, *keys):
+    """As if the clock had been years ahead when they were stored, and was set right since."""
+    machine.store.store_many(dict.fromkeys(keys, (0, None)), versions={key: FUTURE + i for i, key in enumerate(keys)})
+
+
+def test_what_was_acknowledged_behind_a_row_of_the_future_is_restored_above_it(machine):
+    future(machine, b"k")
+    machine.logged()
+    machine.cache.set("k", 1)
+    machine.flush()
+    assert machine.row(b"k") == 1 and machine.version(b"k") > FUTURE
+    machine.cache.set("k", 2)
+    machine.reboot()
+    machine.flush()
+    assert machine.row(b"k") == 2
+
+
+@pytest.mark.parametrize("logged", [False, True])
+def test_what_waits_below_a_row_of_the_future_is_stored_also_after_a_crash(machine, logged):
+    """One key's row has been found, the other's not yet."""
+    future(machine, b"found", b"waits")
+    if logged:
+        machine.logged()
+    machine.cache.set("found", 1)
+    machine.flush()
+    machine.cache.set("waits", 1)
+    if not logged:
+        machine.snapshot()
+    machine.reboot()
+    machine.flush()
+    assert [machine.row(b"found"), machine.row(b"waits")] == [1, 1]
+    machine.cache.set("waits", 2)
+    machine.flush()
+    assert machine.row(b"waits") == 2
+
+
+def test_what_is_restored_is_not_dropped_for_a_row_that_nobody_here_has_stored(machine, capfd):
+    machine.cache.set("k", 1)
+    machine.cache.delete("d")
+    machine.snapshot()
+    future(machine, b"k", b"d")
+    machine.reboot()
+    machine.flush()
+    assert [machine.row(b"k"), machine.row(b"d")] == [1, None]
+    assert capfd.readouterr().err.count("higher versions") == 1
+
+
+def test_a_row_that_was_stored_above_one_of_the_future_does_not_go_back(machine, capfd):
+    machine.cache.set("k", 1)
+    machine.snapshot()
+    future(machine, b"k")
+    machine.cache.set("k", 2)
+    machine.flush()
+    assert machine.row(b"k") == 2
+    capfd.readouterr()
+    machine.reboot()
+    assert machine.cache["k"] == 1  # till it has been compared with the store
+    machine.flush()
+    assert machine.row(b"k") == machine.cache["k"] == 2
+    said = capfd.readouterr().err
+    assert "older than their rows" in said and "higher versions" not in said
+
+
+def test_a_raise_that_was_cut_short_is_completed(machine, monkeypatch):
+    """Who stores is killed when it is on the disk what comes next, and no stripe knows of it yet."""
+    future(machine, b"k")
+    machine.cache.set("k", 1)
+    note = datadir.note_given_out
+
+    def killed(*args):
+        note(*args)
+        raise SystemExit
+
+    def lowest():
+        return int(machine.cache.segment.header["version_base"]) + int(machine.cache.segment.stripes["seq"].min())
+
+    with monkeypatch.context() as patch, shmcache.attach(machine.name) as other:
+        patch.setattr(datadir, "note_given_out", killed)
+        patch.setattr(writeback.WriteBack, "run", lambda self: None)
+        thread = writeback.WriteBack(other, machine.store, machine.folder)
+        with pytest.raises(SystemExit):
+            thread.one_pass()
+        del thread.header
+    assert lowest() < FUTURE and machine.row(b"k") == 0
+    machine.store.rows.clear()  # what is below is raised all the same: it has been noted
+    machine.flush()
+    assert lowest() > FUTURE and machine.row(b"k") == 1
+
+
+def test_what_cannot_be_raised_just_now_stays_dirty(machine, monkeypatch):
+    """Its stripe is held by a process that does not run, and goes on before the item would be marked clean."""
+    future(machine, b"k")
+    machine.cache.set("k", 1)
+    monkeypatch.setattr(writeback.WriteBack, "run", lambda self: None)
+
+    class Busy:
+        def __init__(self, dirty):
+            self.dirty, self.tries = dirty, []
+
+        def __getattr__(self, name):
+            return getattr(self.dirty, name)
+
+        def renew(self, *args):
+            self.tries.append(args)
+            return len(self.tries) > 1 and self.dirty.renew(*args)
+
+    with shmcache.attach(machine.name) as other:
+        thread = writeback.WriteBack(other, machine.store, machine.folder)
+        thread.dirty = Busy(thread.dirty)
+        thread.one_pass()
+        assert machine.row(b"k") == 0 and thread.dirty.items() == 1
+        thread.one_pass()
+        thread.one_pass()
+        assert machine.row(b"k") == 1 and thread.dirty.items() == 0 and len(thread.dirty.tries) == 2
+        thread.stop()
+
+
+# ---- nobody is in a segment whose restore is refused --------------------------------------------------------------------------------
+
+WORKER = """
+import sys, shmcache
+from shmcache import segment
+if len(sys.argv) > 2:
+    segment.RESTORE_LIMIT = float(sys.argv[2])
+print("there", flush=True)
+try:
+    cache = shmcache.attach(sys.argv[1])
+except shmcache.ShmcacheError as e:
+    print(type(e).__name__, flush=True)
+else:
+    print(cache.get("k"), cache.get("n"), flush=True)
+"""
+
+
+@contextlib.contextmanager
+def worker(name, *args):
+    """A process that attaches, says what it has found, and ends; it is about to when the block begins."""
+    process = subprocess.Popen([sys.executable, "-c", WORKER, name, *args], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "there\n"
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def attached_to_by_others(name):
+    """Does a process other than this have a row in it?"""
+    with cache_module.attach_unsettled(name) as cache:
+        return len(cache.processes()) > 1
+
+
+def test_nobody_attaches_before_it_is_certain_that_the_restore_is_not_refused(machine, monkeypatch):
+    machine.cache.set("k", 1)
+    machine.cache.set("\0own", 1)
+    machine.snapshot()
+    put_all, found = snapshot._put_all, []
+    with contextlib.ExitStack() as stack:
+
+        def watched(into, *args):
+            if not found:
+                process = stack.enter_context(worker(machine.name))
+                for _ in range(20):  # it tries again and again meanwhile
+                    assert not attached_to_by_others(machine.name)
+                    time.sleep(0.01)
+                put_all(into, *args)
+                assert not attached_to_by_others(machine.name)
+                found.append(process)
+            else:
+                assert found[0].stdout.readline() == "1 None\n"  # it has: the rest comes beside it
+                put_all(into, *args)
+
+        monkeypatch.setattr(snapshot, "_put_all", watched)
+        machine.reboot()
+    assert len(found) == 1
+
+
+def test_a_worker_that_waits_for_a_restore_that_is_refused_is_told(machine, monkeypatch):
+    machine.cache.set("k", bytes(200_000))
+    machine.snapshot()
+    put_all = snapshot._put_all
+    with contextlib.ExitStack() as stack:
+        waiting = []
+
+        def watched(*args):
+            waiting.append(stack.enter_context(worker(machine.name)))
+            put_all(*args)
+
+        monkeypatch.setattr(snapshot, "_put_all", watched)
+        with pytest.raises(errors.NoRoom):
+            machine.reboot(max_value="100K")
+        assert waiting[0].stdout.readline() == "SegmentNotFound\n"
+
+
+def test_a_damaged_log_is_refused_before_anybody_attaches(machine, folder, monkeypatch):
+    machine.logged()
+    for n in range(50):
+        machine.cache.set("k", n)
+    machine.killed()
+    flipped(fmt.listing(folder)[1][0][1])
+    blocks = snapshot.Logs.blocks
+    with contextlib.ExitStack() as stack:
+        waiting = []
+
+        def watched(self):
+            waiting.append(stack.enter_context(worker(machine.name)))
+            assert not attached_to_by_others(machine.name)
+            yield from blocks(self)
+
+        monkeypatch.setattr(snapshot.Logs, "blocks", watched)
+        with pytest.raises(errors.DamagedFile):
+            snapshot.restore(machine.name, folder)
+        assert waiting[0].stdout.readline() == "SegmentNotFound\n"
+
+
+@pytest.mark.parametrize("given_up", [False, True])
+def test_who_waits_for_a_restore_that_was_killed_is_told_and_it_is_completed(machine, monkeypatch, given_up):
+    machine.cache.set("k", 1)
+    machine.snapshot()
+    machine.killed()
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*args):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(snapshot, "_put_all", killed)
+        with pytest.raises(Killed):
+            snapshot.restore(machine.name, machine.folder)
+    with worker(machine.name, "0.2") as process:
+        assert process.stdout.readline() == "BeingRestored\n"
+    with cache_module.attach_unsettled(machine.name) as cache:
+        assert cache.durability()["restoring"]
+    if given_up:
+        with worker(machine.name) as process:
+            snapshot.end_restore(machine.name)
+            assert process.stdout.readline() == "SegmentNotFound\n"
+        return
+    with worker(machine.name) as process:
+        snapshot.restore(machine.name, machine.folder)
+        assert process.stdout.readline() == "1 None\n"
+    machine.cache = shmcache.attach(machine.name, store=machine.store)
+
+
+@pytest.mark.parametrize("given_up", [False, True])
+def test_a_restore_that_fails_when_workers_are_in_takes_nothing_from_them(machine, folder, monkeypatch, given_up):
+    """The disk gives back a whole file at first, then not."""
+    machine.cache.set("k", 1)
+    machine.snapshot()
+    machine.killed()
+    put_all = snapshot._put_all
+
+    def damaged(into, found, logs, progress, clock_back_ms, heat, epoch, generations, tail, *more):
+        if not generations:
+            raise errors.DamagedFile("a file", 0, "it was whole")
+        put_all(into, found, logs, progress, clock_back_ms, heat, epoch, generations, tail, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(snapshot, "_put_all", damaged)
+        with pytest.raises(errors.DamagedFile):
+            snapshot.restore(machine.name, folder)
+    with shmcache.attach(machine.name, store=machine.store) as cache:
+        assert cache["k"] == 1 and cache.durability()["restoring"]
+        cache.set("k", 2)
+        if given_up:
+            snapshot.end_restore(machine.name)
+        else:
+            snapshot.restore(machine.name, folder)
+        assert cache["k"] == 2 and not cache.unlinked and not cache.durability()["restoring"]
+    machine.cache = shmcache.attach(machine.name, store=machine.store)
