@@ -19,7 +19,7 @@ The files, in reading order (arrows point down only; tests/unit/test_layers.py h
     policy.py     which of them it is, in the segment's header             -> segment, core
     aio.py        all of it, awaited
     namespace.py  keys of their own, an O(1) clear of their own
-    stores/       what stands behind the cache: SQLStore, FunctionStore -> codec
+    stores/       what stands behind the cache: SQLStore, FunctionStore -> codec, core
     canonical.py  values as bytes that do not depend on the process  -> codec, core
     codec.py      values that are not bytes, str or int              -> errors
     segment.py    the shared memory object, geometry, numpy views    -> core

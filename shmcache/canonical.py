@@ -8,7 +8,7 @@ Values that differ have different bytes. Nothing decodes them: a key is made of 
     arrays      the dtype (with its byte order), the shape and the items count; the order in memory does not
     classes     are their module and qualified name, and must be found there
     functions   are their module, qualified name, code, defaults, and what they close over
-    objects     are a class and a state, as pickle sees them
+    objects     are a class and a state, as pickle sees them; and the code of `__call__`, if there is one
 
 Functions and objects are only taken where any_object is true. The code of a function is the compiler's, without its place in the file; each
 version of Python makes its own. `__main__` is the program: the name of its module if it was started by `-m`, else its file.
@@ -132,9 +132,9 @@ class Walk:
         return self._reduced(value)
 
     def _function(self, function: types.FunctionType) -> bytes:
-        wrapper, memoized = vars(function).get("memoized", (None, None))
-        if wrapper is function:  # not another decorator's, which has taken over its attributes
-            return b"w" + self.bytes_of(memoized)
+        memoized = vars(function).get("_memoized")
+        if memoized is not None and memoized[0] is function:  # not another decorator's, which has taken over its attributes
+            return b"w" + self.bytes_of(memoized[1])
         where = (module_name(function.__module__, function.__globals__), function.__qualname__)
         defaults = (function.__defaults__, function.__kwdefaults__)
         return b"p" + self.bytes_of((where, code_digest(function.__code__), defaults)) + self._cells(function)
@@ -169,6 +169,9 @@ class Walk:
         if isinstance(value, (set, frozenset)):  # of which it has made a list, in no order
             return b"r" + self.bytes_of(found_as(kind)) + self._set(b"u", value) + self.bytes_of(state)
         head = b"r" + self.bytes_of(found_as(function)) + self.bytes_of(arguments) + self.bytes_of(state)
+        call = getattr(kind, "__call__", None)  # noqa: B004
+        if type(call) is types.FunctionType:  # it is used as a function: its code counts
+            head += self.bytes_of(call)
         return head + self._items(b"l", items or ()) + self._dict(b"d", pairs or ())
 
 

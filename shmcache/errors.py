@@ -190,7 +190,7 @@ class RowsRefused(StoreRefused):
         self.errors = errors
 
     def __str__(self) -> str:
-        shown = "; ".join(f"{key[:100]!r}: {error}" for key, error in list(self.errors.items())[:3])
+        shown = "; ".join(f"{key!r:.100}: {error}" for key, error in list(self.errors.items())[:3])
         more = len(self.errors) - 3
         return f"rows refused: {shown}{f'; and {more} more' if more > 0 else ''}. Change them, or leave them out; the others were done"
 

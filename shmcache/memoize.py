@@ -80,7 +80,7 @@ def memoize(
 
         wrapper.cache_key = cache_key  # type: ignore[attr-defined]
         wrapper.forget = lambda *args, **kwargs: cache.delete(cache_key(*args, **kwargs))  # type: ignore[attr-defined]
-        wrapper.memoized = (wrapper, function)  # type: ignore[attr-defined]
+        wrapper._memoized = (wrapper, function)  # type: ignore[attr-defined]
         return wrapper
 
     return decorate

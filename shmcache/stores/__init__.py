@@ -10,13 +10,24 @@ have to pass.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from shmcache import errors
+from shmcache.core import _core
 
 MISSING: Any = object()  # what a function of FunctionStore may return for a key that is not there
 TIMEOUT = 5.0  # seconds that a call may take, unless it or the store says otherwise
+
+
+def checked(keys: Iterable[bytes | str]) -> list[bytes]:
+    """The keys of a store's call, for who calls it past the cache. Raises: InvalidKey."""
+    return [_core.key_bytes(key) for key in _core.several(keys)]
+
+
+def checked_items(items: Mapping[Any, Any]) -> dict[bytes, Any]:
+    """The same of what is to be stored."""
+    return {_core.key_bytes(key): value for key, value in _core.pairs(items)}
 
 
 class Entry(NamedTuple):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from shmcache import errors
-from shmcache.stores import MISSING, TIMEOUT, Entry
+from shmcache.stores import MISSING, TIMEOUT, Entry, checked, checked_items
 
 
 class FunctionStore:
@@ -43,12 +43,13 @@ class FunctionStore:
 
     def load_many(self, keys: Sequence[bytes], *, timeout: float | None = None) -> dict[bytes, Entry]:
         found: Mapping[bytes, Any] = {}
+        wanted = checked(keys)
         if self._load_many is not None:
             for _ in self._in_time([None], timeout):
-                found = _call(self._load_many, list(keys))
+                found = _call(self._load_many, list(wanted))
         else:
-            found = {key: self._loaded(key) for key in self._in_time(keys, timeout)}
-        answers = ((key, found.get(key, MISSING)) for key in keys)
+            found = {key: self._loaded(key) for key in self._in_time(wanted, timeout)}
+        answers = ((key, found.get(key, MISSING)) for key in wanted)
         return {key: x if isinstance(x, Entry) else Entry(x) for key, x in answers if x is not MISSING}
 
     def _loaded(self, key: bytes) -> Any:
@@ -64,7 +65,8 @@ class FunctionStore:
         save = self._save
         if save is None:
             raise errors.StoreRefused("this FunctionStore has no save: give it one, or do not write")
-        self._each(lambda key: save(key, *items[key]), items, timeout, versions)
+        entries = checked_items(items)
+        self._each(lambda key: save(key, *entries[key]), list(entries), timeout, versions)
 
     def delete_many(self, keys: Sequence[bytes], *, timeout: float | None = None, versions: Mapping[bytes, int] | None = None) -> None:
         delete = self._delete
@@ -77,7 +79,7 @@ class FunctionStore:
             except KeyError:
                 pass
 
-        self._each(gone, keys, timeout, versions)
+        self._each(gone, checked(keys), timeout, versions)
 
     def close(self) -> None:
         self._closed = True

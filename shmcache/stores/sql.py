@@ -12,7 +12,7 @@ from typing import Any
 
 from shmcache import errors
 from shmcache.codec import get_codec
-from shmcache.stores import TIMEOUT, Entry
+from shmcache.stores import TIMEOUT, Entry, checked, checked_items
 
 try:
     import sqlalchemy as sa
@@ -83,7 +83,7 @@ class SQLStore:
         deadline = self._deadline(timeout)
         columns = self._open(deadline)
         refused: dict[bytes, Exception] = {}
-        rows = _encoded(dict.fromkeys(keys), columns.encode_key, refused)
+        rows = _encoded(dict.fromkeys(checked(keys)), columns.encode_key, refused)
         found: dict[Any, Any] = {}
 
         def select(c: sa.Connection, some: list[Row]) -> None:
@@ -112,14 +112,15 @@ class SQLStore:
         deadline = self._deadline(timeout, versions)
         columns = self._open(deadline)
         refused: dict[bytes, Exception] = {}
+        entries = checked_items(items)
         now = time.time()
 
         def row(key: bytes) -> dict[str, Any]:
-            value, ttl = items[key]
+            value, ttl = entries[key]
             version = None if versions is None else versions[key]
             return columns.row(columns.encode_key(key), columns.encode(value), columns.expires(ttl, now), version)
 
-        rows = _encoded(sorted(items), row, refused)  # sorted: two batches lock their rows in the same order
+        rows = _encoded(sorted(entries), row, refused)  # sorted: two batches lock their rows in the same order
         if versions is not None:
             return self._run_versioned(columns, columns.upsert[True], rows, deadline, refused, versions)
         self._run(lambda c, some: _many(c, columns.upsert[False], some), rows, deadline, refused, write=True)
@@ -142,7 +143,7 @@ class SQLStore:
                 return name
             return columns.tombstone(name, now, versions[key]) if columns.tombstones else {"k": name, "v": versions[key]}
 
-        rows = _encoded(sorted(set(keys)), row, refused)
+        rows = _encoded(sorted(set(checked(keys))), row, refused)
         if versions is not None:
             statement = columns.upsert[True] if columns.tombstones else columns.delete[True]
             return self._run_versioned(columns, statement, rows, deadline, refused, versions)

@@ -14,7 +14,7 @@ from shmcache.back import BackCache
 from shmcache.cache import Cache
 from shmcache.namespace import Namespace
 from shmcache.through import ThroughCache
-from tests.integration.test_store import DictStore
+from tests.integration.test_store import DictStore, function_store
 
 BAD_KEYS = {
     "a lone surrogate": "\ud800", "an empty str": "", "empty bytes": b"", "an int": 5, "None": None, "a tuple": ("k",), "a bytearray": bytearray(b"k"),
@@ -237,3 +237,43 @@ def test_several_keys_of_a_namespace_come_back_as_they_were_passed(cache):
     assert users.get_many(k for k in ("a", b"a", "b", "c")) == {"a": 1, b"a": 1, "b": 2}
     assert users.delete_many(("a", b"a", "b")) == 2
     assert list(users.scan(b"")) == []
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "function"])
+def test_a_store_that_is_called_past_the_cache(kind, tmp_path):
+    store = shmcache.SQLStore(f"sqlite:///{tmp_path}/app.db") if kind == "sqlite" else function_store()
+    try:
+        store.store_many({"k": ("v", None)})
+        for bad in BAD_KEYS.values():
+            calls = [lambda bad=bad: store.load_many(["k", bad]), lambda bad=bad: store.delete_many(["k", bad])]
+            if not isinstance(bad, bytearray):
+                calls.append(lambda bad=bad: store.store_many({"k": ("new", None), bad: ("v", None)}))
+            for call in calls:
+                with pytest.raises(errors.InvalidKey):
+                    call()
+        for bad in ("ab", b"ab", 5, None):
+            for call in (store.load_many, store.delete_many, store.store_many):
+                with pytest.raises(errors.InvalidKeyType):
+                    call(bad)
+        assert {key: entry.value for key, entry in store.load_many(["k", b"none"]).items()} == {b"k": "v"}
+        store.delete_many(["k"])
+        assert store.load_many([b"k"]) == {}
+    finally:
+        store.close()
+
+
+@pytest.mark.parametrize("mode", ["through", "around"])
+@pytest.mark.parametrize("tags", ["user", b"user", 5, None, ("",), ("\ud800",), (5,)])
+def test_a_function_that_makes_no_tags(make, mode, tags):
+    store = DictStore()
+    store.store_many({b"k": ("v", None)})
+    before = dict(store.rows)
+    cache = make(policy=mode, store=store, tags=lambda key: tags)
+    calls = [lambda: cache["k"], lambda: cache.get_many(["k"]), lambda: cache.incr("n", default=1), lambda: cache.add("n", 1), lambda: cache.pop("k")]
+    if mode == "through":
+        calls += [lambda: cache.set("k", "new"), lambda: cache.set_many({"k": "new"})]
+    for call in calls:
+        with pytest.raises(errors.InvalidTag):
+            call()
+    assert store.rows == before
+    assert len(cache) == 0

@@ -15,7 +15,7 @@ ALLOWED = {  # module -> what of ours it may import
     "codec": {"errors"},
     "core": {"errors", "core"},
     "segment": {"errors", "core"},
-    "stores": {"errors", "codec", "stores"},
+    "stores": {"errors", "codec", "core", "stores"},
     "canonical": {"errors", "codec", "core"},
     "flight": {"errors", "codec", "core", "cache"},  # cache for annotations only
     "memoize": {"errors", "codec", "core", "canonical", "flight", "cache"},  # cache for annotations only
