@@ -129,6 +129,8 @@ class Walk:
             return self._function(value)
         if type(value) is types.MethodType:
             return b"b" + self.bytes_of(value.__func__) + self.bytes_of(value.__self__)
+        if type(value) is functools._lru_cache_wrapper:  # pickled by its name, which a decorator above it comes before
+            return b"q" + self.bytes_of(value.__wrapped__)
         return self._reduced(value)
 
     def _function(self, function: types.FunctionType) -> bytes:

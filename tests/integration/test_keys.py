@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import enum
 import inspect
 import re
 
+import numpy as np
 import pytest
 
 import shmcache
@@ -237,6 +239,58 @@ def test_several_keys_of_a_namespace_come_back_as_they_were_passed(cache):
     assert users.get_many(k for k in ("a", b"a", "b", "c")) == {"a": 1, b"a": 1, "b": 2}
     assert users.delete_many(("a", b"a", "b")) == 2
     assert list(users.scan(b"")) == []
+
+
+class Safe(str):
+    """As a template engine's: a str that is one for all who look."""
+
+    __slots__ = ()
+
+
+class Choice(enum.StrEnum):
+    A = "a"
+
+
+class Settings:
+    """A mapping to whoever asks for items alone."""
+
+    def items(self):
+        return ([k, i] for i, k in enumerate("abc"))
+
+
+@pytest.mark.parametrize("handle", ["plain", "through", "around", "back", "namespace"], indirect=True)
+def test_what_looks_like_keys_is_taken(handle):
+    handle.set_many(Settings())
+    handle.set_many((k, k) for k in ("d", b"e"))
+    handle.set_many([["f", 1]])
+    names = [Safe("a"), Choice.A, np.str_("b"), bytes(np.bytes_(b"c"))]
+    assert handle.get_many(iter(names)) == {"a": 0, "b": 1, b"c": 2}
+    for several in ({"d": 1}, {"d"}, {"d": 1}.keys(), ("d",), dict.fromkeys("d"), (k for k in "d")):
+        assert handle.get_many(several) == {"d": "d"}
+    assert handle.get_many([]) == handle.get_many({}) == {}
+    assert handle.delete_many(k for k in ("a", "a", b"e", "none")) == 2
+    handle.set_many({})
+    handle.set_many([])
+    assert handle.delete_many([]) == 0
+    for key in ("é", "e\u0301", "a b", "a\r\nb", "a\0", " ", "%", "a" * 250):
+        handle.set(key, key)
+        assert handle.get_many([key, key.encode()]) == {key: key, key.encode(): key}
+
+
+@pytest.mark.parametrize("handle", ["plain", "through", "back", "namespace"], indirect=True)
+def test_an_iterable_that_fails_changes_nothing(handle):
+    def failing(*given):
+        yield from given
+        raise ZeroDivisionError
+
+    handle.set("k", "old")
+    before = state(handle)
+    for call in (handle.get_many, handle.delete_many):
+        with pytest.raises(ZeroDivisionError):
+            call(failing("k"))
+    with pytest.raises(ZeroDivisionError):
+        handle.set_many(failing(("k", "new")))
+    assert state(handle) == before
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "function"])

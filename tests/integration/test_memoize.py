@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import importlib
 import inspect
 import itertools
 import math
 import os
 import subprocess
 import sys
+import threading
 import warnings
 
 import pytest
@@ -302,6 +304,40 @@ def test_a_method(cache):
     assert not any("object at 0x" in str(key) for key in cache.scan())
 
 
+class Request:
+    def __init__(self, path):
+        self.path = path
+
+
+def test_what_a_view_is_called_with(cache):
+    """A request is no plain data: the error names the argument, and nothing is computed."""
+    calls = []
+
+    @cache.memoize()
+    def view(request, page=1):
+        calls.append(request)
+
+    for call in (lambda: view(Request("/")), lambda: view(request=Request("/"), page=2), lambda: view.forget(Request("/"))):
+        with pytest.raises(errors.UnsupportedValue, match=r"view: of 'request' no key can be made: .*Request: convert it to plain data"):
+            call()
+    with pytest.raises(errors.UnsupportedValue, match="of 'page' no key"):
+        view("/", page=type("Number", (int,), {})(1))
+    assert calls == []
+    assert len(cache) == 0
+
+
+def test_arguments_that_are_changed_meanwhile(cache):
+    @cache.memoize()
+    def first(items):
+        return items.pop()
+
+    items = [1, 2]
+    assert first(items) == 2
+    assert first([1, 2]) == 2
+    assert first(items) == 1
+    assert items == []
+
+
 # ---- what can be memoized ----------------------------------------------------------------------------------------------------------
 
 
@@ -322,6 +358,66 @@ def test_what_is_called_and_is_no_function(cache):
     assert [f(("4",) if f is memoized[-1] else 4) for f in memoized * 2] == [5, 6, 4, 11, 12, 0, 2.0, "4"] * 2
     assert apart(memoized, 1)
     assert apart([cache.memoize()(Callable(n)) for n in range(3)], 1)
+
+
+def test_above_another_cache(cache):
+    def made(n):
+        @cache.memoize()
+        @functools.lru_cache
+        def f(x):
+            return x + n
+
+        return f
+
+    assert [made(n)(1) for n in (1, 2, 1)] == [2, 3, 2]
+    assert made(1).cache_key(1) == made(1).cache_key(1)
+
+
+def test_a_module_that_is_loaded_again(cache, tmp_path, monkeypatch):
+    path = tmp_path / "loaded_again.py"
+    path.write_text("def f(x):\n    return 'old'\n\nclass Kind:\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    module = importlib.import_module("loaded_again")
+    try:
+        before, kind = cache.memoize()(module.f), module.Kind
+        assert before(kind) == "old"
+        importlib.reload(module)
+        again = cache.memoize()(module.f)
+        assert again.cache_key(module.Kind) == before.cache_key(module.Kind)
+        with pytest.raises(errors.UnsupportedValue, match="not found by that name"):
+            again(kind)  # the class that was there before
+        path.write_text(path.read_text().replace("old", "newer"))
+        importlib.reload(module)
+        assert cache.memoize()(module.f)(module.Kind) == "newer"
+    finally:
+        del sys.modules["loaded_again"]
+
+
+def test_first_called_by_many_threads_at_once(cache):
+    def made(n):
+        @cache.memoize()
+        def f(x):
+            return later + x
+
+        later = n
+        return f
+
+    f, g = made(1), made(2)
+    barrier = threading.Barrier(16)
+    got = []
+
+    def run(function, x):
+        barrier.wait(60)
+        got.append((function is f, x, function(x), function.cache_key(x)))
+
+    threads = [threading.Thread(target=run, args=(function, x)) for function in (f, g) for x in range(4) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted({(of_f, x, value) for of_f, x, value, _ in got}) == sorted((of_f, x, x + (1 if of_f else 2)) for of_f in (True, False) for x in range(4))
+    assert len({key for *_, key in got}) == 8
 
 
 def test_an_object_whose_class_was_changed_is_another_function(cache, monkeypatch):
