@@ -249,16 +249,15 @@ class WriteBack:
         """From now on what is written has a higher version than this row. Returns: that of an item of which the same is to be true.
         Raises: OSError."""
         self.renewed = True
-        sequences = self.cache.segment.stripes["seq"].copy()
-        if row <= self.base + int(sequences.min()):
-            return row - self.base
-        newest = self.base + int(sequences.max())
-        row += min(FAR, (HIGHEST - row) >> 10)  # the less, the less is left: another host may do the same
-        self.given = self.given.above(newest + MEANWHILE, row)
-        if self.folder is not None:
-            datadir.note_given_out(self.folder, self.cache.name, self.given)
-        self.dirty.go_above(row - self.base)
-        return row - self.base
+        if row > self.given.newest:
+            newest = self.base + int(self.cache.segment.stripes["seq"].max())
+            row += min(FAR, (HIGHEST - row) >> 10)  # the less, the less is left: another host may do the same
+            given = self.given.above(newest + MEANWHILE, row)
+            if self.folder is not None:
+                datadir.note_given_out(self.folder, self.cache.name, given)
+            self.given = given
+            self.dirty.go_above(row - self.base)
+        return self.given.newest - self.base
 
     def _sent(
         self, call: Callable[..., Mapping[bytes, int] | None], what: dict[bytes, Any], versions: dict[bytes, int],

@@ -389,7 +389,9 @@ def test_what_cannot_be_raised_just_now_stays_dirty(machine, monkeypatch):
         thread.dirty = Busy(thread.dirty)
         thread.one_pass()
         assert machine.row(b"k") == 0 and thread.dirty.items() == 1
+        given = thread.given
         thread.one_pass()
+        assert thread.given is given  # it goes no further at each try
         thread.one_pass()
         assert machine.row(b"k") == 1 and thread.dirty.items() == 0 and len(thread.dirty.tries) == 2
         thread.stop()
