@@ -151,7 +151,7 @@ class SnapshotStopped(CapacityError):
 
 
 class LogFull(CapacityError):
-    """The log takes nothing, and its policy is always; nothing was changed. See that the supervisor runs and that its disk has room."""
+    """The log takes nothing, and its policy is always; nothing was changed. Start the supervisor, make room on its disk, try again."""
 
 
 class NotDurable(CapacityError):

@@ -401,6 +401,14 @@ cdef object untagged():
     return errors.UsageError("what is written back has no tags: a value that an invalidated tag hides would be stored all the same")
 
 
+cdef int refuse_if_failed(seg_t* s) except -1:
+    """With the policy always, before anything is changed. The drainer says so, from the first write or sync that fails until the next file is
+    written and synced, and keeps trying."""
+    if ld64(&s.header.log_failed_ms):
+        raise errors.LogFull("the log cannot be written (is its disk full?): nothing was changed. It goes on by itself when there is room")
+    return 0
+
+
 cdef object not_durable():
     return errors.NotDurable("the write was done and everybody sees it, but it is not known to be on the disk: is the supervisor running, is "
                              "its disk full?")
@@ -1168,7 +1176,8 @@ cdef class Table:
 
     cdef int secure(self, seg_t* s, Mapping held, log_t* log, uint64_t n) except -1:
         """Room in this process's ring. If there is none for a second: with the policy always an error; else the operation is not logged,
-        which is counted as a gap, and nobody waits again till the drainer has moved."""
+        which is counted as a gap, and nobody waits again till the drainer has moved. With always the error comes at once while the log cannot
+        be written: else each write would be done, and wait ten seconds for the disk. One that was admitted by room_in_log() goes on."""
         cdef ring_t* ring
         cdef int rc
         cdef bint always = ld64(&s.header.log_policy) == LOG_ALWAYS
@@ -1177,6 +1186,8 @@ cdef class Table:
         log.token = s.me[0]
         if ld64(&s.header.log_policy) == LOG_OFF:
             return 0
+        if always and s.holder != pthread_self():
+            refuse_if_failed(s)
         ring = ring_of(s, s.row_idx)
         if ring_secure(s, n):
             log.bytes = n
@@ -2059,6 +2070,8 @@ cdef class Table:
         """Remove everything, for everybody, in one step: O(1) by a new epoch. What a set stores after it stays."""
         cdef seg_t* s = self.ready()
         cdef Mapping held = self.mapping
+        if unlikely(ld64(&s.header.log_policy) == LOG_ALWAYS):
+            refuse_if_failed(s)
         clear_all(s)
         if unlikely(s.ring_bytes != 0) and ld64(&s.header.log_policy) != LOG_OFF:
             self.clear_logged(s, held, ld32(&s.header.epoch))

@@ -9,7 +9,9 @@ in there or later) and for a sync when it ends (a snapshot is valid only when th
 
 A file on which a write or a sync has failed is finished: the kernel may have dropped what it could not write, and says so once. Another is
 tried every second. What was collected and not yet taken as drained is collected again, so with `always` nothing is lost; with the others
-what was written and not synced may be: that is counted as a gap, and a snapshot asked for, which heals it.
+what was written and not synced may be: that is counted as a gap, and a snapshot asked for, which heals it. While it fails, `always` refuses
+writers (header.log_failed_ms). The next file is begun only when there is room for some records, not just for its first bytes: else the log
+would go on, admit a write and fail again, and each of those writers would wait ten seconds.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ FILE_BYTES = 256 << 20  # of a file, after which the next is begun
 SYNC_EVERY = 1.0  # seconds
 IDLE = 0.02  # seconds between two looks at the rings if nobody rings
 RETRY = 1.0  # seconds between two tries to begin a file
+ROOM = 1 << 20  # bytes that the disk must have before a log that could not be written goes on
 
 
 class AppendLog:
@@ -86,11 +89,13 @@ class AppendLog:
         self.wish(False)
 
     def wish(self, new_file: bool) -> None:
-        done = threading.Event()
+        wish = new_file, threading.Event()
         with self.lock:
-            self.wishes.append((new_file, done))
-        while not done.wait(1.0):
+            self.wishes.append(wish)
+        while not wish[1].wait(1.0):
             if self.failed or not self.thread.is_alive():
+                with self.lock, contextlib.suppress(ValueError):  # or a file would be begun for each of them when there is room
+                    self.wishes.remove(wish)
                 raise errors.LogFull("the log cannot be written: look at the supervisor's output")
 
     def close(self) -> None:
@@ -211,6 +216,9 @@ class AppendLog:
         path = self.folder / fmt.log_name(number)
         file = self.open_file(path)
         try:
+            if self.failed:
+                os.posix_fallocate(file.fileno(), 0, ROOM)
+                os.ftruncate(file.fileno(), 0)
             head = {
                 "name": self.cache.name, "created_ms": int(time.time() * 1000), "number": number,
                 "segment_created_ms": int(self.cache.segment.header["created_ms"]), "settings": self.cache.mapping.settings(),

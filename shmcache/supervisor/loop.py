@@ -8,13 +8,14 @@ Between ticks it sweeps a slice of the pages for what has expired and what the d
 half a percent of a core, at once when a process has died, and at least every MOST_BETWEEN_SWEEPS.
 
 With a data directory it writes snapshots, in a thread of its own: every so many seconds, when asked (shmcache-admin snapshot), and one
-more at its end.
+more at its end. One that has failed is tried again when its disk has more room than it had then, at longer and longer intervals.
 
 Ticks come every BUSY_TICK seconds while chunks are used up, else it sleeps on its doorbell, which a writer rings that had to evict.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
@@ -47,6 +48,8 @@ LEAST_BETWEEN_SWEEPS = 1.0
 MOST_BETWEEN_SWEEPS = 60.0
 ROWS_EVERY = 0.5  # seconds between two looks for the dead
 SNAPSHOT_EVERY = 300.0  # seconds
+SNAPSHOT_RETRY = 1.0  # seconds after the first failure of a snapshot, if there is more room; twice as long after each
+MORE_ROOM = 1 << 20  # bytes
 
 
 class Supervisor:
@@ -83,6 +86,9 @@ class Supervisor:
         self.settled_rows: set[tuple[int, int]] = set()
         self.folder, self.every, self.keep, self.compress = folder, every, keep, compress
         self.next_snapshot = time.monotonic() + every
+        self.failure = ""  # of the last snapshot
+        self.room = 0  # bytes that the disk had after it
+        self.retry, self.retry_at = SNAPSHOT_RETRY, 0.0
         self.writer: threading.Thread | None = None
         self.said: set[str] = set()  # which files are kept since they cannot be read
         self.stop_writing = threading.Event()
@@ -209,13 +215,25 @@ class Supervisor:
             if asked:  # nobody is to wait for what will not be
                 self.end_asked(int(self.header["snapshots_asked"]), int(time.time() * 1000))
             return
-        if (asked or now >= self.next_snapshot) and (self.writer is None or not self.writer.is_alive()):
+        if (asked or now >= self.next_snapshot or self.has_room_again(now)) and (self.writer is None or not self.writer.is_alive()):
             self.next_snapshot = now + self.every
             self.writer = threading.Thread(target=self.write, name="snapshot", daemon=True)
             self.writer.start()
 
+    def has_room_again(self, now: float) -> bool:
+        """Has the disk more room than when the last snapshot failed?"""
+        return self.failure != "" and now >= self.retry_at and self.disk_room() >= self.room + MORE_ROOM
+
+    def disk_room(self) -> int:
+        """Free bytes; 0: nobody knows."""
+        assert self.folder is not None
+        with contextlib.suppress(OSError):
+            disk = os.statvfs(self.folder)
+            return disk.f_bavail * disk.f_frsize
+        return 0
+
     def write(self, throttled: bool = True) -> None:
-        """Write a snapshot. That it failed is said on standard error and in stats(); the next one is tried in its time."""
+        """Write a snapshot. That it failed is said in stats(), and on standard error until one is written: each reason once."""
         assert self.folder is not None
         if throttled:
             snapshot.step_back(snapshot.NICE)
@@ -225,13 +243,20 @@ class Supervisor:
                 self.cache, self.folder, keep=self.keep, compress=self.compress, throttled=throttled,
                 stop=self.stop_writing if throttled else None, log=self.log,
             )  # fmt: skip
+            if self.failure:
+                print(f"shmcache: snapshots of {self.cache.name} go on with {report['path']}", file=sys.stderr, flush=True)
+            self.failure, self.retry = "", SNAPSHOT_RETRY
             for line in set(report["kept"]) - self.said:
                 print(f"shmcache: kept, since it cannot be read: {line}", file=sys.stderr, flush=True)
             self.said |= set(report["kept"])
         except errors.SnapshotStopped:
             return  # the last one, which run() writes, is what was asked for
         except (errors.ShmcacheError, OSError) as e:
-            print(f"shmcache: no snapshot of {self.cache.name}: {e}", file=sys.stderr, flush=True)
+            if str(e) != self.failure:
+                print(f"shmcache: no snapshot of {self.cache.name}: {e}", file=sys.stderr, flush=True)
+            self.failure, self.room = str(e), self.disk_room()
+            self.retry_at = time.monotonic() + self.retry
+            self.retry = min(2 * self.retry, self.every)
         except BaseException:
             self.end_asked(asked, int(time.time() * 1000))
             raise
