@@ -46,7 +46,7 @@ from shmcache.core.table cimport (
     read_generation, read_t, remove, remove_claim, same_item, set_expiry, state_in_place, unchanged)
 from shmcache.core.token cimport (
     ABSENT, AGAIN, BUSY, EXISTS, INTR, KEPT, MISMATCH, NO_OFD, NO_ROOM, NO_ROW, NO_STORE, NOT_INT, OK, OS_ERROR, OVERFLOW, SUPERVISOR_BYTE,
-    close, dead, getpid, mono_ns, munmap, prober_ready, row_of, shm_ofd_lock, shm_reopen, shm_wiped_page, take_row, wall_ms, word_of)
+    close, dead, getpid, mono_ns, munmap, prober_ready, row_held, row_of, shm_ofd_lock, shm_reopen, shm_wiped_page, take_row, wall_ms, word_of)
 
 from shmcache import errors
 
@@ -259,6 +259,7 @@ def layout():
             ("bell", <size_t>&g.bell, "<u4", 1)]),
         "row": (sizeof(row_t), [
             ("gen", <size_t>&r.gen, "<u8", 1), ("pid", <size_t>&r.pid, "<u8", 1),
+            ("gen_check", <size_t>&r.gen_check, "<u8", 1), ("home", <size_t>&r.home, "<u8", 1), ("home_check", <size_t>&r.home_check, "<u8", 1),
             ("started_ms", <size_t>&r.started_ms, "<u8", 1), ("hits", <size_t>&r.hits, "<u8", 1),
             ("misses", <size_t>&r.misses, "<u8", 1), ("sets", <size_t>&r.sets, "<u8", 1),
             ("deletes", <size_t>&r.deletes, "<u8", 1), ("expired", <size_t>&r.expired, "<u8", 1),
@@ -2229,7 +2230,7 @@ cdef class Table:
         return living
 
     cdef bint row_alive(self, seg_t* s, uint32_t i):
-        return i == s.row_idx or (ld64(&s.rows[i].gen) and prober_ready(s) and shm_ofd_lock(s.prober, True, i) == 1)
+        return i == s.row_idx or (ld64(&s.rows[i].gen) and prober_ready(s) and row_held(s, i))
 
     def supervisor(self):
         """{"pid", "alive", "heartbeat_age_s"}: of the supervisor; pid None: none was ever started, or it left in good order."""
@@ -2239,7 +2240,7 @@ cdef class Table:
         cdef bint alive
         if token == 0 or r >= s.n_rows:
             return {"pid": None, "alive": False, "heartbeat_age_s": None}
-        alive = ld64(&s.rows[r].gen) == token >> 16 and prober_ready(s) and shm_ofd_lock(s.prober, True, SUPERVISOR_BYTE) == 1
+        alive = not dead(s, token) and prober_ready(s) and shm_ofd_lock(s.prober, True, SUPERVISOR_BYTE) == 1
         return {"pid": s.rows[r].pid, "alive": alive,
                 "heartbeat_age_s": max(0, <int64_t>(mono_ns() // 1000000 - ld64(&s.header.heartbeat_ms))) / 1000.0}
 

@@ -184,7 +184,10 @@ ctypedef struct row_t:      # 1,024 bytes. Writer: the process that holds the ro
     uint64_t gen            # 40 bits; counted up at every taking, never reset: token = gen << 16 | row + 1
     uint64_t pid            # for people; 0 = left in good order
     uint64_t started_ms     # wall clock, of the attach; for people
-    uint64_t pad0[5]
+    uint64_t gen_check      # ~gen, so that damage is seen
+    uint64_t home           # inode of the process's pid namespace << 32 | its pid there; 0: not known
+    uint64_t home_check     # ~home
+    uint64_t pad0[2]
     # counters: never reset, so that the sum over the rows stays true
     uint64_t hits
     uint64_t misses

@@ -1,22 +1,38 @@
 # Tokens: who owns what, and whether he lives.
 #
-#   token = gen(40 bits) << 16 | row + 1          never 0
+#   token = gen(40 bits) << 16 | row + 1          never 0; an even number of its bits are 1
 #
 # A token names one life of one process in one row. The row's gen is counted up at every taking, by whoever holds the row's
-# byte, and is never reset: so a token is never used twice, and its death is final.
+# byte, and is never reset: so a token is never used twice, and its death is final. Its complement stands beside it: a flipped bit of one is
+# seen, and is not taken for another life. The byte alone tells then, till the next taking makes both new, above either. A word with a token
+# (a lock's, a chunk's, a page's) has no room for a second one: so every other number is no gen, and a flipped bit makes the number of ones odd.
+# Such a token is dead if none that differs from it in one bit is alive: the owner may be any of them, and stores over the word when it is done.
+# The rows' generations begin far apart, so that there is hardly ever another one.
 #
 # Alive is who holds an open-file-description lock on byte 2^62 + row of the segment's own inode. The description is kept by
 # one mapped page and no descriptor: closing descriptors cannot drop it (daemons close them all), no fork child inherits it
 # (MADV_DONTFORK), and the kernel drops it at exit, exec or death, however that comes. Pids would lie: they are reused, and
 # mean nothing in another container.
 #
+# A byte can be held though its process is dead: a child that it vforked (posix_spawn, subprocess) shares its memory, mappings and all, until
+# it calls exec, which may take long (a fifo among its file actions, a slow disk). So a second proof of death stands beside the first, asked
+# for only if the byte is held: the process of the pid that the row notes (home) has ended, in the pid namespace that the row notes, if that is
+# the asker's own. The kernel says so by ESRCH, or by a pidfd that is readable: then the leader is a zombie and no other thread is left, and each
+# thread has let go of its memory (exit_mm) before that: none of them runs, or stores anything, any more. A leader that has ended before its
+# threads (pthread_exit) is no death. The vforked child could store, but is in the C library's code, or the interpreter's, which know nothing
+# of segments. A pid that was given out again counts as alive for as long as its new owner lives: the byte is free when that child calls exec.
+# No pidfds (before Linux 5.3), no /proc, another namespace: the byte alone tells.
+#
 # Race table
 #   two take one row         F_OFD_SETLK of the row's second byte, TAKING_BYTE on, is the taking; the loser tries the next row
 #   ask vs die               "alive" may be old by the time it is used: the asker waits one slice more. "dead" is final
 #   ask vs row taken anew    gen is counted up before the life byte is locked: the asker sees another gen, or a free byte, and
 #                            never takes the dead for alive, however long the successor is stopped on the way
+#   ask for the pid vs row taken anew    home is stored behind gen, and gen is looked at behind it: it is of that life, or its halves do not fit
+#   gen counted vs asked     between its two stores they do not fit: the byte alone tells, and is free till both stand
 #   ask about oneself        the prober would answer right, but is never asked: own token = alive
-# Crash: between the two locks: both are free again; nothing carries the token of the generation that began there.
+# Crash: between the two locks: both are free again; nothing carries the token of the generation that began there. Between the stores of gen:
+#   the next taking begins above either.
 from libc.stdint cimport uint32_t, uint64_t
 
 from shmcache.core.atomics cimport ld64, st64
@@ -61,11 +77,14 @@ cdef extern from *:
     """
     #include <errno.h>
     #include <fcntl.h>
+    #include <poll.h>
+    #include <signal.h>
     #include <stdint.h>
     #include <stdio.h>
     #include <string.h>
     #include <sys/mman.h>
     #include <sys/stat.h>
+    #include <sys/syscall.h>
     #include <time.h>
     #include <unistd.h>
 
@@ -84,6 +103,25 @@ cdef extern from *:
         if (fcntl(fd, ask ? F_OFD_GETLK : F_OFD_SETLK, &f) < 0)
             return (errno == EAGAIN || errno == EACCES) && !ask ? 1 : -1;
         return ask ? f.l_type != F_UNLCK : 0;
+    }
+    /* of this process, as in row_t.home */
+    static uint64_t shm_home(void) {
+        struct stat st;
+        if (stat("/proc/self/ns/pid", &st) || (uint64_t)st.st_ino > UINT32_MAX) return 0;
+        return (uint64_t)st.st_ino << 32 | (uint32_t)getpid();
+    }
+    /* Has the process of this home ended, with all its threads? In doubt, no. */
+    static int shm_process_gone(uint64_t home) {
+        struct pollfd p = {-1, POLLIN, 0};
+        pid_t pid = (pid_t)(uint32_t)home;
+        if (pid <= 0 || home >> 32 == 0 || home >> 32 != shm_home() >> 32) return 0;
+    #ifdef SYS_pidfd_open
+        p.fd = (int)syscall(SYS_pidfd_open, pid, 0);
+    #endif
+        if (p.fd < 0) return kill(pid, 0) < 0 && errno == ESRCH;    /* a pid may stay, as the number of a group */
+        int n = poll(&p, 1, 0);
+        close(p.fd);
+        return n == 1 && p.revents & POLLIN;
     }
     static int shm_same_file(int fd, uint64_t dev, uint64_t ino) {
         struct stat st;
@@ -128,6 +166,7 @@ cdef extern from *:
     #else
     #define SHM_GEN_STEP 1
     #endif
+    #define SHM_GEN_UNKNOWN UINT64_MAX
     static inline uint64_t mono_ns(void) { return shm_clock_ns(CLOCK_MONOTONIC); }
     static inline uint64_t wall_ms(void) { return shm_clock_ns(CLOCK_REALTIME) / 1000000u; }
     """
@@ -135,7 +174,11 @@ cdef extern from *:
     const uint32_t TAKING_BYTE "SHM_TAKING_BYTE"
     const bint ALL_ALIVE "SHM_ALL_ALIVE"
     const uint64_t GEN_STEP "SHM_GEN_STEP"
+    const uint64_t GEN_UNKNOWN "SHM_GEN_UNKNOWN"
+    bint shm_odd "__builtin_parityll" (uint64_t x) noexcept nogil
     int shm_ofd_lock(int fd, bint ask, uint32_t row) noexcept nogil
+    uint64_t shm_home() noexcept nogil
+    bint shm_process_gone(uint64_t home) noexcept nogil
     bint shm_same_file(int fd, uint64_t dev, uint64_t ino) noexcept nogil
     int shm_reopen(int fd, const char* path, uint64_t dev, uint64_t ino) noexcept nogil
     void* shm_keep_description(int fd) noexcept nogil
@@ -166,30 +209,67 @@ cdef inline bint prober_ready(seg_t* s) noexcept nogil:
     s.prober = shm_reopen(-1, s.path, s.dev, s.ino)     # the number is not ours any more: nothing to close
     return s.prober >= 0
 
-cdef inline bint dead(seg_t* s, uint64_t token) noexcept nogil:
-    """Has this token's process died? In doubt, no: what is dead may be robbed. About 1 us; ask only after a time-out."""
-    cdef uint32_t r = row_of(token)
+cdef inline uint64_t generation(seg_t* s, uint32_t r) noexcept nogil:
+    """Of a row; GEN_UNKNOWN if it is damaged, or just being counted."""
+    cdef uint64_t gen = ld64(&s.rows[r].gen)
+    return gen if gen == ~ld64(&s.rows[r].gen_check) else GEN_UNKNOWN
+
+cdef inline bint row_held(seg_t* s, uint32_t r) noexcept nogil:
+    """Does a living process have this row? In doubt, yes."""
     cdef int fd
+    cdef uint64_t home
+    if not prober_ready(s):
+        return True
+    fd = s.prober
+    if shm_ofd_lock(fd, True, r) == 0 and shm_same_file(fd, s.dev, s.ino):     # it may have become another file's meanwhile
+        return False
+    home = ld64(&s.rows[r].home)
+    return home != ~ld64(&s.rows[r].home_check) or not shm_process_gone(home)
+
+cdef inline bint life_over(seg_t* s, uint64_t token) noexcept nogil:
+    """dead(), of a token with no flipped bit."""
+    cdef uint32_t r = row_of(token)
+    cdef uint64_t gen
     if token == s.me[0] or ALL_ALIVE:
         return False
     if r >= s.n_rows:
         return True                                     # no process ever had it: damage, which nobody will release
-    if ld64(&s.rows[r].gen) != token >> 16:
+    gen = generation(s, r)
+    if gen != GEN_UNKNOWN and gen != token >> 16:
         return True
-    if not prober_ready(s):
-        return False
-    fd = s.prober
-    if shm_ofd_lock(fd, True, r) == 0 and shm_same_file(fd, s.dev, s.ino):     # it may have become another file's meanwhile
+    if not row_held(s, r):
         return True
-    return ld64(&s.rows[r].gen) != token >> 16
+    gen = generation(s, r)
+    return gen != GEN_UNKNOWN and gen != token >> 16
 
-cdef inline void count_generation(seg_t* s, uint32_t r) noexcept nogil:
-    cdef uint64_t gen = (ld64(&s.rows[r].gen) + GEN_STEP) & ((<uint64_t>1 << 40) - 1)
-    st64(&s.rows[r].gen, gen if gen else 1)
+cdef inline bint dead(seg_t* s, uint64_t token) noexcept nogil:
+    """Has this token's process died? In doubt, no: what is dead may be robbed. 1 us, of the living 3; ask only after a time-out."""
+    cdef int i
+    if not shm_odd(token):
+        return life_over(s, token)
+    for i in range(56):
+        if not life_over(s, token ^ <uint64_t>1 << i):
+            return False
+    return True
 
-cdef inline void row_begin(seg_t* s, uint32_t r) noexcept nogil:
+cdef inline uint64_t count_generation(seg_t* s, uint32_t r) noexcept nogil:
+    """Begin the row's next generation, whose number is returned: above both that stand there, as far as they are such numbers."""
+    cdef uint64_t most = (<uint64_t>1 << 40) - 1, gen = ld64(&s.rows[r].gen), check = ~ld64(&s.rows[r].gen_check)
+    gen = max(gen if gen <= most else 0, check if check <= most else 0)
+    if gen == 0:
+        gen = <uint64_t>((r + 1) * 40503 & 0xffff) << 23    # the first of two rows differ in more than a bit or two: 4 in 1,024 rows
+    gen += GEN_STEP
+    while gen == 0 or gen > most or shm_odd(gen << 16 | (r + 1)):
+        gen = (gen + 1) & most
+    st64(&s.rows[r].gen, gen)
+    #! row: gen half counted
+    st64(&s.rows[r].gen_check, ~gen)
+    return gen
+
+cdef inline void row_begin(seg_t* s, uint32_t r, uint64_t gen) noexcept nogil:
     """Start a life in row r, whose byte this process has just locked. What the dead had in hand is told by his token."""
     cdef row_t* row = &s.rows[r]
+    cdef uint64_t home = shm_home()
     cdef int i, j
     for i in range(BATCH_CLASSES):
         for j in range(BATCH_SLOTS):
@@ -201,17 +281,20 @@ cdef inline void row_begin(seg_t* s, uint32_t r) noexcept nogil:
     #! row: hand emptied
     st64(&row.started_ms, wall_ms())
     st64(&row.pid, <uint64_t>getpid())
+    st64(&row.home, home)
+    st64(&row.home_check, ~home)
     s.row = row
     s.row_idx = r
     s.ring_stuck = <uint64_t>-1
     s.ring_reserved = 0     # of a parent
     s.ring_lock = 0
-    s.me[0] = ld64(&row.gen) << 16 | (r + 1)
+    s.me[0] = gen << 16 | (r + 1)
     #! row: begun
 
 cdef inline int take_row(seg_t* s) noexcept nogil:
     """Take a free row: OK, NO_ROW, NO_OFD or OS_ERROR. Also what a fork child does at its first operation."""
     cdef uint32_t i, r, start = <uint32_t>((mono_ns() >> 10) % s.n_rows)
+    cdef uint64_t gen
     cdef int fd, rc
     if not prober_ready(s):
         return OS_ERROR
@@ -227,7 +310,7 @@ cdef inline int take_row(seg_t* s) noexcept nogil:
         rc = shm_ofd_lock(fd, False, r + TAKING_BYTE)
         if rc == 0:
             #! row: being taken
-            count_generation(s, r)
+            gen = count_generation(s, r)
             #! row: gen counted
             rc = shm_ofd_lock(fd, False, r)
             #! row: byte locked
@@ -238,7 +321,7 @@ cdef inline int take_row(seg_t* s) noexcept nogil:
                 munmap(s.lock_page, 4096)
                 s.lock_page = NULL
                 return NO_OFD
-            row_begin(s, r)
+            row_begin(s, r, gen)
             return OK
         if rc < 0:
             break

@@ -24,7 +24,7 @@ OFFSETS = {
     "big_cursor 672 config 760 ring_bytes 1848 log_policy 1856 log_gaps 1864 log_healed 1872 log_failed_ms 1880 log_asleep 1888 log_epoch 1896 log_bell 1904 snapshot_begun_ms 1912 "
     "dirty_off 1928 dirty_bytes 1936 dirty_limit 1944 version_base 1952 dirty 1968 flushes_asked 1976 flushes_ended 1984 "
     "flushed_ms 1992 flush_failed_ms 2000 flush_refused 2008 oldest_dirty_ms 2016",
-    "row": "gen 0 pid 8 started_ms 16 hits 64 misses 72 sets 80 deletes 88 expired 96 evictions 104 inline_evictions 112 "
+    "row": "gen 0 pid 8 started_ms 16 gen_check 24 home 32 home_check 40 hits 64 misses 72 sets 80 deletes 88 expired 96 evictions 104 inline_evictions 112 "
     "chain_evictions 120 retries 128 lock_waits 136 takeovers 144 settled 152 pages_moved 160 stalls 168 max_wait_ns 176 unlisted 184 "
     "repairs 192 hazard 256 parked 320 batch 448 store_loads 960 store_found 968 store_writes 976 store_errors 984",
     "stripe": "word 0 stalled 8 bell 16 seq 24 old 32 new 40 count 48 count_next 56",
