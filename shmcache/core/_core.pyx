@@ -37,6 +37,7 @@ from shmcache.core.layout cimport (
     NAMESPACES_FIRST, PARKED_SLOTS, POLICY_BACK, VERSIONS_SHIFT,
     bucket_t, class_t, header_t, item_t, lock_t, overflow_t, page_t, pool_t, ring_t,
     row_t, seg_t, stripe_t)
+from shmcache.core.lock cimport wait_until
 from shmcache.core.ring cimport log_t, record_room, ring_of, ring_release, ring_secure, ring_wait, wake_drainer
 from shmcache.core.siphash cimport siphash, siphash13
 from shmcache.core.slab cimport chunk_class, cls_mark, give_back_all, item_at, page_cls
@@ -972,13 +973,14 @@ cdef class Table:
         cdef read_t r
         cdef uint8_t* copy = NULL
         cdef int rc
+        cdef uint64_t until = wait_until(s)
         cdef envelope_t e
         cdef Mapping held = self.mapping
         self.enter(s)
         try:
             while True:
                 with nogil:
-                    rc = stripe_take(s, stripe_of(s, bucket_of(s, h)), s.limit_ns)
+                    rc = stripe_take(s, stripe_of(s, bucket_of(s, h)), until)
                     if rc == OK:
                         rc = read_begin(s, key, n, h, &r)
                         if rc == OK:
@@ -1314,7 +1316,7 @@ cdef class Table:
 
     cdef int put_now(self, seg_t* s, put_t* op) except -100:
         cdef Mapping held = self.mapping
-        cdef uint64_t me
+        cdef uint64_t me, until
         cdef int rc = BUSY if unlikely(op.value_bytes >= LONG_COPY) else put(s, op, 0)
         if self.impatient and (rc == BUSY or rc == NO_ROOM):
             if op.chunk:
@@ -1322,11 +1324,12 @@ cdef class Table:
             raise WouldWait
         if rc == BUSY or rc == NO_ROOM:
             me = s.me[0]
+            until = wait_until(s)
             self.enter(s)
             try:
                 while True:
                     with nogil:
-                        rc = put(s, op, s.limit_ns)
+                        rc = put(s, op, until)
                     if rc != INTR:
                         break
                     if self.interrupted(s, held):
@@ -1610,17 +1613,19 @@ cdef class Table:
 
     cdef int remove_now(self, seg_t* s, Mapping held, const uint8_t* key, size_t n, uint64_t h, uint64_t version,
                         bint only_expired, log_t* log) except -100:
+        cdef uint64_t until
         cdef int rc = remove(s, key, n, h, version, only_expired, log, 0)
         if rc == BUSY and self.impatient:
             if only_expired:
                 return ABSENT       # nobody's duty
             raise WouldWait
         if rc == BUSY:
+            until = wait_until(s)
             self.enter(s)
             try:
                 while True:
                     with nogil:
-                        rc = remove(s, key, n, h, version, only_expired, log, s.limit_ns)
+                        rc = remove(s, key, n, h, version, only_expired, log, until)
                     if rc != INTR:
                         break
                     self.forked(s, held, log)
@@ -1856,7 +1861,7 @@ cdef class Table:
         """A claim of this version, or (0) a mark: OK, or what remove_claim() and end_mark() say of one that is not there any more."""
         cdef const uint8_t* k
         cdef size_t n
-        cdef uint64_t h
+        cdef uint64_t h, until
         cdef seg_t* s
         cdef Mapping held
         cdef int rc
@@ -1865,17 +1870,18 @@ cdef class Table:
         held = self.mapping
         h = siphash13(k, n, s.k0, s.k1)
         rc = remove_claim(s, k, n, h, version, 0) if version else end_mark(s, k, n, h, known, 0)
-        while rc == BUSY or rc == INTR:
+        if rc == BUSY:
+            until = wait_until(s)
             self.enter(s)
             try:
-                with nogil:
-                    rc = remove_claim(s, k, n, h, version, s.limit_ns) if version else end_mark(s, k, n, h, known, s.limit_ns)
-                if rc == INTR:
+                while True:
+                    with nogil:
+                        rc = remove_claim(s, k, n, h, version, until) if version else end_mark(s, k, n, h, known, until)
+                    if rc != INTR:
+                        break
                     self.interrupted(s, held)
             finally:
                 self.leave()
-            if rc == BUSY:
-                break
         if rc != OK and rc != MISMATCH and rc != ABSENT:
             fail(rc)
         return rc
@@ -1960,14 +1966,13 @@ cdef class Table:
                                         "up: set it to a plain int first")
             elif rc == OVERFLOW:
                 raise errors.CounterOverflow("the counter would leave the signed 64-bit range; it keeps its value")
-            elif rc == INTR:
-                PyErr_CheckSignals()
             else:
                 fail(rc)
 
     cdef int add_view(self, seg_t* s, Mapping held, const uint8_t* key, size_t n, uint64_t h, int64_t by, int64_t* out,
                       log_t* log) except -100:
-        """add_to(), logged: OK, ABSENT, NOT_INT, OVERFLOW, INTR (a signal came: again), or what fail() takes."""
+        """add_to(), logged: OK, ABSENT, NOT_INT, OVERFLOW, or what fail() takes."""
+        cdef uint64_t until
         cdef int rc = BUSY
         log.bytes = 0
         log.end = 0
@@ -1980,10 +1985,15 @@ cdef class Table:
             if rc == BUSY and self.impatient:
                 raise WouldWait
             if rc == BUSY:
+                until = wait_until(s)
                 self.enter(s)
                 try:
-                    with nogil:
-                        rc = add_to(s, key, n, h, by, out, log, s.limit_ns)
+                    while True:
+                        with nogil:
+                            rc = add_to(s, key, n, h, by, out, log, until)
+                        if rc != INTR:
+                            break
+                        self.forked(s, held, log)
                 finally:
                     self.leave()
         finally:
@@ -2015,6 +2025,7 @@ cdef class Table:
     cdef int change_expiry_view(self, seg_t* s, Mapping held, const uint8_t* key, size_t n, uint64_t h, uint64_t expiry_ms,
                                 bint copy_ttl, log_t* log) except -100:
         """set_expiry(), logged: OK or ABSENT."""
+        cdef uint64_t until
         cdef int rc = BUSY
         log.bytes = 0
         log.end = 0
@@ -2024,17 +2035,18 @@ cdef class Table:
             rc = set_expiry(s, key, n, h, expiry_ms, copy_ttl, log, 0)
             if rc == BUSY and self.impatient:
                 raise WouldWait
-            while rc == BUSY or rc == INTR:
+            if rc == BUSY:
+                until = wait_until(s)
                 self.enter(s)
                 try:
-                    with nogil:
-                        rc = set_expiry(s, key, n, h, expiry_ms, copy_ttl, log, s.limit_ns)
-                    if rc == INTR:
+                    while True:
+                        with nogil:
+                            rc = set_expiry(s, key, n, h, expiry_ms, copy_ttl, log, until)
+                        if rc != INTR:
+                            break
                         self.forked(s, held, log)
                 finally:
                     self.leave()
-                if rc == BUSY:
-                    break
         finally:
             if s.ring_bytes:
                 self.over(s, log, rc == OK)
@@ -2122,7 +2134,7 @@ cdef class Table:
         cdef uint8_t* buffer = <uint8_t*>malloc(room)
         cdef uint8_t* larger
         cdef list keys = []
-        cdef uint64_t b = first
+        cdef uint64_t b = first, until = 0      # 0: this bucket was not waited for yet
         cdef int rc
         if buffer == NULL:
             raise MemoryError
@@ -2131,8 +2143,9 @@ cdef class Table:
             while b < min(end, s.n_buckets):
                 rc = next_keys(s, b, buffer, room, &used, 0)
                 if rc == BUSY:
+                    until = until or wait_until(s)
                     with nogil:
-                        rc = next_keys(s, b, buffer, room, &used, s.limit_ns)
+                        rc = next_keys(s, b, buffer, room, &used, until)
                 if rc == NO_ROOM:           # 391 keys of 4,096 bytes in one chain
                     larger = <uint8_t*>malloc(2 * <size_t>room)
                     if larger == NULL or room > 1 << 26:
@@ -2152,6 +2165,7 @@ cdef class Table:
                     keys.append(PyBytes_FromStringAndSize(<char*>buffer + at + 2, buffer[at] | buffer[at + 1] << 8))
                     at += 2 + (buffer[at] | buffer[at + 1] << 8)
                 b += 1
+                until = 0
         finally:
             free(buffer)
             self.leave()

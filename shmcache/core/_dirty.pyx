@@ -13,6 +13,7 @@ from shmcache.core.clock cimport now_ms
 from shmcache.core.dirty cimport dirty_chunk, dirty_set, dirty_size
 from shmcache.core.envelope cimport CODEC_ENVELOPE, envelope_open, envelope_t
 from shmcache.core.layout cimport FLAG_CLAIM, FLAG_COPY_TTL, FLAG_DIRTY, POLICY_BACK, item_t, seg_t
+from shmcache.core.lock cimport wait_until
 from shmcache.core.siphash cimport siphash13
 from shmcache.core.slab cimport in_slab, item_at, page_room
 from shmcache.core.table cimport RESTARTS, find_dirty, go_above, mark_clean, read_begin, read_copy, read_t, renew_dirty, same_item, unchanged
@@ -55,7 +56,7 @@ cdef class Dirty:
         cdef list found = []
         cdef uint8_t key[4096]
         cdef size_t n = 0
-        cdef uint64_t bits
+        cdef uint64_t bits, until = 0       # 0: this bit was not waited for yet
         cdef int rc, bit
         while at < self.words << 6:
             bits = ld64(&s.dirty[at >> 6]) >> (at & 63)
@@ -66,13 +67,16 @@ cdef class Dirty:
             while not bits >> bit & 1:
                 bit += 1
             at += bit + 1
+            until = until or wait_until(s)
             with nogil:
-                rc = find_dirty(s, at - 1, key, &n, s.limit_ns)
+                rc = find_dirty(s, at - 1, key, &n, until)
             if rc == INTR:
                 PyErr_CheckSignals()
                 s = self.table.ready()
                 at -= 1
-            elif rc == BUSY:
+                continue
+            until = 0
+            if rc == BUSY:
                 self.skipped += 1
             elif rc == OK:
                 self.found_bytes += dirty_size(s, dirty_chunk(s, at - 1))
@@ -89,19 +93,21 @@ cdef class Dirty:
         cdef seg_t* s = self.table.ready()
         cdef list found = []
         cdef uint8_t* keys = <uint8_t*>malloc(CHAIN_BYTES)
-        cdef uint64_t used = 0, items = 0, place
+        cdef uint64_t used = 0, items = 0, place, until = 0
         cdef size_t n
         cdef int rc
         if keys == NULL:
             raise MemoryError
         try:
             while at < s.n_buckets:
+                until = until or wait_until(s)
                 with nogil:
-                    rc = visit(s, at, keys, &used, &items, &self.found_bytes)
+                    rc = visit(s, at, keys, &used, &items, &self.found_bytes, until)
                 if rc == INTR:
                     PyErr_CheckSignals()
                     s = self.table.ready()
                     continue
+                until = 0
                 at += 1
                 if rc == BUSY:
                     self.skipped += 1
@@ -131,7 +137,7 @@ cdef class Dirty:
             tries += 1
             if tries > RESTARTS:            # who changes it is slow, stopped or dead: with the stripe it is repaired, or left for the next pass
                 with nogil:
-                    rc = stripe_take(s, stripe_of(s, bucket_of(s, h)), s.limit_ns)
+                    rc = stripe_take(s, stripe_of(s, bucket_of(s, h)), wait_until(s))
                     if rc == OK:
                         stripe_release(s, stripe_of(s, bucket_of(s, h)))
                 if rc == BUSY:
@@ -171,11 +177,11 @@ cdef class Dirty:
         cdef seg_t* s = self.table.ready()
         cdef const uint8_t* k = <const uint8_t*>PyBytes_AS_STRING(key)
         cdef size_t n = PyBytes_GET_SIZE(key)
-        cdef uint64_t h = siphash13(k, n, s.k0, s.k1)
+        cdef uint64_t h = siphash13(k, n, s.k0, s.k1), until = wait_until(s)
         cdef int rc = INTR
         while rc == INTR:
             with nogil:
-                rc = mark_clean(s, k, n, h, version, s.limit_ns)
+                rc = mark_clean(s, k, n, h, version, until)
             if rc == INTR:
                 PyErr_CheckSignals()
                 s = self.table.ready()
@@ -187,11 +193,11 @@ cdef class Dirty:
         cdef seg_t* s = self.table.ready()
         cdef const uint8_t* k = <const uint8_t*>PyBytes_AS_STRING(key)
         cdef size_t n = PyBytes_GET_SIZE(key)
-        cdef uint64_t h = siphash13(k, n, s.k0, s.k1)
+        cdef uint64_t h = siphash13(k, n, s.k0, s.k1), until = wait_until(s)
         cdef int rc = INTR
         while rc == INTR:
             with nogil:
-                rc = renew_dirty(s, k, n, h, version, above, s.limit_ns)
+                rc = renew_dirty(s, k, n, h, version, above, until)
             if rc == INTR:
                 PyErr_CheckSignals()
                 s = self.table.ready()
@@ -200,12 +206,12 @@ cdef class Dirty:
     def go_above(self, uint64_t version):
         """All that is written from now on has higher versions: True. False: a process that does not run holds a stripe: call it again."""
         cdef seg_t* s = self.table.ready()
-        cdef uint64_t i = 0
+        cdef uint64_t i = 0, until = wait_until(s)
         cdef bint all_do = True
         cdef int rc
         while i < s.n_stripes:
             with nogil:
-                rc = go_above(s, &s.stripes[i], version, s.limit_ns)
+                rc = go_above(s, &s.stripes[i], version, until)
             if rc == INTR:
                 PyErr_CheckSignals()
                 s = self.table.ready()
@@ -217,17 +223,18 @@ cdef class Dirty:
     def recount(self):
         """Look at every item: set the bits that are missing, and count anew. (items, bytes)."""
         cdef seg_t* s = self.table.ready()
-        cdef uint64_t b = 0, used = 0, total = 0, items = 0, end
+        cdef uint64_t b = 0, used = 0, total = 0, items = 0, end, until = 0
         cdef int rc
         while b < s.n_buckets:
             end = min(b + GROUP, s.n_buckets)
             while b < end:
+                until = until or wait_until(s)
                 with nogil:
-                    rc = visit(s, b, NULL, &used, &items, &total)
-                if rc == OK or rc == BUSY:          # busy: its items are counted the next time
-                    b += 1
-                else:
+                    rc = visit(s, b, NULL, &used, &items, &total, until)
+                if rc == INTR:
                     break
+                until = 0
+                b += 1                              # busy: its items are counted the next time
             PyErr_CheckSignals()
             s = self.table.ready()
         st64(&s.header.dirty, total)
@@ -245,13 +252,13 @@ cdef class Dirty:
         return total
 
 
-cdef int visit(seg_t* s, uint64_t b, uint8_t* to, uint64_t* used, uint64_t* items, uint64_t* total) noexcept nogil:
+cdef int visit(seg_t* s, uint64_t b, uint8_t* to, uint64_t* used, uint64_t* items, uint64_t* total, uint64_t until_ns) noexcept nogil:
     """A chain's dirty items: their bits are set, they are counted, and (to) their keys, each as u16 length + bytes: OK, BUSY or INTR."""
     cdef chain_t c
     cdef uint64_t addr, n
     cdef int i, rc = OK
     used[0] = 0
-    rc = stripe_take(s, stripe_of(s, b), s.limit_ns)
+    rc = stripe_take(s, stripe_of(s, b), until_ns)
     if rc != OK:
         return rc
     chain_first(s, b, &c)

@@ -16,6 +16,7 @@ Rules
 """
 from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_FillInfo
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.exc cimport PyErr_CheckSignals
 from libc.errno cimport EAGAIN, EINTR, errno
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, realloc
@@ -28,6 +29,7 @@ from shmcache.core.clock cimport now_ms
 from shmcache.core.envelope cimport CODEC_ENVELOPE, STATE_FRESH, STATE_NEGATIVE, STATE_STALE, envelope_open, envelope_t
 from shmcache.core.dirty cimport writes_back
 from shmcache.core.layout cimport FLAG_COPY_TTL, FLAG_RAW, MAX_KEY, NAMESPACES_FIRST, POLICY_BACK, seg_t
+from shmcache.core.lock cimport wait_until
 from shmcache.core.number cimport shm_digits, shm_number
 from shmcache.core.ring cimport log_t, ring_of
 from shmcache.core.siphash cimport siphash13
@@ -377,6 +379,7 @@ cdef class Executor:
         cdef list stripes = sorted(found)
         cdef Py_ssize_t k, taken = 0
         cdef uint32_t i
+        cdef uint64_t until = 0
         cdef int rc = OK
         self.table.room_in_log(s, self.mapping, log_bytes)
         if not HOLDING.acquire(not self.table.impatient):
@@ -385,8 +388,9 @@ cdef class Executor:
             i = stripes[k]
             rc = stripe_take(s, &s.stripes[i], 0)
             while rc != OK and not self.table.impatient:
+                until = until or wait_until(s)
                 with nogil:
-                    rc = stripe_take(s, &s.stripes[i], s.limit_ns)
+                    rc = stripe_take(s, &s.stripes[i], until)
                 if rc != INTR:
                     break
             if rc != OK:
@@ -594,16 +598,18 @@ cdef class Executor:
     cdef int keys_of(self, uint64_t bucket, list found) except -1:
         cdef seg_t* s = self.s
         cdef uint32_t used = 0, at = 0, n
+        cdef uint64_t until = 0
         cdef int rc
         while True:
             rc = next_keys(s, bucket, self.scratch, <uint32_t>min(self.room_scratch, <uint64_t>0xffffffff), &used, 0)
             if rc != OK and rc != NO_ROOM and not self.table.impatient:
+                until = until or wait_until(s)
                 with nogil:
-                    rc = next_keys(s, bucket, self.scratch, <uint32_t>min(self.room_scratch, <uint64_t>0xffffffff), &used, s.limit_ns)
+                    rc = next_keys(s, bucket, self.scratch, <uint32_t>min(self.room_scratch, <uint64_t>0xffffffff), &used, until)
             if rc == NO_ROOM:
                 self.grow_scratch(2 * self.room_scratch)
             elif rc == INTR:
-                continue
+                PyErr_CheckSignals()
             elif rc == OK:
                 break
             elif self.table.impatient:
@@ -771,12 +777,17 @@ cdef bint look_locked(Executor ex, const uint8_t* key, size_t n, uint64_t h, raw
     """After so many reads that writes overtook: under the stripe, if it is free now."""
     cdef seg_t* s = ex.s
     cdef read_t r
+    cdef uint64_t until = 0
     cdef int rc
     ex.grow_scratch(s.max_value_bytes if s.max_value_bytes < 1 << 20 else 1 << 20)
     rc = stripe_take(s, stripe_of(s, bucket_of(s, h)), 0)
-    if rc != OK and not ex.table.impatient:
+    while rc != OK and not ex.table.impatient:
+        until = until or wait_until(s)
         with nogil:
-            rc = stripe_take(s, stripe_of(s, bucket_of(s, h)), s.limit_ns)
+            rc = stripe_take(s, stripe_of(s, bucket_of(s, h)), until)
+        if rc != INTR:
+            break
+        PyErr_CheckSignals()
     if rc != OK:
         if ex.table.impatient:
             raise WouldWait

@@ -25,7 +25,7 @@ from shmcache.core.big cimport big_read, big_shape, big_t
 from shmcache.core.bucket cimport ADDR_MASK, OP_TOUCH, bucket_of, chain_first, chain_next, chain_t, stripe_of, stripe_release, stripe_take
 from shmcache.core.clock cimport now_ms
 from shmcache.core.layout cimport FLAG_BIG, FLAG_CLAIM, FLAG_COPY_TTL, FLAG_DIRTY, MAX_KEY, MAX_REFS, NAMESPACES_FIRST, POLICY_BACK, SLOTS, item_t, ring_t, seg_t, stripe_t
-from shmcache.core.lock cimport shm_sleep
+from shmcache.core.lock cimport shm_sleep, wait_until
 from shmcache.core.record cimport RECORD_CLEAR, RECORD_COPY_TTL, RECORD_DELETE, RECORD_DIRTY, RECORD_EXPIRY, RECORD_GAP, RECORD_REF, RECORD_SET, record_t
 from shmcache.core.ring cimport ring_of
 from shmcache.core.siphash cimport siphash13
@@ -36,7 +36,7 @@ from shmcache.core.token cimport ABSENT, AGAIN, BUSY, EXISTS, INTR, MISMATCH, NO
 from shmcache import errors
 
 cdef enum:
-    BUSY_TRIES = 64         # limits for which a restored item waits for a stripe
+    BUSY_TRIES = 64         # of a restored item: the first wait for the limit, together, the rest for 1 ms each
     BLOCK_BYTES = 1048576   # of a drain
     MOST_IN_CHAIN = 512     # 7 slots, and 64 hops of 6
 
@@ -189,6 +189,7 @@ cdef class Walk:
     cdef copy_t c
     cdef Py_ssize_t exports
     cdef uint64_t* floor
+    cdef uint64_t until_ns          # the next stripe is waited for; 0: it was not begun
 
     def __cinit__(self, Table table not None, uint64_t block_bytes=1 << 20, bint copies=True):
         cdef seg_t* s = table.ready()
@@ -287,7 +288,12 @@ cdef class Walk:
                     if rc != AGAIN:
                         break
                 if rc == AGAIN:
-                    rc = stripe_take(s, st, s.limit_ns)
+                    if self.until_ns == 0:
+                        self.until_ns = wait_until(s)
+                    rc = stripe_take(s, st, self.until_ns)
+                    if rc == INTR:
+                        return rc
+                    self.until_ns = 0
                     if rc != OK:
                         return rc
                     rc = copy_chain(s, self.bucket - 1, <uint32_t>self.stripe, &self.c)
@@ -327,6 +333,7 @@ cdef class Restore:
     cdef readonly bint full
     cdef readonly bint cleared
     cdef uint64_t evicted_before
+    cdef uint64_t until_ns          # the next item is waited for; 0: it was not begun
 
     def __init__(self, Table table not None):
         cdef seg_t* s = table.ready()
@@ -433,13 +440,18 @@ cdef class Restore:
             op.epoch = s.header.restored_epoch
             op.log.bytes = 0                # it is in the log, or in the snapshot, already
             op.chunk = 0
+            if self.until_ns == 0:
+                self.until_ns = wait_until(s)
             rc = BUSY
             for tries in range(BUSY_TRIES):
-                rc = put(s, &op, s.limit_ns)
+                rc = put(s, &op, self.until_ns)
                 if rc != BUSY:
                     break
             give_up(s, &op)
-            if rc == BUSY or rc == INTR:
+            if rc == INTR:
+                return rc
+            self.until_ns = 0
+            if rc == BUSY:
                 return rc
             if rc == OK:
                 self.stored += 1

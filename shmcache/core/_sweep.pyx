@@ -26,11 +26,12 @@ Invariants, by the numbers that verify() reports. They hold for whoever holds th
     I21  a page's row says free, being cut, of a class, or of a big value, and its class fits            (page pool)
     I22  the map has the bit of every dirty item (dirty.pxd, D2)                                         (stripe; looked at five times)
 """
+from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_CheckSignals
 from libc.errno cimport errno
-from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
-from libc.string cimport memcmp, memset
+from libc.string cimport memcmp, memcpy, memset
 from posix.unistd cimport usleep
 
 from shmcache.core._core cimport Mapping, Table
@@ -39,10 +40,10 @@ from shmcache.core.big cimport big_lists, big_owns, big_shape, big_t
 from shmcache.core.bucket cimport (
     ADDR_MASK, MAX_HOPS, bucket_of, bump, chain_first, chain_next, chain_t, overflow_push_locked, overflow_repair, overflow_take, slot_naming, stripe_of, stripe_release, stripe_take)
 from shmcache.core.layout cimport (
-    BATCH_CLASSES, BATCH_SLOTS, CLS_BIG, CLS_POOL, FLAG_BIG, FLAG_DIRTY, MAX_KEY, MAX_REFS, OV_SLOTS, REFS_SHIFT, PARKED_SLOTS, POLICY_BACK, class_t, item_t, overflow_t, page_t, seg_t, stripe_t)
+    BATCH_CLASSES, BATCH_SLOTS, CLS_BIG, CLS_POOL, FLAG_BIG, FLAG_DIRTY, MAX_KEY, MAX_REFS, OV_SLOTS, REFS_SHIFT, PARKED_SLOTS, POLICY_BACK, MIN_CHUNK, class_t, item_t, overflow_t, page_t, seg_t, stripe_t)
 from shmcache.core.dirty cimport dirty_bit
 from shmcache.core.clock cimport evict_chunk, evict_one, give_page, stale, take_page
-from shmcache.core.lock cimport lock_release, lock_take, shm_ring, shm_sleep
+from shmcache.core.lock cimport lock_release, lock_take, shm_ring, shm_sleep, wait_until
 from shmcache.core.settle cimport in_chain, settle_chunk, settle_overflow, settle_page, settle_pages
 from shmcache.core.siphash cimport siphash13
 from shmcache.core.slab cimport (
@@ -50,144 +51,377 @@ from shmcache.core.slab cimport (
     refs_of, value_offset, avail_push_locked)
 from shmcache.core.table cimport dirty_at
 from shmcache.core.token cimport (
-    ABSENT, FREE, KEPT, LIVE, OK, OV_FREE, OV_LINKED, OV_RESERVED, PAGE_ACTIVE, PAGE_BIG, PAGE_CUTTING, PAGE_DRAINING, PAGE_FREE, RESERVED, RETIRED,
+    ABSENT, FREE, INTR, KEPT, LIVE, OK, OV_FREE, OV_LINKED, OV_RESERVED, PAGE_ACTIVE, PAGE_BIG, PAGE_CUTTING, PAGE_DRAINING, PAGE_FREE, RESERVED, RETIRED,
     SUPERVISOR_BYTE, close, dead, kind_of, mono_ns, munmap, prober_ready, row_of, shm_keep_description, shm_ofd_lock, shm_reopen, token_of, word_of)
 
-import gc
-
 from shmcache import errors
+
+cdef extern from *:
+    """
+    #include <pthread.h>
+    #include <signal.h>
+    /* What goes through the whole table does not begin again at each signal: they wait till it is done. But for those of faults. */
+    static void shm_hold_signals(sigset_t *before) {
+        sigset_t all;
+        sigfillset(&all);
+        sigdelset(&all, SIGSEGV); sigdelset(&all, SIGBUS); sigdelset(&all, SIGFPE); sigdelset(&all, SIGILL); sigdelset(&all, SIGABRT);
+        pthread_sigmask(SIG_SETMASK, &all, before);
+    }
+    static void shm_let_signals(sigset_t *before) { pthread_sigmask(SIG_SETMASK, before, NULL); }
+    """
+    ctypedef struct sigset_t:
+        pass
+    void shm_hold_signals(sigset_t* before) noexcept nogil
+    void shm_let_signals(sigset_t* before) noexcept nogil
 
 KINDS = ("FREE", "RESERVED", "LIVE", "RETIRED", "KEPT", "of no kind", "of no kind", "of no kind")
 MOST = 1000         # violations listed; more would not help anybody
 
+# What is wrong is noted while a lock is held, without the GIL and without a Python object, and said when it is released.
+
 cdef enum:
+    KEY_SHOWN = 64
     MOST_IN_CHAIN = 512     # 7 slots, and 64 hops of 6
+
+cdef enum:                  # of TEXTS
+    V_COUNT, V_CHAIN_END, V_CHAIN, V_ADDRESS, V_KIND, V_TAG, V_BUCKET, V_VERSION, V_SIZE, V_HASH, V_TWICE, V_BIG_PAGE, V_REFS, V_LOST, V_KEPT, V_DIRTY
+    V_HEAD_ADDRESS, V_HEAD, V_RING, V_AVAIL_END, V_LISTS, V_NO_RING, V_NO_AVAIL, V_ON_AVAIL, V_CLASS_FREE, V_FREE_END, V_FREE_TWICE, V_FREE_KIND
+    V_FREE_COUNT, V_POOL_KIND, V_POOL, V_OVERFLOW_USED, V_OVERFLOW, V_ROW, V_HEADER, V_CHUNK_BYTES
+
+TEXTS = (
+    "I15 stripe {0}: counts {1} items, its buckets hold {2}",
+    "I16 bucket {0}: its chain does not end (overflow index {1}, hop {2})",
+    "I16 bucket {0}: overflow bucket {1} in its chain is of bucket {2}, kind {3}",
+    "I1 bucket {0} slot {1}: address {2} is no chunk",
+    "I2 bucket {0} slot {1}: chunk {2} is {kind}",
+    "I3 bucket {0} slot {1}: tag {2:#06x}, item {3:#06x}",
+    "I4 bucket {0} slot {1}: the item belongs to bucket {2}",
+    "I8 bucket {0} slot {1}: version {2}, the stripe is at {3}",
+    "I6 bucket {0} slot {1}: key {2} and value {3} bytes in a chunk of {4}",
+    "I5 bucket {0} slot {1}: the hash is not that of the key",
+    "I7 bucket {0} slot {1}: the key {key!r} stands twice in this chain",
+    "I13 bucket {0} slot {1}: page {2} of its list is not its own",
+    "I18 page {0} chunk {1}: count {2}",
+    "I9 page {0} chunk {1}: LIVE, and no slot of bucket {2} names it",
+    "I19 page {0} chunk {1}: KEPT by row {2}, none of whose slots names it",
+    "I22 page {0} chunk {1}: dirty, and the map does not have it",
+    "I14 page {0}: its head {1} is no address",
+    "I14 page {0}: BIG, and the item at {1} does not list it",
+    "I11 class {0}: its ring has {1} pages and ends at {2}, n_pages is {3}",
+    "I11 class {0}: its avail list ends at {1}",
+    "I11 class {0}: page {1} is in its lists and not of it",
+    "I11 class {0}: page {1} is not in its ring",
+    "I11 class {0}: page {1} with {2} free chunks is not on its avail list",
+    "I11 class {0}: page {1} with {2} free chunks is on its avail list",
+    "I11 class {0}: counts {1} free chunks, its pages {2}",
+    "I10 page {0}: its free list leads to chunk {1}",
+    "I10 page {0}: its free list leads to chunk {1} twice",
+    "I10 page {0}: chunk {1} on its free list is {kind}",
+    "I10 page {0}: {1} chunks on its free list, n_free is {2}",
+    "I12 page {0} is on the pool's list and of kind {1}",
+    "I12 the page pool's list has {0} pages and ends at {1}, n_free is {2}",
+    "I17 overflow bucket {0} is on the pool's list and in use",
+    "I17 the overflow pool's list has {0} buckets and ends at {1}, n_free is {2}",
+    "I21 page {0}: its row says {1:#x} of class {2:#x}",
+    "I20 the header's geometry or key is not what it was at attach",
+    "I20 class {0}: chunk_bytes {1}, {2} at attach",
+)
+
+ctypedef struct note_t:
+    int what                # V_*
+    uint64_t of[5]
+    int n_key
+    uint8_t key[KEY_SHOWN]
+
+ctypedef struct notes_t:
+    note_t* at
+    int n
+    int most
+
+cdef note_t* note(notes_t* o, int what, uint64_t a=0, uint64_t b=0, uint64_t c=0, uint64_t d=0, uint64_t e=0) noexcept nogil:
+    """Room for one was left; what is more than MOST is written over the last."""
+    cdef note_t* to = &o.at[min(o.n, o.most - 1)]
+    to.what = what
+    to.of = [a, b, c, d, e]
+    to.n_key = 0
+    if o.n < o.most:
+        o.n += 1
+    return to
+
+# -- buckets, stripe by stripe (the stripe held)
+
+cdef void check_stripe(seg_t* s, uint32_t i, notes_t* o) noexcept nogil:
+    cdef stripe_t* st = &s.stripes[i]
+    cdef uint64_t b = i, n = 0, c
+    cdef uint32_t epoch = ld32(&s.header.epoch)
+    while b < s.n_buckets:
+        n += check_chain(s, b, st, epoch, o)
+        b += s.n_stripes
+    c = st.count if st.count >> 32 == epoch else 0
+    if <uint32_t>c != n:
+        note(o, V_COUNT, i, <uint32_t>c, n)
+
+cdef uint64_t check_chain(seg_t* s, uint64_t b, stripe_t* st, uint32_t epoch, notes_t* o) noexcept nogil:
+    """How many items of this epoch the chain holds."""
+    cdef chain_t c
+    cdef uint64_t seen[MOST_IN_CHAIN]       # addresses of the sound items so far
+    cdef uint64_t w, n = 0
+    cdef int i, hops = 0, n_seen = 0
+    cdef uint32_t nxt = s.buckets[b].overflow
+    cdef overflow_t* ov
+    while nxt:
+        if nxt > s.n_overflow or hops >= MAX_HOPS:
+            note(o, V_CHAIN_END, b, nxt, hops)
+            break
+        ov = &s.overflow[nxt - 1]
+        if ov.head != b or not (kind_of(ov.word) == OV_LINKED or (kind_of(ov.word) == OV_RESERVED and dead(s, token_of(ov.word)))):
+            note(o, V_CHAIN, b, nxt - 1, ov.head, kind_of(ov.word))
+        nxt = ov.next
+        hops += 1
+    chain_first(s, b, &c)
+    while True:
+        for i in range(c.n_slots):
+            w = c.slot[i]
+            if w:
+                n += check_item(s, b, st, epoch, i, w, seen, &n_seen, o)
+        if not chain_next(s, &c):
+            return n
+
+cdef int check_item(seg_t* s, uint64_t b, stripe_t* st, uint32_t epoch, int i, uint64_t w, uint64_t* seen, int* n_seen, notes_t* o) noexcept nogil:
+    """The item that a slot names: 1 if it is of this epoch."""
+    cdef uint64_t addr = w & ADDR_MASK, need
+    cdef uint32_t index = 0, j, p, klen, vlen
+    cdef item_t* it
+    cdef item_t* other
+    cdef int cls = chunk_class(s, addr, &index)
+    cdef big_t g
+    cdef note_t* said
+    cdef uint8_t* key
+    if cls < 0:
+        note(o, V_ADDRESS, b, i, addr)
+        return 0
+    it = item_at(s, addr)
+    key = <uint8_t*>it + 48
+    klen = ld16r(&it.key_bytes)
+    vlen = ld32r(&it.value_bytes)
+    if kind_of(it.word) != LIVE:
+        note(o, V_KIND, b, i, addr, kind_of(it.word))
+    if w >> 48 != it.hash >> 48:
+        note(o, V_TAG, b, i, w >> 48, it.hash >> 48)
+    if bucket_of(s, it.hash) != b:
+        note(o, V_BUCKET, b, i, bucket_of(s, it.hash))
+    if it.cas == 0 or it.cas > st.seq:
+        note(o, V_VERSION, b, i, it.cas, st.seq)
+    need = value_offset(klen) + vlen
+    if it.flags & FLAG_BIG:
+        big_shape(s, klen, vlen, &g)
+        need = g.head_bytes
+    if not 0 < klen <= MAX_KEY or need > s.chunk_bytes[cls]:
+        note(o, V_SIZE, b, i, klen, vlen, s.chunk_bytes[cls])
+        return it.epoch == epoch
+    if siphash13(key, klen, s.k0, s.k1) != it.hash:
+        note(o, V_HASH, b, i)
+    for j in range(<uint32_t>n_seen[0]):
+        other = item_at(s, seen[j])
+        if other.hash == it.hash and other.key_bytes == klen and memcmp(<uint8_t*>other + 48, key, klen) == 0:
+            said = note(o, V_TWICE, b, i)
+            said.n_key = min(<int>klen, <int>KEY_SHOWN)
+            memcpy(said.key, key, said.n_key)
+    if n_seen[0] < MOST_IN_CHAIN:
+        seen[n_seen[0]] = addr
+        n_seen[0] += 1
+    if it.flags & FLAG_BIG:
+        for j in range(g.n_pages):
+            p = ld32r(&(<uint32_t*>(<uint8_t*>it + value_offset(klen)))[j])
+            if not big_owns(s, addr, p):
+                note(o, V_BIG_PAGE, b, i, p)
+    return it.epoch == epoch
+
+# -- lists, lock by lock (the lock held). seen: zeroes, one byte for each page, overflow bucket or chunk of a page and one more; zeroes again
+
+cdef void check_class(seg_t* s, uint32_t cls, uint8_t* seen, uint8_t* chunks, notes_t* o) noexcept nogil:
+    cdef class_t* c = &s.classes[cls]
+    cdef uint64_t p, n_free = 0, n_ring = 0
+    cdef uint32_t at = c.ring
+    while 0 < at <= s.n_pages and not seen[at]:
+        seen[at] = 1
+        n_ring += 1
+        at = s.pages[at - 1].next
+    if at != c.ring or n_ring != c.n_pages:
+        note(o, V_RING, cls, n_ring, at, c.n_pages)
+    at = c.avail
+    while 0 < at <= s.n_pages and not seen[at] & 2:
+        seen[at] |= 2
+        at = s.pages[at - 1].next_avail
+    if at:
+        note(o, V_AVAIL_END, cls, at)
+    for p in range(s.n_pages):
+        if not page_in_class(s, p, cls):
+            if seen[p + 1]:
+                note(o, V_LISTS, cls, p)
+            continue
+        if not seen[p + 1] & 1:
+            note(o, V_NO_RING, cls, p)
+        if kind_of(s.pages[p].word) == PAGE_ACTIVE and (s.pages[p].n_free != 0) != (seen[p + 1] & 2 != 0):
+            note(o, V_ON_AVAIL if seen[p + 1] & 2 else V_NO_AVAIL, cls, p, s.pages[p].n_free)
+        n_free += s.pages[p].n_free
+        check_free_list(s, p, cls, chunks, o)
+    if c.n_free != n_free:
+        note(o, V_CLASS_FREE, cls, c.n_free, n_free)
+    memset(seen, 0, s.n_pages + 1)
+
+cdef void check_free_list(seg_t* s, uint64_t p, uint32_t cls, uint8_t* seen, notes_t* o) noexcept nogil:
+    cdef uint32_t at = s.pages[p].free, n = 0
+    cdef int kind
+    while at:
+        if at > s.page_chunks[cls]:
+            note(o, V_FREE_END, p, at - 1)
+            break
+        if seen[at]:
+            note(o, V_FREE_TWICE, p, at - 1)
+            break
+        seen[at] = 1
+        n += 1
+        kind = kind_of(item_at(s, chunk_addr(s, p, cls, at - 1)).word)
+        if kind != FREE:
+            note(o, V_FREE_KIND, p, at - 1, 0, kind)
+            break
+        at = item_at(s, chunk_addr(s, p, cls, at - 1)).link
+    if at == 0 and n != s.pages[p].n_free:
+        note(o, V_FREE_COUNT, p, n, s.pages[p].n_free)
+    memset(seen, 0, s.page_chunks[cls] + 1)
+
+cdef void check_page_pool(seg_t* s, uint8_t* seen, notes_t* o) noexcept nogil:
+    cdef uint64_t at = s.header.pages.list, n = 0
+    while 0 < at <= s.n_pages and not seen[at]:
+        seen[at] = 1
+        n += 1
+        if kind_of(s.pages[at - 1].word) != PAGE_FREE:
+            note(o, V_POOL_KIND, at - 1, kind_of(s.pages[at - 1].word))
+            return
+        at = s.pages[at - 1].next
+    if at or n != s.header.pages.n_free:
+        note(o, V_POOL, n, at, s.header.pages.n_free)
+
+cdef void check_overflow_pool(seg_t* s, uint8_t* seen, notes_t* o) noexcept nogil:
+    cdef uint64_t at = s.header.overflow.list, n = 0, k
+    cdef bint used
+    while 0 < at <= s.n_overflow and not seen[at]:
+        seen[at] = 1
+        n += 1
+        used = kind_of(s.overflow[at - 1].word) != OV_FREE
+        for k in range(OV_SLOTS):
+            used = used or s.overflow[at - 1].slot[k] != 0
+        if used:
+            note(o, V_OVERFLOW_USED, at - 1)
+            return
+        at = s.overflow[at - 1].next
+    if at or n != s.header.overflow.n_free:
+        note(o, V_OVERFLOW, n, at, s.header.overflow.n_free)
 
 
 cdef class Verifier:
     cdef Mapping mapping            # another thread may close the handle meanwhile
     cdef seg_t* s
+    cdef notes_t o
+    cdef uint8_t* seen              # of pages, or of overflow buckets
+    cdef uint8_t* chunks            # of a page
     cdef list found
 
-    def __init__(self, Table table not None):
-        self.s = table.ready()
+    def __cinit__(self, Table table not None):
+        cdef seg_t* s = table.ready()
+        self.s = s
         self.mapping = table.mapping
         self.found = []
+        self.o.most = MOST
+        self.o.at = <note_t*>calloc(MOST, sizeof(note_t))
+        self.seen = <uint8_t*>calloc(max(s.n_pages, s.n_overflow) + 1, 1)
+        self.chunks = <uint8_t*>calloc(s.page_bytes // MIN_CHUNK + 1, 1)
+        if self.o.at == NULL or self.seen == NULL or self.chunks == NULL:
+            raise MemoryError
 
-    cdef void say(self, text):
-        if len(self.found) < MOST:
-            self.found.append(text)
+    def __dealloc__(self):
+        free(self.o.at)
+        free(self.seen)
+        free(self.chunks)
 
-    cdef int wait(self, int rc) except -1:
-        """Locks are waited for without the GIL by the callers; what is still busy then is an error, not a violation."""
-        if rc != OK:
+    cdef int tell(self) except -1:
+        """No lock is held: say what was noted."""
+        cdef int i
+        cdef note_t* said
+        for i in range(self.o.n):
+            said = &self.o.at[i]
+            if len(self.found) < MOST:
+                self.found.append(TEXTS[said.what].format(said.of[0], said.of[1], said.of[2], said.of[3], said.of[4], kind=KINDS[said.of[3] & 7],
+                                                          key=PyBytes_FromStringAndSize(<char*>said.key, said.n_key)))
+        self.o.n = 0
+        return 0
+
+    cdef uint64_t patience(self) noexcept:
+        return mono_ns() + 10 * self.s.limit_ns
+
+    cdef int had(self, int rc) except -1:
+        """After a wait for a lock. INTR: a signal's handlers are run, and the caller begins again. What is still busy is an error, not a violation."""
+        if rc == INTR:
+            PyErr_CheckSignals()
+        elif rc != OK:
             raise errors.StripeBusy("a living process that does not run holds a lock that verify needs: try again")
         return 0
 
-    # -- buckets, stripe by stripe
-
     cdef int stripe(self, uint32_t i) except -1:
         cdef seg_t* s = self.s
-        cdef stripe_t* st = &s.stripes[i]
-        cdef uint64_t b, n = 0, c
-        cdef uint32_t epoch
-        cdef int rc
-        with nogil:
-            rc = stripe_take(s, st, 10 * s.limit_ns)
-        self.wait(rc)
-        # verify is the one place that runs Python under a lock, and only to say what is wrong: it makes plain objects, with the
-        # collector off (verify()), and a process that holds a stripe for long is only waited for, never robbed.
-        try:
-            epoch = ld32(&s.header.epoch)
-            b = i
-            while b < s.n_buckets:
-                n += self.chain(b, st, epoch)
-                b += s.n_stripes
-            c = st.count if st.count >> 32 == epoch else 0
-            if <uint32_t>c != n:
-                self.say(f"I15 stripe {i}: counts {<uint32_t>c} items, its buckets hold {n}")
-        finally:
-            stripe_release(s, st)
-        return 0
+        cdef uint64_t until = self.patience()
+        cdef int rc = INTR
+        while rc == INTR:
+            with nogil:
+                rc = stripe_take(s, &s.stripes[i], until)
+                if rc == OK:
+                    check_stripe(s, i, &self.o)
+                    #! verify: stripe looked at
+                    stripe_release(s, &s.stripes[i])
+            self.had(rc)
+        return self.tell()
 
-    cdef uint64_t chain(self, uint64_t b, stripe_t* st, uint32_t epoch):
-        """Check one chain, the stripe held; how many items of this epoch it holds. Python objects are made of violations only."""
+    cdef int slab_class(self, uint32_t cls) except -1:
         cdef seg_t* s = self.s
-        cdef chain_t c
-        cdef uint64_t seen[MOST_IN_CHAIN]       # addresses of the sound items so far
-        cdef uint64_t w, n = 0
-        cdef int i, hops = 0, n_seen = 0
-        cdef uint32_t nxt = s.buckets[b].overflow
-        cdef overflow_t* ov
-        while nxt:
-            if nxt > s.n_overflow or hops >= MAX_HOPS:
-                self.say(f"I16 bucket {b}: its chain does not end (overflow index {nxt}, hop {hops})")
-                break
-            ov = &s.overflow[nxt - 1]
-            if ov.head != b or not (kind_of(ov.word) == OV_LINKED or (kind_of(ov.word) == OV_RESERVED and dead(s, token_of(ov.word)))):
-                self.say(f"I16 bucket {b}: overflow bucket {nxt - 1} in its chain is of bucket {ov.head}, kind {kind_of(ov.word)}")
-            nxt = ov.next
-            hops += 1
-        chain_first(s, b, &c)
-        while True:
-            for i in range(c.n_slots):
-                w = c.slot[i]
-                if w:
-                    n += self.item(b, st, epoch, i, w, seen, &n_seen)
-            if not chain_next(s, &c):
-                return n
+        cdef uint64_t until = self.patience()
+        cdef int rc = INTR
+        while rc == INTR:
+            with nogil:
+                rc = class_take(s, cls, until)
+                if rc == OK:
+                    check_class(s, cls, self.seen, self.chunks, &self.o)
+                    #! verify: class looked at
+                    class_release(s, cls)
+            self.had(rc)
+        return self.tell()
 
-    cdef int item(self, uint64_t b, stripe_t* st, uint32_t epoch, int i, uint64_t w, uint64_t* seen, int* n_seen):
-        """Check the item that a slot names: 1 if it is of this epoch."""
+    cdef int pools(self) except -1:
         cdef seg_t* s = self.s
-        cdef uint64_t addr = w & ADDR_MASK, need
-        cdef uint32_t index = 0, j, p, klen, vlen
-        cdef item_t* it
-        cdef item_t* other
-        cdef int cls = chunk_class(s, addr, &index)
-        cdef big_t g
-        cdef uint8_t* key
-        if cls < 0:
-            self.say(f"I1 bucket {b} slot {i}: address {addr} is no chunk")
-            return 0
-        it = item_at(s, addr)
-        key = <uint8_t*>it + 48
-        klen = ld16r(&it.key_bytes)
-        vlen = ld32r(&it.value_bytes)
-        if kind_of(it.word) != LIVE:
-            self.say(f"I2 bucket {b} slot {i}: chunk {addr} is {KINDS[kind_of(it.word) & 7]}")
-        if w >> 48 != it.hash >> 48:
-            self.say(f"I3 bucket {b} slot {i}: tag {w >> 48:#06x}, item {it.hash >> 48:#06x}")
-        if bucket_of(s, it.hash) != b:
-            self.say(f"I4 bucket {b} slot {i}: the item belongs to bucket {bucket_of(s, it.hash)}")
-        if it.cas == 0 or it.cas > st.seq:
-            self.say(f"I8 bucket {b} slot {i}: version {it.cas}, the stripe is at {st.seq}")
-        need = value_offset(klen) + vlen
-        if it.flags & FLAG_BIG:
-            big_shape(s, klen, vlen, &g)
-            need = g.head_bytes
-        if not 0 < klen <= MAX_KEY or need > s.chunk_bytes[cls]:
-            self.say(f"I6 bucket {b} slot {i}: key {klen} and value {vlen} bytes in a chunk of {s.chunk_bytes[cls]}")
-            return it.epoch == epoch
-        if siphash13(key, klen, s.k0, s.k1) != it.hash:
-            self.say(f"I5 bucket {b} slot {i}: the hash is not that of the key")
-        for j in range(<uint32_t>n_seen[0]):
-            other = item_at(s, seen[j])
-            if other.hash == it.hash and other.key_bytes == klen and memcmp(<uint8_t*>other + 48, key, klen) == 0:
-                self.say(f"I7 bucket {b} slot {i}: the key {key[:klen]!r} stands twice in this chain")
-        if n_seen[0] < MOST_IN_CHAIN:
-            seen[n_seen[0]] = addr
-            n_seen[0] += 1
-        if it.flags & FLAG_BIG:
-            for j in range(g.n_pages):
-                p = ld32r(&(<uint32_t*>(<uint8_t*>it + value_offset(klen)))[j])
-                if not big_owns(s, addr, p):
-                    self.say(f"I13 bucket {b} slot {i}: page {p} of its list is not its own")
-        return it.epoch == epoch
+        cdef uint64_t until = self.patience()
+        cdef int rc = INTR
+        while rc == INTR:
+            with nogil:
+                rc = pool_take(s, until)
+                if rc == OK:
+                    check_page_pool(s, self.seen, &self.o)
+                    lock_release(&s.header.pages.lock)
+            self.had(rc)
+        memset(self.seen, 0, s.n_pages + 1)
+        until = self.patience()
+        rc = INTR
+        while rc == INTR:
+            with nogil:
+                rc = overflow_take(s, until)
+                if rc == OK:
+                    check_overflow_pool(s, self.seen, &self.o)
+                    lock_release(&s.header.overflow.lock)
+            self.had(rc)
+        return self.tell()
 
     # -- chunks, page by page
 
-    cdef int chunks(self, uint64_t p) except -1:
+    cdef int chunks_of(self, uint64_t p) except -1:
         cdef seg_t* s = self.s
         cdef uint32_t cls = <uint32_t>page_cls(s, p), i
         cdef uint64_t addr
@@ -198,175 +432,79 @@ cdef class Verifier:
             addr = chunk_addr(s, p, cls, i)
             it = item_at(s, addr)
             if refs_of(s, addr)[0] > MAX_REFS:
-                self.say(f"I18 page {p} chunk {i}: count {refs_of(s, addr)[0]}")
+                note(&self.o, V_REFS, p, i, refs_of(s, addr)[0])
             if kind_of(ld64(&it.word)) == LIVE and not self.named(p, cls, addr):
-                self.say(f"I9 page {p} chunk {i}: LIVE, and no slot of bucket {bucket_of(s, it.hash)} names it")
+                note(&self.o, V_LOST, p, i, bucket_of(s, it.hash))
             elif kind_of(ld64(&it.word)) == KEPT and not self.kept(addr):
-                self.say(f"I19 page {p} chunk {i}: KEPT by row {row_of(token_of(it.word))}, none of whose slots names it")
+                note(&self.o, V_KEPT, p, i, row_of(token_of(it.word)))
             elif s.policy == POLICY_BACK and ld8r(&it.flags) & FLAG_DIRTY and not dirty_bit(s, addr) and self.not_in_map(addr):
-                self.say(f"I22 page {p} chunk {i}: dirty, and the map does not have it")
-        return 0
+                note(&self.o, V_DIRTY, p, i)
+        return self.tell()
 
     cdef bint not_in_map(self, uint64_t addr) except -1:
         """Who looks for dirty items clears a bit before he looks again."""
         cdef seg_t* s = self.s
         cdef uint8_t key[4096]
         cdef size_t n
+        cdef uint64_t until
         cdef int rc, i
         for i in range(5):
+            until = self.patience()
+            rc = INTR
+            while rc == INTR:
+                with nogil:
+                    rc = dirty_at(s, addr, key, &n, until)
+                if rc == ABSENT or dirty_bit(s, addr):
+                    return False
+                self.had(rc)
             with nogil:
-                rc = dirty_at(s, addr, key, &n, 10 * s.limit_ns)
-            if rc == ABSENT or dirty_bit(s, addr):
-                return False
-            self.wait(rc)
-            usleep(1000)
+                usleep(1000)
         return True
 
     cdef bint named(self, uint64_t p, uint32_t cls, uint64_t addr) except -1:
         cdef seg_t* s = self.s
         cdef item_t* it = item_at(s, addr)
-        cdef uint64_t h = ld64(&it.hash), b = bucket_of(s, h)
-        cdef stripe_t* st = stripe_of(s, b)
-        cdef int rc
-        cdef bint fine
+        cdef uint64_t h = ld64(&it.hash), b = bucket_of(s, h), until
+        cdef int rc = INTR
+        cdef bint fine = True
         if slot_naming(s, b, addr) != NULL:
             return True
-        with nogil:
-            rc = stripe_take(s, st, 10 * s.limit_ns)
-        self.wait(rc)
-        fine = slot_naming(s, b, addr) != NULL or ld64(&it.hash) != h or kind_of(ld64(&it.word)) != LIVE or \
-            not page_in_class(s, p, cls)
-        stripe_release(s, st)
+        until = self.patience()
+        while rc == INTR:
+            with nogil:
+                rc = stripe_take(s, stripe_of(s, b), until)
+                if rc == OK:
+                    fine = slot_naming(s, b, addr) != NULL or ld64(&it.hash) != h or kind_of(ld64(&it.word)) != LIVE or \
+                        not page_in_class(s, p, cls)
+                    stripe_release(s, stripe_of(s, b))
+            self.had(rc)
         return fine
 
     cdef int big_page(self, uint64_t p) except -1:
         cdef seg_t* s = self.s
         cdef page_t* pg = &s.pages[p]
-        cdef uint64_t w = ld64(&pg.word), head = ld64(&pg.head), h
+        cdef uint64_t w = ld64(&pg.word), head = ld64(&pg.head), h, until
         cdef stripe_t* st
-        cdef int rc
+        cdef int rc = INTR
         if kind_of(w) != PAGE_BIG or token_of(w) or head == 0:      # of head 0: for the next settle_pages
             return 0
         if not in_slab(s, head):
-            self.say(f"I14 page {p}: its head {head} is no address")
-            return 0
+            note(&self.o, V_HEAD_ADDRESS, p, head)
+            return self.tell()
         h = ld64(&item_at(s, head).hash)
         st = stripe_of(s, bucket_of(s, h))
-        with nogil:
-            rc = stripe_take(s, st, 10 * s.limit_ns)
-        self.wait(rc)
-        if ld64(&pg.word) == w and ld64(&pg.head) == head and ld64(&item_at(s, head).hash) == h and \
-                kind_of(ld64(&item_at(s, head).word)) == LIVE and \
-                not (slot_naming(s, bucket_of(s, h), head) != NULL and big_lists(s, head, p)):
-            self.say(f"I14 page {p}: BIG, and the item at {head} does not list it")
-        stripe_release(s, st)
-        return 0
-
-    # -- lists, lock by lock
-
-    cdef int slab_class(self, uint32_t cls) except -1:
-        cdef seg_t* s = self.s
-        cdef class_t* c = &s.classes[cls]
-        cdef uint64_t p, n_free = 0
-        cdef uint32_t at
-        cdef int rc
-        with nogil:
-            rc = class_take(s, cls, 10 * s.limit_ns)
-        self.wait(rc)
-        try:
-            ring = set()
-            at = c.ring
-            while 0 < at <= s.n_pages and at not in ring:
-                ring.add(at)
-                at = s.pages[at - 1].next
-            if at != c.ring or len(ring) != c.n_pages:
-                self.say(f"I11 class {cls}: its ring has {len(ring)} pages and ends at {at}, n_pages is {c.n_pages}")
-            avail = set()
-            at = c.avail
-            while 0 < at <= s.n_pages and at not in avail:
-                avail.add(at)
-                at = s.pages[at - 1].next_avail
-            if at:
-                self.say(f"I11 class {cls}: its avail list ends at {at}")
-            for p in range(s.n_pages):
-                if not page_in_class(s, p, cls):
-                    if p + 1 in ring or p + 1 in avail:
-                        self.say(f"I11 class {cls}: page {p} is in its lists and not of it")
-                    continue
-                if p + 1 not in ring:
-                    self.say(f"I11 class {cls}: page {p} is not in its ring")
-                if kind_of(s.pages[p].word) == PAGE_ACTIVE and (s.pages[p].n_free != 0) != (p + 1 in avail):
-                    self.say(f"I11 class {cls}: page {p} with {s.pages[p].n_free} free chunks is {'' if p + 1 in avail else 'not '}on "
-                             "its avail list")
-                n_free += s.pages[p].n_free
-                self.free_list(p, cls)
-            if c.n_free != n_free:
-                self.say(f"I11 class {cls}: counts {c.n_free} free chunks, its pages {n_free}")
-        finally:
-            class_release(s, cls)
-        return 0
-
-    cdef int free_list(self, uint64_t p, uint32_t cls) except -1:
-        cdef seg_t* s = self.s
-        cdef uint32_t at = s.pages[p].free, n = 0
-        cdef uint8_t* seen = <uint8_t*>calloc(s.page_chunks[cls] + 1, 1)
-        if seen == NULL:
-            raise MemoryError
-        while at:
-            if at > s.page_chunks[cls] or seen[at]:
-                self.say(f"I10 page {p}: its free list leads to chunk {<int64_t>at - 1}" + (" twice" if at <= s.page_chunks[cls] else ""))
-                break
-            seen[at] = 1
-            n += 1
-            if kind_of(item_at(s, chunk_addr(s, p, cls, at - 1)).word) != FREE:
-                self.say(f"I10 page {p}: chunk {at - 1} on its free list is "
-                         f"{KINDS[kind_of(item_at(s, chunk_addr(s, p, cls, at - 1)).word) & 7]}")
-                break
-            at = item_at(s, chunk_addr(s, p, cls, at - 1)).link
-        free(seen)
-        if at == 0 and n != s.pages[p].n_free:
-            self.say(f"I10 page {p}: {n} chunks on its free list, n_free is {s.pages[p].n_free}")
-        return 0
-
-    cdef int pools(self) except -1:
-        cdef seg_t* s = self.s
-        cdef uint64_t at, k
-        cdef int rc
-        with nogil:
-            rc = pool_take(s, 10 * s.limit_ns)
-        self.wait(rc)
-        try:
-            seen = set()
-            at = s.header.pages.list
-            while 0 < at <= s.n_pages and at not in seen:
-                seen.add(at)
-                if kind_of(s.pages[at - 1].word) != PAGE_FREE:
-                    self.say(f"I12 page {at - 1} is on the pool's list and of kind {kind_of(s.pages[at - 1].word)}")
-                    break
-                at = s.pages[at - 1].next
-            else:
-                if at or len(seen) != s.header.pages.n_free:
-                    self.say(f"I12 the page pool's list has {len(seen)} pages and ends at {at}, n_free is {s.header.pages.n_free}")
-        finally:
-            lock_release(&s.header.pages.lock)
-        with nogil:
-            rc = overflow_take(s, 10 * s.limit_ns)
-        self.wait(rc)
-        try:
-            seen = set()
-            at = s.header.overflow.list
-            while 0 < at <= s.n_overflow and at not in seen:
-                seen.add(at)
-                if kind_of(s.overflow[at - 1].word) != OV_FREE or any(s.overflow[at - 1].slot[k] for k in range(OV_SLOTS)):
-                    self.say(f"I17 overflow bucket {at - 1} is on the pool's list and in use")
-                    break
-                at = s.overflow[at - 1].next
-            else:
-                if at or len(seen) != s.header.overflow.n_free:
-                    self.say(f"I17 the overflow pool's list has {len(seen)} buckets and ends at {at}, n_free is {s.header.overflow.n_free}")
-        finally:
-            lock_release(&s.header.overflow.lock)
-        return 0
+        until = self.patience()
+        while rc == INTR:
+            with nogil:
+                rc = stripe_take(s, st, until)
+                if rc == OK:
+                    if ld64(&pg.word) == w and ld64(&pg.head) == head and ld64(&item_at(s, head).hash) == h and \
+                            kind_of(ld64(&item_at(s, head).word)) == LIVE and \
+                            not (slot_naming(s, bucket_of(s, h), head) != NULL and big_lists(s, head, p)):
+                        note(&self.o, V_HEAD, p, head)
+                    stripe_release(s, st)
+            self.had(rc)
+        return self.tell()
 
     # -- rows, header
 
@@ -392,28 +530,33 @@ cdef class Verifier:
 
     cdef int page(self, uint64_t p) except -1:
         cdef seg_t* s = self.s
-        cdef int rc
+        cdef uint64_t until
+        cdef int rc = INTR
         if page_sound(s, p):
             return 0
-        with nogil:
-            rc = pool_take(s, 10 * s.limit_ns)
-        self.wait(rc)
-        if not page_sound(s, p):
-            self.say(f"I21 page {p}: its row says {ld64(&s.pages[p].word):#x} of class {ld32(&s.pages[p].cls):#x}")
-        lock_release(&s.header.pages.lock)
-        return 0
+        until = self.patience()
+        while rc == INTR:
+            with nogil:
+                rc = pool_take(s, until)
+                if rc == OK:
+                    if not page_sound(s, p):
+                        note(&self.o, V_ROW, p, ld64(&s.pages[p].word), ld32(&s.pages[p].cls))
+                    lock_release(&s.header.pages.lock)
+            self.had(rc)
+        return self.tell()
 
     cdef int header(self) except -1:
         cdef seg_t* s = self.s
+        cdef uint32_t i
         h = s.header
         if (h.n_rows, h.n_stripes, h.n_classes, h.page_shift, h.n_pages, h.n_buckets, h.n_overflow, h.slab_off, h.hash_key[0],
                 h.hash_key[1], h.policy, h.dirty_off) != (s.n_rows, s.n_stripes, s.n_classes, s.page_shift, s.n_pages, s.n_buckets, s.n_overflow,
                                    s.slab_off, s.k0, s.k1, s.policy, <uint8_t*>s.dirty - s.base):
-            self.say("I20 the header's geometry or key is not what it was at attach")
+            note(&self.o, V_HEADER)
         for i in range(s.n_classes):
             if s.classes[i].chunk_bytes != s.chunk_bytes[i]:
-                self.say(f"I20 class {i}: chunk_bytes {s.classes[i].chunk_bytes}, {s.chunk_bytes[i]} at attach")
-        return 0
+                note(&self.o, V_CHUNK_BYTES, i, s.classes[i].chunk_bytes, s.chunk_bytes[i])
+        return self.tell()
 
     def run(self):
         cdef seg_t* s = self.s
@@ -425,7 +568,7 @@ cdef class Verifier:
         for i in range(s.n_classes):
             self.slab_class(i)
         for p in range(s.n_pages):
-            self.chunks(p)
+            self.chunks_of(p)
             self.big_page(p)
         for p in range(s.n_pages):
             self.page(p)
@@ -435,13 +578,7 @@ cdef class Verifier:
 
 def verify(Table table not None):
     """Hold every structure against the invariants above: a line for each violation, which begins with its number."""
-    collecting = gc.isenabled()
-    gc.disable()        # a collection under a stripe could run a finalizer that wants that stripe
-    try:
-        return Verifier(table).run()
-    finally:
-        if collecting:
-            gc.enable()
+    return Verifier(table).run()
 
 
 def settle(Table table not None):
@@ -452,42 +589,45 @@ def settle(Table table not None):
     cdef uint64_t p, i
     cdef uint32_t cls, k
     cdef uint64_t counts[8]
+    cdef sigset_t before
     with nogil:
+        shm_hold_signals(&before)
         for i in range(s.n_stripes):
-            if stripe_take(s, &s.stripes[i], s.limit_ns) == OK:
+            if stripe_take(s, &s.stripes[i], wait_until(s)) == OK:
                 stripe_release(s, &s.stripes[i])
         for cls in range(s.n_classes):
-            if class_take(s, cls, s.limit_ns) == OK:
+            if class_take(s, cls, wait_until(s)) == OK:
                 class_release(s, cls)
-        if pool_take(s, s.limit_ns) == OK:
+        if pool_take(s, wait_until(s)) == OK:
             lock_release(&s.header.pages.lock)
-        if overflow_take(s, s.limit_ns) == OK:
+        if overflow_take(s, wait_until(s)) == OK:
             lock_release(&s.header.overflow.lock)
-        if lock_take(s, &s.header.big.lock, s.limit_ns) >= OK:
+        if lock_take(s, &s.header.big.lock, wait_until(s)) >= OK:
             lock_release(&s.header.big.lock)
         for p in range(s.n_pages):
-            settle_page(s, p, s.limit_ns)
+            settle_page(s, p, wait_until(s))
             cls = <uint32_t>page_cls(s, p)
             if cls < s.n_classes and page_in_class(s, p, cls):
                 for k in range(s.page_chunks[cls]):
-                    settle_chunk(s, chunk_addr(s, p, cls, k), s.limit_ns)
+                    settle_chunk(s, chunk_addr(s, p, cls, k), wait_until(s))
         for p in range(s.n_pages):                  # again: pages whose head was settled after them
-            settle_page(s, p, s.limit_ns)
+            settle_page(s, p, wait_until(s))
             cls = <uint32_t>page_cls(s, p)
-            if cls < s.n_classes and page_in_class(s, p, cls) and class_take(s, cls, s.limit_ns) == OK:
+            if cls < s.n_classes and page_in_class(s, p, cls) and class_take(s, cls, wait_until(s)) == OK:
                 if page_in_class(s, p, cls):        # what is FREE and on no list
                     s.classes[cls].page_in_hand = <uint32_t>p + 1
                     rebuild_page_locked(s, p, cls)
                     if s.pages[p].n_free and kind_of(s.pages[p].word) == PAGE_ACTIVE:
                         avail_push_locked(s, &s.classes[cls], p)
                 class_release(s, cls)
-        settle_overflow(s, s.n_overflow, s.limit_ns)
+        settle_overflow(s, s.n_overflow, wait_until(s))
         memset(counts, 0, sizeof(counts))
         for p in range(s.n_pages):
             cls = <uint32_t>page_cls(s, p)
             if cls < s.n_classes and page_in_class(s, p, cls):
                 for k in range(s.page_chunks[cls]):
                     counts[kind_of(ld64(&item_at(s, chunk_addr(s, p, cls, k)).word)) & 7] += 1
+        shm_let_signals(&before)
     return {KINDS[k]: counts[k] for k in range(5)}
 
 
@@ -589,19 +729,21 @@ cdef class Supervision:
         cdef uint64_t p = 0
         cdef uint32_t got = 0, i, k, moved = 0, evicted = 0
         cdef bint turned, more = True
+        cdef sigset_t before
         if cls >= s.n_classes:
             raise errors.UsageError(f"slab classes are 0 to {s.n_classes - 1}")
         with nogil:
+            shm_hold_signals(&before)
             while got < n and more:
                 k = 0
                 turned = False
                 while k < min(<uint32_t>HANDFUL, n - got):
-                    if evict_one(s, cls, 0, PATIENCE_NS, &hand[k], &turned) != OK:
+                    if evict_one(s, cls, 0, mono_ns() + PATIENCE_NS, &hand[k], &turned) != OK:
                         more = False
                         break
                     k += 1
                     #! make room: evicted
-                if k and class_take(s, cls, PATIENCE_NS) == OK:
+                if k and class_take(s, cls, mono_ns() + PATIENCE_NS) == OK:
                     for i in range(k):
                         chunk_push_locked(s, cls, hand[i])
                     class_release(s, cls)
@@ -614,9 +756,10 @@ cdef class Supervision:
                 if turned:
                     settle_pages(s, 4, 0)
                     settle_overflow(s, 16, 0)
-                    if take_page(s, cls, False, PATIENCE_NS, &p) == OK and give_page(s, p, cls, PATIENCE_NS) == OK:
+                    if take_page(s, cls, False, mono_ns() + PATIENCE_NS, &p) == OK and give_page(s, p, cls, mono_ns() + PATIENCE_NS) == OK:
                         got += s.page_chunks[cls]
                         moved += 1
+            shm_let_signals(&before)
         return evicted, moved
 
     def sweep(self, uint64_t first, uint64_t end):
@@ -625,9 +768,11 @@ cdef class Supervision:
         cdef uint64_t p, addr, w, freed = 0
         cdef uint32_t k, cls
         cdef item_t* it
+        cdef sigset_t before
         with nogil:
+            shm_hold_signals(&before)
             for p in range(first, min(end, s.n_pages)):
-                settle_page(s, p, PATIENCE_NS)
+                settle_page(s, p, mono_ns() + PATIENCE_NS)
                 cls = <uint32_t>page_cls(s, p)
                 if cls >= s.n_classes or not page_in_class(s, p, cls):
                     continue
@@ -636,19 +781,23 @@ cdef class Supervision:
                     it = item_at(s, addr)
                     w = ld64(&it.word)
                     if kind_of(w) == LIVE:
-                        if stale(s, it) and evict_chunk(s, addr, cls, True, PATIENCE_NS) == OK:
+                        if stale(s, it) and evict_chunk(s, addr, cls, True, mono_ns() + PATIENCE_NS) == OK:
                             #! sweep: evicted
-                            chunk_free_list(s, cls, addr, PATIENCE_NS)
+                            chunk_free_list(s, cls, addr, mono_ns() + PATIENCE_NS)
                             freed += 1
                     elif kind_of(w) != FREE and token_of(w) != s.me[0]:
-                        settle_chunk(s, addr, PATIENCE_NS)
+                        settle_chunk(s, addr, mono_ns() + PATIENCE_NS)
+            shm_let_signals(&before)
         return freed
 
     def sweep_overflow(self):
         """Settle the overflow buckets that the dead left."""
         cdef seg_t* s = self.s
+        cdef sigset_t before
         with nogil:
-            settle_overflow(s, s.n_overflow, PATIENCE_NS)
+            shm_hold_signals(&before)
+            settle_overflow(s, s.n_overflow, mono_ns() + PATIENCE_NS)
+            shm_let_signals(&before)
 
 
 # ---- repair of damage -----------------------------------------------------------------------------------------------------
@@ -707,13 +856,15 @@ def repair(Table table not None):
     cdef uint32_t i, k, cls, nxt, epoch
     cdef uint32_t* link
     cdef int j
+    cdef sigset_t before
     cdef uint8_t* chained = <uint8_t*>calloc(s.n_overflow, 1)      # overflow buckets that a chain was seen to lead to
     if chained == NULL:
         raise MemoryError
     with nogil:
+        shm_hold_signals(&before)
         for i in range(s.n_stripes):
             st = &s.stripes[i]
-            if stripe_take(s, st, s.limit_ns) != OK:
+            if stripe_take(s, st, wait_until(s)) != OK:
                 continue
             n = 0
             epoch = ld32(&s.header.epoch)
@@ -771,10 +922,10 @@ def repair(Table table not None):
                 h = ld64(&it.hash)
                 b = bucket_of(s, h)
                 st = stripe_of(s, b)
-                if stripe_take(s, st, s.limit_ns) != OK:
+                if stripe_take(s, st, wait_until(s)) != OK:
                     continue
                 if ld64(&it.hash) == h and kind_of(ld64(&it.word)) == LIVE and slot_naming(s, b, addr) == NULL and \
-                        class_take(s, cls, s.limit_ns) == OK:
+                        class_take(s, cls, wait_until(s)) == OK:
                     if page_in_class(s, p, cls):
                         st64(&it.word, word_of(RETIRED, s.me[0]))
                         #! repair: RETIRED
@@ -784,18 +935,18 @@ def repair(Table table not None):
                     class_release(s, cls)
                 stripe_release(s, st)
         for cls in range(s.n_classes):
-            if class_take(s, cls, s.limit_ns) == OK:
+            if class_take(s, cls, wait_until(s)) == OK:
                 for p in range(s.n_pages):
                     if page_in_class(s, p, cls):
                         rebuild_page_locked(s, p, cls)
                 class_repair(s, cls)
                 class_release(s, cls)
         for p in range(s.n_pages):              # rows that say nothing sensible: no slot names a chunk there any more
-            if not page_sound(s, p) and pool_take(s, s.limit_ns) == OK:
+            if not page_sound(s, p) and pool_take(s, wait_until(s)) == OK:
                 if not page_sound(s, p):
                     pool_push_locked(s, p)
                 lock_release(&s.header.pages.lock)
-        if pool_take(s, s.limit_ns) == OK:
+        if pool_take(s, wait_until(s)) == OK:
             pool_repair(s)
             lock_release(&s.header.pages.lock)
         for p in range(s.n_overflow):
@@ -804,9 +955,9 @@ def repair(Table table not None):
             if chained[p] or ld64(&ov.word) == word_of(OV_FREE, 0):
                 continue
             st = stripe_of(s, b if b < s.n_buckets else 0)
-            if stripe_take(s, st, s.limit_ns) != OK:
+            if stripe_take(s, st, wait_until(s)) != OK:
                 continue
-            if not (b < s.n_buckets and in_chain(s, b, p)) and ld32(&ov.head) == b and overflow_take(s, s.limit_ns) == OK:
+            if not (b < s.n_buckets and in_chain(s, b, p)) and ld32(&ov.head) == b and overflow_take(s, wait_until(s)) == OK:
                 if ld64(&ov.word) != word_of(OV_FREE, 0):
                     for j in range(OV_SLOTS):
                         st64(&ov.slot[j], 0)
@@ -815,7 +966,7 @@ def repair(Table table not None):
                     overflow_push_locked(s, p)
                 lock_release(&s.header.overflow.lock)
             stripe_release(s, st)
-        if overflow_take(s, s.limit_ns) == OK:
+        if overflow_take(s, wait_until(s)) == OK:
             for p in range(s.n_overflow):
                 if ld64(&s.overflow[p].word) == word_of(OV_FREE, 0):
                     for j in range(OV_SLOTS):
@@ -825,6 +976,7 @@ def repair(Table table not None):
         for addr in range((s.n_pages << s.page_shift) >> REFS_SHIFT):
             if s.refs[addr] > MAX_REFS:
                 st8r(&s.refs[addr], 0)
+        shm_let_signals(&before)
     free(chained)
     settle(table)
     return cleared, freed

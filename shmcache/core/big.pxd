@@ -116,7 +116,7 @@ cdef inline void big_seal_locked(seg_t* s, uint64_t addr, uint64_t klen, uint32_
             st64(&s.pages[p].word, word_of(PAGE_BIG, 0))
             #! big: page sealed
 
-cdef inline void big_free_pages(seg_t* s, uint64_t addr, uint64_t klen, uint32_t n_pages, uint64_t limit_ns) noexcept nogil:
+cdef inline void big_free_pages(seg_t* s, uint64_t addr, uint64_t klen, uint32_t n_pages, uint64_t until_ns) noexcept nogil:
     """Pages of a head chunk that is this process's, or a dead one's under its stripe, and that no slot names. What stays behind
     settle_pages finds."""
     cdef uint32_t* pages = <uint32_t*>(<uint8_t*>item_at(s, addr) + value_offset(klen))
@@ -130,11 +130,11 @@ cdef inline void big_free_pages(seg_t* s, uint64_t addr, uint64_t klen, uint32_t
         #! big: word read
         if kind_of(w) == PAGE_BIG and big_owns(s, addr, p):
             #! big: page to be freed
-            if page_to_pool(s, p, w, addr, limit_ns) != OK and cas64(&s.pages[p].word, w, word_of(PAGE_BIG, 0)):
+            if page_to_pool(s, p, w, addr, until_ns) != OK and cas64(&s.pages[p].word, w, word_of(PAGE_BIG, 0)):
                 #! big: page left behind
                 cas64(&s.pages[p].head, addr, 0)    # no other page gets this head while the chunk is in hand
 
-cdef inline void big_free_item_pages(seg_t* s, uint64_t addr, uint64_t limit_ns) noexcept nogil:
+cdef inline void big_free_item_pages(seg_t* s, uint64_t addr, uint64_t until_ns) noexcept nogil:
     """The same for an item that was taken out of the table, if it is a big one."""
     cdef item_t* it = item_at(s, addr)
     cdef uint64_t klen = ld16r(&it.key_bytes)
@@ -142,4 +142,4 @@ cdef inline void big_free_item_pages(seg_t* s, uint64_t addr, uint64_t limit_ns)
     if ld8r(&it.flags) & FLAG_BIG:
         big_shape(s, klen, ld32r(&it.value_bytes), &g)
         if g.head_bytes <= page_room(s, addr):
-            big_free_pages(s, addr, klen, g.n_pages, limit_ns)
+            big_free_pages(s, addr, klen, g.n_pages, until_ns)

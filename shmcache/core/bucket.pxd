@@ -171,7 +171,7 @@ cdef inline bint holds(seg_t* s, stripe_t* st) noexcept nogil:
     cdef uint64_t i = st - s.stripes
     return s.holder == pthread_self() and s.held[i >> 6] >> (i & 63) & 1
 
-cdef inline int stripe_take(seg_t* s, stripe_t* st, uint64_t limit_ns) noexcept nogil:
+cdef inline int stripe_take(seg_t* s, stripe_t* st, uint64_t until_ns) noexcept nogil:
     cdef int rc
     if unlikely(s.holder != 0):
         if holds(s, st):
@@ -179,8 +179,8 @@ cdef inline int stripe_take(seg_t* s, stripe_t* st, uint64_t limit_ns) noexcept 
             return OK
         if s.holder == pthread_self():
             #! stripe: not one of those held
-            limit_ns = 0
-    rc = lock_take(s, &st.lock, limit_ns)
+            until_ns = 0
+    rc = lock_take(s, &st.lock, until_ns)
     if rc == TAKEN_OVER:
         stripe_repair(s, st)
         return OK
@@ -217,10 +217,10 @@ cdef inline void overflow_push_locked(seg_t* s, uint64_t i) noexcept nogil:
     #! overflow push: on the list
     st64(&pool.n_free, pool.n_free + 1)
 
-cdef inline int overflow_take(seg_t* s, uint64_t limit_ns) noexcept nogil:
+cdef inline int overflow_take(seg_t* s, uint64_t until_ns) noexcept nogil:
     cdef int rc
     #? overflow: to be taken
-    rc = lock_take(s, &s.header.overflow.lock, limit_ns)
+    rc = lock_take(s, &s.header.overflow.lock, until_ns)
     if rc == TAKEN_OVER:
         overflow_repair(s)
         return OK
@@ -239,7 +239,7 @@ cdef inline void overflow_repair(seg_t* s) noexcept nogil:
         if ld64(&s.overflow[i].word) == word_of(OV_FREE, 0):
             overflow_push_locked(s, i)
 
-cdef inline uint64_t* chain_grow_locked(seg_t* s, uint64_t b, uint32_t* link, uint64_t limit_ns, int* rc) noexcept nogil:
+cdef inline uint64_t* chain_grow_locked(seg_t* s, uint64_t b, uint32_t* link, uint64_t until_ns, int* rc) noexcept nogil:
     """Link an empty overflow bucket behind the last of b's chain; its first slot, or NULL: none is left (rc OK), or rc.
 
     Crash: popped, not linked: RESERVED(dead), in no chain -> settle_overflow frees it. Linked: RESERVED(dead), in its chain ->
@@ -252,7 +252,7 @@ cdef inline uint64_t* chain_grow_locked(seg_t* s, uint64_t b, uint32_t* link, ui
     rc[0] = OK
     if ld64(&pool.list) == 0 and ld64(&pool.lock.word) == 0:
         return NULL             # under a lock an empty list may be one that its dead holder was making anew
-    rc[0] = overflow_take(s, limit_ns)
+    rc[0] = overflow_take(s, until_ns)
     if rc[0] != OK:
         return NULL
     i = ld64(&pool.list) - 1

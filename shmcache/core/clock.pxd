@@ -25,7 +25,7 @@ from shmcache.core.big cimport big_free_item_pages
 from shmcache.core.bucket cimport OP_EVICT, bucket_of, epoch_now, remove_locked, slot_naming, stripe_of, stripe_release, stripe_take
 from shmcache.core.layout cimport FLAG_BIG, FLAG_CLAIM, FLAG_DIRTY, FLAG_LOCK, FLAG_WRITING, class_t, item_t, page_t, seg_t, stripe_t
 from shmcache.core.lock cimport shm_ring
-from shmcache.core.settle cimport settle_chunk, settle_overflow, settle_pages
+from shmcache.core.settle cimport INNER_NS, settle_chunk, settle_overflow, settle_pages
 from shmcache.core.slab cimport avail_push_locked, avail_remove_locked, chunk_addr, chunk_class, chunk_free_list, chunk_get, \
     chunk_push_locked, class_release, class_take, cut_page, item_at, page_from_pool, page_in_class, page_of, publish_page, \
     page_room, refs_of, relist_page, ring_remove_locked, value_offset
@@ -66,7 +66,7 @@ cdef inline bint claim_stands(seg_t* s, uint64_t addr) noexcept nogil:
         return False
     return ld8r(&it.flags) & FLAG_WRITING or not dead(s, ld64r(<uint64_t*>(<uint8_t*>it + at)))
 
-cdef inline int evict_chunk(seg_t* s, uint64_t addr, uint32_t cls, bint only_stale, uint64_t limit_ns) noexcept nogil:
+cdef inline int evict_chunk(seg_t* s, uint64_t addr, uint32_t cls, bint only_stale, uint64_t until_ns) noexcept nogil:
     """Take the item at this address out of the table, whatever its count: OK leaves it RETIRED(this process), a chunk of class cls.
 
     The class is asked for again under the stripe: since the hand chose the address its page may have been cut anew, with a
@@ -78,7 +78,7 @@ cdef inline int evict_chunk(seg_t* s, uint64_t addr, uint32_t cls, bint only_sta
     cdef uint64_t* slot
     cdef uint32_t index = 0
     cdef bint was_stale
-    cdef int rc = stripe_take(s, st, limit_ns)
+    cdef int rc = stripe_take(s, st, until_ns)
     if rc != OK:
         return rc
     slot = slot_naming(s, b, addr)
@@ -99,7 +99,7 @@ cdef inline int evict_chunk(seg_t* s, uint64_t addr, uint32_t cls, bint only_sta
         add64(&s.row.evictions, 1)
         if not s.supervising:
             add64(&s.row.inline_evictions, 1)
-    big_free_item_pages(s, addr, s.limit_ns if limit_ns else 0)
+    big_free_item_pages(s, addr, until_ns)
     return OK
 
 cdef inline uint64_t hand_step(seg_t* s, uint32_t cls, bint* turned) noexcept nogil:
@@ -127,7 +127,7 @@ cdef inline uint64_t hand_step(seg_t* s, uint32_t cls, bint* turned) noexcept no
         elif cas64(&c.hand, hand, hand + 1):
             return chunk_addr(s, p, cls, <uint32_t>hand)
 
-cdef inline int evict_one(seg_t* s, uint32_t cls, uint64_t most, uint64_t limit_ns, uint64_t* out, bint* turned) noexcept nogil:
+cdef inline int evict_one(seg_t* s, uint32_t cls, uint64_t most, uint64_t until_ns, uint64_t* out, bint* turned) noexcept nogil:
     """Evict by the class's hand, which moves on by at most so many chunks, 0: a whole round: OK with a RETIRED(this process) chunk, or NO_ROOM. Settles the dead's on the way."""
     cdef uint64_t addr, w, lowest = 0
     cdef uint32_t n_live = 0
@@ -148,7 +148,7 @@ cdef inline int evict_one(seg_t* s, uint32_t cls, uint64_t most, uint64_t limit_
             r = ld8r(refs_of(s, addr))
             if r == 0 or stale(s, it):
                 #! evict: chosen
-                if evict_chunk(s, addr, cls, False, limit_ns) == OK:
+                if evict_chunk(s, addr, cls, False, until_ns) == OK:
                     out[0] = addr
                     return OK
             else:
@@ -161,15 +161,15 @@ cdef inline int evict_one(seg_t* s, uint32_t cls, uint64_t most, uint64_t limit_
         elif kind_of(w) == FREE:
             relist_page(s, page_of(s, addr), cls)
         elif token_of(w) != s.me[0]:
-            settle_chunk(s, addr, limit_ns)
-    if lowest and evict_chunk(s, lowest, cls, False, limit_ns) == OK:
+            settle_chunk(s, addr, until_ns)
+    if lowest and evict_chunk(s, lowest, cls, False, until_ns) == OK:
         out[0] = lowest
         return OK
     return NO_ROOM
 
 # ---- pages --------------------------------------------------------------------------------------------------------------------
 
-cdef inline bint empty_chunk(seg_t* s, uint64_t addr, uint32_t cls, uint64_t limit_ns, bint* retired) noexcept nogil:
+cdef inline bint empty_chunk(seg_t* s, uint64_t addr, uint32_t cls, uint64_t until_ns, bint* retired) noexcept nogil:
     """Make one chunk of a DRAINING page FREE or this process's (retired). False: somebody alive is using it."""
     cdef uint64_t w
     cdef int tries
@@ -179,7 +179,7 @@ cdef inline bint empty_chunk(seg_t* s, uint64_t addr, uint32_t cls, uint64_t lim
         if kind_of(w) == FREE:
             return True
         if kind_of(w) == LIVE:
-            if evict_chunk(s, addr, cls, False, limit_ns) == OK:
+            if evict_chunk(s, addr, cls, False, until_ns) == OK:
                 retired[0] = True
                 return True
         elif kind_of(w) == KEPT:        # in somebody's hand, who may have died: whoever changes the word has the chunk
@@ -187,11 +187,11 @@ cdef inline bint empty_chunk(seg_t* s, uint64_t addr, uint32_t cls, uint64_t lim
                 #! drain: recalled
                 retired[0] = True
                 return True
-        elif token_of(w) == s.me[0] or not settle_chunk(s, addr, limit_ns):
+        elif token_of(w) == s.me[0] or not settle_chunk(s, addr, until_ns):
             return False
     return False
 
-cdef inline int drain_page(seg_t* s, uint64_t p, uint32_t cls, uint64_t limit_ns) noexcept nogil:
+cdef inline int drain_page(seg_t* s, uint64_t p, uint32_t cls, uint64_t until_ns) noexcept nogil:
     """Empty a page of class cls: OK leaves it CUTTING(this process), out of its class. BUSY: it stays what it was."""
     cdef class_t* c = &s.classes[cls]
     cdef page_t* pg = &s.pages[p]
@@ -200,7 +200,7 @@ cdef inline int drain_page(seg_t* s, uint64_t p, uint32_t cls, uint64_t limit_ns
     cdef uint8_t mine[1024]         # bit i: chunk i is this process's to free. 1 MiB / 128 B = 8,192 chunks at most
     cdef bint retired, all_empty = True
     memset(mine, 0, sizeof(mine))
-    if class_take(s, cls, limit_ns) != OK:
+    if class_take(s, cls, until_ns) != OK:
         return BUSY
     if not page_in_class(s, p, cls) or kind_of(ld64(&pg.word)) != PAGE_ACTIVE:
         class_release(s, cls)
@@ -214,18 +214,18 @@ cdef inline int drain_page(seg_t* s, uint64_t p, uint32_t cls, uint64_t limit_ns
     for i in range(n):
         addr = chunk_addr(s, p, cls, i)
         retired = False
-        if not empty_chunk(s, addr, cls, limit_ns, &retired):
+        if not empty_chunk(s, addr, cls, until_ns, &retired):
             all_empty = False
             break
         #! drain: chunk emptied
         if retired:
             mine[i >> 3] |= 1 << (i & 7)
-    if class_take(s, cls, s.limit_ns if limit_ns else 0) != OK:
+    if class_take(s, cls, max(until_ns, mono_ns() + INNER_NS) if until_ns else 0) != OK:
         # its holder is stopped: the page is left to settle_page, its chunks go back one by one
         st64(&pg.word, word_of(PAGE_DRAINING, 0))
         for i in range(n):
             if mine[i >> 3] & 1 << (i & 7):
-                chunk_free_list(s, cls, chunk_addr(s, p, cls, i), limit_ns)
+                chunk_free_list(s, cls, chunk_addr(s, p, cls, i), until_ns)
         return BUSY
     st32(&c.page_in_hand, <uint32_t>p + 1)
     for i in range(n):
@@ -292,7 +292,7 @@ cdef inline int oldest_class(seg_t* s, uint64_t barred, uint64_t* stamp) noexcep
             stamp[0] = ld64(&s.pages[p].stamp)
     return best
 
-cdef inline int take_page(seg_t* s, int for_cls, bint force, uint64_t limit_ns, uint64_t* page) noexcept nogil:
+cdef inline int take_page(seg_t* s, int for_cls, bint force, uint64_t until_ns, uint64_t* page) noexcept nogil:
     """A page for class for_cls (-1: for a big value) from the class that needs it least.
 
     OK: page is CUTTING(this process). AGAIN-like NO_ROOM with pages in the pool is possible: a big value was evicted, look
@@ -318,54 +318,54 @@ cdef inline int take_page(seg_t* s, int for_cls, bint force, uint64_t limit_ns, 
             cas64(&s.classes[x].hand, ld64(&s.classes[x].hand), <uint64_t>(ld32(&s.pages[p].next) - 1) << 32)
             continue
         turned = False
-        if evict_one(s, x, 2 * s.page_chunks[x], limit_ns, &victim, &turned) == OK:    # not far: an idle class may have no item at all
+        if evict_one(s, x, 2 * s.page_chunks[x], until_ns, &victim, &turned) == OK:    # not far: an idle class may have no item at all
             was_big = item_at(s, victim).flags & FLAG_BIG
             p = page_of(s, victim)
-            chunk_free_list(s, x, victim, limit_ns)
+            chunk_free_list(s, x, victim, until_ns)
             #! take page: victim freed
             if was_big and ld64(&s.header.pages.list):
                 return NO_ROOM
-        if p < s.n_pages and drain_page(s, p, x, limit_ns) == OK:
+        if p < s.n_pages and drain_page(s, p, x, until_ns) == OK:
             page[0] = p
             return OK
         barred |= <uint64_t>1 << x
     return NO_ROOM
 
-cdef inline int give_page(seg_t* s, uint64_t p, uint32_t cls, uint64_t limit_ns) noexcept nogil:
+cdef inline int give_page(seg_t* s, uint64_t p, uint32_t cls, uint64_t until_ns) noexcept nogil:
     cut_page(s, p, cls)
     #! give: cut
-    return publish_page(s, p, cls, limit_ns)
+    return publish_page(s, p, cls, until_ns)
 
 cdef inline void ring_supervisor(seg_t* s) noexcept nogil:
     """A writer had to evict for himself, or much is to be stored: wake who should have done it ahead of him."""
     if ld32(&s.header.asleep) and cas32(&s.header.asleep, 1, 0):
         shm_ring(&s.header.doorbell)
 
-cdef inline int take_room(seg_t* s, uint32_t cls, uint64_t limit_ns, uint64_t* addr) noexcept nogil:
+cdef inline int take_room(seg_t* s, uint32_t cls, uint64_t until_ns, uint64_t* addr) noexcept nogil:
     """A chunk of the class, RESERVED(this process): in hand, free, on a new page, or evicted. OK, NO_ROOM, BUSY, INTR.
 
-    limit_ns 0: nothing that could sleep; BUSY says to come again with the GIL released.
+    until_ns 0: nothing that could sleep; BUSY says to come again with the GIL released.
     """
-    cdef uint64_t p = 0, t0 = mono_ns() if limit_ns else 0
+    cdef uint64_t p = 0
     cdef int rc, round_
     cdef bint turned
     for round_ in range(ROUNDS):
-        rc = chunk_get(s, cls, limit_ns, addr)
-        if rc == OK or rc == INTR or (rc == BUSY and limit_ns == 0):
+        rc = chunk_get(s, cls, until_ns, addr)
+        if rc == OK or rc == INTR or (rc == BUSY and until_ns == 0):
             return rc
-        if limit_ns and round_ and mono_ns() - t0 > limit_ns:       # after a look at what the last round has made free
+        if until_ns and round_ and mono_ns() > until_ns:        # after a look at what the last round has made free
             return BUSY
-        rc = page_from_pool(s, PAGE_CUTTING, 0, limit_ns, &p)
+        rc = page_from_pool(s, PAGE_CUTTING, 0, until_ns, &p)
         if rc == OK:
-            rc = give_page(s, p, cls, limit_ns)
-            if rc == INTR or (rc == BUSY and limit_ns == 0):
+            rc = give_page(s, p, cls, until_ns)
+            if rc == INTR or (rc == BUSY and until_ns == 0):
                 return rc
             if rc == OK:
                 continue
-        elif rc == INTR or (rc == BUSY and limit_ns == 0):
+        elif rc == INTR or (rc == BUSY and until_ns == 0):
             return rc
         turned = False
-        rc = evict_one(s, cls, 0, limit_ns if round_ else 0, addr, &turned)
+        rc = evict_one(s, cls, 0, until_ns if round_ else 0, addr, &turned)
         if rc == OK:
             st64(&item_at(s, addr[0]).word, word_of(RESERVED, s.me[0]))     # inherited: no list, no lock
             #! evict: inherited
@@ -373,12 +373,12 @@ cdef inline int take_room(seg_t* s, uint32_t cls, uint64_t limit_ns, uint64_t* a
             if turned:
                 settle_pages(s, 4, 0)
                 settle_overflow(s, 16, 0)
-                if take_page(s, cls, False, limit_ns, &p) == OK:
-                    give_page(s, p, cls, limit_ns)
+                if take_page(s, cls, False, until_ns, &p) == OK:
+                    give_page(s, p, cls, until_ns)
             return OK
-        settle_pages(s, 16 if round_ < ROUNDS // 2 else s.n_pages, limit_ns)
-        if take_page(s, cls, True, limit_ns if round_ else 0, &p) == OK:
-            give_page(s, p, cls, limit_ns)
-        elif limit_ns == 0 and round_ > 2:
+        settle_pages(s, 16 if round_ < ROUNDS // 2 else s.n_pages, until_ns)
+        if take_page(s, cls, True, until_ns if round_ else 0, &p) == OK:
+            give_page(s, p, cls, until_ns)
+        elif until_ns == 0 and round_ > 2:
             return BUSY
     return NO_ROOM

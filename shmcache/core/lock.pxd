@@ -15,7 +15,8 @@
 # Crash: holding: word keeps the dead token, the next one to time out asks, takes over, repairs. Between the exchange and the
 #   bell, or rung and not yet awake: the word is 0; whoever sleeps looks again within one slice (16 ms at most).
 #   Who slept takes the word with WAIT kept, since others may sleep behind him: he owes the next one a bell.
-# A stopped owner is alive and is never robbed. Who waited `limit` for him notes `stalled`, the rest wait 1 ms and fail fast.
+# A stopped owner is alive and is never robbed. Who waited for him as long as the segment's lock_limit notes `stalled`, the rest wait 1 ms and
+# fail fast.
 # Source: model/lock.pml checks this with deaths at every step; 40 pauses and 1..16 ms slices are measured there.
 from libc.stdint cimport uint32_t, uint64_t
 
@@ -76,19 +77,34 @@ cdef inline void note_wait(seg_t* s, uint64_t since_ns) noexcept nogil:
     if waited > ld64(&s.row.max_wait_ns):
         st64(&s.row.max_wait_ns, waited)
 
-cdef inline int lock_take(seg_t* s, lock_t* l, uint64_t limit_ns) noexcept nogil:
-    """Take the lock: OK, TAKEN_OVER, BUSY after limit_ns of a living owner, or INTR. limit_ns 0: do not sleep at all.
+cdef inline uint64_t wait_until(seg_t* s) noexcept nogil:
+    """Until when a call waits that begins to wait now."""
+    return mono_ns() + s.limit_ns
 
-    May sleep: never called with the GIL held, unless limit_ns is 0.
+cdef inline uint64_t within(uint64_t until_ns, uint64_t ns) noexcept nogil:
+    """A nearer end of waiting, for a lock that is wanted while another is held."""
+    return min(until_ns, mono_ns() + ns) if until_ns else 0
+
+cdef inline int lock_take(seg_t* s, lock_t* l, uint64_t until_ns) noexcept nogil:
+    """Take the lock: OK, TAKEN_OVER, BUSY at until_ns (on the monotonic clock) of a living owner, or INTR. until_ns 0: do not sleep at all.
+
+    One call of a user waits until one time, whatever locks it needs and however often signals make it begin again: INTR is given only before
+    that time. A caller that comes later sleeps once, 1 ms, so that it is told of the dead, and is not refused for an owner that has no CPU just
+    now. When the lock is let go and another gets it, it is a new holding: the time that was left at the beginning begins again, PATIENCE
+    times in all. A signal that comes while nobody sleeps (some us of each slice) is seen when this returns, as any that another thread gets.
+    May sleep: never called with the GIL held, unless until_ns is 0.
     """
-    cdef uint64_t w, t0, since, slice_ns = SLICE_MIN_NS
+    cdef uint64_t w, t0, now, patience, end, left, slice_ns = SLICE_MIN_NS
     cdef uint32_t bell
     cdef bint slept = False, ask = False
     cdef int rc = lock_try(s, l)
-    if rc == OK or limit_ns == 0:
+    if rc == OK or until_ns == 0:
         return rc
     #? lock: to be waited for
-    t0 = since = mono_ns()
+    t0 = now = mono_ns()
+    left = max(until_ns, t0 + SLICE_MIN_NS) - t0
+    end = t0 + left
+    patience = t0 + PATIENCE * left
     while True:
         bell = ld32(&l.bell)
         w = ld64(&l.word)
@@ -108,9 +124,9 @@ cdef inline int lock_take(seg_t* s, lock_t* l, uint64_t limit_ns) noexcept nogil
                     add64(&s.row.takeovers, 1)
                     return TAKEN_OVER
                 continue
-            if mono_ns() - since > (<uint64_t>SLICE_MIN_NS if ld64(&l.stalled) == token_of(w) else limit_ns) or \
-                    mono_ns() - t0 > PATIENCE * limit_ns:
-                if limit_ns >= s.patience_ns:   # the impatient do not speak for all
+            now = mono_ns()
+            if now > end or (ld64(&l.stalled) == token_of(w) and now > end - left + SLICE_MIN_NS):
+                if now - t0 > s.patience_ns - (s.patience_ns >> 3):  # the impatient do not speak for all
                     st64(&l.stalled, token_of(w))
                     add64(&s.row.stalls, 1)
                 note_wait(s, t0)
@@ -122,15 +138,16 @@ cdef inline int lock_take(seg_t* s, lock_t* l, uint64_t limit_ns) noexcept nogil
                 continue
         #! lock: WAIT noted
         rc = shm_sleep(&l.bell, bell, slice_ns)
-        if rc == 2:
+        now = mono_ns()
+        if rc == 2 and now < until_ns:
             if slept:
                 shm_ring(&l.bell)
             return INTR
         if rc == 0:
             slept = True
-            since = mono_ns()               # it was let go: the limit is for one holding
+            end = min(now + left, patience)     # it was let go: the limit is for one holding
             #! lock: woken
-        if rc == 1 or mono_ns() - t0 > PATIENCE * limit_ns:     # others may be served again and again
+        if rc != 0 or now > patience:           # others may be served again and again
             ask = True
             slice_ns = min(2 * slice_ns, <uint64_t>SLICE_MAX_NS)
 

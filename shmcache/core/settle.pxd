@@ -29,7 +29,7 @@ from shmcache.core.big cimport big_free_item_pages, big_lists
 from shmcache.core.bucket cimport bucket_of, bump, overflow_push_locked, overflow_take, reachable, slot_naming, \
     stripe_of, stripe_release, stripe_take
 from shmcache.core.layout cimport REPAIRED_CHUNK, REPAIRED_OVERFLOW, REPAIRED_PAGE, class_t, item_t, overflow_t, page_t, seg_t, stripe_t
-from shmcache.core.lock cimport lock_release
+from shmcache.core.lock cimport lock_release, within
 from shmcache.core.slab cimport avail_push_locked, chunk_class, chunk_push_locked, class_release, class_take, in_slab, \
     item_at, page_cls, page_to_pool, pool_push_locked, pool_take, rebuild_page_locked
 from shmcache.core.token cimport KEPT, LIVE, OK, OV_LINKED, OV_RESERVED, PAGE_ACTIVE, PAGE_BIG, PAGE_CUTTING, PAGE_DRAINING, \
@@ -38,7 +38,7 @@ from shmcache.core.token cimport KEPT, LIVE, OK, OV_LINKED, OV_RESERVED, PAGE_AC
 cdef enum:
     INNER_NS = 4000000      # to wait for a lock within a stripe: enough to take over from the dead, too short to hold others up
 
-cdef inline bint settle_chunk(seg_t* s, uint64_t addr, uint64_t limit_ns) noexcept nogil:
+cdef inline bint settle_chunk(seg_t* s, uint64_t addr, uint64_t until_ns) noexcept nogil:
     """Put a dead process's chunk in order. True: the chunk is settled (or was not a dead one's)."""
     cdef item_t* it = item_at(s, addr)
     cdef uint64_t w = ld64(&it.word), h, b
@@ -53,7 +53,7 @@ cdef inline bint settle_chunk(seg_t* s, uint64_t addr, uint64_t limit_ns) noexce
     h = ld64(&it.hash)
     b = bucket_of(s, h)
     st = stripe_of(s, b)
-    if stripe_take(s, st, limit_ns) != OK:
+    if stripe_take(s, st, until_ns) != OK:
         return False
     if ld64(&it.word) == w and ld64(&it.hash) == h and slot_naming(s, b, addr) != NULL:
         if kind != RETIRED:                                 # R2
@@ -68,7 +68,7 @@ cdef inline bint settle_chunk(seg_t* s, uint64_t addr, uint64_t limit_ns) noexce
             big_free_item_pages(s, addr, 0)                 # now, without the stripe, and give it away. Else they would name as their
                                                             # head what lives here next
         cls = chunk_class(s, addr, &index)
-        if cls >= 0 and class_take(s, cls, min(limit_ns, <uint64_t>INNER_NS)) == OK:
+        if cls >= 0 and class_take(s, cls, within(until_ns, INNER_NS)) == OK:
             if chunk_class(s, addr, &index) == cls and ld64(&it.hash) == h and \
                     cas64(&it.word, w, word_of(RETIRED, s.me[0])):
                 #! settle: claimed
@@ -81,7 +81,7 @@ cdef inline bint settle_chunk(seg_t* s, uint64_t addr, uint64_t limit_ns) noexce
     stripe_release(s, st)
     return True
 
-cdef inline void settle_big_page(seg_t* s, uint64_t p, uint64_t limit_ns) noexcept nogil:
+cdef inline void settle_big_page(seg_t* s, uint64_t p, uint64_t until_ns) noexcept nogil:
     cdef page_t* pg = &s.pages[p]
     cdef uint64_t w = ld64(&pg.word), head = ld64(&pg.head), h, b
     cdef stripe_t* st
@@ -89,13 +89,13 @@ cdef inline void settle_big_page(seg_t* s, uint64_t p, uint64_t limit_ns) noexce
     if token_of(w) and not dead(s, token_of(w)):
         return
     if not in_slab(s, head):
-        page_to_pool(s, p, w, head, limit_ns)
+        page_to_pool(s, p, w, head, until_ns)
         return
     h = ld64(&item_at(s, head).hash)
     #~ settle: big page's head read
     b = bucket_of(s, h)
     st = stripe_of(s, b)
-    if stripe_take(s, st, limit_ns) != OK:
+    if stripe_take(s, st, until_ns) != OK:
         return
     if ld64(&item_at(s, head).hash) == h:
         listed = slot_naming(s, b, head) != NULL and big_lists(s, head, p)
@@ -104,7 +104,7 @@ cdef inline void settle_big_page(seg_t* s, uint64_t p, uint64_t limit_ns) noexce
             #! settle: big page sealed
         elif not listed:                                    # P4
             #! settle: big page nobody's
-            if pool_take(s, min(limit_ns, <uint64_t>INNER_NS)) == OK:
+            if pool_take(s, within(until_ns, INNER_NS)) == OK:
                 # the hash again: the head may have been freed and taken for another big value, and the page with it, so that the
                 # row says the same as before. Of this hash it can only be published under this stripe
                 if ld64(&pg.word) == w and ld64(&pg.head) == head and ld64(&item_at(s, head).hash) == h:
@@ -114,20 +114,20 @@ cdef inline void settle_big_page(seg_t* s, uint64_t p, uint64_t limit_ns) noexce
                 lock_release(&s.header.pages.lock)
     stripe_release(s, st)
 
-cdef inline void settle_page(seg_t* s, uint64_t p, uint64_t limit_ns) noexcept nogil:
+cdef inline void settle_page(seg_t* s, uint64_t p, uint64_t until_ns) noexcept nogil:
     cdef page_t* pg = &s.pages[p]
     cdef uint64_t w = ld64(&pg.word)
     cdef int kind = kind_of(w)
     cdef int cls = page_cls(s, p)
     #~ settle: page's word loaded
     if kind == PAGE_BIG:
-        settle_big_page(s, p, limit_ns)
+        settle_big_page(s, p, until_ns)
     elif kind == PAGE_CUTTING and dead(s, token_of(w)):     # P2
-        if page_to_pool(s, p, w, ld64(&pg.head), limit_ns) == OK:
+        if page_to_pool(s, p, w, ld64(&pg.head), until_ns) == OK:
             add64(&s.row.settled, 1)
             add64(&s.row.repairs[REPAIRED_PAGE], 1)
     elif kind == PAGE_DRAINING and cls >= 0 and dead(s, token_of(w)):               # P1
-        if class_take(s, cls, limit_ns) == OK:
+        if class_take(s, cls, until_ns) == OK:
             st32(&s.classes[cls].page_in_hand, <uint32_t>p + 1)
             if page_cls(s, p) == cls and cas64(&pg.word, w, word_of(PAGE_ACTIVE, 0)):
                 #! settle: page ACTIVE
@@ -139,18 +139,18 @@ cdef inline void settle_page(seg_t* s, uint64_t p, uint64_t limit_ns) noexcept n
                 add64(&s.row.repairs[REPAIRED_PAGE], 1)
             class_release(s, cls)
 
-cdef inline void settle_pages(seg_t* s, uint64_t n, uint64_t limit_ns) noexcept nogil:
+cdef inline void settle_pages(seg_t* s, uint64_t n, uint64_t until_ns) noexcept nogil:
     """Look at the next n rows of the page table."""
     cdef uint64_t i, at = add64(&s.header.pages.cursor, n) % s.n_pages
     for i in range(min(n, s.n_pages)):
-        settle_page(s, (at + i) % s.n_pages, limit_ns)
+        settle_page(s, (at + i) % s.n_pages, until_ns)
 
-cdef inline void settle_overflow(seg_t* s, uint64_t n, uint64_t limit_ns) noexcept nogil:
+cdef inline void settle_overflow(seg_t* s, uint64_t n, uint64_t until_ns) noexcept nogil:
     """Look at the next n overflow buckets."""
     cdef uint64_t i, j, k, w, b, at = add64(&s.header.overflow.cursor, n) % s.n_overflow
     cdef overflow_t* ov
     cdef stripe_t* st
-    if ld64(&s.header.overflow.lock.word) and overflow_take(s, limit_ns) == OK:     # its holder may be dead, and nobody in need
+    if ld64(&s.header.overflow.lock.word) and overflow_take(s, until_ns) == OK:     # its holder may be dead, and nobody in need
         lock_release(&s.header.overflow.lock)
     for i in range(min(n, s.n_overflow)):
         j = (at + i) % s.n_overflow
@@ -160,13 +160,13 @@ cdef inline void settle_overflow(seg_t* s, uint64_t n, uint64_t limit_ns) noexce
         if kind_of(w) != OV_RESERVED or b >= s.n_buckets or not dead(s, token_of(w)):
             continue
         st = stripe_of(s, b)
-        if stripe_take(s, st, limit_ns) != OK:
+        if stripe_take(s, st, until_ns) != OK:
             continue
         if ld64(&ov.word) == w and ov.head == b:
             if in_chain(s, b, j):                           # O1
                 st64(&ov.word, word_of(OV_LINKED, 0))
                 #! settle: LINKED
-            elif overflow_take(s, min(limit_ns, <uint64_t>INNER_NS)) == OK:         # O2
+            elif overflow_take(s, within(until_ns, INNER_NS)) == OK:         # O2
                 bump(s, b)
                 for k in range(6):
                     st64(&ov.slot[k], 0)

@@ -19,7 +19,7 @@ from shmcache.core.atomics cimport add64, cas64, ld8r, ld32, ld64, st8, st8r, st
 from shmcache.core.layout cimport BATCH_CLASSES, BATCH_SLOTS, CLS_BIG, CLS_POOL, GRANULE_SHIFT, MIN_CHUNK, PARKED_SLOTS, REFS_SHIFT, \
     REPAIRED_CLASS, REPAIRED_POOL, \
     class_t, header_t, item_t, page_t, pool_t, seg_t
-from shmcache.core.lock cimport lock_release, lock_take
+from shmcache.core.lock cimport lock_release, lock_take, wait_until
 from shmcache.core.token cimport BUSY, FREE, INTR, KEPT, LIVE, NO_ROOM, OK, PAGE_ACTIVE, PAGE_CUTTING, PAGE_DRAINING, PAGE_FREE, \
     RESERVED, RETIRED, TAKEN_OVER, kind_of, token_of, word_of
 
@@ -209,10 +209,10 @@ cdef inline void class_repair(seg_t* s, uint32_t cls) noexcept nogil:
     #! class repair: done
     st32(&c.page_in_hand, 0)
 
-cdef inline int class_take(seg_t* s, uint32_t cls, uint64_t limit_ns) noexcept nogil:
+cdef inline int class_take(seg_t* s, uint32_t cls, uint64_t until_ns) noexcept nogil:
     cdef int rc
     #? class: to be taken
-    rc = lock_take(s, &s.classes[cls].lock, limit_ns)
+    rc = lock_take(s, &s.classes[cls].lock, until_ns)
     if rc == TAKEN_OVER:
         class_repair(s, cls)
         add64(&s.row.repairs[REPAIRED_CLASS], 1)
@@ -310,17 +310,17 @@ cdef inline void pool_repair(seg_t* s) noexcept nogil:
         if page_is_free(s, p):
             pool_push_locked(s, p)
 
-cdef inline int pool_take(seg_t* s, uint64_t limit_ns) noexcept nogil:
+cdef inline int pool_take(seg_t* s, uint64_t until_ns) noexcept nogil:
     cdef int rc
     #? pool: to be taken
-    rc = lock_take(s, &s.header.pages.lock, limit_ns)
+    rc = lock_take(s, &s.header.pages.lock, until_ns)
     if rc == TAKEN_OVER:
         pool_repair(s)
         add64(&s.row.repairs[REPAIRED_POOL], 1)
         return OK
     return rc
 
-cdef inline int page_from_pool(seg_t* s, int kind, uint64_t head, uint64_t limit_ns, uint64_t* page) noexcept nogil:
+cdef inline int page_from_pool(seg_t* s, int kind, uint64_t head, uint64_t until_ns, uint64_t* page) noexcept nogil:
     """A page, now kind(this process): OK, NO_ROOM, BUSY or INTR."""
     cdef pool_t* pool = &s.header.pages
     cdef uint64_t p
@@ -328,7 +328,7 @@ cdef inline int page_from_pool(seg_t* s, int kind, uint64_t head, uint64_t limit
     if ld64(&pool.list) == 0 and ld64(&pool.lock.word) == 0:
         return NO_ROOM
     #~ pool pop: looked at
-    rc = pool_take(s, limit_ns)
+    rc = pool_take(s, until_ns)
     if rc != OK:
         return rc
     p = ld64(&pool.list) - 1
@@ -351,9 +351,9 @@ cdef inline int page_from_pool(seg_t* s, int kind, uint64_t head, uint64_t limit
     page[0] = p
     return OK
 
-cdef inline int page_to_pool(seg_t* s, uint64_t p, uint64_t word, uint64_t head, uint64_t limit_ns) noexcept nogil:
+cdef inline int page_to_pool(seg_t* s, uint64_t p, uint64_t word, uint64_t head, uint64_t until_ns) noexcept nogil:
     """Put a page into the pool if its row still says (word, head). BUSY leaves it to settle_pages."""
-    cdef int rc = pool_take(s, limit_ns)
+    cdef int rc = pool_take(s, until_ns)
     if rc != OK:
         return rc
     if ld64(&s.pages[p].word) == word and ld64(&s.pages[p].head) == head:
@@ -384,11 +384,11 @@ cdef inline void cut_page(seg_t* s, uint64_t p, uint32_t cls) noexcept nogil:
     #! cut: list stored
     st64(&pg.stamp, add64(&s.header.tick, 1))
 
-cdef inline int publish_page(seg_t* s, uint64_t p, uint32_t cls, uint64_t limit_ns) noexcept nogil:
+cdef inline int publish_page(seg_t* s, uint64_t p, uint32_t cls, uint64_t until_ns) noexcept nogil:
     """Give a page that was cut to its class. After BUSY or INTR it is in the pool again."""
-    cdef int rc = class_take(s, cls, limit_ns)
+    cdef int rc = class_take(s, cls, until_ns)
     if rc != OK:
-        if page_to_pool(s, p, word_of(PAGE_CUTTING, s.me[0]), 0, limit_ns) != OK:
+        if page_to_pool(s, p, word_of(PAGE_CUTTING, s.me[0]), 0, until_ns) != OK:
             st64(&s.pages[p].word, word_of(PAGE_CUTTING, 0))        # nobody's: for settle_pages
         return rc
     st32(&s.classes[cls].page_in_hand, <uint32_t>p + 1)
@@ -470,7 +470,7 @@ cdef inline void unpark_locked(seg_t* s, uint32_t cls) noexcept nogil:
         chunk_push_locked(s, cls, addr)
         addr = parked_get(s, cls)
 
-cdef inline int chunk_get(seg_t* s, uint32_t cls, uint64_t limit_ns, uint64_t* addr) noexcept nogil:
+cdef inline int chunk_get(seg_t* s, uint32_t cls, uint64_t until_ns, uint64_t* addr) noexcept nogil:
     """A free chunk, RESERVED(this process): OK, NO_ROOM, BUSY or INTR."""
     cdef int rc, i
     cdef uint64_t more
@@ -480,7 +480,7 @@ cdef inline int chunk_get(seg_t* s, uint32_t cls, uint64_t limit_ns, uint64_t* a
     if ld32(&s.classes[cls].avail) == 0 and ld64(&s.classes[cls].lock.word) == 0:
         addr[0] = parked_get(s, cls)
         return OK if addr[0] else NO_ROOM
-    rc = class_take(s, cls, limit_ns)
+    rc = class_take(s, cls, until_ns)
     if rc != OK:
         addr[0] = parked_get(s, cls)        # what was freed while the lock was busy serves while it is busy
         return OK if addr[0] else rc
@@ -527,7 +527,7 @@ cdef inline void relist_page(seg_t* s, uint64_t p, uint32_t cls) noexcept nogil:
             avail_push_locked(s, &s.classes[cls], p)
     class_release(s, cls)
 
-cdef inline void parked_flush(seg_t* s, uint64_t limit_ns) noexcept nogil:
+cdef inline void parked_flush(seg_t* s, uint64_t until_ns) noexcept nogil:
     """Give every parked chunk to its class, as far as the locks are to be had."""
     cdef uint32_t index = 0
     cdef uint64_t addr
@@ -537,7 +537,7 @@ cdef inline void parked_flush(seg_t* s, uint64_t limit_ns) noexcept nogil:
         cls = chunk_class(s, addr, &index) if addr else -1
         if cls < 0 or not take_kept(s, addr, cls):
             continue
-        if class_take(s, cls, limit_ns) == OK:
+        if class_take(s, cls, until_ns) == OK:
             chunk_push_locked(s, cls, addr)
             class_release(s, cls)
         elif not park(s, addr):
@@ -553,32 +553,32 @@ cdef inline void chunk_park(seg_t* s, uint64_t addr) noexcept nogil:
     if not park(s, addr):
         chunk_unlist(s, addr)
 
-cdef inline void chunk_free_list(seg_t* s, uint32_t cls, uint64_t addr, uint64_t limit_ns) noexcept nogil:
+cdef inline void chunk_free_list(seg_t* s, uint32_t cls, uint64_t addr, uint64_t until_ns) noexcept nogil:
     """Free this process's chunk for everybody, not into the batch."""
-    if class_take(s, cls, limit_ns) == OK:
+    if class_take(s, cls, until_ns) == OK:
         chunk_push_locked(s, cls, addr)
         unpark_locked(s, cls)
         class_release(s, cls)
     else:
         chunk_park(s, addr)
 
-cdef inline void chunk_free(seg_t* s, uint32_t cls, uint64_t addr, uint64_t limit_ns) noexcept nogil:
+cdef inline void chunk_free(seg_t* s, uint32_t cls, uint64_t addr, uint64_t until_ns) noexcept nogil:
     """Free this process's chunk, which no slot names: into the batch, else the class's list, else parked."""
     if batched(s, cls):
         st64(&item_at(s, addr).word, word_of(RESERVED, s.me[0]))
         if batch_put(s, cls, addr):
             return
-    chunk_free_list(s, cls, addr, limit_ns)
+    chunk_free_list(s, cls, addr, until_ns)
 
 cdef inline void give_back_all(seg_t* s) noexcept nogil:
     """Before this process leaves its row: the chunks in its hand go to their lists."""
     cdef uint32_t cls
     cdef int i
-    cdef uint64_t addr
+    cdef uint64_t addr, until_ns = wait_until(s)
     for cls in range(BATCH_CLASSES):
         for i in range(BATCH_SLOTS):
             addr = xchg64(&s.row.batch[cls][i], 0)
             if addr and take_kept(s, addr, cls):
-                chunk_free_list(s, cls, addr, s.limit_ns)
-    parked_flush(s, s.limit_ns)
+                chunk_free_list(s, cls, addr, until_ns)
+    parked_flush(s, until_ns)
     #! leave: hand empty

@@ -24,7 +24,7 @@ from shmcache.core.layout cimport CLS_BIG, FLAG_BIG, FLAG_CLAIM, FLAG_COPY_TTL, 
     NAMESPACES_FIRST, POLICY_AROUND, POLICY_THROUGH, bucket_t, item_t, seg_t, stripe_t
 from shmcache.core.envelope cimport CODEC_ENVELOPE, FLAG_NEGATIVE, HEAD_BYTES, STATE_DAMAGED, STATE_FRESH, STATE_GONE, STATE_NEGATIVE, \
     STATE_STALE, TAG_BYTES, TAG_PREFIX_BYTES, envelope_open, envelope_t
-from shmcache.core.lock cimport lock_release, lock_take
+from shmcache.core.lock cimport lock_release, lock_take, within
 from shmcache.core.record cimport RECORD_DELETE, RECORD_EXPIRY, RECORD_SET
 from shmcache.core.ring cimport log_op, log_t
 from shmcache.core.settle cimport INNER_NS, settle_pages
@@ -32,7 +32,7 @@ from shmcache.core.siphash cimport siphash13
 from shmcache.core.slab cimport chunk_class, chunk_free, class_for, cls_mark, in_slab, item_at, page_from_pool, page_room, page_to_pool, \
     refs_of, value_offset
 from shmcache.core.token cimport ABSENT, AGAIN, BUSY, EXISTS, INTR, LIVE, MISMATCH, NO_ROOM, NO_STORE, NOT_INT, OK, OVERFLOW, PAGE_BIG, \
-    PAGE_CUTTING, RETIRED, TAKEN_OVER, dead, word_of
+    PAGE_CUTTING, RETIRED, TAKEN_OVER, dead, mono_ns, word_of
 
 cdef enum:
     RESTARTS = 64           # of a read, before it takes the stripe
@@ -418,29 +418,30 @@ ctypedef struct put_t:
     int cls
     big_t big
     bint is_big
+    uint64_t copied_ns      # how long it took to fill it, if it is a big one: that is no waiting
     uint64_t cas            # out: the version of the item stored
     bint was_live           # out: there was a value
     bint unstored           # out: there was a dirty item, be it a tombstone
     bint overlapped         # out: it replaced a mark, whoever's and however old
     log_t log
 
-cdef inline int collect_pages(seg_t* s, put_t* op, uint64_t limit_ns) noexcept nogil:
+cdef inline int collect_pages(seg_t* s, put_t* op, uint64_t until_ns) noexcept nogil:
     """Pages for a big value, listed in its head. One process at a time, or two could each hold half and wait."""
     cdef uint32_t* pages = <uint32_t*>(<uint8_t*>item_at(s, op.chunk) + value_offset(op.key_bytes))
     cdef uint32_t got = 0
     cdef uint64_t p = 0
     cdef int rc, failures = 0
     if unlikely(s.holder != 0) and s.holder == pthread_self():     # stripes before big: the wrong way round, so not for long
-        limit_ns = min(limit_ns, <uint64_t>INNER_NS)
-    rc = lock_take(s, &s.header.big.lock, limit_ns)
+        until_ns = within(until_ns, INNER_NS)
+    rc = lock_take(s, &s.header.big.lock, until_ns)
     if rc != OK and rc != TAKEN_OVER:       # a dead holder's pages are BIG(dead): settle_pages finds them
         return rc
     rc = OK
     #! big: lock taken
     while got < op.big.n_pages:
-        rc = page_from_pool(s, PAGE_BIG, op.chunk, limit_ns, &p)
+        rc = page_from_pool(s, PAGE_BIG, op.chunk, until_ns, &p)
         if rc == NO_ROOM:
-            rc = take_page(s, -1, True, limit_ns, &p)
+            rc = take_page(s, -1, True, until_ns, &p)
             if rc == OK:
                 st64(&s.pages[p].head, op.chunk)
                 #! big: head noted
@@ -454,16 +455,16 @@ cdef inline int collect_pages(seg_t* s, put_t* op, uint64_t limit_ns) noexcept n
             failures = 0
             continue
         failures += 1
-        if rc == INTR or failures > 64 or (rc == BUSY and limit_ns == 0) or (limit_ns == 0 and failures > 2):
+        if rc == INTR or failures > 64 or (rc == BUSY and until_ns == 0) or (until_ns == 0 and failures > 2):
             break
-        settle_pages(s, s.n_pages, limit_ns)
+        settle_pages(s, s.n_pages, until_ns)
     lock_release(&s.header.big.lock)
     if got == op.big.n_pages:
         return OK
-    big_free_pages(s, op.chunk, op.key_bytes, got, s.limit_ns if limit_ns else 0)
-    return BUSY if limit_ns == 0 and rc != INTR else rc
+    big_free_pages(s, op.chunk, op.key_bytes, got, until_ns)
+    return BUSY if until_ns == 0 and rc != INTR else rc
 
-cdef inline int reserve(seg_t* s, put_t* op, uint64_t limit_ns) noexcept nogil:
+cdef inline int reserve(seg_t* s, put_t* op, uint64_t until_ns) noexcept nogil:
     """Steps 1 and 2: a chunk (and pages) of this process's, filled."""
     cdef uint64_t need = value_offset(op.key_bytes) + op.value_bytes
     cdef uint64_t addr = 0
@@ -476,12 +477,12 @@ cdef inline int reserve(seg_t* s, put_t* op, uint64_t limit_ns) noexcept nogil:
     op.cls = class_for(s, need)
     if op.cls < 0:
         return NO_ROOM
-    rc = take_room(s, op.cls, limit_ns, &addr)
+    rc = take_room(s, op.cls, until_ns, &addr)
     for i in range(LARGER):
-        if rc == OK or rc == INTR or limit_ns == 0 or op.cls + 1 == <int>s.n_classes:
+        if rc == OK or rc == INTR or until_ns == 0 or op.cls + 1 == <int>s.n_classes:
             break
         op.cls += 1             # a stopped process holds the class's lock, and nothing in it can be evicted: a larger chunk will do
-        rc = take_room(s, op.cls, limit_ns, &addr)
+        rc = take_room(s, op.cls, until_ns, &addr)
     if rc != OK:
         return rc
     op.chunk = addr
@@ -494,9 +495,9 @@ cdef inline int reserve(seg_t* s, put_t* op, uint64_t limit_ns) noexcept nogil:
     st64(&it.hash, op.hash)
     #! put: hash
     if op.is_big:
-        rc = collect_pages(s, op, limit_ns)
+        rc = collect_pages(s, op, until_ns)
         if rc != OK:
-            chunk_free(s, op.cls, addr, limit_ns)
+            chunk_free(s, op.cls, addr, until_ns)
             op.chunk = 0
             return rc
     it.key_bytes = <uint32_t>op.key_bytes
@@ -506,8 +507,11 @@ cdef inline int reserve(seg_t* s, put_t* op, uint64_t limit_ns) noexcept nogil:
     it.expiry_ms = op.expiry_ms
     #! put: header
     memcpy(<uint8_t*>it + 48, op.key, op.key_bytes)
+    op.copied_ns = 0
     if op.is_big:
+        op.copied_ns = mono_ns()
         big_fill(s, addr, op.key_bytes, op.value, op.value_bytes)
+        op.copied_ns = mono_ns() - op.copied_ns
     else:
         memcpy(<uint8_t*>it + value_offset(op.key_bytes), op.value, op.value_bytes)
     st8r(refs_of(s, addr), op.refs)
@@ -523,23 +527,23 @@ cdef inline void give_up(seg_t* s, put_t* op) noexcept nogil:
         chunk_free(s, op.cls, op.chunk, 0)
         op.chunk = 0
 
-cdef inline void free_old(seg_t* s, uint64_t addr, uint64_t limit_ns) noexcept nogil:
+cdef inline void free_old(seg_t* s, uint64_t addr, uint64_t until_ns) noexcept nogil:
     """Step 12: an item that this process has taken out of the table."""
     cdef uint32_t index = 0
     cdef int cls = chunk_class(s, addr, &index)
-    big_free_item_pages(s, addr, limit_ns)
+    big_free_item_pages(s, addr, until_ns)
     #! free old: pages freed
     if cls >= 0:
-        chunk_free(s, cls, addr, limit_ns)
+        chunk_free(s, cls, addr, until_ns)
 
-cdef inline int place_locked(seg_t* s, put_t* op, uint64_t b, found_t* f, uint64_t limit_ns) noexcept nogil:
+cdef inline int place_locked(seg_t* s, put_t* op, uint64_t b, found_t* f, uint64_t until_ns) noexcept nogil:
     """The slot into which a new key goes: an empty one, a new overflow bucket's, or the chain's dullest entry's."""
     cdef int rc = OK
     f.addr = 0
     f.slot = f.empty
     if f.slot == NULL and f.hops < 60:
-        f.slot = chain_grow_locked(s, b, f.last_link, min(limit_ns, <uint64_t>INNER_NS), &rc)
-        if rc == INTR or (rc == BUSY and limit_ns == 0):
+        f.slot = chain_grow_locked(s, b, f.last_link, within(until_ns, INNER_NS), &rc)
+        if rc == INTR or (rc == BUSY and until_ns == 0):
             return rc           # the pool may have one: come again with time to wait
     if f.slot == NULL:
         find_dull_locked(s, b, f)
@@ -649,7 +653,7 @@ cdef inline int allowed(seg_t* s, put_t* op, found_t* f) noexcept nogil:
         return MISMATCH
     return OK
 
-cdef inline int put(seg_t* s, put_t* op, uint64_t limit_ns) noexcept nogil:
+cdef inline int put(seg_t* s, put_t* op, uint64_t until_ns) noexcept nogil:
     """Store an item: OK, or EXISTS / ABSENT / MISMATCH by op.when; BUSY and INTR keep the chunk: call again, or give_up."""
     cdef uint64_t b = bucket_of(s, op.hash), old, count
     cdef stripe_t* st = stripe_of(s, b)
@@ -662,18 +666,18 @@ cdef inline int put(seg_t* s, put_t* op, uint64_t limit_ns) noexcept nogil:
         op.flags |= FLAG_DIRTY
     prefetch(&s.buckets[b])
     if op.chunk == 0:
-        rc = reserve(s, op, limit_ns)
+        rc = reserve(s, op, until_ns)
         if rc != OK:
             return rc
     it = item_at(s, op.chunk)
-    rc = stripe_take(s, st, limit_ns)                               # 3
+    rc = stripe_take(s, st, until_ns + op.copied_ns if until_ns else 0)     # 3
     if rc != OK:
         return rc
     find_locked(s, b, op.key, op.key_bytes, op.hash, &f)
     #! put: found
     rc = allowed(s, op, &f)
     if rc == OK and f.slot == NULL:
-        rc = place_locked(s, op, b, &f, limit_ns)
+        rc = place_locked(s, op, b, &f, until_ns)
     elif rc == OK:
         st8r(refs_of(s, op.chunk), ld8r(refs_of(s, f.addr)))        # a key keeps its count
     if unlikely(op.when == RESTORED) and rc == OK and f.epoch != op.epoch and not op.flags & FLAG_DIRTY:
@@ -719,11 +723,11 @@ cdef inline int put(seg_t* s, put_t* op, uint64_t limit_ns) noexcept nogil:
     stripe_release(s, st)                                              # 11
     #! put: released
     if old:
-        free_old(s, old, limit_ns)                                  # 12
+        free_old(s, old, until_ns)                                  # 12
     return OK
 
 cdef inline int remove(seg_t* s, const uint8_t* key, size_t n, uint64_t h, uint64_t version, bint only_expired,
-                       log_t* log, uint64_t limit_ns) noexcept nogil:
+                       log_t* log, uint64_t until_ns) noexcept nogil:
     """Take a key out: OK, ABSENT, or MISMATCH if version is given (not 0) and is another; BUSY, INTR.
 
     only_expired: what get does with what it found expired, or (version: its) hidden for good; whoever replaced the item meanwhile wins. log: NULL, or what is secured for it;
@@ -733,7 +737,7 @@ cdef inline int remove(seg_t* s, const uint8_t* key, size_t n, uint64_t h, uint6
     cdef uint64_t b = bucket_of(s, h)
     cdef stripe_t* st = stripe_of(s, b)
     cdef found_t f
-    cdef int rc = stripe_take(s, st, limit_ns)
+    cdef int rc = stripe_take(s, st, until_ns)
     if rc != OK:
         return rc
     find_locked(s, b, key, n, h, &f)
@@ -779,15 +783,15 @@ cdef inline int remove(seg_t* s, const uint8_t* key, size_t n, uint64_t h, uint6
     if f.slot != NULL:
         if not f.claimed:
             add64(&s.row.deletes if rc == OK else &s.row.expired, 1)
-        free_old(s, f.addr, limit_ns)
+        free_old(s, f.addr, until_ns)
     return rc
 
-cdef inline int remove_claim(seg_t* s, const uint8_t* key, size_t n, uint64_t h, uint64_t version, uint64_t limit_ns) noexcept nogil:
+cdef inline int remove_claim(seg_t* s, const uint8_t* key, size_t n, uint64_t h, uint64_t version, uint64_t until_ns) noexcept nogil:
     """Take exactly this claim, of this process, away: OK, MISMATCH, BUSY or INTR."""
     cdef uint64_t b = bucket_of(s, h)
     cdef stripe_t* st = stripe_of(s, b)
     cdef found_t f
-    cdef int rc = stripe_take(s, st, limit_ns)
+    cdef int rc = stripe_take(s, st, until_ns)
     if rc != OK:
         return rc
     find_locked(s, b, key, n, h, &f)
@@ -796,10 +800,10 @@ cdef inline int remove_claim(seg_t* s, const uint8_t* key, size_t n, uint64_t h,
         remove_locked(s, st, b, f.slot, f.addr, OP_EVICT, NULL)
     stripe_release(s, st)
     if rc == OK:
-        free_old(s, f.addr, limit_ns)
+        free_old(s, f.addr, until_ns)
     return rc
 
-cdef inline int end_mark(seg_t* s, const uint8_t* key, size_t n, uint64_t h, bint known, uint64_t limit_ns) noexcept nogil:
+cdef inline int end_mark(seg_t* s, const uint8_t* key, size_t n, uint64_t h, bint known, uint64_t until_ns) noexcept nogil:
     """A writer who has put a mark here ends: the last takes it away. Not known: what the store has done; then it stands till his time is
     over, and nobody waits for it. OK, ABSENT (it does not name this process), BUSY or INTR.
 
@@ -811,7 +815,7 @@ cdef inline int end_mark(seg_t* s, const uint8_t* key, size_t n, uint64_t h, bin
     cdef mark_t* m
     cdef int i, at = -1
     cdef bint gone = False
-    cdef int rc = stripe_take(s, st, limit_ns)
+    cdef int rc = stripe_take(s, st, until_ns)
     if rc != OK:
         return rc
     find_locked(s, b, key, n, h, &f)
@@ -837,7 +841,7 @@ cdef inline int end_mark(seg_t* s, const uint8_t* key, size_t n, uint64_t h, bin
             #! end mark: time
     stripe_release(s, st)
     if gone:
-        free_old(s, f.addr, limit_ns)
+        free_old(s, f.addr, until_ns)
     return rc
 
 cdef inline int read_claim(seg_t* s, const uint8_t* key, size_t n, uint64_t h, uint64_t* version, uint64_t* token,
@@ -862,7 +866,7 @@ cdef inline int read_claim(seg_t* s, const uint8_t* key, size_t n, uint64_t h, u
     return EXISTS if unchanged(&r) or same_item(s, &r) else AGAIN
 
 cdef inline int add_to(seg_t* s, const uint8_t* key, size_t n, uint64_t h, int64_t by, int64_t* out,
-                       log_t* log, uint64_t limit_ns) noexcept nogil:
+                       log_t* log, uint64_t until_ns) noexcept nogil:
     """Change a counter in place: OK, ABSENT, NOT_INT, OVERFLOW, BUSY or INTR.
 
     Value, then cas: gets() loads cas first, so no version covers a value it has not got. Crash between: repair counts the
@@ -874,7 +878,7 @@ cdef inline int add_to(seg_t* s, const uint8_t* key, size_t n, uint64_t h, int64
     cdef item_t* it
     cdef int64_t* at
     cdef int64_t was
-    cdef int rc = NO_STORE if unlikely(passes_by(s, key)) else stripe_take(s, st, limit_ns)
+    cdef int rc = NO_STORE if unlikely(passes_by(s, key)) else stripe_take(s, st, until_ns)
     if rc != OK:
         return rc
     find_locked(s, b, key, n, h, &f)
@@ -906,7 +910,7 @@ cdef inline int add_to(seg_t* s, const uint8_t* key, size_t n, uint64_t h, int64
     return rc
 
 cdef inline int set_expiry(seg_t* s, const uint8_t* key, size_t n, uint64_t h, uint64_t expiry_ms, bint copy_ttl,
-                           log_t* log, uint64_t limit_ns) noexcept nogil:
+                           log_t* log, uint64_t until_ns) noexcept nogil:
     """Change when an item expires, in place (of an envelope: when it is fresh no more): OK, ABSENT, BUSY or INTR. copy_ttl: in write-back
     it is the copy's time, not that of what is stored.
 
@@ -917,7 +921,7 @@ cdef inline int set_expiry(seg_t* s, const uint8_t* key, size_t n, uint64_t h, u
     cdef stripe_t* st = stripe_of(s, b)
     cdef found_t f
     cdef item_t* it
-    cdef int rc = NO_STORE if unlikely(passes_by(s, key)) else stripe_take(s, st, limit_ns)
+    cdef int rc = NO_STORE if unlikely(passes_by(s, key)) else stripe_take(s, st, until_ns)
     if rc != OK:
         return rc
     find_locked(s, b, key, n, h, &f)
@@ -944,7 +948,7 @@ cdef inline int set_expiry(seg_t* s, const uint8_t* key, size_t n, uint64_t h, u
 
 # ---- write-back (dirty.pxd) -------------------------------------------------------------------------------------------------
 
-cdef inline int mark_clean(seg_t* s, const uint8_t* key, size_t n, uint64_t h, uint64_t version, uint64_t limit_ns) noexcept nogil:
+cdef inline int mark_clean(seg_t* s, const uint8_t* key, size_t n, uint64_t h, uint64_t version, uint64_t until_ns) noexcept nogil:
     """The store has this version of a key, or a newer one: OK; MISMATCH: there is a newer one here; BUSY, INTR. A tombstone goes, and what was
     restored and has the version of then: if the store has a newer one, that is to be loaded."""
     cdef uint64_t b = bucket_of(s, h)
@@ -952,7 +956,7 @@ cdef inline int mark_clean(seg_t* s, const uint8_t* key, size_t n, uint64_t h, u
     cdef found_t f
     cdef item_t* it
     cdef bint goes = False
-    cdef int rc = stripe_take(s, st, limit_ns)
+    cdef int rc = stripe_take(s, st, until_ns)
     if rc != OK:
         return rc
     find_locked(s, b, key, n, h, &f)
@@ -971,10 +975,10 @@ cdef inline int mark_clean(seg_t* s, const uint8_t* key, size_t n, uint64_t h, u
                 remove_locked(s, st, b, f.slot, f.addr, OP_EVICT, NULL)
     stripe_release(s, st)
     if goes:
-        free_old(s, f.addr, limit_ns)
+        free_old(s, f.addr, until_ns)
     return rc
 
-cdef inline int renew_dirty(seg_t* s, const uint8_t* key, size_t n, uint64_t h, uint64_t version, uint64_t above, uint64_t limit_ns) noexcept nogil:
+cdef inline int renew_dirty(seg_t* s, const uint8_t* key, size_t n, uint64_t h, uint64_t version, uint64_t above, uint64_t until_ns) noexcept nogil:
     """Give a dirty item of this version a new one, above that: OK; MISMATCH: it has been written or stored since; BUSY, INTR.
 
     It is not logged: if all dies before the row has the new version, what is restored has the old one, and meets the same row. Crash between
@@ -983,7 +987,7 @@ cdef inline int renew_dirty(seg_t* s, const uint8_t* key, size_t n, uint64_t h, 
     cdef uint64_t b = bucket_of(s, h), new
     cdef stripe_t* st = stripe_of(s, b)
     cdef found_t f
-    cdef int rc = stripe_take(s, st, limit_ns)
+    cdef int rc = stripe_take(s, st, until_ns)
     if rc != OK:
         return rc
     find_locked(s, b, key, n, h, &f)
@@ -999,23 +1003,23 @@ cdef inline int renew_dirty(seg_t* s, const uint8_t* key, size_t n, uint64_t h, 
     stripe_release(s, st)
     return rc
 
-cdef inline int go_above(seg_t* s, stripe_t* st, uint64_t version, uint64_t limit_ns) noexcept nogil:
+cdef inline int go_above(seg_t* s, stripe_t* st, uint64_t version, uint64_t until_ns) noexcept nogil:
     """What comes in this stripe has higher versions than that: OK, BUSY or INTR."""
     cdef int rc = OK
     if ld64(&st.seq) < version:
-        rc = stripe_take(s, st, limit_ns)
+        rc = stripe_take(s, st, until_ns)
         if rc == OK:
             st64(&st.seq, max(st.seq, version))
             #! go above: seq
             stripe_release(s, st)
     return rc
 
-cdef inline int dirty_at(seg_t* s, uint64_t addr, uint8_t* key, size_t* n, uint64_t limit_ns) noexcept nogil:
+cdef inline int dirty_at(seg_t* s, uint64_t addr, uint8_t* key, size_t* n, uint64_t until_ns) noexcept nogil:
     cdef item_t* it = item_at(s, addr)
     cdef uint64_t h = ld64(&it.hash)
     cdef stripe_t* st = stripe_of(s, bucket_of(s, h))
     cdef bint dirty
-    cdef int rc = stripe_take(s, st, limit_ns)
+    cdef int rc = stripe_take(s, st, until_ns)
     if rc != OK:
         return rc
     dirty = slot_naming(s, bucket_of(s, h), addr) != NULL and ld64(&it.hash) == h and ld64(&it.word) == word_of(LIVE, 0) and \
@@ -1028,15 +1032,15 @@ cdef inline int dirty_at(seg_t* s, uint64_t addr, uint8_t* key, size_t* n, uint6
     stripe_release(s, st)
     return OK if dirty else ABSENT
 
-cdef inline int find_dirty(seg_t* s, uint64_t at, uint8_t* key, size_t* n, uint64_t limit_ns) noexcept nogil:
+cdef inline int find_dirty(seg_t* s, uint64_t at, uint8_t* key, size_t* n, uint64_t until_ns) noexcept nogil:
     """Is there a dirty item where this bit is set? OK, and its key; or ABSENT and the bit is cleared; BUSY, INTR."""
     cdef uint64_t addr = dirty_chunk(s, at)
-    cdef int rc = dirty_at(s, addr, key, n, limit_ns) if addr else ABSENT
+    cdef int rc = dirty_at(s, addr, key, n, until_ns) if addr else ABSENT
     if rc == ABSENT:
         dirty_clear(s, s.slab_lo + (at << 3))
         #! find dirty: bit cleared
         addr = dirty_chunk(s, at)                       # who set it before is seen now; who sets it later sets it
-        rc = dirty_at(s, addr, key, n, limit_ns) if addr else ABSENT
+        rc = dirty_at(s, addr, key, n, until_ns) if addr else ABSENT
         if rc != ABSENT:
             dirty_set(s, addr)
     return rc
@@ -1072,7 +1076,7 @@ cdef inline void clear_all(seg_t* s) noexcept nogil:
     if unlikely(s.holder != 0) and s.holder == pthread_self():
         s.held_epoch = ld32(&s.header.epoch)
 
-cdef inline int next_keys(seg_t* s, uint64_t b, uint8_t* to, uint32_t room, uint32_t* used, uint64_t limit_ns) noexcept nogil:
+cdef inline int next_keys(seg_t* s, uint64_t b, uint8_t* to, uint32_t room, uint32_t* used, uint64_t until_ns) noexcept nogil:
     """The keys of one chain at one instant, each as u16 length + bytes: OK, NO_ROOM (a larger buffer), BUSY or INTR."""
     cdef stripe_t* st = stripe_of(s, b)
     cdef int tries, rc
@@ -1084,7 +1088,7 @@ cdef inline int next_keys(seg_t* s, uint64_t b, uint8_t* to, uint32_t room, uint
         fence_acquire()
         if ld32r(&s.buckets[b].version) == v:
             return rc
-    rc = stripe_take(s, st, limit_ns)
+    rc = stripe_take(s, st, until_ns)
     if rc == OK:
         rc = copy_keys(s, b, to, room, used)
         stripe_release(s, st)

@@ -832,7 +832,7 @@ def big_delete(b: Bench) -> None:
 
 
 @scenario(prepare=big_gone)
-def big_delete_pool_busy(b: Bench) -> None:
+def big_freed_pool_busy(b: Bench) -> None:
     b.seg.header["pages_word"] = b.me
     b.cache.delete(VICTIM)
     b.unplant()

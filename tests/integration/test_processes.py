@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing as mp
 import os
@@ -17,6 +18,9 @@ import pytest
 
 import shmcache
 from shmcache import errors
+from shmcache.core import _sweep
+from tests.redis.inprocess import InProcess
+from tests.redis.resp import encode
 
 
 def child(run):
@@ -276,6 +280,127 @@ def test_ctrl_c_while_waiting_leaves_nothing_in_hand(make):
     assert after["live"] == before["live"]
     assert cache.stats()["big_pages"] == 0
     del seg
+
+
+@contextlib.contextmanager
+def recurring_signal(seconds, deadline):
+    """A handler that runs every so often; past the deadline it raises. What it yields are the times at which it ran."""
+    began = time.monotonic()
+    ran = []
+
+    def handler(*args):
+        ran.append(time.monotonic() - began)
+        if ran[-1] > deadline:
+            raise TimeoutError("the call began again at each signal")
+
+    before = signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
+    try:
+        yield ran
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("seconds", [0.05, 0.0007])
+def test_a_recurring_signal_does_not_make_the_limit_longer(make, seconds):
+    """Beside a stopped holder each call ends at its limit, whatever else the process has to do, also when no slice of its sleep is whole."""
+    cache = make(lock_limit=0.6, stripes=1)
+    cache["k"] = 1
+    claim = cache.claim("claimed", 60.0)
+    mark, _ = cache.mark("marked", 60.0)
+    assert claim > 0
+    assert mark > 0
+    holder, seg = held_stripe(cache)
+    word = int(seg.stripes["word"][0])
+    calls = {
+        "set": lambda: cache.set("k", 2),
+        "set large": lambda: cache.set("k", bytes(200_000)),
+        "add": lambda: cache.add("new", 2),
+        "delete": lambda: cache.delete("k"),
+        "incr": lambda: cache.incr("k"),
+        "touch": lambda: cache.touch("k", 5),
+        "claim": lambda: cache.claim("other", 5.0),
+        "unclaim": lambda: cache.unclaim("claimed", claim),
+        "end_mark": lambda: cache.end_mark("marked"),
+    }
+    for name, call in calls.items():
+        seg.stripes["stalled"][0] = 0  # else only the first would wait for long
+        with recurring_signal(seconds, deadline=10) as ran, pytest.raises(errors.StripeBusy):
+            call()
+        assert len(ran) > 2, name
+        assert int(seg.stripes["word"][0]) & ~(1 << 63) == word, name
+    with contextlib.closing(InProcess(cache.name)) as server:
+        for words in ((b"MSETNX", b"one", b"1", b"two", b"2"), (b"SET", b"k", b"2"), (b"INCR", b"k")):
+            seg.stripes["stalled"][0] = 0
+            with recurring_signal(seconds, deadline=10):
+                assert server.say(server.connect(), encode(words)).startswith(b"-TRYAGAIN"), words
+    assert cache["k"] == 1
+    os.kill(holder, signal.SIGKILL)
+    ended(holder)
+    del seg
+
+
+def test_the_dead_are_taken_over_from_whatever_signals_come(make):
+    """No slice of the sleep is whole before the next signal, and the limit is over before the first one: the holder is asked for all the same."""
+    cache = make(lock_limit=0.001, stripes=1)
+    cache["k"] = 1
+    holder, seg = held_stripe(cache)
+    os.kill(holder, signal.SIGKILL)
+    ended(holder)
+    with recurring_signal(0.0007, deadline=10):
+        cache.set("k", 2)
+    assert cache["k"] == 2
+    assert cache.stats()["takeovers"] == 1
+    del seg
+
+
+def test_signals_do_not_end_verify_and_settle(make):
+    """A lock is held for a while and signals come: that is waited for, and nothing is left out."""
+    cache = make(stripes=1)
+    cache["k"] = 1
+    holder, seg = held_stripe(cache)
+    word = int(seg.stripes["word"][0])
+    for look in (lambda: cache.verify() == [], lambda: _sweep.settle(cache)["LIVE"] == 1, lambda: _sweep.repair(cache) == (0, 0)):
+        seg.stripes["word"][0] = word
+        release = threading.Timer(0.5, seg.stripes["word"].__setitem__, (0, 0))
+        release.start()
+        with recurring_signal(0.05, deadline=30):
+            assert look()
+        release.join()
+    os.kill(holder, signal.SIGKILL)
+    ended(holder)
+    del seg, release
+
+
+def test_verify_does_not_wait_for_the_interpreter_with_a_lock(make):
+    """While other threads run Python, nobody waits for what verify looks at."""
+    cache = make(stripes=16)  # few: numpy lets others run while it looks at many
+    cache["k"] = 1
+    seg = cache.views()
+    interval, longest, stop = sys.getswitchinterval(), 0.0, threading.Event()
+    found = []
+
+    def look():
+        while not stop.is_set():
+            found.extend(cache.verify())
+
+    sys.setswitchinterval(1)  # each of the two keeps the interpreter for so long when it has it; or gives it away to wait for a lock
+    t = threading.Thread(target=look)
+    try:
+        t.start()
+        began = free = time.monotonic()
+        while time.monotonic() - began < 5:
+            if not seg.stripes["word"].any() and not seg.classes["word"].any():
+                free = time.monotonic()
+            longest = max(longest, time.monotonic() - free)
+    finally:
+        sys.setswitchinterval(interval)
+        stop.set()
+        t.join()
+        del seg
+    assert longest < 0.8, "a lock was held by a thread that waited for the interpreter"
+    assert found == []
 
 
 def test_readme_two_terminals(name):
