@@ -182,7 +182,7 @@ class Cache:
             try:
                 asked = next(steps)
                 while True:
-                    if asked is flight.WAIT:
+                    if asked is not flight.COMPUTE:
                         await asyncio.sleep(wait)
                         wait = min(wait * 1.5, flight.LONGEST_WAIT)
                         asked = next(steps)

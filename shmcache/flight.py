@@ -17,6 +17,8 @@ Race table
     fill vs take-over         a claim older than `lease` seconds is void: the late fill is refused
     the claimer dies          the kernel drops its row's lock; the next waiter to look takes over. A thread that ends without a fill
                               (its process lives) gives its claim back in `finally`; else `lease` bounds it
+    who is one claimer        a thread, asyncio task or greenlet (core/owner.py), by a number that no other in its process ever has. One
+                              waits for another of its own thread only by a sleep that lets that one run, and else does without
     fork while a claim is held: the child has another token: it fills and releases none of its parent's
     a factory asks its own key again: computed at once, not stored; waiting would be for itself. If it refreshes: it gets the stale value
     refresh vs set / delete / clear / touch
@@ -34,7 +36,6 @@ Race table
 from __future__ import annotations
 
 import math
-import time
 
 from shmcache import errors
 from shmcache.codec import FRESH, STALE
@@ -58,16 +59,26 @@ LONGEST_NAMED = 4096 - len(REFRESH_PREFIX)  # bytes of a key that stands behind 
 MOST_EARLY_MS = (1 << 32) - 1
 MISSING: Any = object()
 WAIT: Any = object()
+WAIT_HERE: Any = object()
 COMPUTE: Any = object()
 
 
 def waits(deadline: float | None) -> Any:
-    """Sleep in growing slices, once per next(); ends when the deadline (monotonic) has come."""
+    """Sleep in growing slices, once per next(), and let greenlets run; ends when the deadline (_core.monotonic) has come."""
+    from shmcache.core import owner
+
     wait = FIRST_WAIT
-    while deadline is None or time.monotonic() < deadline:
-        time.sleep(wait if deadline is None else max(0.0, min(wait, deadline - time.monotonic())))
+    while deadline is None or _core.monotonic() < deadline:
+        owner.sleep(wait if deadline is None else max(0.0, min(wait, deadline - _core.monotonic())))
         wait = min(wait * 1.5, LONGEST_WAIT)
         yield
+
+
+def waits_in_vain() -> bool:
+    """Can the other callers of this thread not run while this one sleeps?"""
+    from shmcache.core import owner
+
+    return owner.sleep_of_greenlets() is None
 
 
 def several(tags: Iterable[str] | None) -> tuple[str, ...]:
@@ -98,12 +109,12 @@ class Terms:
     def begin(self) -> None:
         """The factory is about to be called: keep the generations from before it."""
         self._head = self._cache._carry(self._tags) if self._tags else None
-        self._began = time.monotonic()
+        self._began = _core.monotonic()
 
     def end(self) -> None:
         """It has returned."""
         if self._beta:
-            self._early_ms = min(math.ceil((time.monotonic() - self._began) * self._beta * 1000), MOST_EARLY_MS)
+            self._early_ms = min(math.ceil((_core.monotonic() - self._began) * self._beta * 1000), MOST_EARLY_MS)
 
     def fill(self, key: bytes | str, value: Any, version: int, refresh: bool) -> bool:
         return self._cache._fill_computed(key, value, version, self, refresh)
@@ -120,7 +131,9 @@ def get_or_set(cache: Cache, key: bytes | str, factory: Callable[[], Any], lease
     try:
         asked = next(flight)
         while True:
-            if asked is WAIT:
+            if asked is WAIT_HERE and waits_in_vain():
+                return factory()
+            if asked is not COMPUTE:
                 next(pause)
                 asked = next(flight)
             else:
@@ -132,8 +145,9 @@ def get_or_set(cache: Cache, key: bytes | str, factory: Callable[[], Any], lease
 
 
 def flying(cache: Cache, key: bytes | str, lease: float, terms: Terms) -> Generator[Any, Any, Any]:
-    """What is to be done for get_or_set(), by who can wait and call the factory: it yields WAIT or COMPUTE, is sent what the factory has
-    returned, and returns the value. Close it, whatever the factory raises."""
+    """What is to be done for get_or_set(), by a caller that can wait and call the factory: it yields WAIT, WAIT_HERE (for another caller of
+    this thread, who has to run meanwhile) or COMPUTE, is sent what the factory has returned, and returns the value. Close it, whatever the
+    factory raises."""
     version = 0
     try:
         while True:
@@ -149,7 +163,7 @@ def flying(cache: Cache, key: bytes | str, lease: float, terms: Terms) -> Genera
             if version == -2:
                 return (yield COMPUTE)
             if version:  # another's; or somebody changes the key in the store
-                yield WAIT
+                yield WAIT_HERE if version == -6 else WAIT
             else:
                 value, seen = cache.gets(key)  # not get: that may miss early again
                 if seen:
@@ -203,8 +217,8 @@ def check_lease(seconds: float) -> None:
 class Lease:
     """What get_lease() has found: a value, the right to fill, or that another has it.
 
-    Attributes: found: there is a value, `value`. held: this caller is the one to fill(), or to release(). If neither, another thread of
-    some process has the lease: wait and ask again, or do without.
+    Attributes: found: there is a value, `value`. held: this caller is the one to fill(), or to release(). If neither, another caller (a
+    thread, task or greenlet of some process) has the lease: wait and ask again, or do without.
     """
 
     __slots__ = ("_head", "_tags", "_version", "found", "key", "value")
@@ -275,9 +289,10 @@ def release(cache: Cache, lease: Lease) -> bool:
 
 
 class Lock:
-    """A lock that threads of all processes of the host share, by name. Not re-entrant; given back by with, release() or its owner's death.
+    """A lock that threads, tasks and greenlets of all processes of the host share, by name. Not re-entrant; given back by with, release()
+    or the death of its owner's process.
 
-    It is an item that is never evicted and that clear() leaves alone. One Lock object is for one thread at a time.
+    It is an item that is never evicted and that clear() leaves alone. One Lock object is for one of them at a time.
     """
 
     def __init__(self, cache: Cache, name: bytes | str, ttl: float | None) -> None:
@@ -291,19 +306,27 @@ class Lock:
     def acquire(self, blocking: bool = True, timeout: float | None = None) -> bool:
         """Take it: True. False if it is taken and blocking is False, or after timeout seconds.
 
-        Raises: UsageError if this object or this thread holds it already.
+        Raises: UsageError if this object or this caller holds it already, or another task or greenlet of this thread, which could not
+        give it back while this one sleeps.
         """
         if self._version and self.owned():
             raise errors.UsageError("this Lock is held already: it is not re-entrant")
-        pause = waits(None if timeout is None else time.monotonic() + timeout)
+        pause = waits(None if timeout is None else _core.monotonic() + timeout)
         while True:
             version = self._cache.claim(self._key, self._ttl, True)
             if version > 0:
                 self._version = version
                 return True
             if version == -2:
-                raise errors.UsageError("this thread holds the lock already, by another Lock object")
-            if not blocking or next(pause, "late"):
+                raise errors.UsageError("this thread, task or greenlet holds the lock already: it is not re-entrant")
+            if not blocking:
+                return False
+            if version == -6 and waits_in_vain():
+                raise errors.UsageError(
+                    "a task or greenlet of this thread holds the lock, and cannot give it back while this call waits: await shmcache.aio's"
+                    " lock in tasks; let gevent or eventlet patch time.sleep"
+                )
+            if next(pause, "late"):
                 return False
 
     def release(self) -> None:

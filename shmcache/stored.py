@@ -121,6 +121,8 @@ class StoredCache(Cache):
                 return version
             if version in (-2, -4):  # the load of this very key asks for it; its writer is dead
                 return -1
+            if version == -6 and flight.waits_in_vain():
+                return -1
             if next(pause, "late"):
                 if version == -3:
                     return -1

@@ -43,11 +43,13 @@ from shmcache.core.siphash cimport siphash, siphash13
 from shmcache.core.slab cimport chunk_class, cls_mark, give_back_all, item_at, page_cls
 from shmcache.core.table cimport (
     ALWAYS, IF_ABSENT, IF_CLAIM, IF_PRESENT, IF_SAME, IF_UNCLAIMED, IF_UNMARKED, IF_UNMARKED_BY_ANY, IF_VERSION, RESTARTS, add_to,
-    clear_all, count_items, end_mark, envelope_state, give_up, mark_t, next_keys, passes_by, prefetch_item, put, put_t, read_begin, read_claim, read_copy, read_end,
+    claim_t, clear_all, count_items, end_mark, envelope_state, give_up, mark_t, next_keys, passes_by, prefetch_item, put, put_t, read_begin, read_claim, read_copy, read_end,
     read_generation, read_t, remove, remove_claim, same_item, set_expiry, state_in_place, unchanged)
 from shmcache.core.token cimport (
     ABSENT, AGAIN, BUSY, EXISTS, INTR, KEPT, MISMATCH, NO_OFD, NO_ROOM, NO_ROW, NO_STORE, NOT_INT, OK, OS_ERROR, OVERFLOW, SUPERVISOR_BYTE,
     close, dead, getpid, mono_ns, munmap, prober_ready, row_held, row_of, shm_ofd_lock, shm_reopen, shm_wiped_page, take_row, wall_ms, word_of)
+
+import sys
 
 from shmcache import errors
 
@@ -56,7 +58,6 @@ cdef extern from "Python.h":
     bint PyUnicode_CheckExact(object o)
     bint PyUnicode_IS_COMPACT_ASCII(object o)
     object PyLong_FromLongLong(long long v)
-    unsigned long PyThread_get_thread_ident()
     object PyObject_Vectorcall(object f, PyObject* const* arguments, size_t n, object names)
 
 cdef extern from *:
@@ -96,7 +97,15 @@ cdef extern from *:
         return fstat(fd, &st) == 0 && st.st_nlink == 0;
     }
     #define SHM_MAGIC 0x65686361636d6873ull     /* "shmcache" */
+    /* Of the thread that runs, from 1. Not its ident, which is used again when it has ended. */
+    static uint64_t shm_threads;
+    static __thread uint64_t shm_thread;
+    static uint64_t shm_this_thread(void) {
+        if (!shm_thread) shm_thread = __atomic_add_fetch(&shm_threads, 1, __ATOMIC_RELAXED);
+        return shm_thread;
+    }
     """
+    uint64_t this_thread "shm_this_thread"() noexcept nogil
     void* shm_map(int fd, uint64_t size) noexcept nogil
     int shm_collapse(void* p, uint64_t size) noexcept nogil
     int shm_stat(int fd, uint64_t* dev, uint64_t* ino, uint64_t* size) noexcept nogil
@@ -130,6 +139,22 @@ CONSTANTS = {"row": sizeof(row_t), "header": sizeof(header_t), "stripe": sizeof(
 def siphash_rounds(const uint8_t[:] data not None, uint64_t k0, uint64_t k1, int c, int d):
     """SipHash-c-d of data under the key (k0, k1): what the published vectors are held against."""
     return siphash(&data[0] if data.shape[0] else NULL, data.shape[0], k0, k1, c, d)
+
+
+def monotonic():
+    """Seconds, for deadlines: time.monotonic(), but not what a test that freezes the clock has put in its place."""
+    return mono_ns() / 1e9
+
+
+cdef uint64_t task_or_greenlet() except? 0:
+    """The number of the asyncio task or greenlet that runs; 0: neither. Who loads neither module pays two look-ups."""
+    global owner_number
+    if "asyncio" not in modules and "greenlet" not in modules:
+        return 0
+    if owner_number is None:
+        from shmcache.core.owner import number
+        owner_number = number
+    return owner_number()
 
 
 # ---- layout, for the numpy dtypes ---------------------------------------------------------------------------------------
@@ -1748,42 +1773,45 @@ cdef class Table:
     # -- claims: who computes a missing value, who holds a lock
 
     def claim(self, key, double seconds, bint lock=False):
-        """Claim a key that is not there: say that this thread computes its value, or (lock) holds it.
+        """Claim a key that is not there: say that the caller (a thread, asyncio task or greenlet) computes its value, or (lock) holds it.
 
         Args: seconds: after which the claim is void, 0: never. lock: clear() leaves it alone.
-        Returns: the claim's version, above 0; 0: a value is there; -1: another living thread's claim stands, or (write-back) a restore has
-        not put in yet what the store has not got; -2: this thread's own; -3: somebody changes it in the store (mark()); -4: did, and is
-        dead or does not know how it ended; -5: it was deleted, and the store does not know yet.
+        Returns: the claim's version, above 0; 0: a value is there; -1: another living caller's claim stands, or (write-back) a restore has
+        not put in yet what the store has not got; -2: this caller's own; -3: somebody changes it in the store (mark()); -4: did, and is
+        dead or does not know how it ended; -5: it was deleted, and the store does not know yet; -6: as -1, and that caller is a task or
+        greenlet of this very thread, or the thread itself beneath them: it goes on only if this caller lets it run.
         A claim of the dead is taken over. Whoever sets, deletes or (but for a lock) clears the key voids it.
         """
         cdef put_t op
-        cdef uint64_t owner[2]
-        cdef uint64_t token = 0, thread = 0
+        cdef claim_t mine, whose
         cdef uint8_t flags = 0
         cdef seg_t* s
         cdef int rc
         cdef Mapping held
         key_view(key, &op.key, &op.key_bytes)
+        mine.thread = this_thread()
+        mine.owner = task_or_greenlet()
         while True:
             s = self.ready()
             held = self.mapping
-            owner[0] = s.me[0]
-            owner[1] = <uint64_t>PyThread_get_thread_ident()
+            mine.token = s.me[0]
             op.chunk = 0
             op.refs = 0
             op.hash = siphash13(op.key, op.key_bytes, s.k0, s.k1)
             op.version = 0
-            rc = read_claim(s, op.key, op.key_bytes, op.hash, &op.version, &token, &thread, &flags)
+            rc = read_claim(s, op.key, op.key_bytes, op.hash, &op.version, &whose, &flags)
             if rc == OK:
                 return 0
             if rc == AGAIN:
                 continue
             if rc == EXISTS:
                 if flags & FLAG_WRITING:
-                    return -3 if token else -4
-                if token == owner[0]:
-                    return -2 if thread == owner[1] else -1
-                if not dead(s, token):
+                    return -3 if whose.token else -4
+                if whose.token == mine.token:
+                    if whose.owner == mine.owner and (mine.owner or whose.thread == mine.thread):
+                        return -2
+                    return -6 if whose.thread == mine.thread else -1
+                if not dead(s, whose.token):
                     return -1
             elif unlikely(ld32(&s.header.restoring) == NAMESPACES_FIRST) and writes_back(s, op.key):
                 return -1           # what the store has not got is not in yet
@@ -1791,8 +1819,8 @@ cdef class Table:
             op.flags = FLAG_CLAIM | (FLAG_LOCK if lock else 0)
             op.loaded = True
             op.codec = CODEC_BYTES
-            op.value = <const uint8_t*>owner
-            op.value_bytes = 16
+            op.value = <const uint8_t*>&mine
+            op.value_bytes = sizeof(mine)
             op.expiry_ms = now_ms(s) + <uint64_t>(seconds * 1000 + 0.999999) if seconds else 0
             if self.put_view(s, &op) == OK:
                 return op.cas
@@ -1805,15 +1833,16 @@ cdef class Table:
         """The version of the claim on this key (mine: if it is this process's); 0: there is none."""
         cdef const uint8_t* k
         cdef size_t n
-        cdef uint64_t version = 0, token = 0, thread = 0
+        cdef uint64_t version = 0
+        cdef claim_t whose
         cdef uint8_t flags = 0
         cdef seg_t* s
         cdef int rc = AGAIN
         key_view(key, &k, &n)
         while rc == AGAIN:
             s = self.ready()
-            rc = read_claim(s, k, n, siphash13(k, n, s.k0, s.k1), &version, &token, &thread, &flags)
-        return version if rc == EXISTS and (not mine or token == s.me[0]) else 0
+            rc = read_claim(s, k, n, siphash13(k, n, s.k0, s.k1), &version, &whose, &flags)
+        return version if rc == EXISTS and (not mine or whose.token == s.me[0]) else 0
 
     def mark(self, key, double seconds, bint alone=False, uint64_t version=0):
         """Say that this thread is about to change a key in the store: whatever is there goes, readers miss, and nobody fills.
@@ -2372,5 +2401,7 @@ cdef class Encoded:
 
 
 POLICIES = ("off", "no", "everysec", "always")     # of the log: header.log_policy
+cdef dict modules = sys.modules
+cdef object owner_number = None     # owner.number, when it is needed
 cdef object MISS = object()
 cdef object INFINITY = float("inf")

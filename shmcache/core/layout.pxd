@@ -271,7 +271,7 @@ ctypedef struct item_t:     # 48 bytes, then the key, zero to seven bytes of pad
 
 cdef enum:
     FLAG_BIG = 1            # instead of the value: u32 page indexes, then the rest of the value
-    FLAG_CLAIM = 2          # no value: somebody computes it, or holds this lock. Value: u64 owner's token, u64 thread
+    FLAG_CLAIM = 2          # no value: somebody computes it, or holds this lock. Value: claim_t
     FLAG_LOCK = 4           # a claim that clear() leaves alone
     FLAG_WRITING = 16       # a claim and lock: somebody changes this key in the store. It stands till its time is over. Value: mark_t
     FLAG_DIRTY = 32         # write-back: the store has not got it yet. Neither evicted, nor expired, nor cleared (dirty.pxd)

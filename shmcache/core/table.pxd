@@ -76,6 +76,11 @@ ctypedef struct read_t:
 cdef enum:
     MARK_WRITERS = 7        # who may write one key at a time; others wait
 
+ctypedef struct claim_t:    # a claim's value. Writer: who places it; constant then
+    uint64_t token          # of the process
+    uint64_t thread         # number of its thread
+    uint64_t owner          # number of the task or greenlet that claimed; 0: the thread itself. No number is used twice in a process
+
 ctypedef struct mark_t:     # a mark's value. Writer: the holder of the stripe
     uint64_t owner          # token of who put it last: he may fill it
     uint64_t alone          # he wants the key for himself
@@ -84,7 +89,7 @@ ctypedef struct mark_t:     # a mark's value. Writer: the holder of the stripe
     uint64_t until_ms[7]    # when the time of his mark is over
 
 cdef inline uint64_t claim_bytes(uint8_t flags) noexcept nogil:
-    return sizeof(mark_t) if unlikely(flags & FLAG_WRITING) else 16
+    return sizeof(mark_t) if unlikely(flags & FLAG_WRITING) else sizeof(claim_t)
 
 cdef inline bint unchanged(read_t* r) noexcept nogil:
     """Is what was read since read_begin one state of the table?"""
@@ -844,10 +849,10 @@ cdef inline int end_mark(seg_t* s, const uint8_t* key, size_t n, uint64_t h, bin
         free_old(s, f.addr, until_ns)
     return rc
 
-cdef inline int read_claim(seg_t* s, const uint8_t* key, size_t n, uint64_t h, uint64_t* version, uint64_t* token,
-                           uint64_t* thread, uint8_t* flags) noexcept nogil:
-    """Whose claim is on this key? OK: a value is there. EXISTS: a claim (of a mark: of one of its writers who live, or 0). ABSENT: neither.
-    AGAIN."""
+cdef inline int read_claim(seg_t* s, const uint8_t* key, size_t n, uint64_t h, uint64_t* version, claim_t* whose,
+                           uint8_t* flags) noexcept nogil:
+    """Whose claim is on this key? OK: a value is there. EXISTS: a claim (of a mark: the token of one of its living writers, or 0). ABSENT:
+    neither. AGAIN."""
     cdef read_t r
     cdef uint64_t* at
     cdef uint32_t stale_ms
@@ -861,8 +866,9 @@ cdef inline int read_claim(seg_t* s, const uint8_t* key, size_t n, uint64_t h, u
     at = <uint64_t*>(<uint8_t*>item_at(s, r.addr) + value_offset(n))
     flags[0] = r.flags
     version[0] = r.cas
-    token[0] = living_writers(s, <mark_t*>at, &n_living) if r.flags & FLAG_WRITING else ld64r(&at[0])
-    thread[0] = ld64r(&at[1])
+    whose.token = living_writers(s, <mark_t*>at, &n_living) if r.flags & FLAG_WRITING else ld64r(&at[0])
+    whose.thread = ld64r(&at[1])
+    whose.owner = ld64r(&at[2])
     return EXISTS if unchanged(&r) or same_item(s, &r) else AGAIN
 
 cdef inline int add_to(seg_t* s, const uint8_t* key, size_t n, uint64_t h, int64_t by, int64_t* out,

@@ -440,7 +440,7 @@ def test_a_key_of_any_length_is_refreshed(cache, length):
 def test_early_refresh(cache, monkeypatch):
     """The factory takes a second by its clock: half a second before the end e ** -0.5 of the reads are early, and one computes."""
     now = [0.0]
-    monkeypatch.setattr(flight.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(flight._core, "monotonic", lambda: now[0])
 
     def slow():
         now[0] += 1.0
