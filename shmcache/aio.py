@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from shmcache import cache as cache_module
 from shmcache import flight
 from shmcache.core import _core
+from shmcache.core._claims import Claim
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Mapping
@@ -178,7 +179,8 @@ class Cache:
         flight.check_lease(lease)
         terms = flight.Terms(self.sync, ttl, options.get("stale_ttl"), options.get("early", 0.0), options.get("tags"))
         wait = flight.FIRST_WAIT
-        with contextlib.closing(flight.flying(self.sync, name, lease, terms)) as steps:
+        with Claim(self.sync) as claim:
+            steps = flight.flying(self.sync, name, lease, terms, claim)
             try:
                 asked = next(steps)
                 while True:

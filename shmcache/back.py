@@ -3,11 +3,11 @@ first. `BackCache`."""
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Any
 
 from shmcache import codec, errors
 from shmcache.core import _core
+from shmcache.core._claims import Claims
 from shmcache.stored import DELETED, MISSING, StoredCache, no_tags, seconds_of
 
 if TYPE_CHECKING:
@@ -22,20 +22,20 @@ class BackCache(StoredCache):
     def delete_many(self, keys: Iterable[Key]) -> int:
         names = dict.fromkeys(_core.key_bytes(k) for k in _core.several(keys))
         unseen = [name for name in names if name[0] != 0 and self._look(name)[0] == codec.ABSENT and self.claim_version(name) == 0]
-        there = self._loaded(unseen, {})
+        there = self._loaded(unseen, Claims(self))
         return sum([super(StoredCache, self).delete(name) or name in there for name in names])
 
     def _changed(self, key: Key, change: Callable[[bytes], Any], absent: Any) -> Any:
         """What change() says, once the key is cached; MISSING is that it is not. absent: it is not in the store."""
         name = _core.key_bytes(key)
-        deadline = time.monotonic() + self.policy.timeout
+        deadline = _core.monotonic() + self.policy.timeout
         while True:
             told = change(name)
             if told is not MISSING:
                 return told
             if name[0] == 0 or self.get(name, MISSING) is MISSING:
                 return absent
-            if time.monotonic() > deadline:
+            if _core.monotonic() > deadline:
                 raise errors.StoreUnavailable("this key is in the store, but cannot be cached just now, so nothing was changed: try again")
 
     def replace(self, key: Key, value: Any, ttl: Ttl = None, tags: Tags = None) -> bool:
@@ -69,7 +69,7 @@ class BackCache(StoredCache):
             return super().add(name, value, ttl, tags)
         no_tags(tags)
         value = self.encoded(value)
-        deadline = time.monotonic() + self.policy.timeout
+        deadline = _core.monotonic() + self.policy.timeout
         while True:
             state, _, seen = self._look(name)
             if state in (codec.FRESH, codec.STALE):
@@ -78,9 +78,9 @@ class BackCache(StoredCache):
                 if self._add_claimed(name, value, seen, ttl, refresh=True):
                     return True
                 continue
-            version = self._claim(name, deadline)
-            if version and version != DELETED:
-                try:
+            with Claims(self) as claims:
+                version = self._claim(claims, name, deadline)
+                if version and version != DELETED:
                     entry = self._call(self.store.load_many, [name], timeout=self.policy.timeout).get(name)
                     self.count_store(loads=1, found=entry is not None)
                     if entry is not None:
@@ -88,9 +88,6 @@ class BackCache(StoredCache):
                         return False
                     if self._add_claimed(name, value, version, ttl) if version > 0 else super().add(name, value, ttl):
                         return True
-                finally:
-                    if version > 0:
-                        self.unclaim(name, version)
 
     def incr(self, key: Key, n: int = 1, *, default: int | None = None, ttl: Ttl = None) -> int:
         def counted(name: bytes) -> Any:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from datetime import timedelta
     from typing import Any
 
+    from shmcache.core._claims import Lock
     from shmcache.policy import Policy
     from shmcache.stores import Store
 
@@ -146,9 +147,12 @@ class Cache(_core.Table):
         """Give a lease back without a value, so that the next to ask gets one at once: True if it still stood."""
         return flight.release(self, lease)
 
-    def lock(self, name: bytes | str, ttl: float | None = None) -> flight.Lock:
-        """A lock that all processes share: `with cache.lock("report", ttl=30): ...`. Its owner's death, or ttl seconds, release it."""
-        return flight.Lock(self, name, ttl)
+    def lock(self, name: bytes | str, ttl: float | None = None) -> Lock:
+        """A lock that all processes share: `with cache.lock("report", ttl=30): ...`. Its owner's death, or ttl seconds, release it.
+
+        A block that ends after its ttl gets a LockLost warning, counted in stats()["locks_lost"].
+        """
+        return flight.lock(self, name, ttl)
 
     def namespace(self, name: bytes | str) -> Namespace:
         """A part of the cache with keys of its own, and an O(1) clear() of its own."""

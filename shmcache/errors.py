@@ -229,5 +229,10 @@ class SharedName(UserWarning):
     """Two functions of this process are memoized under one name=, and may be given each other's results. Give each its own."""
 
 
+class LockLost(UserWarning):
+    """A block under cache.lock ended when the lock was not its own any more: its ttl was over, and others may have been in. Give it
+    more time."""
+
+
 class HugePagesRefused(UserWarning):
     """create() was asked for huge pages and the kernel gave none, or too few: they are small. Free memory, or allow them."""

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from shmcache.cache import Cache
+    from shmcache.core._claims import Claim, Lock
 
 FIRST_WAIT = 0.0002  # seconds; half as long again each time
 LONGEST_WAIT = 0.016
@@ -125,77 +126,75 @@ class Terms:
 
 def get_or_set(cache: Cache, key: bytes | str, factory: Callable[[], Any], lease: float, terms: Terms) -> Any:
     """Cache.get_or_set, after the first miss."""
+    from shmcache.core._claims import Claim
+
     check_lease(lease)
     pause = waits(None)
-    flight = flying(cache, key, lease, terms)
-    try:
-        asked = next(flight)
-        while True:
-            if asked is WAIT_HERE and waits_in_vain():
-                return factory()
-            if asked is not COMPUTE:
-                next(pause)
-                asked = next(flight)
-            else:
-                asked = flight.send(factory())
-    except StopIteration as e:
-        return e.value
-    finally:
-        flight.close()
+    with Claim(cache) as claim:
+        steps = flying(cache, key, lease, terms, claim)
+        try:
+            asked = next(steps)
+            while True:
+                if asked is WAIT_HERE and waits_in_vain():
+                    return factory()
+                if asked is not COMPUTE:
+                    next(pause)
+                    asked = next(steps)
+                else:
+                    asked = steps.send(factory())
+        except StopIteration as e:
+            return e.value
 
 
-def flying(cache: Cache, key: bytes | str, lease: float, terms: Terms) -> Generator[Any, Any, Any]:
+def flying(cache: Cache, key: bytes | str, lease: float, terms: Terms, claim: Claim) -> Generator[Any, Any, Any]:
     """What is to be done for get_or_set(), by a caller that can wait and call the factory: it yields WAIT, WAIT_HERE (for another caller of
-    this thread, who has to run meanwhile) or COMPUTE, is sent what the factory has returned, and returns the value. Close it, whatever the
-    factory raises."""
-    version = 0
-    try:
-        while True:
-            if terms.stale:
-                state, value, seen = cache._look(key)
-                if state == FRESH:
+    this thread, which has to run meanwhile) or COMPUTE, is sent what the factory has returned, and returns the value.
+
+    claim: a core._claims.Claim whose `with` block the caller is in: that gives back what is claimed here, whatever is raised.
+    """
+    while True:
+        if terms.stale:
+            state, value, seen = cache._look(key)
+            if state == FRESH:
+                return value
+            if state == STALE:
+                value = yield from refreshing(cache, key, lease, terms, claim, value, seen)
+                if value is not MISSING:
                     return value
-                if state == STALE and (value := (yield from refreshing(cache, key, lease, terms, value, seen))) is not MISSING:
-                    return value
-            version = cache.claim(key, lease)
-            if version > 0 or version in (-4, -5):  # -4: who changes it in the store is dead; -5: deleted, which the store has not got yet
-                break
-            if version == -2:
-                return (yield COMPUTE)
-            if version:  # another's; or somebody changes the key in the store
-                yield WAIT_HERE if version == -6 else WAIT
-            else:
-                value, seen = cache.gets(key)  # not get: that may miss early again
-                if seen:
-                    return value
-        terms.begin()
-        value = yield COMPUTE
-        terms.end()
-        if terms.fill(key, value, version, False):
-            version = 0
-        return value
-    finally:
-        if version > 0:
-            cache.unclaim(key, version)
+        version = claim.take(key, lease)
+        if version > 0 or version in (-4, -5):  # -4: who changes it in the store is dead; -5: deleted, which the store has not got yet
+            break
+        if version == -2:
+            return (yield COMPUTE)
+        if version:  # another's; or somebody changes the key in the store
+            yield WAIT_HERE if version == -6 else WAIT
+        else:
+            value, seen = cache.gets(key)  # not get: that may miss early again
+            if seen:
+                return value
+    terms.begin()
+    value = yield COMPUTE
+    terms.end()
+    if terms.fill(key, value, version, False):
+        claim.drop()
+    return value
 
 
-def refreshing(cache: Cache, key: bytes | str, lease: float, terms: Terms, stale: Any, seen: int) -> Generator[Any, Any, Any]:
+def refreshing(
+    cache: Cache, key: bytes | str, lease: float, terms: Terms, claim: Claim, stale: Any, seen: int
+) -> Generator[Any, Any, Any]:
     """A value for who has met a stale one: computed if nobody else does so, else the stale one. MISSING: it is not there any more."""
-    claimed = refresh_key(key)
-    version = cache.claim(claimed, lease)
-    if version <= 0:
+    if claim.take(refresh_key(key), lease) <= 0:
         return stale
-    try:
-        state, newer, now = cache._look(key)
-        if now != seen:
-            return newer if state in (FRESH, STALE) else MISSING
-        terms.begin()
-        value = yield COMPUTE
-        terms.end()
-        terms.fill(key, value, seen, True)
-        return value
-    finally:
-        cache.unclaim(claimed, version)
+    state, newer, now = cache._look(key)
+    if now != seen:
+        claim.give_back()
+        return newer if state in (FRESH, STALE) else MISSING
+    terms.begin()
+    value = yield COMPUTE
+    terms.end()
+    terms.fill(key, value, seen, True)
+    return value
 
 
 def refresh_key(key: bytes | str) -> bytes:
@@ -215,21 +214,21 @@ def check_lease(seconds: float) -> None:
 
 
 class Lease:
-    """What get_lease() has found: a value, the right to fill, or that another has it.
+    """What get_lease() has found: a value, the right to fill, or that another has it. One that is dropped is given back.
 
     Attributes: found: there is a value, `value`. held: this caller is the one to fill(), or to release(). If neither, another caller (a
     thread, task or greenlet of some process) has the lease: wait and ask again, or do without.
     """
 
-    __slots__ = ("_head", "_tags", "_version", "found", "key", "value")
+    __slots__ = ("_claim", "_head", "_tags", "found", "key", "value")
 
-    def __init__(self, key: bytes | str, value: Any, found: bool, version: int, tags: tuple[str, ...], head: bytes | None) -> None:
+    def __init__(self, key: bytes | str, value: Any, found: bool, claim: Claim, tags: tuple[str, ...], head: bytes | None) -> None:
         self.key, self.value, self.found = key, value, found
-        self._version, self._tags, self._head = version, tags, head
+        self._claim, self._tags, self._head = claim, tags, head
 
     @property
     def held(self) -> bool:
-        return self._version > 0
+        return self._claim.version > 0
 
     def __repr__(self) -> str:
         return f"<shmcache.Lease on {self.key!r}: {'a value' if self.found else 'to be filled' if self.held else 'not held'}>"
@@ -243,105 +242,52 @@ def check_is_lease(lease: Lease) -> None:
 
 def get_lease(cache: Cache, key: bytes | str, seconds: float, tags: Iterable[str] | None) -> Lease:
     """Cache.get_lease."""
+    from shmcache.core._claims import Claim
+
     check_lease(seconds)
     names = several(tags)
+    claim = Claim(cache)
     while True:
         value, seen = cache.gets(key)
         if seen:
-            return Lease(key, value, True, 0, (), None)
-        version = cache.claim(key, seconds)
+            return Lease(key, value, True, claim, (), None)
+        version = claim.take(key, seconds)
+        if version < 0:
+            return Lease(key, None, False, claim, (), None)
         if version:
-            break
-    if version < 0:
-        return Lease(key, None, False, 0, (), None)
-    try:
-        return Lease(key, None, False, version, names, cache._carry(names) if names else None)
-    except BaseException:
-        cache.unclaim(key, version)
-        raise
+            return Lease(key, None, False, claim, names, cache._carry(names) if names else None)
 
 
 def fill(cache: Cache, lease: Lease, value: Any, ttl: float | timedelta | None, tags: Iterable[str]) -> bool:
     """Cache.fill."""
     check_is_lease(lease)
-    version, lease._version = lease._version, 0
-    if not version:
-        raise errors.UsageError("this lease is not held: get_lease() has found a value or another's lease, or it was filled or released")
-    filled = False
-    try:
+    with lease._claim as claim:
+        if not claim.version:
+            raise errors.UsageError(
+                "this lease is not held: get_lease() has found a value or another's lease, or it was filled or released"
+            )
         more = several(tags)
         head = lease._head
         if more:
             head = cache._carry(more, head)
+        filled = False
         if lease._head is None or cache._carry(lease._tags) == lease._head:
-            filled = cache.fill_claim(lease.key, value, version, ttl, head)
-    finally:
-        if not filled:
-            cache.unclaim(lease.key, version)
-    return filled
+            filled = cache.fill_claim(lease.key, value, claim.version, ttl, head)
+        if filled:
+            claim.drop()
+        return filled
 
 
 def release(cache: Cache, lease: Lease) -> bool:
     """Cache.release."""
     check_is_lease(lease)
-    version, lease._version = lease._version, 0
-    return version > 0 and cache.unclaim(lease.key, version)
+    return lease._claim.give_back()
 
 
-class Lock:
-    """A lock that threads, tasks and greenlets of all processes of the host share, by name. Not re-entrant; given back by with, release()
-    or the death of its owner's process.
+def lock(cache: Cache, name: bytes | str, ttl: float | None) -> Lock:
+    """Cache.lock."""
+    from shmcache.core._claims import Lock
 
-    It is an item that is never evicted and that clear() leaves alone. One Lock object is for one of them at a time.
-    """
-
-    def __init__(self, cache: Cache, name: bytes | str, ttl: float | None) -> None:
-        if ttl is not None and not 0 < ttl < 1e9:
-            raise errors.InvalidTTL(f"the ttl of a lock is a number of seconds above 0, or None, not {ttl!r}")
-        self._cache = cache
-        self._key = _core.own_key(LOCK_PREFIX, name, "the name of a lock")
-        self._ttl = ttl or 0.0
-        self._version = 0
-
-    def acquire(self, blocking: bool = True, timeout: float | None = None) -> bool:
-        """Take it: True. False if it is taken and blocking is False, or after timeout seconds.
-
-        Raises: UsageError if this object or this caller holds it already, or another task or greenlet of this thread, which could not
-        give it back while this one sleeps.
-        """
-        if self._version and self.owned():
-            raise errors.UsageError("this Lock is held already: it is not re-entrant")
-        pause = waits(None if timeout is None else _core.monotonic() + timeout)
-        while True:
-            version = self._cache.claim(self._key, self._ttl, True)
-            if version > 0:
-                self._version = version
-                return True
-            if version == -2:
-                raise errors.UsageError("this thread, task or greenlet holds the lock already: it is not re-entrant")
-            if not blocking:
-                return False
-            if version == -6 and waits_in_vain():
-                raise errors.UsageError(
-                    "a task or greenlet of this thread holds the lock, and cannot give it back while this call waits: await shmcache.aio's"
-                    " lock in tasks; let gevent or eventlet patch time.sleep"
-                )
-            if next(pause, "late"):
-                return False
-
-    def release(self) -> None:
-        """Give it back. Raises: UsageError if it is not held, or not any more (its ttl was over)."""
-        version, self._version = self._version, 0
-        if not version or not self._cache.unclaim(self._key, version):
-            raise errors.UsageError("the lock is not held by this object (any more): its ttl was over, or release() was called twice")
-
-    def owned(self) -> bool:
-        """Does this object hold it still?"""
-        return self._version != 0 and self._cache.claim_version(self._key, True) == self._version
-
-    def __enter__(self) -> Lock:
-        self.acquire()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.release()
+    if ttl is not None and not 0 < ttl < 1e9:
+        raise errors.InvalidTTL(f"the ttl of a lock is a number of seconds above 0, or None, not {ttl!r}")
+    return Lock(cache, _core.own_key(LOCK_PREFIX, name, "the name of a lock"), ttl or 0.0, waits, waits_in_vain)

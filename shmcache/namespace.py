@@ -34,8 +34,8 @@ def generation(cache: Cache, key: bytes) -> bytes:
     """The eight bytes under a generation's key; if there are none, new ones."""
     found = cache.get(key)
     if found is None and cache.durability()["generations_missing"]:
-        until = time.monotonic() + RESTORE_WAIT
-        while cache.durability()["generations_missing"] and time.monotonic() < until:
+        until = _core.monotonic() + RESTORE_WAIT
+        while cache.durability()["generations_missing"] and _core.monotonic() < until:
             time.sleep(0.002)
         found = cache.get(key)
     while not isinstance(found, bytes) or len(found) != 8:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import time
 from typing import TYPE_CHECKING, Any
 
 from shmcache import codec, errors, flight
 from shmcache.cache import Cache, attach
 from shmcache.core import _core
+from shmcache.core._claims import Claim, Claims
 from shmcache.policy import check, policy_of
 from shmcache.stores import Entry
 
@@ -75,48 +75,46 @@ class StoredCache(Cache):
                 return default
             if state == codec.FRESH or (state == codec.STALE and (value := self._refreshed(name, value, seen)) is not MISSING):
                 return value
-        deadline = time.monotonic() + self.policy.timeout
-        while (version := self._claim(name, deadline)) == 0:
-            value = self.peek(name, MISSING)
-            if value is not MISSING:
-                return value
-        if version == DELETED:
-            return default
-        entry = self._loaded([name], {name: version}).get(name)
-        return default if entry is None else entry.value
+        deadline = _core.monotonic() + self.policy.timeout
+        with Claims(self) as claims:
+            while (version := self._claim(claims, name, deadline)) == 0:
+                value = self.peek(name, MISSING)
+                if value is not MISSING:
+                    return value
+            if version == DELETED:
+                return default
+            entry = self._loaded([name], claims).get(name)
+            return default if entry is None else entry.value
 
     def _refreshed(self, name: bytes, stale: Any, seen: int) -> Any:
         """A stale copy, of which one caller at a time loads another. MISSING: the store has none."""
-        claimed = flight.refresh_key(name)
-        version = self.claim(claimed, self._age)
-        if version <= 0:
-            return stale
-        try:
+        with Claim(self) as claim:
+            if claim.take(flight.refresh_key(name), self._age) <= 0:
+                return stale
             head = self._head(name)
-            entry = self._call(self.store.load_many, [name], timeout=self.policy.timeout).get(name)
+            try:
+                entry = self._call(self.store.load_many, [name], timeout=self.policy.timeout).get(name)
+            except errors.StoreUnavailable:
+                return stale
             self.count_store(loads=1, found=entry is not None)
             if entry is None:
                 self.discard(name)
                 return MISSING
             self._filled(name, entry, seen, head, True)
             return entry.value
-        except errors.StoreUnavailable:
-            return stale
-        finally:
-            self.unclaim(claimed, version)
 
     def _head(self, name: bytes) -> bytes | None:
         """The tags of a key's copy, as they are before it is loaded."""
         return None if self._tags_of is None else self._carry(self._tags_of(name))
 
-    def _claim(self, name: bytes, deadline: float) -> int:
+    def _claim(self, claims: Claims, name: bytes, deadline: float) -> int:
         """Of a missing key: a claim's version; 0: there is a value now; -1: load it, and do not fill it; DELETED.
 
         Raises: StoreUnavailable: somebody else has been loading it for too long.
         """
         pause = flight.waits(deadline)
         while True:
-            version = self.claim(name, self._age)
+            version = claims.take(name, self._age)
             if version >= 0 or version == DELETED:
                 return version
             if version in (-2, -4):  # the load of this very key asks for it; its writer is dead
@@ -128,29 +126,27 @@ class StoredCache(Cache):
                     return -1
                 raise errors.StoreUnavailable(f"another caller has been loading this key for {self.policy.timeout} s: try again")
 
-    def _loaded(self, names: list[bytes], claims: dict[bytes, int]) -> dict[bytes, Entry]:
-        """What the store has of names, with which those of claims are filled. Claims are given back whatever happens."""
-        try:
-            found: dict[bytes, Entry] = {}
-            refused: dict[bytes, Exception] = {}
-            heads = {name: self._head(name) for name in claims}
-            for i in range(0, len(names), BATCH):
-                found.update(self._call(self._load_some, names[i : i + BATCH], refused))
-            self.count_store(loads=len(names), found=len(found))
-            for name, version in list(claims.items()):
-                entry = found.get(name)
-                if entry is None and self.policy.negative_ttl and version > 0 and name not in refused:
-                    if self._put_negative(name, self.policy.negative_ttl, version):
-                        del claims[name]
-                elif entry is not None and self._filled(name, entry, version, heads[name]):
-                    del claims[name]
-            if refused:
-                raise next(iter(refused.values())) if len(names) == 1 else errors.RowsRefused(refused)
-            return found
-        finally:
-            for name, version in claims.items():
-                if version > 0:
-                    self.unclaim(name, version)
+    def _loaded(self, names: list[bytes], claims: Claims) -> dict[bytes, Entry]:
+        """What the store has of names, with which those that are claimed are filled."""
+        found: dict[bytes, Entry] = {}
+        refused: dict[bytes, Exception] = {}
+        heads = {name: self._head(name) for name in names if claims.version(name)}
+        for i in range(0, len(names), BATCH):
+            found.update(self._call(self._load_some, names[i : i + BATCH], refused))
+        self.count_store(loads=len(names), found=len(found))
+        for name, head in heads.items():
+            entry, version = found.get(name), claims.version(name)
+            if entry is not None:
+                filled = self._filled(name, entry, version, head)
+            elif self.policy.negative_ttl and name not in refused:
+                filled = self._put_negative(name, self.policy.negative_ttl, version)
+            else:
+                filled = False
+            if filled:
+                claims.drop(name)
+        if refused:
+            raise next(iter(refused.values())) if len(names) == 1 else errors.RowsRefused(refused)
+        return found
 
     def _is_negative(self, name: bytes) -> bool:
         """Is it remembered that this key is not in the store?"""
@@ -186,20 +182,18 @@ class StoredCache(Cache):
         wanted = _core.several(keys)
         found = super().get_many(wanted)
         missing = {_core.key_bytes(k): k for k in wanted if k not in found}
-        claims: dict[bytes, int] = {}
-        later = []
-        for name in sorted(missing):
-            if name[0] == 0:
-                continue
-            state = self._look(name)[0] if self._notes else codec.ABSENT
-            if state == codec.NEGATIVE:
-                continue
-            version = self.claim(name, self._age) if state == codec.ABSENT else 0
-            if version > 0:
-                claims[name] = version
-            else:
-                later.append(name)
-        values = {name: e.value for name, e in self._loaded(list(claims), claims).items()} if claims else {}
+        later: list[bytes] = []
+        ours: list[bytes] = []
+        with Claims(self) as claims:
+            for name in sorted(missing):
+                if name[0] == 0:
+                    continue
+                state = self._look(name)[0] if self._notes else codec.ABSENT
+                if state == codec.NEGATIVE:
+                    continue
+                claimed = state == codec.ABSENT and claims.take(name, self._age) > 0
+                (ours if claimed else later).append(name)
+            values = {name: e.value for name, e in self._loaded(ours, claims).items()} if ours else {}
         for name in later:  # there is a stale one, or somebody else loads or writes them: one by one, for each may be waited for
             value = self.get(name, MISSING)
             if value is not MISSING:
@@ -212,12 +206,12 @@ class StoredCache(Cache):
     def gets(self, key: Key) -> tuple[Any, int]:
         """As Cache.gets. The version is the cached copy's: after an eviction cas() finds another one."""
         name = _core.key_bytes(key)
-        deadline = time.monotonic() + self.policy.timeout
+        deadline = _core.monotonic() + self.policy.timeout
         while True:
             value, version = super().gets(name)
             if version or name[0] == 0 or self.get(name, MISSING) is MISSING:
                 return value, version
-            if time.monotonic() > deadline:
+            if _core.monotonic() > deadline:
                 raise errors.StoreUnavailable("this key is there, but cannot be cached just now, so it has no version: try again")
 
     def __contains__(self, key: Key) -> bool:
@@ -228,8 +222,9 @@ class StoredCache(Cache):
         name = _core.key_bytes(key)
         ttl = super().ttl(name)
         if ttl is None and name[0] != 0 and not self._is_negative(name):
-            version = self.claim(name, self._age)
-            entry = None if version == DELETED else self._loaded([name], {name: version}).get(name)
+            with Claims(self) as claims:
+                version = claims.take(name, self._age)
+                entry = None if version == DELETED else self._loaded([name], claims).get(name)
             if entry is not None:
                 return math.inf if entry.ttl is None else entry.ttl
         return ttl

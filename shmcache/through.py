@@ -25,12 +25,11 @@ Writes that other programs do in the store are seen when an item has expired; in
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Any
 
 from shmcache import errors, flight
-from shmcache.cache import each
 from shmcache.core import _core
+from shmcache.core._claims import Claims, Marks
 from shmcache.stored import BATCH, MISSING, StoredCache, is_own, no_tags, seconds_of
 from shmcache.stores import Entry
 
@@ -85,7 +84,7 @@ class ThroughCache(StoredCache):
         there = super().delete_many([name for name in names if name[0] == 0])
         stored = sorted(name for name in names if name[0] != 0)
         unseen = [name for name in stored if self.peek(name, MISSING) is MISSING]
-        there += len(stored) - len(unseen) + len(self._loaded(unseen, {}))
+        there += len(stored) - len(unseen) + len(self._loaded(unseen, Claims(self)))
         self._write_all(dict.fromkeys(stored, DELETE), None)
         return there
 
@@ -104,42 +103,34 @@ class ThroughCache(StoredCache):
     def _write(self, values: dict[bytes, Any], ttl: float | None) -> None:
         """Store those values, or delete where it is DELETE (all, or none of them)."""
         encoded = {name: value if value is DELETE else self.encoded(value) for name, value in values.items()}
-        deadline = time.monotonic() + self.policy.timeout
-        marks: dict[bytes, int] = {}  # 0: overlapped
+        deadline = _core.monotonic() + self.policy.timeout
         heads = {name: self._head(name) for name in values} if self._fills else {}
-        known = True
-        try:
-            for name in sorted(values):
-                marks[name] = self._mark(name, deadline, alone=False)
-            known = False
-            self._store(values, ttl)
-            known = True
+        with Marks(self) as marks:
+            versions = {name: self._mark(marks, name, deadline, alone=False) for name in sorted(values)}  # 0: overlapped
+            self._told(marks, lambda: self._store(values, ttl))
             if self._fills and ttl != 0:
                 for name, value in encoded.items():
-                    if value is not DELETE and self._filled(name, Entry(value, ttl), marks[name], heads[name]):
-                        del marks[name]
+                    if value is not DELETE and self._filled(name, Entry(value, ttl), versions[name], heads[name]):
+                        marks.drop(name)
+
+    def _told(self, marks: Marks, write: Callable[[], None]) -> None:
+        """Let the store do what the marks are for, and note if it is known how that ended."""
+        marks.known = False
+        try:
+            write()
+            marks.known = True
         except errors.ShmcacheError as e:
-            known = known or knows(e)
+            marks.known = knows(e)
             raise
-        finally:
-            self._end(marks, known)
 
-    def _end(self, names: Iterable[bytes], known: bool) -> None:
-        """Of writes that have not filled their marks. Not known: whether the store has done it, or will."""
-        def end(name: bytes) -> None:
-            self.end_mark(name, known)
-            self.discard(name)  # if the mark was not there any more, what was loaded meanwhile may be older
-
-        each(names, end)
-
-    def _mark(self, name: bytes, deadline: float, alone: bool, version: int = 0) -> int:
+    def _mark(self, marks: Marks, name: bytes, deadline: float, alone: bool, version: int = 0) -> int:
         """Put a mark on a key: its version, 0 if another's was there, -1: the key has not this version.
 
         Raises: StoreUnavailable: who has the key for himself, or (alone, or seven at a time) whoever writes it, takes too long.
         """
         pause = flight.waits(deadline)
         while True:
-            mark, overlapped = self.mark(name, self._age, alone, version)
+            mark, overlapped = marks.put(name, self._age, alone, version)
             if mark:
                 return 0 if overlapped and mark > 0 else mark
             if next(pause, "late"):
@@ -161,33 +152,23 @@ class ThroughCache(StoredCache):
     def _change(self, key: Key, change: Change, version: int = 0) -> Any:
         """Let change() make something else of what the store has, with nobody between: what it tells. MISSING: another version."""
         name = _core.key_bytes(key)
-        deadline = time.monotonic() + self.policy.timeout
-        mark = self._mark(name, deadline, True, version)
-        if mark < 0:
-            return MISSING
-        filled, known = False, True
-        try:
+        deadline = _core.monotonic() + self.policy.timeout
+        with Marks(self) as marks:
+            mark = self._mark(marks, name, deadline, True, version)
+            if mark < 0:
+                return MISSING
             head = self._head(name)
             was = self._call(self.store.load_many, [name], timeout=self.policy.timeout).get(name)
             now, told = change(was)
             if now is KEEP:
                 now = was
+            elif now is DELETE:
+                self._told(marks, lambda: self._store({name: DELETE}, None))
             else:
-                known = False
-                if now is DELETE:
-                    self._store({name: DELETE}, None)
-                else:
-                    self._store({name: now.value}, now.ttl)
-                known = True
-            if isinstance(now, Entry) and now.ttl != 0 and (self._fills or now is was):
-                filled = self._filled(name, now, mark, head)
+                self._told(marks, lambda: self._store({name: now.value}, now.ttl))
+            if isinstance(now, Entry) and now.ttl != 0 and (self._fills or now is was) and self._filled(name, now, mark, head):
+                marks.drop(name)
             return told
-        except errors.ShmcacheError as e:
-            known = known or knows(e)
-            raise
-        finally:
-            if not filled:
-                self._end([name], known)
 
     def add(self, key: Key, value: Any, ttl: Ttl = None, tags: Tags = None) -> bool:
         if is_own(key):

@@ -3,7 +3,7 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from shmcache.core.envelope cimport envelope_t
 from shmcache.core.layout cimport header_t, seg_t
 from shmcache.core.ring cimport log_t
-from shmcache.core.table cimport put_t, read_t
+from shmcache.core.table cimport claim_t, put_t, read_t
 
 
 cdef class Mapping:
@@ -35,6 +35,8 @@ cdef class Bound:
 
 
 cdef void buried(put_t* op) noexcept
+
+cdef int fail(int rc) except -100
 
 cdef class Table:
     cdef seg_t* s                   # NULL: closed
@@ -83,6 +85,8 @@ cdef class Table:
     cdef int remove_logged(self, object key, uint64_t version, log_t* log) except -100
     cdef int put_view(self, seg_t* s, put_t* op) except -100
     cdef int put_now(self, seg_t* s, put_t* op) except -100
+    cdef int64_t claim_into(self, object key, double seconds, bint lock, uint64_t* version, claim_t* noted) except -100
+    cdef tuple mark_into(self, object key, double seconds, bint alone, uint64_t version, uint64_t* token)
     cdef int give_back(self, object key, uint64_t version, bint known) except -100
     cdef int wait_stored(self, seg_t* s, Mapping held) except -1
     cdef int bury(self, seg_t* s, const uint8_t* key, size_t n, uint64_t h, uint64_t version, log_t* log) except -100

@@ -298,7 +298,8 @@ def layout():
             ("parked", <size_t>&r.parked, "<u8", PARKED_SLOTS),
             ("batch", <size_t>&r.batch, "<u8", (BATCH_CLASSES, BATCH_SLOTS)), ("store_loads", <size_t>&r.store_loads, "<u8", 1),
             ("store_found", <size_t>&r.store_found, "<u8", 1), ("store_writes", <size_t>&r.store_writes, "<u8", 1),
-            ("store_errors", <size_t>&r.store_errors, "<u8", 1)]),
+            ("store_errors", <size_t>&r.store_errors, "<u8", 1),
+            ("locks_lost", <size_t>&r.locks_lost, "<u8", 1)]),
         "stripe": (sizeof(stripe_t), [
             ("word", <size_t>&t.lock.word, "<u8", 1), ("stalled", <size_t>&t.lock.stalled, "<u8", 1), ("bell", <size_t>&t.lock.bell, "<u4", 1),
             ("seq", <size_t>&t.seq, "<u8", 1), ("old", <size_t>&t.old, "<u8", 1), ("new", <size_t>&t.new, "<u8", 1),
@@ -1782,6 +1783,12 @@ cdef class Table:
         greenlet of this very thread, or the thread itself beneath them: it goes on only if this caller lets it run.
         A claim of the dead is taken over. Whoever sets, deletes or (but for a lock) clears the key voids it.
         """
+        cdef uint64_t version = 0
+        cdef claim_t whose
+        return self.claim_into(key, seconds, lock, &version, &whose)
+
+    cdef int64_t claim_into(self, object key, double seconds, bint lock, uint64_t* version, claim_t* noted) except -100:
+        """claim(), and what was claimed is noted, also if this raises."""
         cdef put_t op
         cdef claim_t mine, whose
         cdef uint8_t flags = 0
@@ -1822,7 +1829,14 @@ cdef class Table:
             op.value = <const uint8_t*>&mine
             op.value_bytes = sizeof(mine)
             op.expiry_ms = now_ms(s) + <uint64_t>(seconds * 1000 + 0.999999) if seconds else 0
-            if self.put_view(s, &op) == OK:
+            op.cas = 0
+            try:
+                rc = self.put_view(s, &op)
+            finally:
+                if op.cas:
+                    version[0] = op.cas
+                    noted[0] = mine
+            if rc == OK:
                 return op.cas
             if op.unstored:             # a tombstone, for a value would have been seen
                 return -5
@@ -1853,6 +1867,11 @@ cdef class Table:
         key for itself; alone, of any; or of seven; -1: it has another version. overlapped: another's mark was there, so nobody knows what
         the store will have in the end. Who does not fill it calls end_mark().
         """
+        cdef uint64_t token = 0
+        return self.mark_into(key, seconds, alone, version, &token)
+
+    cdef tuple mark_into(self, object key, double seconds, bint alone, uint64_t version, uint64_t* token):
+        """mark(), and by whose token it was put is noted, also if this raises."""
         cdef put_t op
         cdef mark_t mark
         cdef seg_t* s
@@ -1875,7 +1894,12 @@ cdef class Table:
             op.value = <const uint8_t*>&mark
             op.value_bytes = sizeof(mark)
             op.expiry_ms = mark.until_ms[0] = now_ms(s) + <uint64_t>(seconds * 1000 + 0.999999)
-            rc = self.put_view(s, &op)
+            op.cas = 0
+            try:
+                rc = self.put_view(s, &op)
+            finally:
+                if op.cas:
+                    token[0] = mark.owner
             if rc != MISMATCH or mark.owner == s.me[0]:      # else a fork child: the mark was the parent's
                 return (op.cas if rc == OK else -1 if rc == MISMATCH else 0), bool(op.overlapped)
 
@@ -2220,7 +2244,7 @@ cdef class Table:
         cdef row_t* r
         total = dict.fromkeys(
             ("hits", "misses", "sets", "deletes", "expirations", "evictions", "inline_evictions", "chain_evictions", "retries",
-             "lock_waits", "takeovers", "settled", "pages_moved", "stalls", "unlisted", "max_wait_ns"), 0)
+             "lock_waits", "takeovers", "settled", "pages_moved", "stalls", "unlisted", "locks_lost", "max_wait_ns"), 0)
         repairs = [0] * 8
         for i in range(s.n_rows):
             r = &s.rows[i]
@@ -2231,7 +2255,7 @@ cdef class Table:
             total["inline_evictions"] += r.inline_evictions; total["chain_evictions"] += r.chain_evictions
             total["retries"] += r.retries; total["lock_waits"] += r.lock_waits; total["takeovers"] += r.takeovers
             total["settled"] += r.settled; total["pages_moved"] += r.pages_moved; total["stalls"] += r.stalls
-            total["unlisted"] += r.unlisted
+            total["unlisted"] += r.unlisted; total["locks_lost"] += r.locks_lost
             total["max_wait_ns"] = max(total["max_wait_ns"], r.max_wait_ns)
             for j in range(8):
                 repairs[j] += r.repairs[j]

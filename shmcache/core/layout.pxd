@@ -214,7 +214,8 @@ ctypedef struct row_t:      # 1,024 bytes. Writer: the process that holds the ro
     uint64_t store_found
     uint64_t store_writes   # keys stored and deleted there
     uint64_t store_errors   # calls that failed
-    uint64_t pad1[4]
+    uint64_t locks_lost     # blocks under a lock that ended when the lock was not theirs any more
+    uint64_t pad1[3]
 
 # ---- rings of the log ---------------------------------------------------------------------------------------------------
 

@@ -15,17 +15,17 @@ import contextlib
 import itertools
 import math
 import os
-import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from shmcache import errors
-from shmcache.core import _resp, _text
+from shmcache.core import _core, _resp, _text
+from shmcache.core._claims import Claims, Marks
 from shmcache.sidecar.commands.table import OF_CACHE, TABLE, WRITE, Error, keys_in
 from shmcache.sidecar.commands.transactions import discard_transaction
 from shmcache.stored import BATCH, MISSING, StoredCache
 from shmcache.stores import Entry
-from shmcache.through import ThroughCache, knows
+from shmcache.through import ThroughCache
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -126,7 +126,7 @@ def text_of(e: Exception) -> bytes:
 
 def loaded(client: Connection, ex: _resp.Executor, cache: StoredCache, plan: Plan) -> None:
     """Run it with what it reads cached. What is evicted meanwhile is loaded again; but a part of a transaction may have been done."""
-    deadline = time.monotonic() + cache.policy.timeout
+    deadline = _core.monotonic() + cache.policy.timeout
     words, before = client.retried or [], client.buffered[1]
     names = [name for name in plan.read if len(name) <= 4096]
     while True:
@@ -135,7 +135,7 @@ def loaded(client: Connection, ex: _resp.Executor, cache: StoredCache, plan: Pla
             try:
                 there = load(ex, cache, names)
                 if not plan.writes and not plan.own and any(is_uncached(ex, cache, name) for name in there):
-                    copies.put(cache._loaded(names, {}))
+                    copies.put(cache._loaded(names, Claims(cache)))
             except Exception as e:
                 refuse(client, ex, e)
                 return
@@ -146,7 +146,7 @@ def loaded(client: Connection, ex: _resp.Executor, cache: StoredCache, plan: Pla
                 ex.forget()
         finally:
             copies.drop()
-        if not ex.lost or words[0].lower() == b"exec" or time.monotonic() > deadline:
+        if not ex.lost or words[0].lower() == b"exec" or _core.monotonic() > deadline:
             return
         client.take_back(before)
 
@@ -195,21 +195,21 @@ class Trial:
         self.ex, self.cache, self.plan = ex, cache, plan
         self.names = sorted(plan.names)
         self.copies = Copies(ex, cache)
-        self.marks: dict[bytes, int] = {}
+        self.marks = Marks(cache)
+        self.versions: dict[bytes, int] = {}  # of the marks
         self.was: dict[bytes, Entry] = {}
         self.kept: dict[bytes, Entry] = {}  # what the command has written
         self.gone: list[bytes] = []  # and removed
-        self.known = True  # what the store has done
 
     def begin(self) -> None:
         """Nobody else writes these keys from here on, and the copies are there."""
         cache = self.cache
         self.heads = {name: cache._head(name) for name in self.names}
-        deadline = time.monotonic() + cache.policy.timeout
+        deadline = _core.monotonic() + cache.policy.timeout
         for name in self.names:
-            self.marks[name] = cache._mark(name, deadline, alone=True)
+            self.versions[name] = cache._mark(self.marks, name, deadline, alone=True)
         if self.plan.read:
-            self.was = cache._loaded([name for name in self.names if name in self.plan.read], {})
+            self.was = cache._loaded([name for name in self.names if name in self.plan.read], Claims(cache))
         self.copies.put(self.was)
 
     def run(self, client: Connection) -> None:
@@ -242,13 +242,7 @@ class Trial:
 
     def store(self) -> None:
         """New values first: of a RENAME that is cut off both keys are there, not none."""
-        self.known = False
-        try:
-            self.write()
-        except errors.ShmcacheError as e:
-            self.known = knows(e)
-            raise
-        self.known = True
+        self.cache._told(self.marks, self.write)
 
     def write(self) -> None:
         cache, timeout = self.cache, self.cache.policy.timeout
@@ -267,13 +261,13 @@ class Trial:
             entry = (self.kept if cache._fills else {}).get(name)
             if entry is None and name not in self.kept and name not in gone:
                 entry = self.was.get(name)
-            if entry is not None and entry.ttl != 0 and cache._filled(name, entry, self.marks[name], self.heads[name]):
-                del self.marks[name]
+            if entry is not None and entry.ttl != 0 and cache._filled(name, entry, self.versions[name], self.heads[name]):
+                self.marks.drop(name)
 
     def end(self) -> None:
         """What is marked still goes, and the copies."""
-        with contextlib.suppress(errors.CapacityError):  # a mark stands till its time is over
-            self.cache._end(self.marks, self.known)
+        with contextlib.suppress(errors.CapacityError), self.marks:  # what cannot end stands till its time is over
+            pass
         self.copies.drop()
 
 

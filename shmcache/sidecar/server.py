@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from shmcache import cache as cache_module
-from shmcache.core import _resp
+from shmcache.core import _core, _resp
 from shmcache.sidecar import acl, backed, bus, commands
 from shmcache.sidecar.commands import connection, pubsub, scripting, transactions
 
@@ -83,7 +83,7 @@ class Connection(_resp.Client):
 
     def pause_writing(self) -> None:
         self.full = True
-        self.full_since = time.monotonic()
+        self.full_since = _core.monotonic()
         if not self.lost:
             self.transport.pause_reading()
 
@@ -244,7 +244,7 @@ class Server:
         self.ticker = self.loop.call_later(CRON_EVERY, self.cron, now + CRON_EVERY)
         self.rates.append((now, self.executor.commands))
         idle_limit = int(self.settings["timeout"])
-        clock = time.monotonic()
+        clock = _core.monotonic()
         if idle_limit or any(c.full_since for c in self.clients.values()):
             for client in list(self.clients.values()):
                 if (client.full_since and clock - client.full_since > SLOW_LIMIT) or (

@@ -15,7 +15,6 @@ import math
 import os
 import sqlite3
 import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,6 +22,7 @@ import sqlalchemy as sa
 from sqlalchemy import exc
 
 from shmcache import errors
+from shmcache.core import _core
 
 # Classes of SQLSTATE and result codes of SQLite that are about a row, and about the call; what has any other may go better next time.
 ROW_STATES = {"21", "22", "23", "27", "44", "54", "P0"}
@@ -71,9 +71,9 @@ class Connections:
         Raises: StoreUnavailable, StoreRefused; RowRefused: one of its rows was; UsageError: closed.
         """
         slots, free, commits = self._slots, False, False
-        if self._gate.acquire(timeout=max(0.0, deadline - time.monotonic())):
+        if self._gate.acquire(timeout=max(0.0, deadline - _core.monotonic())):
             try:
-                free = slots.acquire(timeout=max(0.0, deadline - time.monotonic()))
+                free = slots.acquire(timeout=max(0.0, deadline - _core.monotonic()))
             finally:
                 self._gate.release()
         if not free:
@@ -101,13 +101,13 @@ class Connections:
 
     def limit(self, c: sa.Connection, deadline: float) -> None:
         """Let no statement that follows go on after the deadline. Raises: StoreUnavailable."""
-        left = deadline - time.monotonic()
+        left = deadline - _core.monotonic()
         if left <= 0:
             raise errors.StoreUnavailable("the time was over before the database had done all: try again, with more time or fewer keys")
         if self._sqlite:
             driver: Any = c.connection.driver_connection
             driver.execute(f"PRAGMA busy_timeout = {math.ceil(left * 1000)}")
-            driver.set_progress_handler(lambda: time.monotonic() > deadline, 10_000)
+            driver.set_progress_handler(lambda: _core.monotonic() > deadline, 10_000)
         else:
             ms = math.ceil(left * 1000)
             c.execute(LIMITS, {"ms": str(ms), "idle": str(ms + GRACE_MS)})

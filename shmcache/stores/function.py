@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from shmcache import errors
+from shmcache.core import _core
 from shmcache.stores import MISSING, TIMEOUT, Entry, checked, checked_items
 
 
@@ -105,9 +105,9 @@ class FunctionStore:
         """Those, until the time is over. Raises: StoreUnavailable."""
         if self._closed:
             raise errors.UsageError("this store was closed: make another")
-        deadline = time.monotonic() + (self._timeout if timeout is None else timeout)
+        deadline = _core.monotonic() + (self._timeout if timeout is None else timeout)
         for x in of:
-            if time.monotonic() >= deadline:
+            if _core.monotonic() >= deadline:
                 raise errors.StoreUnavailable("the time was over before all keys had their turn: try again, with more time or fewer keys")
             yield x
 

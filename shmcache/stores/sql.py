@@ -12,6 +12,7 @@ from typing import Any
 
 from shmcache import errors
 from shmcache.codec import get_codec
+from shmcache.core import _core
 from shmcache.stores import TIMEOUT, Entry, checked, checked_items
 
 try:
@@ -176,7 +177,7 @@ class SQLStore:
     def _deadline(self, timeout: float | None, versions: object = None) -> float:
         if versions is not None and not self.ordered:
             raise errors.UsageError("this store is not ordered: give SQLStore version_column=, or do not give versions")
-        return time.monotonic() + min(self._timeout if timeout is None else timeout, MOST_SECONDS)
+        return _core.monotonic() + min(self._timeout if timeout is None else timeout, MOST_SECONDS)
 
     def _open(self, deadline: float) -> Columns:
         """The table's columns; made first, if it is to be. Raises: StoreRefused if it is not as it was said to be."""

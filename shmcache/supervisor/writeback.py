@@ -33,7 +33,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from shmcache import codec, errors
-from shmcache.core import _dirty
+from shmcache.core import _core, _dirty
 from shmcache.policy import check, policy_of
 from shmcache.supervisor import datadir
 
@@ -105,9 +105,9 @@ class WriteBack:
             if not self.stopping and not self.tried():
                 pause = self.pause * random.uniform(0.5, 1.5)
                 self.pause = min(2 * self.pause, LONGEST_PAUSE)
-                deadline = time.monotonic() + pause
-                while not self.stopping and time.monotonic() < deadline:
-                    self.wake.wait(max(0.0, deadline - time.monotonic()))
+                deadline = _core.monotonic() + pause
+                while not self.stopping and _core.monotonic() < deadline:
+                    self.wake.wait(max(0.0, deadline - _core.monotonic()))
                     self.wake.clear()
 
     def tried(self) -> bool:
@@ -143,7 +143,7 @@ class WriteBack:
             if self.dirty.damaged != self.damaged:
                 self.damaged = self.dirty.damaged
                 self._say(f"a page of the value of {self.damaged!r} belongs to somebody else: run shmcache-admin verify --repair")
-            now = time.monotonic()
+            now = _core.monotonic()
             due = [item for item in items if not self._waits(item[0], item[4], now)]
             left += len(items) - len(due)
             for item in items:
@@ -173,7 +173,7 @@ class WriteBack:
 
     def _recount(self, too_many: int) -> None:
         """Count what is dirty anew if header.dirty had so many bytes more than a pass has found: writers wait by it."""
-        now = time.monotonic()
+        now = _core.monotonic()
         if too_many > int(self.header["dirty_limit"]) >> 4 and now >= self.next_recount:
             self.next_recount = now + RECOUNT_EVERY
             self.dirty.recount()
@@ -228,7 +228,7 @@ class WriteBack:
             for item in behind:
                 self.dirty.renew(item[0], item[4], above)
         self.header["flushed_ms"] = int(time.time() * 1000)
-        again = time.monotonic() + RETRY_REFUSED
+        again = _core.monotonic() + RETRY_REFUSED
         for key, _, _, _, version, _ in items:
             if key in refused:
                 self.refused[key] = (version, again)
@@ -288,9 +288,9 @@ class WriteBack:
         self.stopping = True
         self.wake.set()
         self.thread.join()
-        deadline = time.monotonic() + AT_END
-        while not self.tried() and time.monotonic() < deadline:
-            time.sleep(min(self.pause, max(0.0, deadline - time.monotonic())))
+        deadline = _core.monotonic() + AT_END
+        while not self.tried() and _core.monotonic() < deadline:
+            time.sleep(min(self.pause, max(0.0, deadline - _core.monotonic())))
             self.pause = min(2 * self.pause, LONGEST_PAUSE)
         left = self.dirty.items()
         if left:

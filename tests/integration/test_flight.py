@@ -13,6 +13,7 @@ import pytest
 
 import shmcache
 from shmcache import codec, errors, flight
+from shmcache.core._claims import Claim
 
 fork = mp.get_context("fork")
 
@@ -385,8 +386,8 @@ def test_who_gets_the_claim_after_a_refresh_looks_again(cache):
     assert cache.get_or_set("k", lambda: "new", 10, stale_ttl=100) == "new"
 
     def late():
-        with pytest.raises(StopIteration) as ended:
-            next(flight.refreshing(cache, "k", 60, flight.Terms(cache, 10, 100, 0, None), value, seen))
+        with pytest.raises(StopIteration) as ended, Claim(cache) as claim:
+            next(flight.refreshing(cache, "k", 60, flight.Terms(cache, 10, 100, 0, None), claim, value, seen))
         return ended.value.value
 
     assert late() == "new"

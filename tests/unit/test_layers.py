@@ -58,3 +58,11 @@ def test_a_first_get_imports_no_heavy_module(cache):
     code = f"import sys, shmcache; assert shmcache.attach({cache.name!r}).get('k') == 'v'; print([m for m in ('numpy', 'msgpack', 'psutil', 'hashlib', 'subprocess', 'typing', 'shmcache.stores', 'sqlalchemy') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_no_deadline_is_by_a_clock_that_a_test_may_have_stopped():
+    """freezegun and the like put another function in the place of time.monotonic(); cli, supervisor and serve measure, or are a process of their own."""
+    for path in sorted(ROOT.rglob("*.py")):
+        if (path.relative_to(ROOT).parts[0] in ("cli.py", "supervisor") and path.stem not in ("start", "writeback")) or path.stem == "serve":
+            continue
+        assert "time.monotonic()" not in path.read_text(), f"{path}: take _core.monotonic()"

@@ -26,7 +26,7 @@ OFFSETS = {
     "flushed_ms 1992 flush_failed_ms 2000 flush_refused 2008 oldest_dirty_ms 2016",
     "row": "gen 0 pid 8 started_ms 16 gen_check 24 home 32 home_check 40 hits 64 misses 72 sets 80 deletes 88 expired 96 evictions 104 inline_evictions 112 "
     "chain_evictions 120 retries 128 lock_waits 136 takeovers 144 settled 152 pages_moved 160 stalls 168 max_wait_ns 176 unlisted 184 "
-    "repairs 192 hazard 256 parked 320 batch 448 store_loads 960 store_found 968 store_writes 976 store_errors 984",
+    "repairs 192 hazard 256 parked 320 batch 448 store_loads 960 store_found 968 store_writes 976 store_errors 984 locks_lost 992",
     "stripe": "word 0 stalled 8 bell 16 seq 24 old 32 new 40 count 48 count_next 56",
     "class": "word 0 stalled 8 bell 16 chunk_bytes 24 page_in_hand 28 ring 32 avail 36 hand 40 n_pages 48 n_free 52",
     "page": "word 0 head 8 stamp 16 next 24 prev 28 next_avail 32 prev_avail 36 free 40 n_free 44 cls 48 cls_check 50 listed 52",

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from shmcache.core import _text
+from shmcache.core import _core, _text
 from shmcache.sidecar import acl, replies
 from shmcache.sidecar.commands.everywhere import everywhere, part
 from shmcache.sidecar.commands.pubsub import forget
@@ -183,7 +183,7 @@ def client_(client: Connection, arguments: list[bytes]) -> bytes | None:
             raise Error("ERR timeout is negative" if ms is not None and ms < 0 else "ERR timeout is not an integer or out of range")
         if len(rest) == 2 and rest[1].lower() not in (b"write", b"all"):
             raise Error("ERR CLIENT PAUSE mode must be WRITE or ALL")
-        until_ms, writes_only = int(time.monotonic() * 1000) + ms, len(rest) == 2 and rest[1].lower() == b"write"
+        until_ms, writes_only = int(_core.monotonic() * 1000) + ms, len(rest) == 2 and rest[1].lower() == b"write"
         return everywhere(client, pause, [until_ms, writes_only], lambda _: OK)
     if word == b"unpause" and not rest:
         return everywhere(client, unpause, [], lambda _: OK)

@@ -10,12 +10,11 @@ import contextlib
 import hashlib
 import struct
 import sys
-import time
 import weakref
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
-from shmcache.core import _resp
+from shmcache.core import _core, _resp
 from shmcache.sidecar.commands.pubsub import tell_monitors
 from shmcache.sidecar.commands.table import (
     NOT_IN_MULTI_BACKED,
@@ -150,7 +149,7 @@ class Runtime:
         """Its reply."""
         executor = client.ex
         limit = int(self.server.settings["lua-time-limit"]) / 1000
-        began = executor.held_ns / 1e9 if executor.holds else time.monotonic()
+        began = executor.held_ns / 1e9 if executor.holds else _core.monotonic()
         self.doom, self.deadline = None, began + limit
         self.declared, self.reads_only, self.caller.protocol = set(keys), reads_only, 2
         self.caller.user, self.caller.restricted, self.caller.db = client.user, client.restricted, client.db
@@ -213,7 +212,7 @@ class Runtime:
 
     def over(self) -> bool:
         self.doom = self.doom or self.server.scripts.doom
-        if self.doom is None and time.monotonic() > self.deadline:
+        if self.doom is None and _core.monotonic() > self.deadline:
             limit = self.server.settings["lua-time-limit"].encode()
             self.doom = b"ERR Script killed: it has run for longer than %b ms (lua-time-limit)." % limit
         return self.doom is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from shmcache.core import _text
+from shmcache.core import _core, _text
 from shmcache.core._text import matches
 from shmcache.sidecar import acl, replies
 from shmcache.sidecar.commands.everywhere import everywhere, heard, part
@@ -160,9 +160,9 @@ def snapshot(client: Connection, wait: bool) -> None:
     if wait:
         in_pool(client)
     number = _sweep.ask_for_snapshot(cache)
-    deadline = time.monotonic() + 600
+    deadline = _core.monotonic() + 600
     while wait and int(cache.segment.header["snapshots_ended"]) < number:
-        if time.monotonic() > deadline or not cache.supervisor()["alive"]:
+        if _core.monotonic() > deadline or not cache.supervisor()["alive"]:
             raise Error("ERR the snapshot was not written: look at the supervisor's output")
         time.sleep(0.02)
     if wait and int(cache.segment.header["snapshot_failed_ms"]):

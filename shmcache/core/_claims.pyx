@@ -1,0 +1,305 @@
+# cython: binding=False, embedsignature=True, boundscheck=False, wraparound=False, cdivision=True
+"""What a caller holds for a while: claims, a lock, marks. Taken and noted in one step, given back in one.
+
+The handler of a signal runs between two bytecodes, and may raise there (KeyboardInterrupt, a worker's time-out). So nothing that is held may
+depend on a bytecode: the object is there before the claim, the call that claims notes it in the object, and `with` enters and leaves by
+compiled methods, between which and the block CPython runs no handler. Giving back runs no handler either; it waits for a stripe for the lock
+limit in all, however many signals come.
+
+    raised before the claim             nothing is held
+    raised when the claim stands        it is noted: __exit__ gives it back, or (by hand) give_back(), or whoever drops the last reference
+    raised in give_back()               impossible: what comes is raised when it has returned
+    give_back() finds the stripe busy   it is noted still: StripeBusy, once more when the object goes, then by its time or the process's end
+    the object is dropped               given back at once: nobody can fill it, or release it, any more
+    fork                                the child's objects hold nothing: the token is the parent's
+    the handle is closed                another of the process keeps the row, and gives back by the mapping; the last one gives back the row,
+                                        and with it every claim
+"""
+cimport cython
+from libc.stdint cimport int64_t, uint8_t, uint64_t
+
+from shmcache.core._core cimport Mapping, Table, fail
+from shmcache.core.atomics cimport add64
+from shmcache.core.layout cimport seg_t
+from shmcache.core.siphash cimport siphash13
+from shmcache.core.table cimport claim_t, end_mark, remove_claim
+from shmcache.core.token cimport BUSY, INTR, OK, mono_ns
+
+from shmcache import errors
+from shmcache.core._core import key_bytes, monotonic
+
+cdef extern from "Python.h":
+    int PyErr_WarnEx(object category, const char* message, Py_ssize_t stack_level) except -1
+    object PyWeakref_NewRef(object o, object callback)
+
+cdef enum:
+    GONE = -100         # of put_back(): it is another's, or of another life of this process
+
+
+@cython.no_gc_clear             # what __dealloc__ gives back it needs whole
+cdef class Held:
+    """At most one claim, or mark, of this process."""
+    cdef Table table
+    cdef object mapping             # weak: the table's when it was taken
+    cdef bytes key
+    cdef claim_t whose
+    cdef bint is_mark
+    cdef bint known                 # of a mark: what the store has done
+    cdef readonly uint64_t version  # 0: none
+
+    def __cinit__(self, Table table not None, *args):
+        self.table = table
+
+    def __dealloc__(self):
+        if self.version and not self.is_mark:
+            self.put_back()
+
+    cdef int64_t claim(self, double seconds, bint lock) except -100:
+        """What Table.claim() returns of self.key; noted if it is above 0."""
+        cdef uint64_t version = 0
+        self.mapping = None if self.table.mapping is None else PyWeakref_NewRef(self.table.mapping, None)
+        try:
+            return self.table.claim_into(self.key, seconds, lock, &version, &self.whose)
+        finally:
+            if version:
+                self.version = version
+
+    cdef tuple mark(self, double seconds, bint alone, uint64_t version):
+        """What Table.mark() returns; noted if it stands."""
+        self.mapping = None if self.table.mapping is None else PyWeakref_NewRef(self.table.mapping, None)
+        self.is_mark = True
+        self.whose.token = 0
+        try:
+            return self.table.mark_into(self.key, seconds, alone, version, &self.whose.token)
+        finally:
+            self.version = self.whose.token
+
+    cdef int put_back(self) noexcept:
+        """OK; BUSY: it is noted still; else it did not stand any more, or there was none."""
+        cdef const uint8_t* k
+        cdef size_t n
+        cdef uint64_t version = self.version, until, h, left = 0
+        cdef Mapping held
+        cdef seg_t* s
+        cdef int rc
+        if version == 0:
+            return GONE
+        held = self.mapping()
+        if held is None or held.s.me[0] != self.whose.token:
+            self.version = 0
+            return GONE
+        s = &held.s
+        k = self.key
+        n = len(self.key)
+        h = siphash13(k, n, s.k0, s.k1)
+        until = mono_ns() + s.limit_ns
+        rc = end_mark(s, k, n, h, self.known, 0) if self.is_mark else remove_claim(s, k, n, h, version, 0)
+        while rc == BUSY or rc == INTR:
+            left = until - mono_ns()
+            if left > s.limit_ns:       # below 0
+                return BUSY
+            with nogil:
+                rc = end_mark(s, k, n, h, self.known, left) if self.is_mark else remove_claim(s, k, n, h, version, left)
+        self.version = 0
+        return rc
+
+
+@cython.no_gc_clear
+cdef class Claim(Held):
+    """A claim on whatever key take() was last called for."""
+
+    def take(self, key, double seconds):
+        """Table.claim(), noted. What was held before is given back first."""
+        if self.version:
+            self.give_back()
+        self.key = key_bytes(key)
+        return self.claim(seconds, False)
+
+    def drop(self):
+        """It was filled: there is nothing to be given back."""
+        self.version = 0
+
+    def give_back(self):
+        """True if it still stood. Raises: StripeBusy."""
+        cdef int rc = self.put_back()
+        if rc == BUSY:
+            fail(rc)
+        return rc == OK
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if self.put_back() == BUSY and kind is None:
+            fail(BUSY)
+
+
+cdef class Claims:
+    """Claims on several keys."""
+    cdef Table table
+    cdef dict held                  # key: Held
+
+    def __cinit__(self, Table table not None):
+        self.table = table
+        self.held = {}
+
+    def take(self, bytes key not None, double seconds):
+        """Table.claim(), noted."""
+        cdef Held claim = Held(self.table)
+        claim.key = key
+        self.held[key] = claim
+        return claim.claim(seconds, False)
+
+    def version(self, bytes key not None):
+        """Of the claim that is held on this key; 0: none."""
+        cdef Held claim = self.held.get(key)
+        return 0 if claim is None else claim.version
+
+    def drop(self, bytes key not None):
+        """It was filled: there is nothing to be given back."""
+        cdef Held claim = self.held.pop(key)
+        claim.version = 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        cdef Held claim
+        cdef bint busy = False
+        for claim in self.held.values():
+            busy |= claim.put_back() == BUSY
+        if busy and kind is None:
+            fail(BUSY)
+
+
+cdef class Marks:
+    """Marks on keys that their holder changes in the store (shmcache/through.py). Each that is not filled ends, and what is cached there is
+    dropped: if the mark was not there any more, it may have been loaded before. known: what the store has done is known, or will be."""
+    cdef Table table
+    cdef dict held                  # key: Held
+    cdef public bint known
+
+    def __cinit__(self, Table table not None):
+        self.table = table
+        self.held = {}
+        self.known = True
+
+    def put(self, bytes key not None, double seconds, bint alone=False, uint64_t version=0):
+        """Table.mark(), noted."""
+        cdef Held mark = Held(self.table)
+        mark.key = key
+        self.held[key] = mark
+        told = mark.mark(seconds, alone, version)
+        if not mark.version:
+            del self.held[key]
+        return told
+
+    def drop(self, bytes key not None):
+        """It was filled."""
+        del self.held[key]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        """Raises: what discard() did of one of them, when all have been tried; what a signal's handler did before all else."""
+        cdef Held mark
+        cdef object failed = None, said = None
+        cdef uint64_t until
+        for mark in self.held.values():
+            mark.known = self.known
+            if mark.put_back() == BUSY:
+                failed = failed or errors.StripeBusy("a living process holds a lock that this call needs and does not run: the mark of this "
+                                                     "write stands until its time is over")
+            until = mono_ns() + <uint64_t>1000000000
+            while True:
+                try:
+                    self.table.discard(mark.key)
+                except errors.ShmcacheError as e:
+                    failed = e
+                except BaseException as e:      # a handler's, from within a wait: not before the copy is gone
+                    said = e
+                    if mono_ns() < until:
+                        continue
+                break
+        if said is not None:
+            raise said
+        if failed is not None and kind is None:
+            raise failed
+
+
+@cython.no_gc_clear
+cdef class Lock(Held):
+    """A lock that threads, tasks and greenlets of all processes of the host share, by name. Not re-entrant; given back by with, release(), the
+    end of this object, or the death of its process.
+
+    It is an item that is never evicted and that clear() leaves alone. One Lock object is for one caller at a time. Made by Cache.lock().
+    """
+    cdef double ttl
+    cdef object waits
+    cdef object in_vain
+
+    def __init__(self, Table table, bytes key not None, double ttl, waits, in_vain):
+        self.key = key
+        self.ttl = ttl
+        self.waits = waits
+        self.in_vain = in_vain
+
+    cdef bint acquired(self, bint blocking, object timeout) except -1:
+        cdef object pause = self.waits(None if timeout is None else monotonic() + timeout) if blocking else None
+        cdef int64_t rc
+        if self.owned():
+            raise errors.UsageError("this Lock is held already: it is not re-entrant, and each caller is to make one of its own")
+        while True:
+            rc = self.claim(self.ttl, True)
+            if rc > 0:
+                return True
+            if rc == -2:
+                raise errors.UsageError("this thread, task or greenlet holds the lock already, by another Lock object: it is not re-entrant")
+            if not blocking:
+                return False
+            if rc == -6 and self.in_vain():
+                raise errors.UsageError("a task or greenlet of this thread holds the lock, and cannot give it back while this call waits: await "
+                                        "shmcache.aio's lock in tasks; let gevent or eventlet patch time.sleep")
+            if next(pause, "late"):
+                return False
+
+    def acquire(self, bint blocking=True, timeout=None):
+        """Take it: True. False if it is taken and blocking is False, or after timeout seconds.
+
+        Raises: UsageError if this object or this caller holds it already, or another task or greenlet of this thread, which could not
+        give it back while this one sleeps.
+        """
+        return self.acquired(blocking, timeout)
+
+    def release(self):
+        """Give it back. Raises: UsageError if it is not held, or not any more (its ttl was over)."""
+        cdef int rc = self.put_back()
+        if rc == BUSY:
+            fail(rc)
+        if rc != OK:
+            raise errors.UsageError("the lock is not held by this object (any more): its ttl was over, or release() was called twice")
+
+    def owned(self):
+        """Does this object hold it still?"""
+        return self.version != 0 and self.table.claim_version(self.key, True) == self.version
+
+    def __enter__(self):
+        self.acquired(True, None)
+        return self
+
+    def __exit__(self, kind, error, trace):
+        """Warns: LockLost."""
+        cdef int rc
+        if self.version == 0:
+            if kind is None:
+                self.release()
+            return
+        rc = self.put_back()
+        if rc == BUSY and kind is None:
+            fail(rc)
+        if rc != OK and rc != BUSY:
+            if self.table.s != NULL:
+                add64(&self.table.ready().row.locks_lost, 1)
+            PyErr_WarnEx(errors.LockLost, b"the lock was not held any more when its block ended (its ttl was over, or all handles were "
+                         b"closed): others may have been in the block; give it more time, or none", 1)

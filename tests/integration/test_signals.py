@@ -1,0 +1,274 @@
+"""A handler of a signal raises between any two steps of a caller (KeyboardInterrupt, a worker's time-out): nothing stays held."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import random
+import signal
+import threading
+
+import pytest
+
+import shmcache
+from shmcache import errors, flight
+from shmcache.core import _claims
+from tests.integration.test_store import DictStore
+
+ROUNDS = 300
+LOCK = flight.LOCK_PREFIX + b"l"
+
+
+class Struck(Exception):
+    pass
+
+
+@pytest.fixture
+def strike():
+    """strike(operation, held): how many of ROUNDS loops of the operation left something held when a handler raised in them."""
+    rng = random.Random(17)
+    inside = []
+
+    def handler(*_):
+        if inside:
+            inside.clear()
+            raise Struck
+
+    def strike(operation, held):
+        left = 0
+        for _ in range(ROUNDS):
+            try:
+                inside.append(True)
+                signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-6, 1e-4))
+                while True:
+                    operation()
+            except Struck:
+                pass
+            left += bool(held())
+        return left
+
+    was = signal.signal(signal.SIGALRM, handler)
+    yield strike
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, was)
+
+
+def claims(cache, *keys):
+    """Those of keys that are claimed; given back."""
+    left = [key for key in keys if (version := cache.claim_version(key)) and cache.unclaim(key, version) is not None]
+    cache.delete_many(keys)
+    return left
+
+
+def test_locks(cache, strike):
+    def block():
+        with cache.lock("l"):
+            pass
+
+    lock = cache.lock("l")
+
+    def the_same():
+        with lock:
+            pass
+
+    def raising():
+        with contextlib.suppress(KeyError), cache.lock("l", ttl=60):
+            raise KeyError
+
+    def by_hand():
+        held = cache.lock("l")
+        held.acquire(timeout=1)
+        held.release()
+
+    for operation in (block, the_same, raising, by_hand):
+        assert strike(operation, lambda: claims(cache, LOCK)) == 0, operation.__name__
+
+
+def test_what_is_computed(cache, strike):
+    def get_or_set():
+        cache.delete("k")
+        cache.get_or_set("k", lambda: 1)
+
+    @cache.memoize()
+    def function():
+        return 1
+
+    def memoized():
+        function.forget()
+        function()
+
+    def refresh():  # early, always
+        cache.get_or_set("k", lambda: sum(range(100)), 10, early=1e5)
+
+    def raising():
+        cache.delete("k")
+        with contextlib.suppress(KeyError):
+            cache.get_or_set("k", lambda: {}["no"])
+
+    keys = "k", function.cache_key(), flight.refresh_key("k")
+    for operation in (get_or_set, memoized, refresh, raising):
+        assert strike(operation, lambda: claims(cache, *keys)) == 0, operation.__name__
+
+
+def test_leases(cache, strike):
+    def filled():
+        cache.delete("k")
+        cache.fill(cache.get_lease("k"), 1)
+
+    def released():
+        cache.release(cache.get_lease("k", tags=("t",)))
+
+    for operation in (filled, released):
+        assert strike(operation, lambda: claims(cache, "k")) == 0, operation.__name__
+
+
+@pytest.mark.parametrize("mode", ["through", "around", "back"])
+def test_in_front_of_a_store(make, strike, mode):
+    cache = make(policy=mode, store=DictStore())
+    keys = [b"a", b"b", b"c"]
+
+    def loads():
+        cache.invalidate(*keys)
+        cache.get("a")
+        cache.get_many(keys)
+        cache.gets("none")
+        cache.ttl("none")
+
+    def writes():
+        cache.set_many(dict.fromkeys(keys, 1))
+        cache.add("d", 1)
+        cache.pop("d")
+        cache.incr("a")
+
+    def held():
+        states = {key: cache.claim(key, 60) for key in [*keys, b"d", b"none"]}
+        for key, version in states.items():
+            cache.unclaim(key, max(version, 0))
+        return [key for key, version in states.items() if version in (-1, -2, -3)]
+
+    cache.set_many(dict.fromkeys(keys, 1))
+    for operation in (loads, writes):
+        assert strike(operation, held) == 0, operation.__name__
+
+
+def test_waits_end_when_a_handler_raises(cache, strike):
+    there, over = threading.Event(), threading.Event()
+
+    def hold():
+        with cache.lock("l"), contextlib.closing(flight.waits(None)):
+            there.set()
+            over.wait()
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    there.wait()
+    try:
+        version = cache.claim_version(LOCK)
+        assert strike(lambda: cache.lock("l").acquire(timeout=60), lambda: cache.claim_version(LOCK) != version) == 0
+    finally:
+        over.set()
+        holder.join()
+
+
+def test_what_is_dropped_is_given_back(cache):
+    lock = cache.lock("l")
+    assert lock.acquire()
+    lease = cache.get_lease("k")
+    assert lease.held
+    del lock, lease
+    gc.collect()
+    assert cache.lock("l").acquire(blocking=False)
+    assert cache.get_lease("k").held
+
+
+def test_a_child_drops_nothing_of_its_parents(cache):
+    lock, lease = cache.lock("l"), cache.get_lease("k")
+    lock.acquire()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            with contextlib.suppress(errors.UsageError):
+                lock.release()
+            del lock, lease
+            gc.collect()
+        finally:
+            os._exit(0)
+    os.waitpid(pid, 0)
+    assert lock.owned()
+    assert cache.fill(lease, 1)
+
+
+def test_another_handle_of_the_process_closes(make):
+    cache = make()
+    other = shmcache.attach(cache.name)
+    lock = other.lock("l")
+    lock.acquire()
+    other.close()
+    assert cache.claim_version(LOCK)
+    lock.release()
+    assert cache.lock("l").acquire(blocking=False)
+
+
+@contextlib.contextmanager
+def stripes_taken(cache):
+    """By a process that does not run."""
+    stripes = cache.views(writable=True).stripes
+    stripes["word"] = cache.segment.rows["gen"][cache.row] << 16 | (cache.row + 1)
+    try:
+        yield
+    finally:
+        stripes["word"] = 0
+
+
+def test_what_cannot_be_given_back_is_held_until_it_can(make):
+    cache = make(lock_limit=0.01)
+    lock, claim = cache.lock("l"), _claims.Claim(cache)
+    lock.acquire()
+    claim.take("k", 60)
+    with stripes_taken(cache):
+        with pytest.raises(errors.StripeBusy):
+            lock.release()
+        with pytest.raises(errors.StripeBusy):
+            claim.give_back()
+        with pytest.raises(KeyError), claim:
+            raise KeyError("the body's own comes first")
+    assert lock.owned()
+    lock.release()
+    del claim
+    assert cache.claim_version("k") == 0
+
+
+def test_signals_do_not_lengthen_the_wait_of_giving_back(make, strike):
+    """A timer that comes again and again would begin the limit anew each time."""
+    cache = make(lock_limit=0.2)
+    lock = cache.lock("l")
+    lock.acquire()
+    signal.setitimer(signal.ITIMER_REAL, 0.05, 0.05)
+    with stripes_taken(cache), pytest.raises(errors.StripeBusy):
+        lock.release()
+
+
+def test_a_lock_that_was_lost_is_a_warning_and_is_counted(cache):
+    """Not an exception in the place of the body's."""
+
+    def block(error):
+        with cache.lock("l", ttl=0.001):
+            while cache.claim_version(LOCK):
+                pass
+            with cache.lock("l"):
+                raise error
+
+    for n in 1, 2:
+        with pytest.warns(errors.LockLost), pytest.raises(ZeroDivisionError):
+            block(ZeroDivisionError)
+        assert cache.stats()["locks_lost"] == n
+    with pytest.raises(errors.UsageError, match="ttl was over"):
+        lock = cache.lock("l", ttl=0.001)
+        lock.acquire()
+        while lock.owned():
+            pass
+        lock.release()
+    assert cache.stats()["locks_lost"] == 2
+    with pytest.raises(errors.UsageError, match="twice"), cache.lock("l") as lock:
+        lock.release()
