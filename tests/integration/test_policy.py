@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import multiprocessing as mp
 import os
@@ -1265,6 +1266,17 @@ def test_nothing_is_lost_when_the_machine_reboots_again_and_again():
     """In short; python -m tests.stress.reboot is the long one."""
     done = subprocess.run([sys.executable, "-m", "tests.stress.reboot", "--rounds", "8"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_nothing_is_lost_over_lives_that_end_before_their_snapshots_are_whole():
+    """In short; python -m tests.stress.lives is the long one. This seed has found what such restores lost, each time."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.stress.lives", "--log", "always", "--seed", "3", "--lives", "8", "--series", "8", "--megabytes", "60"],
+        capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = json.loads(done.stdout)
+    assert told["lives"] == 8 and told["lives_ended_in_snapshot"] and told["acked"] and told["rows"]
 
 
 @pytest.mark.parametrize("database", DATABASES)

@@ -145,7 +145,7 @@ class Plan:
 def planned(rng: random.Random, log: str, first: bool) -> Plan:
     if log == "mixed":
         log = rng.choice(("always", "everysec", "off"))
-    return Plan(
+    plan = Plan(
         log=log,
         end=rng.choices(("restore", "first", "later", "whenever"), (0 if first else 2, 5, 2, 2))[0],
         at=rng.random(),
@@ -156,6 +156,9 @@ def planned(rng: random.Random, log: str, first: bool) -> Plan:
         clock_back=rng.choices((0, 3600, 30 * 86400), (7, 1, 1))[0],
         every=rng.uniform(0.3, 2.0),
     )  # fmt: skip
+    if plan.before == "lost":
+        plan.clock_back = 0  # with that too nobody could know what is newer: supervisor/DECISIONS.md
+    return plan
 
 
 def ballast(i: int) -> bytes:
@@ -298,6 +301,9 @@ class Series:
             shutil.rmtree(self.data)
             self.snapshots, self.lost = {}, True
             self.logged[:] = 0
+            # Each life begins a quarter of an hour of the clock further. As lives are short here, the rows would be ahead of the clock, of which
+            # nobody knows any more: they get the versions of lives as long as in earnest
+            self.history.age(int(time.time() - 86400) * 1000 << 20)
         elif plan.before is None or len(whole) < 2:
             return
         elif plan.before == "damaged":

@@ -52,7 +52,7 @@ def attached(name: str, store: Any) -> Any:
     while True:
         try:
             return shmcache.attach(name, store=store)
-        except errors.SegmentNotFound:
+        except (errors.SegmentNotFound, errors.CapacityError):  # or it is being restored
             time.sleep(0.001)
 
 
