@@ -21,6 +21,7 @@ from libc.stdint cimport int64_t, uint8_t, uint64_t
 from shmcache.core._core cimport Mapping, Table, fail
 from shmcache.core.atomics cimport add64
 from shmcache.core.layout cimport seg_t
+from shmcache.core.lock cimport wait_until
 from shmcache.core.siphash cimport siphash13
 from shmcache.core.table cimport claim_t, end_mark, remove_claim
 from shmcache.core.token cimport BUSY, INTR, OK, mono_ns
@@ -78,7 +79,7 @@ cdef class Held:
         """OK; BUSY: it is noted still; else it did not stand any more, or there was none."""
         cdef const uint8_t* k
         cdef size_t n
-        cdef uint64_t version = self.version, until, h, left = 0
+        cdef uint64_t version = self.version, until, h
         cdef Mapping held
         cdef seg_t* s
         cdef int rc
@@ -92,15 +93,16 @@ cdef class Held:
         k = self.key
         n = len(self.key)
         h = siphash13(k, n, s.k0, s.k1)
-        until = mono_ns() + s.limit_ns
         rc = end_mark(s, k, n, h, self.known, 0) if self.is_mark else remove_claim(s, k, n, h, version, 0)
-        while rc == BUSY or rc == INTR:
-            left = until - mono_ns()
-            if left > s.limit_ns:       # below 0
-                return BUSY
+        if rc == BUSY:
+            until = wait_until(s)
             with nogil:
-                rc = end_mark(s, k, n, h, self.known, left) if self.is_mark else remove_claim(s, k, n, h, version, left)
-        self.version = 0
+                while True:
+                    rc = end_mark(s, k, n, h, self.known, until) if self.is_mark else remove_claim(s, k, n, h, version, until)
+                    if rc != INTR:
+                        break
+        if rc != BUSY:
+            self.version = 0
         return rc
 
 

@@ -239,6 +239,25 @@ def test_what_cannot_be_given_back_is_held_until_it_can(make):
     assert cache.claim_version("k") == 0
 
 
+def test_giving_back_waits_for_a_stripe(make):
+    cache = make(lock_limit=60)
+    lock = cache.lock("l")
+    lock.acquire()
+
+    def end():
+        words = cache.views(writable=True).stripes["word"]
+        while (words == words[0]).all():  # until one says that somebody waits
+            pass
+        words[:] = 0
+
+    with stripes_taken(cache):
+        thread = threading.Thread(target=end)
+        thread.start()
+        lock.release()
+        thread.join()
+    assert cache.lock("l").acquire(blocking=False)
+
+
 def test_signals_do_not_lengthen_the_wait_of_giving_back(make, strike):
     """A timer that comes again and again would begin the limit anew each time."""
     cache = make(lock_limit=0.2)
