@@ -384,11 +384,13 @@ def open(
 
 def open_logged(
     name: str, size: int | str | None, log_policy: int, *, huge_pages: bool = False, log_buffer: int | str | None = None,
-    policy: Policy | str | None = None,
+    policy: Policy | str | None = None, version_base: int | None = None,
 ) -> Cache:
-    """open(), for who is about to log it: one that is created is logged from the first moment, so that no write is acknowledged before."""
+    """open(), for who is about to log it: one that is created is logged from the first moment, so that no write is acknowledged before.
+    version_base: of one that is created (header_t)."""
     options = _options(None, None, None, None, None, log_buffer) | _policy_options(policy, None, None)
-    return _attached_or_created(name, size, options, {"huge_pages": huge_pages, "log_policy": log_policy}, {})
+    new = {"huge_pages": huge_pages, "log_policy": log_policy, "version_base": version_base}
+    return _attached_or_created(name, size, options, new, {})
 
 
 def _attached_or_created(name: str, size: int | str | None, options: dict[str, Any], new: dict[str, Any], how: dict[str, Any]) -> Cache:

@@ -513,7 +513,8 @@ def _live_or_restored(args: argparse.Namespace, folder: Path | None) -> shmcache
     policy = args.policy or ("through" if args.store else None)
     if args.size is None:
         return shmcache.attach(args.name)
-    return shmcache.cache.open_logged(args.name, args.size, appendlog.POLICIES[args.log], policy=policy, **created)
+    base = None if folder is None else snapshot.base_of_empty(folder)
+    return shmcache.cache.open_logged(args.name, args.size, appendlog.POLICIES[args.log], policy=policy, version_base=base, **created)
 
 
 def do_supervise(args: argparse.Namespace) -> int:

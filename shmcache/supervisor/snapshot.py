@@ -491,6 +491,20 @@ def end_restore(name: str) -> None:
             _stream.Restore(cache).finish()
 
 
+def base_of_empty(folder: Path) -> int | None:
+    """version_base of a segment that starts empty in this directory: above what an earlier one has given out, whose rows are there still.
+    None: the clock's. Raises: NewerFormat, OSError."""
+    with contextlib.suppress(errors.DamagedFile):
+        newest = datadir.given_out(folder).newest
+        return max(newest + VERSIONS_AHEAD, _clock()) if newest else None
+    return None
+
+
+def _clock() -> int:
+    """The version of a row with which a segment that is created now would begin."""
+    return int(time.time() * 1000) << _core.CONSTANTS["versions_shift"]
+
+
 def _begin(folder: Path, given: datadir.GivenOut, policy: int) -> tuple[int, int]:
     """(base, highest) of a segment that is restored: what is added to its versions, and up to which row's version all are given out.
 
@@ -501,8 +515,7 @@ def _begin(folder: Path, given: datadir.GivenOut, policy: int) -> tuple[int, int
         highest, _, settings, _ = _of_head(folder, head)
         bases.append(_base(folder, settings))
         newest = max(newest, bases[-1] + highest)
-    clock = int(time.time() * 1000) << _core.CONSTANTS["versions_shift"] if policy == segment.WRITE_BACK else 0
-    return min(bases), max(newest + VERSIONS_AHEAD, clock)
+    return min(bases), max(newest + VERSIONS_AHEAD, _clock() if policy == segment.WRITE_BACK else 0)
 
 
 def _settle(cache: Cache, folder: Path, newest: int, given: datadir.GivenOut) -> None:

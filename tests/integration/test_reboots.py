@@ -250,6 +250,25 @@ def test_files_of_lives_that_had_a_base_each(machine, snapped):
     assert machine.row(b"k") == 4
 
 
+def test_a_segment_that_starts_empty_begins_above_what_was_given_out(machine, folder):
+    """The rows are there still, and what it has written, and the store has not got before the next crash, is newer."""
+    for _ in range(3):
+        machine.snapshot()
+        machine.reboot()
+    machine.cache.set("k", 1)
+    machine.flush()
+    machine.killed()
+    datadir.set_aside(folder)
+    base = snapshot.base_of_empty(folder)
+    cache_module.open_logged(machine.name, "32M", 3, log_buffer="64K", policy=BACK, version_base=base).close()
+    machine.cache = shmcache.attach(machine.name, store=machine.store)
+    machine.logged()
+    machine.cache.set("k", 2)
+    machine.reboot()
+    machine.flush()
+    assert machine.row(b"k") == 2
+
+
 def test_a_note_of_versions_that_is_damaged_is_named_and_made_anew(machine, folder):
     machine.cache.set("k", 1)
     machine.snapshot()
