@@ -62,6 +62,17 @@ MISSING: Any = object()
 WAIT: Any = object()
 WAIT_HERE: Any = object()
 COMPUTE: Any = object()
+_claims: Any = None
+
+
+def claims() -> Any:
+    """core._claims, when it is needed: a worker whose gets are hits does not load it."""
+    global _claims
+    if _claims is None:
+        from shmcache.core import _claims as module
+
+        _claims = module
+    return _claims
 
 
 def waits(deadline: float | None) -> Any:
@@ -126,11 +137,9 @@ class Terms:
 
 def get_or_set(cache: Cache, key: bytes | str, factory: Callable[[], Any], lease: float, terms: Terms) -> Any:
     """Cache.get_or_set, after the first miss."""
-    from shmcache.core._claims import Claim
-
     check_lease(lease)
     pause = waits(None)
-    with Claim(cache) as claim:
+    with claims().Claim(cache) as claim:
         steps = flying(cache, key, lease, terms, claim)
         try:
             asked = next(steps)
@@ -242,11 +251,9 @@ def check_is_lease(lease: Lease) -> None:
 
 def get_lease(cache: Cache, key: bytes | str, seconds: float, tags: Iterable[str] | None) -> Lease:
     """Cache.get_lease."""
-    from shmcache.core._claims import Claim
-
     check_lease(seconds)
     names = several(tags)
-    claim = Claim(cache)
+    claim = claims().Claim(cache)
     while True:
         value, seen = cache.gets(key)
         if seen:
@@ -286,8 +293,7 @@ def release(cache: Cache, lease: Lease) -> bool:
 
 def lock(cache: Cache, name: bytes | str, ttl: float | None) -> Lock:
     """Cache.lock."""
-    from shmcache.core._claims import Lock
-
     if ttl is not None and not 0 < ttl < 1e9:
         raise errors.InvalidTTL(f"the ttl of a lock is a number of seconds above 0, or None, not {ttl!r}")
-    return Lock(cache, _core.own_key(LOCK_PREFIX, name, "the name of a lock"), ttl or 0.0, waits, waits_in_vain)
+    made: Lock = claims().Lock(cache, _core.own_key(LOCK_PREFIX, name, "the name of a lock"), ttl or 0.0, waits, waits_in_vain)
+    return made

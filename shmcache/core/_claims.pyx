@@ -248,9 +248,9 @@ cdef class Lock(Held):
         self.in_vain = in_vain
 
     cdef bint acquired(self, bint blocking, object timeout) except -1:
-        cdef object pause = self.waits(None if timeout is None else monotonic() + timeout) if blocking else None
+        cdef object pause = None, deadline = None if timeout is None else monotonic() + timeout
         cdef int64_t rc
-        if self.owned():
+        if self.version and self.owned():
             raise errors.UsageError("this Lock is held already: it is not re-entrant, and each caller is to make one of its own")
         while True:
             rc = self.claim(self.ttl, True)
@@ -263,6 +263,8 @@ cdef class Lock(Held):
             if rc == -6 and self.in_vain():
                 raise errors.UsageError("a task or greenlet of this thread holds the lock, and cannot give it back while this call waits: await "
                                         "shmcache.aio's lock in tasks; let gevent or eventlet patch time.sleep")
+            if pause is None:
+                pause = self.waits(deadline)
             if next(pause, "late"):
                 return False
 
