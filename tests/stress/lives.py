@@ -150,7 +150,7 @@ def planned(rng: random.Random, log: str, first: bool) -> Plan:
         end=rng.choices(("restore", "first", "later", "whenever"), (0 if first else 2, 5, 2, 2))[0],
         at=rng.random(),
         mood=rng.choices((None, DOWN, UP), (3, 1, 1))[0],
-        supervisors=[(rng.uniform(0, 3), rng.choice((0, rng.uniform(0, 1.5)))) for _ in range(rng.choices((0, 1, 2), (7, 2, 1))[0])],
+        supervisors=sorted((rng.uniform(0, 3), rng.choice((0, rng.uniform(0, 1.5)))) for _ in range(rng.choices((0, 1, 2), (7, 2, 1))[0])),
         workers_first=rng.random() < (0.7 if log == "everysec" else 0.3),
         before=None if first else rng.choices((None, "damaged", "removed", "lost"), (20, 4, 2, 1))[0],
         clock_back=rng.choices((0, 3600, 30 * 86400), (7, 1, 1))[0],
@@ -210,7 +210,6 @@ class Series:
         self.logged = np.zeros(KEYS + 1, np.int64)  # and the log
         self.damaged: set[str] = set()
         self.lost = False  # everything, between two lives
-        self.clock_back = 0
         self.snapshot_takes = self.restore_takes = 1.0  # seconds, as the last one did
         self.processes: list[Any] = []
         self.supervisor: Any = None
@@ -276,22 +275,22 @@ class Series:
         with cache:
             self.watch(cache, plan)
             self.kill(cache, plan)
-            header = {name: int(cache.segment.header[name]) for name in ("restoring", "snapshot_begun_ms", "snapshot_ms", "log_gaps")}
+            restoring, begun_ms, whole_ms, gaps = self.header(cache, "restoring", "snapshot_begun_ms", "snapshot_ms", "log_gaps")
             waiting = cache.durability()["log_waiting_bytes"]
         shmcache.unlink(self.name)
-        in_snapshot = header["snapshot_begun_ms"] / 1000 + plan.clock_back > self.supervised
-        say(f"  {plan}: ended in {'a restore' if header['restoring'] else 'a snapshot' if in_snapshot else 'neither'}")
+        in_snapshot = begun_ms / 1000 + plan.clock_back > self.supervised
+        say(f"  {plan}: ended in {'a restore' if restoring else 'a snapshot' if in_snapshot else 'neither'}")
         self.report["lives"] += 1
         self.report["lives_ended_in_snapshot"] += in_snapshot
-        self.report["lives_ended_in_restore"] += header["restoring"] != 0
-        self.report["lives_without_a_snapshot"] += header["snapshot_ms"] == 0
+        self.report["lives_ended_in_restore"] += restoring != 0
+        self.report["lives_without_a_snapshot"] += whole_ms == 0
         self.report["logged"][plan.log] += 1
         self.look_at_rows()
         for _, path in fmt.listing(self.data)[0]:
             if path.name not in self.snapshots:
                 created = datadir.head(path, "snapshot")["created_ms"] / 1000 + plan.clock_back
                 self.snapshots[path.name] = next(floor for at, floor in reversed(self.samples) if at < created)
-        if plan.log == "always" or (plan.log == "everysec" and not waiting and not header["log_gaps"]):
+        if plan.log == "always" or (plan.log == "everysec" and not waiting and not gaps):
             self.logged = np.where(self.numbers.floor > began_with, self.numbers.floor, self.logged)
 
     def tamper(self, plan: Plan) -> None:
@@ -352,15 +351,21 @@ class Series:
                     return None
                 time.sleep(0.002)
 
+    @staticmethod
+    def header(cache: Any, *names: str) -> list[int]:
+        """Words of it; no view is kept, so that it can be closed whatever comes."""
+        header = cache.segment.header
+        return [int(header[name]) for name in names]
+
     def watch(self, cache: Any, plan: Plan) -> None:
         """Till the life comes to its end, or something is wrong."""
-        header = cache.segment.header
         began = time.monotonic()
         restored = full = begun_at = mood_till = 0.0
-        begun, again, deaths = 0, 0.0, [began + after for after, _ in sorted(plan.supervisors)]
+        begun, again, deaths = 0, 0.0, [began + after for after, _ in plan.supervisors]
         end = began + (1.2 * plan.at * self.restore_takes if plan.end == "restore" else LONGEST_LIFE)
         while (now := time.monotonic()) < end:
             self.sample()
+            restoring, begun_ms, whole_ms = self.header(cache, "restoring", "snapshot_begun_ms", "snapshot_ms")
             if now > mood_till:
                 self.store.mood[0] = self.rng.choices((UP, DOWN, SLOW, MUTE), (6, 3, 2, 1))[0] if plan.mood is None else plan.mood
                 mood_till = now + self.rng.expovariate(1)
@@ -376,18 +381,18 @@ class Series:
                 self.wrong.append("the supervisor, or a worker, ended by itself")
             if self.wrong:
                 return
-            if not restored and not header["restoring"]:
+            if not restored and not restoring:
                 restored = now
                 self.restore_takes = max(0.2, now - began)
             if not full and self.numbers.floor[BALLAST]:
                 full = now
                 if plan.end == "whenever":
                     end = now + 6 * plan.at
-            if (ms := int(header["snapshot_begun_ms"])) != begun:
-                if begun and int(header["snapshot_ms"]) == begun:
+            if begun_ms != begun:
+                if begun and whole_ms == begun:
                     self.snapshot_takes = max(0.2, now - begun_at)
-                begun, begun_at = ms, now
-                if ms and full and (plan.end == "first" or (plan.end == "later" and header["snapshot_ms"])):
+                begun, begun_at = begun_ms, now
+                if begun and full and (plan.end == "first" or (plan.end == "later" and whole_ms)):
                     end = now + plan.at * self.snapshot_takes
             time.sleep(0.01)
 
@@ -481,19 +486,17 @@ def run(kind: str, log: str | None, megabytes: float, series: int, lives: int, s
         while report["lives"] < lives and time.monotonic() - began < seconds and not wrong:
             folder = Path(tempfile.mkdtemp(prefix="lives-", dir=where))
             subprocess.run([os.environ.get("CC", "cc"), "-shared", "-fPIC", "-O", "-x", "c", "-", "-o", folder / "clock.so"], input=CLOCK, text=True, check=True)
-            with database(kind, folder) as url:
+            with contextlib.ExitStack() as stack:
+                stack.callback(lambda folder=folder: wrong or shutil.rmtree(folder))
                 rng = random.Random(seed)
-                one = Series(seed, url, folder, log or rng.choice(("always", "always", "off", "everysec", "mixed")), megabytes, wrong, report)
-                try:
-                    one.run(min(series, lives - report["lives"]), began + seconds)
-                finally:
-                    one.close()
+                logs = log or rng.choice(("always", "always", "off", "everysec", "mixed"))
+                one = Series(seed, stack.enter_context(database(kind, folder)), folder, logs, megabytes, wrong, report)
+                stack.callback(one.close)
+                one.run(min(series, lives - report["lives"]), began + seconds)
                 report["acked"] += int(one.numbers.acked.sum())
                 report["checked"] += int(one.numbers.checked.sum())
             if wrong:
                 report |= {"wrong_with_seed": seed, "kept": str(folder), "said": (folder / "said").read_text()[-1000:]}
-            else:
-                shutil.rmtree(folder)
             seed += 1
         return report | {"wrong": len(wrong), "first": list(wrong)[:5], "seconds": round(time.monotonic() - began, 1)}
 
