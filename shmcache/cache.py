@@ -150,6 +150,7 @@ class Cache(_core.Table):
     def lock(self, name: bytes | str, ttl: float | None = None) -> Lock:
         """A lock that all processes share: `with cache.lock("report", ttl=30): ...`. Its owner's death, or ttl seconds, release it.
 
+        Keep what this returns for as long as the lock is to be held: when it is gone, the lock is given back.
         A block that ends after its ttl gets a LockLost warning, counted in stats()["locks_lost"].
         """
         return flight.lock(self, name, ttl)
@@ -173,7 +174,7 @@ class Cache(_core.Table):
         """Figures since the segment was created, as a dict that json takes.
 
         Keys: name, size_bytes, used_bytes (chunks and pages in use), slab_bytes, items, hits, misses, hit_ratio (None before
-        the first get), sets, deletes, evictions, expirations, inline_evictions, other counters, processes (living; pid, row,
+        the first get), sets, deletes, evictions, expirations, inline_evictions, locks_lost, other counters, processes (living; pid, row,
         started_ms ...), unlinked (the name is gone, or another segment's), slab_classes (chunk_bytes, pages, live, free, reserved
         chunks), supervisor, durability (restoring: a restore goes on, or was killed; snapshot_age_s: None: there was none; snapshot_failed:
         the last one could not be written; snapshot_writing_s: since when the supervisor writes one, None: it does not; log_waiting_bytes:

@@ -15,8 +15,8 @@ Race table
     fill vs set / delete      set or delete first: the claim is gone, the fill is refused, its caller gets the computed value all the same
                               fill first: set replaces it, delete removes it
     fill vs take-over         a claim older than `lease` seconds is void: the late fill is refused
-    the claimer dies          the kernel drops its row's lock; the next waiter to look takes over. A thread that ends without a fill
-                              (its process lives) gives its claim back in `finally`; else `lease` bounds it
+    the claimer dies          the kernel drops its row's lock; the next waiter to look takes over. A caller that ends without a
+                              fill (its process lives) gives its claim back by the object that notes it (core/_claims.pyx)
     who is one claimer        a thread, asyncio task or greenlet (core/owner.py), by a number that no other in its process ever has. One
                               waits for another of its own thread only by a sleep that lets that one run, and else does without
     fork while a claim is held: the child has another token: it fills and releases none of its parent's
@@ -262,7 +262,11 @@ def get_lease(cache: Cache, key: bytes | str, seconds: float, tags: Iterable[str
         if version < 0:
             return Lease(key, None, False, claim, (), None)
         if version:
-            return Lease(key, None, False, claim, names, cache._carry(names) if names else None)
+            try:
+                return Lease(key, None, False, claim, names, cache._carry(names) if names else None)
+            except BaseException:
+                claim.give_back()
+                raise
 
 
 def fill(cache: Cache, lease: Lease, value: Any, ttl: float | timedelta | None, tags: Iterable[str]) -> bool:

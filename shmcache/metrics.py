@@ -20,6 +20,7 @@ COUNTERS = (
     ("evictions", "Items removed to make room."), ("inline_evictions", "Of these by the writer that needed the room."),
     ("expirations", "Items removed because their time was over."), ("lock_waits", "Locks that a process slept for."),
     ("takeovers", "Locks taken over from the dead."), ("stalls", "Locks given up on after the limit."),
+    ("locks_lost", "Blocks under cache.lock that ended after the lock's ttl."),
 )  # fmt: skip
 
 

@@ -646,7 +646,8 @@ def after_writer(b: Bench, other: str) -> list[str]:
         a.comes_late("after a write")
     if other == "living":
         a.see("the living one fills", cache.fill_claim(VICTIM, LATE, b.marked), False)
-        cache._end([VICTIM], True)
+        cache.end_mark(VICTIM, True)
+        cache.discard(VICTIM)
         a.reads("when the living one has ended", not unknown)
         if unknown:
             a.comes_late("when the living one has ended")
@@ -667,7 +668,8 @@ def after_invalidation(b: Bench) -> list[str]:
     if voided or "intent: count" not in b.before:
         a.see("the living one fills", cache.fill_claim(VICTIM, NEW if not voided else OLD, b.marked), not voided)
     if cache.claim_version(VICTIM):
-        cache._end([VICTIM], True)
+        cache.end_mark(VICTIM, True)
+        cache.discard(VICTIM)
     a.reads("when the living one has ended", True)
     return a.wrong
 
