@@ -22,6 +22,7 @@ cdef enum:
     BATCH_SLOTS = 4         # 4 chunks of at most 1 KiB: a batch is at most 4 KiB
     PARKED_SLOTS = 16
     HAZARDS = 8
+    ASKED = 16              # answers that a process remembers for a moment (token.pxd, dead)
     MAX_ROWS = 1024         # F_OFD_GETLK gets slow beyond (3 us at 512, 26 us at 4,096)
     MAX_KEY = 4096
     CONFIG_BYTES = 1024
@@ -330,6 +331,9 @@ ctypedef struct seg_t:
     uint64_t limit_ns       # how long to wait for a lock that a living process holds
     uint64_t patience_ns    # the same, as the segment has it: who waited so long speaks for all
     void* lock_page         # mapped from the description that holds the row's byte
+    uint64_t home           # as in this process's row
+    uint64_t asked[16]      # ASKED: tokens that were found alive by their pid, and when. Any thread, no lock; the worst is an answer of another time
+    uint64_t asked_ns[16]
     int prober              # a descriptor that holds no lock, to ask who is alive
     uint64_t dev
     uint64_t ino
