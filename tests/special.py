@@ -113,7 +113,7 @@ def translated(faults: bool) -> Path:
                 # of the sidecar's half only what it calls of the others is looked at here, and -O3 takes twice as long
                 change(folder / "pyproject.toml", r'(_resp".*)"-O3"', r'\1"-O1"', 1)
             run([sys.executable, "-m", "Cython.Build.Cythonize", "--quiet", *map(str, sorted(core.glob("*.pyx")))])
-            change(folder / "pyproject.toml", r'"(shmcache/core/_\w+)\.pyx"', r'"\1.c"', 6)
+            change(folder / "pyproject.toml", r'"(shmcache/core/_\w+)\.pyx"', r'"\1.c"', 7)
             (folder / "parallel.cfg").write_text(f"[build_ext]\nparallel = {os.cpu_count() or 1}\n")
     return folder
 
@@ -127,7 +127,7 @@ def build(*flags: str) -> Path:
             shutil.copytree(translated("-DSHMCACHE_FAULT_POINTS" in flags), source)
             if any(flag.startswith("-DSHMCACHE_NO_") for flag in flags):
                 leave_out(source / "pyproject.toml", "_resp")
-                change(source / "pyproject.toml", '"-O3"', '"-O1"', 5)  # only to be seen to fail, by workers that die at given places
+                change(source / "pyproject.toml", '"-O3"', '"-O1"', 6)  # only to be seen to fail, by workers that die at given places
             pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target", str(folder), str(source)]
             run(pip, CFLAGS=" ".join(flags), DIST_EXTRA_CONFIG=str(source / "parallel.cfg"))
             shutil.rmtree(source)

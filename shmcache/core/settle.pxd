@@ -81,9 +81,10 @@ cdef inline bint settle_chunk(seg_t* s, uint64_t addr, uint64_t until_ns) noexce
     stripe_release(s, st)
     return True
 
-cdef inline void settle_big_page(seg_t* s, uint64_t p, uint64_t until_ns) noexcept nogil:
+cdef inline void settle_big_page(seg_t* s, uint64_t p, uint64_t w, uint64_t until_ns) noexcept nogil:
+    """w: the page's word, by which it was seen to be a big value's. It is not loaded again: what it says now may be of a page of items."""
     cdef page_t* pg = &s.pages[p]
-    cdef uint64_t w = ld64(&pg.word), head = ld64(&pg.head), h, b
+    cdef uint64_t head = ld64(&pg.head), h, b
     cdef stripe_t* st
     cdef bint listed
     if token_of(w) and not dead(s, token_of(w)):
@@ -121,7 +122,8 @@ cdef inline void settle_page(seg_t* s, uint64_t p, uint64_t until_ns) noexcept n
     cdef int cls = page_cls(s, p)
     #~ settle: page's word loaded
     if kind == PAGE_BIG:
-        settle_big_page(s, p, until_ns)
+        #! settle: big page seen
+        settle_big_page(s, p, w, until_ns)
     elif kind == PAGE_CUTTING and dead(s, token_of(w)):     # P2
         if page_to_pool(s, p, w, ld64(&pg.head), until_ns) == OK:
             add64(&s.row.settled, 1)

@@ -1468,6 +1468,16 @@ def settler_and_reused_pages(b: Bench) -> list[str]:
     return read_others(b, False) + accounts(b)
 
 
+def settler_and_page_of_items(b: Bench) -> list[str]:
+    """A settler has seen a page of a big value; the value is deleted and the page cut for items before it asks whose it is."""
+    b.cache.set(b"K1", BIG_OLD)
+    s = Stopped(b, lambda b: _sweep.settle(b.cache), "settle: big page seen")
+    b.cache.delete(b"K1")
+    b.full()
+    s.go()
+    return read_others(b, True) + accounts(b)
+
+
 def evictor_and_recut_page(b: Bench) -> list[str]:
     """A hand has chosen an item; its page is drained and cut anew for smaller items, one of them in the very place."""
     b.full(b"x" * 1900, b"large")
@@ -1594,6 +1604,7 @@ RACES = [
     persist_during_get,
     dead_holder_and_stopped_successors,
     settler_and_reused_pages,
+    settler_and_page_of_items,
     evictor_and_recut_page,
     freer_stopped_before_the_row_is_asked,
     freer_stopped_behind_it,

@@ -6,7 +6,7 @@
    Property: what goes to the pool, or is left to settlers, is listed by no head that a slot names, and is no page of items. Any of them may
    stop for ever at any step.
    Flaws: NOHASH, the head's hash is not asked for again under the pool's lock; LATEWORD, the freer loads the page's word after it has asked
-   whose the page is. */
+   whose the page is; TWICE, the settler loads it again when it has seen that it is a big value's. */
 #define POOL 0
 #define CUT 1
 #define ACTIVE 2
@@ -46,8 +46,14 @@ freed:
 }
 proctype Settler() {
   byte w, t, hd, h; bit listed;
+#ifdef TWICE
+  if :: kind == BIG :: else -> goto end fi;
+  atomic { w = kind; t = tok }; hd = head;
+  if :: t == 0 :: else -> goto end fi;
+#else
   atomic { w = kind; t = tok }; hd = head;
   if :: w == BIG && t == 0 :: else -> goto end fi;
+#endif
   if
   :: hd == 0 -> take(pool, 2); if :: kind == w && tok == t && head == hd -> push() :: else fi; pool = 0
   :: else ->

@@ -44,6 +44,7 @@ REFUTED = [
     ("page.pml", "-DNORECHECK"),
     ("big.pml", "-DNOHASH"),
     ("big.pml", "-DLATEWORD"),
+    ("big.pml", "-DTWICE"),
     ("overflow.pml", "-DMOVE"),
     ("overflow.pml", "-DNOASK"),
 ]
