@@ -81,6 +81,27 @@ def test_the_storm_sees_what_liveness_is_for(flag):
 
 
 @pytest.mark.slow
+def test_storm_of_delays():
+    """Processes that are slow, and live, at any point of any operation, and locks that are found busy: what each saw one register shows."""
+    out = run("tests.stress.linear", "--seconds", "25", "--round", "3", "--seed", "3")
+    assert out.returncode == 0, out.stdout + out.stderr
+    report = report_of(out)
+    assert report["checked"] >= 10_000
+    assert report["clears"] >= report["rounds"]
+    assert 0 < report["strict"] < report["rounds"], "rounds with and without evictions"
+    assert report["delayed"] > 0 and report["forced_busy"] > 0, report
+
+
+@pytest.mark.slow
+def test_the_storm_of_delays_sees_what_versions_are_for():
+    """With readers that trust what they copied somebody is given a torn, foreign or old value."""
+    folder = special.build("-DSHMCACHE_FAULT_POINTS", "-DSHMCACHE_NO_VERSION_CHECK")
+    out = run("tests.stress.linear", "--kind", "tight", "--focus", "read: to be copied", "--seconds", "10", "--round", "3", build=folder)
+    assert out.returncode == 1, out.stdout + out.stderr
+    assert report_of(out)["wrong"] > 0
+
+
+@pytest.mark.slow
 def test_fuzz():
     out = run("tests.crash.fuzz", "--ops", "60000", "--seed", "100")
     assert out.returncode == 0, out.stdout + out.stderr

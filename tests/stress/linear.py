@@ -40,7 +40,7 @@ from typing import Any
 
 import shmcache
 from shmcache import errors
-from shmcache.core import _core, _sweep
+from shmcache.core import _claims, _core, _sweep
 from shmcache.supervisor.loop import Supervisor
 from tests import special
 from tests.stress.history import ADD, CAS, CLEAR, COUNT, DELETE, GET, GETS, IN, INCR, POP, REPLACE, SET, TOUCH, Op, check
@@ -63,6 +63,13 @@ def make(number: int, identity: int, size: int) -> bytes:
     return HEAD.pack(number, size, identity) + identity.to_bytes(8, "little") * (size // 8 - 2)
 
 
+def runs(value: bytes) -> str:
+    """Whose words stand where in a value that is wrong."""
+    words = [value[i : i + 8] for i in range(0, len(value), 8)]
+    found = [(at * 8, words[at]) for at in range(len(words)) if at == 0 or words[at] != words[at - 1]]
+    return f"{len(value)} bytes: " + ", ".join(f"at {at} {word[::-1].hex()}" for at, word in found[:12])
+
+
 class Wrong(Exception):
     """A value that is none of this key's, or no whole one."""
 
@@ -83,6 +90,8 @@ class Round:
         self.clear_every_s = rng.choice((0.05, 0.2, 0.5))
         self.kind = args.kind or self.kind
         self.focus = self.focus if args.focus is None else args.focus
+        for name, _, value in (setting.partition("=") for setting in args.set):
+            setattr(self, name, type(getattr(self, name))(json.loads(value)))
 
     def armed(self, process: int) -> str:
         return f"d{self.seed + process},{self.delay},{self.most_us},{self.busy},{self.late},{self.pools},{self.focus_one_in},{self.focus}"
@@ -127,8 +136,7 @@ class Worker:
             n, size, identity = HEAD.unpack_from(value)
             if n == key and size == len(value) and value == make(key, identity, size):
                 return int(identity)
-        shown = f"{len(value)} bytes {value[:48].hex()}" if type(value) is bytes else repr(value)
-        raise Wrong(f"key {key}: {type(value).__name__} {shown}")
+        raise Wrong(f"key {key}: {type(value).__name__} {runs(value) if type(value) is bytes else repr(value)}")
 
     # -- operations
 
@@ -218,7 +226,7 @@ class Worker:
 
 def counted(what: str) -> int:
     """Of all the modules that are compiled with the fault points."""
-    return sum(ctypes.c_uint64.in_dll(ctypes.CDLL(m.__file__), f"shmcache_{what}").value for m in (_core, _sweep))
+    return sum(ctypes.c_uint64.in_dll(ctypes.CDLL(m.__file__), f"shmcache_{what}").value for m in (_claims, _core, _sweep))
 
 
 def process(name: str, settings: Round, number: int, until: float, out: Path) -> None:
@@ -316,6 +324,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", type=int, help="only the round of this number")
     parser.add_argument("--kind", choices=list(KINDS), help="all rounds of this kind")
     parser.add_argument("--focus", help="in all rounds delays are frequent at points whose names begin so")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="of what is drawn for each round, as WRONG shows it")
     args = parser.parse_args(argv)
     if not special.points_of_build():
         folder = special.build("-DSHMCACHE_FAULT_POINTS")
