@@ -17,7 +17,8 @@ The files, in reading order (arrows point down only; tests/unit/test_layers.py h
     back.py       the same: writes that the supervisor stores              -> stored
     stored.py     the same: misses load                                    -> policy, cache, flight, stores
     policy.py     which of them it is, in the segment's header             -> segment, core
-    aio.py        all of it, awaited
+    aio.py        all of it, awaited                                       -> cache, flight, threads
+    threads.py    those in which aio calls a store                         -> core
     namespace.py  keys of their own, an O(1) clear of their own
     stores/       what stands behind the cache: SQLStore, FunctionStore -> codec, core
     canonical.py  values as bytes that do not depend on the process  -> codec, core

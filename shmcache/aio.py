@@ -3,9 +3,21 @@
     cache = shmcache.aio.open("web", size="256M")
     user = await cache.get_or_set("u:1", fetch_user, ttl=60)        # fetch_user may be a coroutine function
 
-An operation on the segment takes less than a switch to another task: it is called directly, in the loop. What may wait does not hold the
-loop: a store's loads and writes run in threads (asyncio.to_thread), waits for another's computation or lock are asyncio.sleep. Of all tasks
-of this loop, threads and processes that miss a key at once one computes.
+An operation on the segment takes less than a switch to another task: it is called directly, in the loop. Every wait is awaited: for another
+caller's computation, load, write or lock, for room in write-back, for a flush. Only calls of the store run in threads, which are the
+cache's own (threads.py). Rules and claims are those of threads and processes: a task is a claimer of its own.
+
+Cancelled: what waits ends at once. A factory is cancelled. A call of the store that has not begun is never made. One that runs cannot be
+stopped: its task ends at once, the thread then does what is left (fills or ends what was claimed and marked), and begins nothing more.
+Until then the keys that it writes are held: another write of them, here or in any process, waits, so it is the later one in the store, too.
+
+Race table, of a call in a thread: `left` and `done` are decided under its lock
+    cancel vs begin          cancel first: the call is never made, its marks and claims are given back. Begin first: as it runs
+    cancel vs end            cancel first: the thread goes through the rest. End first: the task does, and is cancelled then
+    the loop is closed       its callbacks do not run: the thread goes through the rest
+    the task is collected    as cancelled
+    a held mark vs end       the end takes the mark away, or the mark is held until then
+Crash: the process is dead, and its marks and claims are the dead's.
 """
 
 from __future__ import annotations
@@ -13,27 +25,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
-from contextvars import ContextVar
+import sys
 from typing import TYPE_CHECKING, Any
 
 from shmcache import cache as cache_module
-from shmcache import flight
+from shmcache import flight, segment
 from shmcache.core import _core
-from shmcache.core._claims import Claim
+from shmcache.threads import Threads, wake
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+    from collections.abc import AsyncIterator, Callable, Generator, Iterable, Mapping
     from datetime import timedelta
-    from typing import ParamSpec, TypeVar
+    from typing import TypeVar
 
-    P = ParamSpec("P")
     T = TypeVar("T")
     Key = bytes | str
     Ttl = float | timedelta | None
+    Steps = Generator[Any, Any, T]
 
 MISSING = flight.MISSING
-# Keys that this task is computing: a factory that asks for its own is not to wait for itself.
-_computing: ContextVar[frozenset[tuple[int, bytes]]] = ContextVar("computing", default=frozenset())
 
 
 def create(name: str, size: int | str = cache_module.DEFAULT_SIZE, **options: Any) -> Cache:
@@ -60,9 +70,9 @@ class Cache:
     def __init__(self, sync: cache_module.Cache) -> None:
         self.sync = sync
         self._loads = sync._reads_through
-        # a write of a cache that is written through, or around, is a call of the store; to write back is not
-        self._stores = self._loads and type(sync).set is not _core.Table.set
-        self._flights: dict[bytes, asyncio.Future[Any]] = {}
+        self._back = sync.mapping.settings()["policy"] == segment.WRITE_BACK
+        self._threads = Threads()
+        self._waiting: dict[bytes, list[asyncio.Future[None]]] = {}  # by key: tasks that poll; woken early when another one is through
 
     def __repr__(self) -> str:
         return f"<shmcache.aio.Cache of {self.sync!r}>"
@@ -73,70 +83,81 @@ class Cache:
         if not self._loads:
             return self.sync.get(key, default)
         value = self.sync.peek(key, MISSING)
-        return await asyncio.to_thread(self.sync.get, key, default) if value is MISSING else value
+        return value if value is not MISSING else await self._do(self.sync._load_missing, key, default)  # type: ignore[attr-defined]
 
     async def gets(self, key: Key) -> tuple[Any, int]:
-        return await self._asking(self.sync.gets, key)
+        return await self._do(self.sync.gets, key)
 
     async def get_many(self, keys: Iterable[Key]) -> dict[Any, Any]:
-        return await self._asking(self.sync.get_many, _core.several(keys))
+        return await self._do(self.sync.get_many, keys)
 
     async def contains(self, key: Key) -> bool:
         """key in cache."""
-        return await self._asking(self.sync.__contains__, key)
+        return await self._do(self.sync.__contains__, key)
 
     async def ttl(self, key: Key) -> float | None:
-        return await self._asking(self.sync.ttl, key)
+        return await self._do(self.sync.ttl, key)
 
     # ---- writes ----
 
     async def set(self, key: Key, value: Any, ttl: Ttl = None, tags: Iterable[str] | None = None) -> None:
-        await self._write(self.sync.set, key, value, ttl, tags)
+        await self._do(self.sync.set, key, value, ttl, tags)
 
-    async def set_many(self, mapping: Mapping[Any, Any], ttl: Ttl = None, tags: Iterable[str] | None = None) -> None:
-        await self._write(self.sync.set_many, mapping, ttl, tags)
+    async def set_many(
+        self, mapping: Mapping[Any, Any] | Iterable[tuple[Key, Any]], ttl: Ttl = None, tags: Iterable[str] | None = None
+    ) -> None:
+        if not self._back:
+            await self._do(self.sync.set_many, mapping, ttl, tags)
+            return
+        values = {_core.key_bytes(key): value for key, value in _core.pairs(mapping)}
+        stored = {key: self.sync.encoded(value) for key, value in values.items() if key[0] != 0}
+        for key, value in stored.items():  # one by one, for each may wait for room
+            await self._do(self.sync.set, key, value, ttl, tags)
+        self.sync.set_many({key: value for key, value in values.items() if key[0] == 0}, ttl, tags)
 
     async def delete(self, key: Key) -> bool:
-        return await self._asking(self.sync.delete, key)
+        return await self._do(self.sync.delete, key)
 
     async def delete_many(self, keys: Iterable[Key]) -> int:
-        return await self._asking(self.sync.delete_many, _core.several(keys))
+        if self._loads or not self._back:
+            return await self._do(self.sync.delete_many, keys)
+        return sum([await self.delete(name) for name in [_core.key_bytes(key) for key in _core.several(keys)]])
 
     async def add(self, key: Key, value: Any, ttl: Ttl = None, tags: Iterable[str] | None = None) -> bool:
-        return await self._asking(self.sync.add, key, value, ttl, tags)
+        return await self._do(self.sync.add, key, value, ttl, tags)
 
     async def replace(self, key: Key, value: Any, ttl: Ttl = None, tags: Iterable[str] | None = None) -> bool:
-        return await self._asking(self.sync.replace, key, value, ttl, tags)
+        return await self._do(self.sync.replace, key, value, ttl, tags)
 
     async def cas(self, key: Key, value: Any, version: int, ttl: Ttl = None, tags: Iterable[str] | None = None) -> bool:
-        return await self._asking(self.sync.cas, key, value, version, ttl, tags)
+        return await self._do(self.sync.cas, key, value, version, ttl, tags)
 
     async def pop(self, key: Key, default: Any = None) -> Any:
-        return await self._asking(self.sync.pop, key, default)
+        return await self._do(self.sync.pop, key, default)
 
     async def incr(self, key: Key, n: int = 1, *, default: int | None = None, ttl: Ttl = None) -> int:
-        return await self._asking(self.sync.incr, key, n, default=default, ttl=ttl)
+        return await self._do(self.sync.incr, key, n, default=default, ttl=ttl)
 
     async def decr(self, key: Key, n: int = 1, *, default: int | None = None, ttl: Ttl = None) -> int:
-        return await self._asking(self.sync.decr, key, n, default=default, ttl=ttl)
+        return await self._do(self.sync.incr, key, -n if isinstance(n, int) else n, default=default, ttl=ttl)
 
     async def touch(self, key: Key, ttl: Ttl = None) -> bool:
-        return await self._asking(self.sync.touch, key, ttl)
+        return await self._do(self.sync.touch, key, ttl)
 
     async def expire(self, key: Key, ttl: float | timedelta) -> bool:
-        return await self._asking(self.sync.expire, key, ttl)
+        return self.sync.expire(key, ttl) if ttl is None else await self.touch(key, ttl)
 
     async def persist(self, key: Key) -> bool:
-        return await self._asking(self.sync.persist, key)
+        return await self._do(self.sync.persist, key)
 
     async def invalidate_tag(self, *tags: str) -> None:
         self.sync.invalidate_tag(*tags)
 
     async def clear(self) -> None:
-        await self._asking(self.sync.clear)
+        await self._do(self.sync.clear)
 
     async def flush(self, timeout: float = 30.0) -> None:
-        await asyncio.to_thread(self.sync.flush, timeout)
+        await self._driven(flight.flushing(self.sync, timeout))
 
     # ---- computed once ----
 
@@ -147,78 +168,35 @@ class Cache:
 
         If this task is cancelled while it computes, another of those who wait computes.
         """
+        if self._loads:
+            self.sync._flight_options(key, options)  # type: ignore[attr-defined]
         value = await self.get(key, MISSING)
         if value is not MISSING:
             return value
-        name = _core.key_bytes(key)
-        if (id(self), name) in _computing.get():
-            return await _called(factory)
-        while (there := self._flights.get(name)) is not None:  # a task of this loop computes it
-            await asyncio.wait([there])
-            if not there.cancelled() and there.exception() is None:
-                return there.result()
-        future = self._flights[name] = asyncio.get_running_loop().create_future()
-        token = _computing.set(_computing.get() | {(id(self), name)})
-        try:
-            value = await self._computed(name, factory, ttl, lease, options)
-            future.set_result(value)
-            return value
-        finally:
-            _computing.reset(token)
-            del self._flights[name]
-            future.cancel()  # if there is no result
-
-    async def _computed(self, name: bytes, factory: Callable[[], Any], ttl: Ttl, lease: float, options: dict[str, Any]) -> Any:
-        if self._loads:  # the store is asked again, and written
-            loop = asyncio.get_running_loop()
-
-            def awaited() -> Any:
-                return asyncio.run_coroutine_threadsafe(_called(factory), loop).result()
-
-            return await asyncio.to_thread(self.sync.get_or_set, name, awaited, ttl, lease=lease, **options)
         flight.check_lease(lease)
-        terms = flight.Terms(self.sync, ttl, options.get("stale_ttl"), options.get("early", 0.0), options.get("tags"))
-        wait = flight.FIRST_WAIT
-        with Claim(self.sync) as claim:
-            steps = flight.flying(self.sync, name, lease, terms, claim)
-            try:
-                asked = next(steps)
-                while True:
-                    if asked is not flight.COMPUTE:
-                        await asyncio.sleep(wait)
-                        wait = min(wait * 1.5, flight.LONGEST_WAIT)
-                        asked = next(steps)
-                    else:
-                        asked = steps.send(await _called(factory))
-            except StopIteration as e:
-                return e.value
+        name = _core.key_bytes(key)
+        terms = flight.Terms(self.sync, ttl, **options)
+        return await self._driven(flight.flying(self.sync, name, lease, terms), name, factory)
 
     @contextlib.asynccontextmanager
     async def lock(self, name: Key, ttl: float | None = None, timeout: float | None = None) -> AsyncIterator[None]:
         """`async with cache.lock("report", ttl=30): ...`: a lock that all tasks, threads and processes of the host share.
 
-        Raises: TimeoutError: it was not to be had for timeout seconds.
+        Raises: TimeoutError: it was not to be had for timeout seconds. Warns: LockLost: the block ended after its ttl.
         """
         held = self.sync.lock(name, ttl)
-        local = self._flights  # two tasks of one thread would be one owner
-        key = b"\0lock\0" + _core.key_bytes(name)
+        key = flight.LOCK_PREFIX + _core.key_bytes(name)
         async with asyncio.timeout(timeout):
-            while (there := local.get(key)) is not None:
-                await asyncio.wait([there])
-            local[key] = future = asyncio.get_running_loop().create_future()
-        try:
             wait = flight.FIRST_WAIT
-            async with asyncio.timeout(timeout):
-                while not held.acquire(blocking=False):
-                    await asyncio.sleep(wait)
-                    wait = min(wait * 1.5, flight.LONGEST_WAIT)
-            try:
-                yield
-            finally:
-                held.release()
+            while not held.acquire(blocking=False):
+                wait = await self._pause(key, wait)
+        try:
+            yield
         finally:
-            del local[key]
-            future.cancel()
+            try:
+                held.__exit__(*sys.exc_info())
+            finally:
+                self._wake(key)
 
     # ---- life ----
 
@@ -233,15 +211,74 @@ class Cache:
 
     # ---- how ----
 
-    async def _asking(self, method: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """A call that may ask the store."""
-        return await asyncio.to_thread(method, *args, **kwargs) if self._loads else method(*args, **kwargs)
+    async def _do(self, method: Callable[..., T], *args: Any, **keywords: Any) -> T:
+        """A method of the cache: one without steps is the core's, and called."""
+        if not self._loads and not self._back:
+            return method(*args, **keywords)
+        if hasattr(method, "steps"):
+            name = _core.key_bytes(args[0]) if args and isinstance(args[0], (bytes, str)) else b""
+            return await self._driven(flight.steps(method, *args, **keywords), name)
+        return await self._driven(flight.in_room(self.sync, method, *args, **keywords))
 
-    async def _write(self, method: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """A call that asks it only if it is written through, or around."""
-        return await asyncio.to_thread(method, *args, **kwargs) if self._stores else method(*args, **kwargs)
+    async def _driven(self, steps: Steps[T], name: bytes = b"", factory: Callable[[], Any] | None = None) -> T:
+        """Go through steps (flight.py: run) in this loop. name: the key that they are about."""
+        answer: Any = None
+        failed: BaseException | None = None
+        wait = flight.FIRST_WAIT
+        left = False
+        try:
+            while True:
+                try:
+                    asked = steps.send(answer) if failed is None else steps.throw(failed)
+                except StopIteration as e:
+                    return e.value  # type: ignore[no-any-return]
+                finally:
+                    failed = None
+                answer = None
+                if asked is flight.WAIT or asked is flight.WAIT_HERE:
+                    wait = await self._pause(name, wait)
+                    continue
+                wait = flight.FIRST_WAIT
+                if asked is flight.COMPUTE:
+                    assert factory is not None
+                    answer = factory()
+                    if inspect.isawaitable(answer):
+                        answer = await answer
+                    continue
+                job = self._threads.begin(steps, asked)
+                try:
+                    await job.ended
+                except BaseException:
+                    left = job.leave()
+                    if left and not self.sync.closed:  # other writes of these keys come after this one
+                        cache_module.each(asked.keys, self.sync._hold_mark)
+                    raise
+                answer, failed = job.take()
+        finally:
+            if not left:
+                steps.close()
+            self._wake(name)
 
+    async def _pause(self, name: bytes, wait: float) -> float:
+        """Wait so many seconds, or until another task of this loop is through with this key: how long to wait next."""
+        loop = asyncio.get_running_loop()
+        woken: asyncio.Future[None] = loop.create_future()
+        waiting = self._waiting.setdefault(name, [])
+        waiting.append(woken)
+        timer = loop.call_later(wait, wake, woken)
+        try:
+            await woken
+        finally:
+            timer.cancel()
+            waiting.remove(woken)
+            if not waiting and self._waiting.get(name) is waiting:
+                del self._waiting[name]
+        return min(wait * 1.5, flight.LONGEST_WAIT)
 
-async def _called(factory: Callable[[], Any]) -> Any:
-    made = factory()
-    return await made if inspect.isawaitable(made) else made
+    def _wake(self, name: bytes) -> None:
+        """A hint: what they wait for is the core's to say."""
+        if waiting := self._waiting.get(name):
+            loop = asyncio._get_running_loop()  # not theirs, if a task is collected in another thread or after its loop
+            for woken in waiting:
+                if woken.get_loop() is loop:
+                    wake(woken)

@@ -45,14 +45,17 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable
     from datetime import timedelta
-    from typing import Any
+    from typing import Any, TypeVar
 
     from shmcache.cache import Cache
     from shmcache.core._claims import Claim, Lock
 
+    T = TypeVar("T")
+
 FIRST_WAIT = 0.0002  # seconds; half as long again each time
 LONGEST_WAIT = 0.016
 LEASE = 60.0
+ROOM_WAIT = 10.0  # seconds that a write waits for room for a dirty item, as in the core
 FOREVER = 3e9  # seconds; a ttl that outlives the segment, whatever its default
 LOCK_PREFIX = b"\x00lock\x00"
 REFRESH_PREFIX = b"\x00refresh\x00"
@@ -104,8 +107,8 @@ class Terms:
     __slots__ = ("_began", "_beta", "_cache", "_early_ms", "_head", "_stale_ttl", "_tags", "ttl")
 
     def __init__(
-        self, cache: Cache, ttl: float | timedelta | None, stale_ttl: float | timedelta | None, early: float | bool,
-        tags: Iterable[str] | None,
+        self, cache: Cache, ttl: float | timedelta | None, stale_ttl: float | timedelta | None = None, early: float | bool = 0.0,
+        tags: Iterable[str] | None = None,
     ) -> None:
         if not 0 <= early < 1e6:
             raise errors.UsageError(f"early is True (1.0), or by what the time is multiplied that the factory takes, not {early!r}")
@@ -128,9 +131,6 @@ class Terms:
         if self._beta:
             self._early_ms = min(math.ceil((_core.monotonic() - self._began) * self._beta * 1000), MOST_EARLY_MS)
 
-    def fill(self, key: bytes | str, value: Any, version: int, refresh: bool) -> bool:
-        return self._cache._fill_computed(key, value, version, self, refresh)
-
     def fill_claim(self, key: bytes | str, value: Any, version: int, refresh: bool) -> bool:
         return self._cache.fill_claim(key, value, version, self.ttl, self._head, self._stale_ttl, self._early_ms, refresh)
 
@@ -138,55 +138,103 @@ class Terms:
 def get_or_set(cache: Cache, key: bytes | str, factory: Callable[[], Any], lease: float, terms: Terms) -> Any:
     """Cache.get_or_set, after the first miss."""
     check_lease(lease)
+    return run(flying(cache, key, lease, terms), factory)
+
+
+# Steps: a generator that does one operation, and yields what its driver has to do for it: WAIT, a moment; WAIT_HERE, for another caller of
+# this thread, which has to run meanwhile: it is sent True if it cannot; COMPUTE: call the factory; or something to call (a store's call),
+# whose result it is sent, or the exception thrown. run() is the driver that sleeps, aio.py has the one that awaits. Steps hold marks and
+# claims by the `with` blocks of core/_claims.pyx. A driver closes its steps, by such a block, too: else what they hold would stay held for
+# as long as a traceback has its frame.
+
+
+def run(steps: Generator[Any, Any, T], factory: Callable[[], Any] | None = None) -> T:
+    """Go through the steps in this thread: what they return."""
     pause = waits(None)
-    with claims().Claim(cache) as claim:
-        steps = flying(cache, key, lease, terms, claim)
-        try:
-            asked = next(steps)
-            while True:
-                if asked is WAIT_HERE and waits_in_vain():
-                    return factory()
-                if asked is not COMPUTE:
-                    next(pause)
-                    asked = next(steps)
-                else:
-                    asked = steps.send(factory())
-        except StopIteration as e:
-            return e.value
+    answer: Any = None
+    failed: BaseException | None = None
+    with claims().Closing(steps):
+        while True:
+            try:
+                asked = steps.send(answer) if failed is None else steps.throw(failed)
+            except StopIteration as e:
+                return e.value  # type: ignore[no-any-return]
+            finally:
+                failed = None
+            answer = None
+            if asked is WAIT_HERE and waits_in_vain():
+                answer = True
+            elif asked is WAIT or asked is WAIT_HERE:
+                next(pause)
+            elif asked is COMPUTE:
+                assert factory is not None
+                answer = factory()
+            else:
+                pause = waits(None)
+                try:
+                    answer = asked()
+                except BaseException as e:
+                    failed = e
 
 
-def flying(cache: Cache, key: bytes | str, lease: float, terms: Terms, claim: Claim) -> Generator[Any, Any, Any]:
-    """What is to be done for get_or_set(), by a caller that can wait and call the factory: it yields WAIT, WAIT_HERE (for another caller of
-    this thread, which has to run meanwhile) or COMPUTE, is sent what the factory has returned, and returns the value.
+def steps(method: Callable[..., T], *args: Any, **keywords: Any) -> Generator[Any, Any, T]:
+    """A call of a method that may have steps (stored.py: waiting)."""
+    of = getattr(method, "steps", None)
+    if of is None:
+        return method(*args, **keywords)
+    return (yield from of(method.__self__, *args, **keywords))  # type: ignore[attr-defined, no-any-return]
 
-    claim: a core._claims.Claim whose `with` block the caller is in: that gives back what is claimed here, whatever is raised.
-    """
+
+def in_room(cache: Cache, call: Callable[..., T], *args: Any, **keywords: Any) -> Generator[Any, Any, T]:
+    """Steps of a write of one key that waits, in write-back, until there is room for a dirty item. Raises: StoreUnavailable."""
+    until = _core.monotonic() + ROOM_WAIT
     while True:
-        if terms.stale:
-            state, value, seen = cache._look(key)
-            if state == FRESH:
-                return value
-            if state == STALE:
-                value = yield from refreshing(cache, key, lease, terms, claim, value, seen)
-                if value is not MISSING:
+        try:
+            return cache._at_once(call, *args, **keywords)
+        except _core.WouldWait as e:
+            if _core.monotonic() > until:
+                raise errors.StoreUnavailable(*e.args) from None
+        yield WAIT
+
+
+def flushing(cache: Cache, timeout: float) -> Generator[Any, Any, None]:
+    """Steps of flush()."""
+    until = _core.monotonic() + timeout
+    asked = cache._ask_flush()
+    while not cache._flushed(asked, timeout, _core.monotonic() > until):
+        yield WAIT
+
+
+def flying(cache: Cache, key: bytes | str, lease: float, terms: Terms) -> Generator[Any, Any, Any]:
+    """Steps of get_or_set()."""
+    with claims().Claim(cache) as claim:
+        while True:
+            if terms.stale:
+                state, value, seen = cache._look(key)
+                if state == FRESH:
                     return value
-        version = claim.take(key, lease)
-        if version > 0 or version in (-4, -5):  # -4: who changes it in the store is dead; -5: deleted, which the store has not got yet
-            break
-        if version == -2:
-            return (yield COMPUTE)
-        if version:  # another's; or somebody changes the key in the store
-            yield WAIT_HERE if version == -6 else WAIT
-        else:
-            value, seen = cache.gets(key)  # not get: that may miss early again
-            if seen:
-                return value
-    terms.begin()
-    value = yield COMPUTE
-    terms.end()
-    if terms.fill(key, value, version, False):
-        claim.drop()
-    return value
+                if state == STALE:
+                    value = yield from refreshing(cache, key, lease, terms, claim, value, seen)
+                    if value is not MISSING:
+                        return value
+            version = claim.take(key, lease)
+            if version > 0 or version in (-4, -5):  # -4: who changes it in the store is dead; -5: deleted, which the store has not got yet
+                break
+            if version == -2:
+                return (yield COMPUTE)
+            if version:  # another's; or somebody changes the key in the store
+                if (yield WAIT_HERE if version == -6 else WAIT):
+                    return (yield COMPUTE)
+            else:
+                value, seen = yield from steps(cache.gets, key)  # not get: that may miss early again
+                if seen:
+                    return value
+        terms.begin()
+        value = yield COMPUTE
+        terms.end()
+        if (yield from steps(cache._fill_computed, key, value, version, terms, False)):
+            claim.drop()
+        return value
 
 
 def refreshing(
@@ -202,7 +250,7 @@ def refreshing(
     terms.begin()
     value = yield COMPUTE
     terms.end()
-    terms.fill(key, value, seen, True)
+    yield from steps(cache._fill_computed, key, value, seen, terms, True)
     return value
 
 

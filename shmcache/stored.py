@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Generator
+from functools import partial
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar
 
 from shmcache import codec, errors, flight
 from shmcache.cache import Cache, attach
 from shmcache.core import _core
-from shmcache.core._claims import Claim, Claims
+from shmcache.core._claims import Claim, Claims, Marks
+from shmcache.flight import steps
 from shmcache.policy import check, policy_of
 from shmcache.stores import Entry
 
@@ -22,10 +26,55 @@ if TYPE_CHECKING:
     Ttl = float | timedelta | None
     Tags = Iterable[str] | None
 
+P = ParamSpec("P")
+S = TypeVar("S")
+T = TypeVar("T")
+Steps = Generator[Any, Any, T]
 GRACE = 5.0  # seconds that a mark stands beyond the times that waiting and storing may take
 BATCH = 500  # keys in one call of the store
 DELETED = -5  # of claim(): in the store, too, as soon as the supervisor comes to it
 MISSING: Any = flight.MISSING
+
+
+def waiting(of: Callable[Concatenate[S, P], Steps[T]]) -> Callable[Concatenate[S, P], T]:
+    """A method that goes through these steps in the calling thread. Its attribute `steps` is them, for who goes through them otherwise."""
+
+    @functools.wraps(of)
+    def method(self: S, /, *args: P.args, **keywords: P.kwargs) -> T:
+        return flight.run(of(self, *args, **keywords))
+
+    method.steps = of  # type: ignore[attr-defined]
+    return method
+
+
+class Call(Generic[T]):
+    """A step: a call of the store. It takes its time: a driver that has others to serve makes it in a thread.
+
+    Args: marks: of the keys that it changes, which are told if it is known how it ended. Attributes: keys: those.
+    Raises: StoreUnavailable: it begins later than `latest` (monotonic), when the claims and marks that stand for it might end before it.
+    """
+
+    __slots__ = ("_call", "_latest", "_marks", "keys")
+
+    def __init__(self, call: Callable[[], T], latest: float, keys: Iterable[bytes], marks: Marks | None) -> None:
+        self._call, self._latest, self.keys, self._marks = call, latest, keys, marks
+
+    def __call__(self) -> T:
+        if _core.monotonic() > self._latest:
+            raise errors.StoreUnavailable("this call of the store came to its turn too late: it was not made; try again")
+        return self._call() if self._marks is None else told(self._marks, self._call)
+
+
+def told(marks: Marks, write: Callable[[], T]) -> T:
+    """Let the store do what the marks are for, and note if it is known how that ended."""
+    marks.known = False
+    try:
+        answer = write()
+    except errors.ShmcacheError as e:
+        marks.known = knows(e)
+        raise
+    marks.known = True
+    return answer
 
 
 class StoredCache(Cache):
@@ -64,7 +113,8 @@ class StoredCache(Cache):
 
     # ---- loads ----
 
-    def _load_missing(self, key: Key, default: Any) -> Any:
+    @waiting
+    def _load_missing(self, key: Key, default: Any) -> Steps[Any]:
         """What get() does on a miss."""
         name = _core.key_bytes(key)
         if name[0] == 0:
@@ -73,27 +123,39 @@ class StoredCache(Cache):
             state, value, seen = self._look(name)
             if state == codec.NEGATIVE:
                 return default
-            if state == codec.FRESH or (state == codec.STALE and (value := self._refreshed(name, value, seen)) is not MISSING):
+            if state == codec.FRESH:
+                return value
+            if state == codec.STALE and (value := (yield from self._refreshed(name, value, seen))) is not MISSING:
                 return value
         deadline = _core.monotonic() + self.policy.timeout
         with Claims(self) as claims:
-            while (version := self._claim(claims, name, deadline)) == 0:
+            while (version := (yield from self._claim(claims, name, deadline))) == 0:
                 value = self.peek(name, MISSING)
                 if value is not MISSING:
                     return value
             if version == DELETED:
                 return default
-            entry = self._loaded([name], claims).get(name)
+            entry = (yield from steps(self._loaded, [name], claims)).get(name)
             return default if entry is None else entry.value
 
-    def _refreshed(self, name: bytes, stale: Any, seen: int) -> Any:
+    def _got(self, key: Key) -> Steps[Any]:
+        """Steps of get(); MISSING."""
+        value = self.peek(key, MISSING)
+        return value if value is not MISSING else (yield from steps(self._load_missing, key, MISSING))
+
+    def _ask(self, call: Callable[..., T], what: Any, marks: Marks | None = None) -> Call[T]:
+        """A step: a call of the store. marks: of what it changes there."""
+        latest = _core.monotonic() + self.policy.timeout + GRACE / 2
+        return Call(lambda: self._call(call, what, timeout=self.policy.timeout), latest, () if marks is None else what, marks)
+
+    def _refreshed(self, name: bytes, stale: Any, seen: int) -> Steps[Any]:
         """A stale copy, of which one caller at a time loads another. MISSING: the store has none."""
         with Claim(self) as claim:
             if claim.take(flight.refresh_key(name), self._age) <= 0:
                 return stale
             head = self._head(name)
             try:
-                entry = self._call(self.store.load_many, [name], timeout=self.policy.timeout).get(name)
+                entry = (yield self._ask(self.store.load_many, [name])).get(name)
             except errors.StoreUnavailable:
                 return stale
             self.count_store(loads=1, found=entry is not None)
@@ -107,32 +169,33 @@ class StoredCache(Cache):
         """The tags of a key's copy, as they are before it is loaded."""
         return None if self._tags_of is None else self._carry(self._tags_of(name))
 
-    def _claim(self, claims: Claims, name: bytes, deadline: float) -> int:
+    def _claim(self, claims: Claims, name: bytes, deadline: float) -> Steps[int]:
         """Of a missing key: a claim's version; 0: there is a value now; -1: load it, and do not fill it; DELETED.
 
         Raises: StoreUnavailable: somebody else has been loading it for too long.
         """
-        pause = flight.waits(deadline)
         while True:
             version = claims.take(name, self._age)
             if version >= 0 or version == DELETED:
                 return version
             if version in (-2, -4):  # the load of this very key asks for it; its writer is dead
                 return -1
-            if version == -6 and flight.waits_in_vain():
-                return -1
-            if next(pause, "late"):
-                if version == -3:
+            if _core.monotonic() < deadline:
+                if (yield flight.WAIT_HERE if version == -6 else flight.WAIT):
                     return -1
+            elif version == -3:
+                return -1
+            else:
                 raise errors.StoreUnavailable(f"another caller has been loading this key for {self.policy.timeout} s: try again")
 
-    def _loaded(self, names: list[bytes], claims: Claims) -> dict[bytes, Entry]:
+    @waiting
+    def _loaded(self, names: list[bytes], claims: Claims) -> Steps[dict[bytes, Entry]]:
         """What the store has of names, with which those that are claimed are filled."""
         found: dict[bytes, Entry] = {}
         refused: dict[bytes, Exception] = {}
         heads = {name: self._head(name) for name in names if claims.version(name)}
         for i in range(0, len(names), BATCH):
-            found.update(self._call(self._load_some, names[i : i + BATCH], refused))
+            found.update((yield self._ask(partial(self._load_some, refused), names[i : i + BATCH])))
         self.count_store(loads=len(names), found=len(found))
         for name, head in heads.items():
             entry, version = found.get(name), claims.version(name)
@@ -152,13 +215,13 @@ class StoredCache(Cache):
         """Is it remembered that this key is not in the store?"""
         return self._notes and self._look(name)[0] == codec.NEGATIVE
 
-    def _load_some(self, names: list[bytes], refused: dict[bytes, Exception]) -> dict[bytes, Entry]:
+    def _load_some(self, refused: dict[bytes, Exception], names: list[bytes], timeout: float) -> dict[bytes, Entry]:
         try:
-            return self.store.load_many(names, timeout=self.policy.timeout)
+            return self.store.load_many(names, timeout=timeout)
         except errors.RowsRefused as e:
             refused |= e.errors
             rest = [name for name in names if name not in e.errors]
-            return self._load_some(rest, refused) if rest and len(rest) < len(names) else {}
+            return self._load_some(refused, rest, timeout) if rest and len(rest) < len(names) else {}
 
     def _filled(self, name: bytes, entry: Entry, version: int, head: bytes | None, refresh: bool = False) -> bool:
         """Fill a claim or a mark with what the store has. False: it does not stand any more, or this cannot be cached."""
@@ -178,7 +241,8 @@ class StoredCache(Cache):
                 self.count_store(errors=1)
             raise
 
-    def get_many(self, keys: Iterable[Key]) -> dict[Any, Any]:
+    @waiting
+    def get_many(self, keys: Iterable[Key]) -> Steps[dict[Any, Any]]:
         wanted = _core.several(keys)
         found = super().get_many(wanted)
         missing = {_core.key_bytes(k): k for k in wanted if k not in found}
@@ -193,9 +257,10 @@ class StoredCache(Cache):
                     continue
                 claimed = state == codec.ABSENT and claims.take(name, self._age) > 0
                 (ours if claimed else later).append(name)
-            values = {name: e.value for name, e in self._loaded(ours, claims).items()} if ours else {}
+            loaded = (yield from steps(self._loaded, ours, claims)) if ours else {}
+        values = {name: entry.value for name, entry in loaded.items()}
         for name in later:  # there is a stale one, or somebody else loads or writes them: one by one, for each may be waited for
-            value = self.get(name, MISSING)
+            value = yield from self._got(name)
             if value is not MISSING:
                 values[name] = value
         for k in wanted:
@@ -203,45 +268,56 @@ class StoredCache(Cache):
                 found[k] = values[name]
         return found
 
-    def gets(self, key: Key) -> tuple[Any, int]:
+    @waiting
+    def gets(self, key: Key) -> Steps[tuple[Any, int]]:
         """As Cache.gets. The version is the cached copy's: after an eviction cas() finds another one."""
         name = _core.key_bytes(key)
         deadline = _core.monotonic() + self.policy.timeout
         while True:
             value, version = super().gets(name)
-            if version or name[0] == 0 or self.get(name, MISSING) is MISSING:
+            if version or name[0] == 0 or (yield from self._got(name)) is MISSING:
                 return value, version
             if _core.monotonic() > deadline:
                 raise errors.StoreUnavailable("this key is there, but cannot be cached just now, so it has no version: try again")
 
-    def __contains__(self, key: Key) -> bool:
-        return self.get(key, MISSING) is not MISSING
+    @waiting
+    def __contains__(self, key: Key) -> Steps[bool]:
+        return (yield from self._got(key)) is not MISSING
 
-    def ttl(self, key: Key) -> float | None:
+    @waiting
+    def ttl(self, key: Key) -> Steps[float | None]:
         """As Cache.ttl; of a key that is not cached, or cannot be, as the store says."""
         name = _core.key_bytes(key)
         ttl = super().ttl(name)
         if ttl is None and name[0] != 0 and not self._is_negative(name):
             with Claims(self) as claims:
                 version = claims.take(name, self._age)
-                entry = None if version == DELETED else self._loaded([name], claims).get(name)
+                entry = None if version == DELETED else (yield from steps(self._loaded, [name], claims)).get(name)
             if entry is not None:
                 return math.inf if entry.ttl is None else entry.ttl
         return ttl
 
     def get_or_set(self, key: Key, factory: Callable[[], Any], ttl: Ttl = None, **options: Any) -> Any:
         """As Cache.get_or_set, for a key that the store has not either: factory()'s value is stored. Options: lease alone."""
+        return super().get_or_set(key, factory, ttl, **self._flight_options(key, options))
+
+    def _flight_options(self, key: Key, options: dict[str, Any]) -> dict[str, Any]:
+        """Those of get_or_set() that this key takes. Raises: UsageError."""
         if not is_own(key) and options.keys() - {"lease"}:
             raise errors.UsageError("in front of a store stale_ttl is the policy's, and tags are open()'s: leave them, and early, out here")
-        return super().get_or_set(key, factory, ttl, **options)
+        return options
 
-    def _fill_computed(self, key: Key, value: Any, version: int, terms: flight.Terms, refresh: bool) -> bool:
-        return super()._fill_computed(key, value, version, terms, refresh) if is_own(key) else self.add(key, value, terms.ttl)
+    @waiting
+    def _fill_computed(self, key: Key, value: Any, version: int, terms: flight.Terms, refresh: bool) -> Steps[bool]:
+        if is_own(key):
+            return super()._fill_computed(key, value, version, terms, refresh)
+        return (yield from steps(self.add, key, value, terms.ttl))
 
     # ---- all of it ----
 
-    def delete(self, key: Key) -> bool:
-        return self.delete_many([key]) == 1
+    @waiting
+    def delete(self, key: Key) -> Steps[bool]:
+        return (yield from steps(self.delete_many, [key])) == 1
 
     def __delitem__(self, key: Key) -> None:
         if not self.delete(key):
@@ -261,6 +337,11 @@ def no_tags(tags: Tags) -> None:
 
 def is_own(key: Key) -> bool:
     return _core.key_bytes(key)[0] == 0
+
+
+def knows(e: errors.ShmcacheError) -> bool:
+    """Does who got this of a store's write know that nothing of it is to come? It is the store's word, not a signal's or a stranger's."""
+    return not (isinstance(e, errors.StoreUnavailable) and e.unsettled)
 
 
 def seconds_of(ttl: Ttl) -> float | None:

@@ -16,6 +16,8 @@ Race table
     the store says no, or not now         the mark goes: a miss, which loads what the store has
     the write is torn off    (unsettled; a signal handler raises; a bug of the store's) it may be going on: the mark stands till its time is
                              over, and till then each miss loads, and does not fill
+    the writer's task is cancelled (aio.py) while the store is called: the call goes on, and its mark is held: every other writer waits
+                             until it has ended, so the store has theirs last. A mark from before the cancellation overlaps as ever
     the writer dies          his mark stands till its time is over, longer than the store may work for him, whoever writes meanwhile; till
                              then loads do not fill, and nobody waits
     the writer is stopped, and goes on when his mark's time is over: his mark is gone, he deletes before he returns
@@ -30,13 +32,14 @@ from typing import TYPE_CHECKING, Any
 from shmcache import errors, flight
 from shmcache.core import _core
 from shmcache.core._claims import Claims, Marks
-from shmcache.stored import BATCH, MISSING, StoredCache, is_own, no_tags, seconds_of
+from shmcache.flight import steps
+from shmcache.stored import BATCH, MISSING, StoredCache, is_own, no_tags, seconds_of, waiting
 from shmcache.stores import Entry
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
-    from shmcache.stored import Key, Tags, Ttl
+    from shmcache.stored import Key, Steps, Tags, Ttl
 
     # what a change makes of what is there: (value, seconds to live or None), or DELETE, or KEEP; and what its caller is told
     Change = Callable[[Entry | None], tuple[Any, Any]]
@@ -54,18 +57,20 @@ class ThroughCache(StoredCache):
 
     # ---- writes ----
 
-    def set(self, key: Key, value: Any, ttl: Ttl = None, tags: Tags = None) -> None:
+    @waiting
+    def set(self, key: Key, value: Any, ttl: Ttl = None, tags: Tags = None) -> Steps[None]:
         name = _core.key_bytes(key)
         if name[0] == 0:
             super().set(name, value, ttl, tags)
         else:
             no_tags(tags)
-            self._write({name: value}, seconds_of(ttl))
+            yield from self._write({name: value}, seconds_of(ttl))
 
     def __setitem__(self, key: Key, value: Any) -> None:
         self.set(key, value)
 
-    def set_many(self, mapping: Mapping[Any, Any] | Iterable[tuple[Key, Any]], ttl: Ttl = None, tags: Tags = None) -> None:
+    @waiting
+    def set_many(self, mapping: Mapping[Any, Any] | Iterable[tuple[Key, Any]], ttl: Ttl = None, tags: Tags = None) -> Steps[None]:
         """As Cache.set_many; in the store as few calls, each a transaction where it has them."""
         values = {_core.key_bytes(k): v for k, v in _core.pairs(mapping)}
         own = {k: v for k, v in values.items() if k[0] == 0}
@@ -77,131 +82,130 @@ class ThroughCache(StoredCache):
         seconds = seconds_of(ttl)
         for name in names:
             self.encoded(values[name])  # all, before the first is stored
-        self._write_all({name: values[name] for name in names}, seconds)
+        yield from self._write_all({name: values[name] for name in names}, seconds)
 
-    def delete_many(self, keys: Iterable[Key]) -> int:
+    @waiting
+    def delete_many(self, keys: Iterable[Key]) -> Steps[int]:
         names = dict.fromkeys(_core.key_bytes(k) for k in _core.several(keys))
         there = super().delete_many([name for name in names if name[0] == 0])
         stored = sorted(name for name in names if name[0] != 0)
         unseen = [name for name in stored if self.peek(name, MISSING) is MISSING]
-        there += len(stored) - len(unseen) + len(self._loaded(unseen, Claims(self)))
-        self._write_all(dict.fromkeys(stored, DELETE), None)
+        there += len(stored) - len(unseen) + len((yield from steps(self._loaded, unseen, Claims(self))))
+        yield from self._write_all(dict.fromkeys(stored, DELETE), None)
         return there
 
-    def _write_all(self, values: dict[bytes, Any], ttl: float | None) -> None:
+    def _write_all(self, values: dict[bytes, Any], ttl: float | None) -> Steps[None]:
         """_write() in batches; what the store refuses of one does not keep it from the others."""
         refused: dict[bytes, Exception] = {}
         names = list(values)
         for i in range(0, len(names), BATCH):
             try:
-                self._write({name: values[name] for name in names[i : i + BATCH]}, ttl)
+                yield from self._write({name: values[name] for name in names[i : i + BATCH]}, ttl)
             except errors.RowsRefused as e:
                 refused |= e.errors
         if refused:
             raise errors.RowsRefused(refused)
 
-    def _write(self, values: dict[bytes, Any], ttl: float | None) -> None:
+    def _write(self, values: dict[bytes, Any], ttl: float | None) -> Steps[None]:
         """Store those values, or delete where it is DELETE (all, or none of them)."""
         encoded = {name: value if value is DELETE else self.encoded(value) for name, value in values.items()}
         deadline = _core.monotonic() + self.policy.timeout
         heads = {name: self._head(name) for name in values} if self._fills else {}
+        versions: dict[bytes, int] = {}  # 0: overlapped
         with Marks(self) as marks:
-            versions = {name: self._mark(marks, name, deadline, alone=False) for name in sorted(values)}  # 0: overlapped
-            self._told(marks, lambda: self._store(values, ttl))
+            for name in sorted(values):
+                versions[name] = yield from steps(self._mark, marks, name, deadline, alone=False)
+            yield from self._store(values, ttl, marks)
             if self._fills and ttl != 0:
                 for name, value in encoded.items():
                     if value is not DELETE and self._filled(name, Entry(value, ttl), versions[name], heads[name]):
                         marks.drop(name)
 
-    def _told(self, marks: Marks, write: Callable[[], None]) -> None:
-        """Let the store do what the marks are for, and note if it is known how that ended."""
-        marks.known = False
-        try:
-            write()
-            marks.known = True
-        except errors.ShmcacheError as e:
-            marks.known = knows(e)
-            raise
-
-    def _mark(self, marks: Marks, name: bytes, deadline: float, alone: bool, version: int = 0) -> int:
+    @waiting
+    def _mark(self, marks: Marks, name: bytes, deadline: float, alone: bool, version: int = 0) -> Steps[int]:
         """Put a mark on a key: its version, 0 if another's was there, -1: the key has not this version.
 
         Raises: StoreUnavailable: who has the key for himself, or (alone, or seven at a time) whoever writes it, takes too long.
         """
-        pause = flight.waits(deadline)
         while True:
             mark, overlapped = marks.put(name, self._age, alone, version)
             if mark:
                 return 0 if overlapped and mark > 0 else mark
-            if next(pause, "late"):
+            if _core.monotonic() >= deadline:
                 raise errors.StoreUnavailable(
                     f"another caller has been writing this key for {self.policy.timeout} s: nothing was changed; try again"
                 )
+            yield flight.WAIT
 
-    def _store(self, values: dict[bytes, Any], ttl: float | None) -> None:
+    def _store(self, values: dict[bytes, Any], ttl: float | None, marks: Marks) -> Steps[None]:
         gone = [name for name, value in values.items() if value is DELETE or ttl == 0]
         kept = {name: (value, ttl) for name, value in values.items() if name not in gone} if len(gone) < len(values) else {}
         if gone:
-            self._call(self.store.delete_many, gone, timeout=self.policy.timeout)
+            yield self._ask(self.store.delete_many, gone, marks)
         if kept:
-            self._call(self.store.store_many, kept, timeout=self.policy.timeout)
+            yield self._ask(self.store.store_many, kept, marks)
         self.count_store(writes=len(values))
 
     # ---- changes of what is there ----
 
-    def _change(self, key: Key, change: Change, version: int = 0) -> Any:
+    def _change(self, key: Key, change: Change, version: int = 0) -> Steps[Any]:
         """Let change() make something else of what the store has, with nobody between: what it tells. MISSING: another version."""
         name = _core.key_bytes(key)
         deadline = _core.monotonic() + self.policy.timeout
         with Marks(self) as marks:
-            mark = self._mark(marks, name, deadline, True, version)
+            mark = yield from steps(self._mark, marks, name, deadline, True, version)
             if mark < 0:
                 return MISSING
             head = self._head(name)
-            was = self._call(self.store.load_many, [name], timeout=self.policy.timeout).get(name)
+            was = (yield self._ask(self.store.load_many, [name])).get(name)
             now, told = change(was)
             if now is KEEP:
                 now = was
             elif now is DELETE:
-                self._told(marks, lambda: self._store({name: DELETE}, None))
+                yield from self._store({name: DELETE}, None, marks)
             else:
-                self._told(marks, lambda: self._store({name: now.value}, now.ttl))
+                yield from self._store({name: now.value}, now.ttl, marks)
             if isinstance(now, Entry) and now.ttl != 0 and (self._fills or now is was) and self._filled(name, now, mark, head):
                 marks.drop(name)
             return told
 
-    def add(self, key: Key, value: Any, ttl: Ttl = None, tags: Tags = None) -> bool:
+    @waiting
+    def add(self, key: Key, value: Any, ttl: Ttl = None, tags: Tags = None) -> Steps[bool]:
         if is_own(key):
             return super().add(key, value, ttl, tags)
         no_tags(tags)
         new = Entry(value, seconds_of(ttl))
         self.encoded(value)
-        return bool(self._change(key, lambda was: (new, True) if was is None else (KEEP, False)))
+        return bool((yield from self._change(key, lambda was: (new, True) if was is None else (KEEP, False))))
 
-    def replace(self, key: Key, value: Any, ttl: Ttl = None, tags: Tags = None) -> bool:
+    @waiting
+    def replace(self, key: Key, value: Any, ttl: Ttl = None, tags: Tags = None) -> Steps[bool]:
         if is_own(key):
             return super().replace(key, value, ttl, tags)
         no_tags(tags)
         new = Entry(value, seconds_of(ttl))
         self.encoded(value)
-        return bool(self._change(key, lambda was: (KEEP, False) if was is None else (new, True)))
+        return bool((yield from self._change(key, lambda was: (KEEP, False) if was is None else (new, True))))
 
-    def cas(self, key: Key, value: Any, version: int, ttl: Ttl = None, tags: Tags = None) -> bool:
+    @waiting
+    def cas(self, key: Key, value: Any, version: int, ttl: Ttl = None, tags: Tags = None) -> Steps[bool]:
         if is_own(key):
             return super().cas(key, value, version, ttl, tags)
         no_tags(tags)
         if not version:
-            return self.add(key, value, ttl)
+            return (yield from steps(self.add, key, value, ttl))
         new = Entry(value, seconds_of(ttl))
         self.encoded(value)
-        return self._change(key, lambda was: (new, True), version) is True
+        return (yield from self._change(key, lambda was: (new, True), version)) is True
 
-    def pop(self, key: Key, default: Any = None) -> Any:
+    @waiting
+    def pop(self, key: Key, default: Any = None) -> Steps[Any]:
         if is_own(key):
             return super().pop(key, default)
-        return self._change(key, lambda was: (KEEP, default) if was is None else (DELETE, was.value))
+        return (yield from self._change(key, lambda was: (KEEP, default) if was is None else (DELETE, was.value)))
 
-    def incr(self, key: Key, n: int = 1, *, default: int | None = None, ttl: Ttl = None) -> int:
+    @waiting
+    def incr(self, key: Key, n: int = 1, *, default: int | None = None, ttl: Ttl = None) -> Steps[int]:
         if is_own(key):
             return super().incr(key, n, default=default, ttl=ttl)
         if not isinstance(n, int) or not (default is None or isinstance(default, int)):
@@ -218,20 +222,18 @@ class ThroughCache(StoredCache):
                 raise errors.CounterOverflow("the counter would leave the signed 64-bit range; it keeps its value")
             return Entry(base + n, left), base + n
 
-        return int(self._change(key, count))
+        return int((yield from self._change(key, count)))
 
-    def touch(self, key: Key, ttl: Ttl = None) -> bool:
+    @waiting
+    def touch(self, key: Key, ttl: Ttl = None) -> Steps[bool]:
         if is_own(key):
             return super().touch(key, ttl)
         seconds = seconds_of(ttl)
         if seconds == 0:
-            return self.delete(key)
-        return bool(self._change(key, lambda was: (KEEP, False) if was is None else (Entry(was.value, seconds), True)))
+            return (yield from steps(self.delete, key))
+        return bool((yield from self._change(key, lambda was: (KEEP, False) if was is None else (Entry(was.value, seconds), True))))
 
-    def persist(self, key: Key) -> bool:
-        return super().persist(key) if is_own(key) else self.touch(key)
+    @waiting
+    def persist(self, key: Key) -> Steps[bool]:
+        return super().persist(key) if is_own(key) else (yield from steps(self.touch, key))
 
-
-def knows(e: errors.ShmcacheError) -> bool:
-    """Does who got this of a store's write know that nothing of it is to come? It is the store's word, not a signal's or a stranger's."""
-    return not (isinstance(e, errors.StoreUnavailable) and e.unsettled)

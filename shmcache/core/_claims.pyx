@@ -230,6 +230,20 @@ cdef class Marks:
             raise failed
 
 
+cdef class Closing:
+    """Closes a generator, which gives back what it holds, at the end of a `with` block."""
+    cdef object generator
+
+    def __cinit__(self, generator):
+        self.generator = generator
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        self.generator.close()
+
+
 @cython.no_gc_clear
 cdef class Lock(Held):
     """A lock that threads, tasks and greenlets of all processes of the host share, by name. Not re-entrant; given back by with, release(), the

@@ -43,7 +43,7 @@ from shmcache.core.siphash cimport siphash, siphash13
 from shmcache.core.slab cimport chunk_class, cls_mark, give_back_all, item_at, page_cls
 from shmcache.core.table cimport (
     ALWAYS, IF_ABSENT, IF_CLAIM, IF_PRESENT, IF_SAME, IF_UNCLAIMED, IF_UNMARKED, IF_UNMARKED_BY_ANY, IF_VERSION, RESTARTS, add_to,
-    claim_t, clear_all, count_items, end_mark, envelope_state, give_up, mark_t, next_keys, passes_by, prefetch_item, put, put_t, read_begin, read_claim, read_copy, read_end,
+    claim_t, clear_all, count_items, end_mark, envelope_state, give_up, hold_mark, mark_t, next_keys, passes_by, prefetch_item, put, put_t, read_begin, read_claim, read_copy, read_end,
     read_generation, read_t, remove, remove_claim, same_item, set_expiry, state_in_place, unchanged)
 from shmcache.core.token cimport (
     ABSENT, AGAIN, BUSY, EXISTS, INTR, KEPT, MISMATCH, NO_OFD, NO_ROOM, NO_ROW, NO_STORE, NOT_INT, OK, OS_ERROR, OVERFLOW, SUPERVISOR_BYTE,
@@ -52,6 +52,14 @@ from shmcache.core.token cimport (
 import sys
 
 from shmcache import errors
+
+cdef extern from *:
+    """
+    static __thread int shm_at_once;            /* this thread does not wait for room for dirty items */
+    static __thread uint64_t shm_acts_for;      /* number of the task or greenlet in whose place it acts; 0: none */
+    """
+    bint at_once "shm_at_once"
+    uint64_t acts_for "shm_acts_for"
 
 cdef extern from "Python.h":
     const char* PyUnicode_AsUTF8AndSize(object text, Py_ssize_t* n) except NULL
@@ -149,12 +157,30 @@ def monotonic():
 cdef uint64_t task_or_greenlet() except? 0:
     """The number of the asyncio task or greenlet that runs; 0: neither. Who loads neither module pays two look-ups."""
     global owner_number
+    if acts_for:
+        return acts_for
     if "asyncio" not in modules and "greenlet" not in modules:
         return 0
     if owner_number is None:
         from shmcache.core.owner import number
         owner_number = number
     return owner_number()
+
+
+def caller_number():
+    """The caller's, for acting_for()."""
+    return task_or_greenlet()
+
+
+def acting_for(uint64_t number, call):
+    """call() by this thread in the place of that task or greenlet: what that has claimed is this one's own."""
+    global acts_for
+    cdef uint64_t before = acts_for
+    acts_for = number
+    try:
+        return call()
+    finally:
+        acts_for = before
 
 
 # ---- layout, for the numpy dtypes ---------------------------------------------------------------------------------------
@@ -541,7 +567,11 @@ cdef void buried(put_t* op) noexcept:
 
 
 class WouldWait(Exception):
-    """A call of an impatient table would have had to wait: nothing was changed."""
+    """A call of an impatient table, or by _at_once(), would have had to wait: nothing was changed."""
+
+
+cdef str NOT_STORED = ("as much as may be is waiting to be stored, and it does not become less: is the supervisor running with --store, "
+                       "is its store up? Nothing was changed: try again")
 
 
 # ---- mapping ----------------------------------------------------------------------------------------------------------------
@@ -1301,15 +1331,14 @@ cdef class Table:
         ring_supervisor(s)
         if ld64(&s.header.dirty) < ld64(&s.header.dirty_limit) or s.holder == pthread_self():
             return 0
-        if self.impatient:
-            raise WouldWait
+        if self.impatient or at_once:
+            raise WouldWait(NOT_STORED)
         until = mono_ns() + DURABLE_WAIT_NS
         self.enter(s)
         try:
             while ld64(&s.header.dirty) >= ld64(&s.header.dirty_limit):
                 if mono_ns() > until:
-                    raise errors.StoreUnavailable("as much as may be is waiting to be stored, and it does not become less: is the supervisor "
-                                                  "running with --store, is its store up? Nothing was changed: try again")
+                    raise errors.StoreUnavailable(NOT_STORED)
                 with nogil:
                     ring_supervisor(s)
                     usleep(500)
@@ -1712,25 +1741,49 @@ cdef class Table:
         Args: timeout: seconds.
         Raises: StoreUnavailable: it has not, after that time; or it refuses some of it (stats(): store, refused).
         """
-        cdef seg_t* s = self.ready()
-        cdef Mapping held = self.mapping
-        cdef uint64_t until = mono_ns() + <uint64_t>(max(0.0, min(timeout, 1e6)) * 1e9), asked
-        if s.policy != POLICY_BACK or (ld64(&s.header.dirty) == 0 and not any_dirty(s)):
-            return
-        asked = add64(&s.header.flushes_asked, 1) + 1
-        self.enter(s)
-        try:
-            while ld64(&s.header.flushes_ended) < asked:
-                if mono_ns() > until:
-                    raise errors.StoreUnavailable(
-                        f"{ld64(&s.header.dirty):,} bytes are not stored after {timeout} s; they are kept: is the supervisor running with --store, "
-                        "is its store up, does it refuse some (stats)?")
+        cdef seg_t* s
+        cdef Mapping held
+        cdef uint64_t until = mono_ns() + <uint64_t>(max(0.0, min(timeout, 1e6)) * 1e9), asked = self._ask_flush()
+        while not self._flushed(asked, timeout, mono_ns() > until):
+            s = self.ready()
+            held = self.mapping
+            self.enter(s)
+            try:
                 with nogil:
-                    ring_supervisor(s)
                     usleep(500)
                 self.interrupted(s, held)
+            finally:
+                self.leave()
+
+    def _ask_flush(self):
+        """Ask for a flush: its number, for _flushed(); 0 if the store has everything."""
+        cdef seg_t* s = self.ready()
+        if s.policy != POLICY_BACK or (ld64(&s.header.dirty) == 0 and not any_dirty(s)):
+            return 0
+        return add64(&s.header.flushes_asked, 1) + 1
+
+    def _flushed(self, uint64_t asked, double timeout, bint late):
+        """Has that flush ended? Raises: StoreUnavailable: it has not, and it is late, timeout seconds after it was asked for."""
+        cdef seg_t* s = self.ready()
+        if ld64(&s.header.flushes_ended) >= asked:
+            return True
+        if late:
+            raise errors.StoreUnavailable(
+                f"{ld64(&s.header.dirty):,} bytes are not stored after {timeout} s; they are kept: is the supervisor running with --store, "
+                "is its store up, does it refuse some (stats)?")
+        ring_supervisor(s)
+        return False
+
+    def _at_once(self, call, *args, **keywords):
+        """call(), a method of a table: raises WouldWait where it would have waited, in this thread, for room for a dirty item. Of a call that
+        changes several keys some may be changed."""
+        global at_once
+        cdef bint was = at_once
+        at_once = True
+        try:
+            return call(*args, **keywords)
         finally:
-            self.leave()
+            at_once = was
 
     def delete_many(self, keys):
         """Remove several keys: how many were there."""
@@ -1902,6 +1955,33 @@ cdef class Table:
                     token[0] = mark.owner
             if rc != MISMATCH or mark.owner == s.me[0]:      # else a fork child: the mark was the parent's
                 return (op.cas if rc == OK else -1 if rc == MISMATCH else 0), bool(op.overlapped)
+
+    def _hold_mark(self, key):
+        """Let nobody else write this key until the writers that its mark names have ended: the caller of one of them, of this process, has left,
+        and would take another write, that is acknowledged before its own is done, for the later one. True if the mark stands."""
+        cdef const uint8_t* k
+        cdef size_t n
+        cdef seg_t* s
+        cdef Mapping held
+        cdef uint64_t until
+        cdef int rc
+        key_view(key, &k, &n)
+        s = self.ready()
+        held = self.mapping
+        until = wait_until(s)
+        self.enter(s)
+        try:
+            while True:
+                with nogil:
+                    rc = hold_mark(s, k, n, siphash13(k, n, s.k0, s.k1), until)
+                if rc != INTR:
+                    break
+                self.interrupted(s, held)
+        finally:
+            self.leave()
+        if rc != OK and rc != ABSENT:
+            fail(rc)
+        return rc == OK
 
     def end_mark(self, key, bint known=True):
         """End a write for which mark() was called, and whose mark was not filled: it goes when all have ended who put one here.

@@ -83,7 +83,7 @@ ctypedef struct claim_t:    # a claim's value. Writer: who places it; constant t
 
 ctypedef struct mark_t:     # a mark's value. Writer: the holder of the stripe
     uint64_t owner          # token of who put it last: he may fill it
-    uint64_t alone          # he wants the key for himself
+    uint64_t alone          # he wants the key for himself, or his caller has left: others wait
     uint64_t given_up_ms    # till when that may go on in the store of which nobody will say how it ended; 0: nothing
     uint64_t token[7]       # of those who have not ended, dead or alive; 0: none
     uint64_t until_ms[7]    # when the time of his mark is over
@@ -847,6 +847,22 @@ cdef inline int end_mark(seg_t* s, const uint8_t* key, size_t n, uint64_t h, bin
     stripe_release(s, st)
     if gone:
         free_old(s, f.addr, until_ns)
+    return rc
+
+cdef inline int hold_mark(seg_t* s, const uint8_t* key, size_t n, uint64_t h, uint64_t until_ns) noexcept nogil:
+    """Whoever wants to write this key waits from now on for all whom its mark names: OK, ABSENT (there is no mark), BUSY or INTR."""
+    cdef uint64_t b = bucket_of(s, h)
+    cdef stripe_t* st = stripe_of(s, b)
+    cdef found_t f
+    cdef int rc = stripe_take(s, st, until_ns)
+    if rc != OK:
+        return rc
+    find_locked(s, b, key, n, h, &f)
+    if f.slot != NULL and f.claimed and ld8r(&item_at(s, f.addr).flags) & FLAG_WRITING:
+        st64(&of_mark(s, f.addr, n).alone, 1)
+    else:
+        rc = ABSENT
+    stripe_release(s, st)
     return rc
 
 cdef inline int read_claim(seg_t* s, const uint8_t* key, size_t n, uint64_t h, uint64_t* version, claim_t* whose,

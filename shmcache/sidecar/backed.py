@@ -23,7 +23,7 @@ from shmcache.core import _core, _resp, _text
 from shmcache.core._claims import Claims, Marks
 from shmcache.sidecar.commands.table import OF_CACHE, TABLE, WRITE, Error, keys_in
 from shmcache.sidecar.commands.transactions import discard_transaction
-from shmcache.stored import BATCH, MISSING, StoredCache
+from shmcache.stored import BATCH, MISSING, StoredCache, told
 from shmcache.stores import Entry
 from shmcache.through import ThroughCache
 
@@ -242,7 +242,7 @@ class Trial:
 
     def store(self) -> None:
         """New values first: of a RENAME that is cut off both keys are there, not none."""
-        self.cache._told(self.marks, self.write)
+        told(self.marks, self.write)
 
     def write(self) -> None:
         cache, timeout = self.cache, self.cache.policy.timeout

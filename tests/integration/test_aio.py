@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
+import gc
 import threading
 import time
 
@@ -12,6 +14,7 @@ import pytest
 import shmcache
 from shmcache import errors
 from shmcache.stores import Entry
+from tests.integration.test_flight import pass_time
 from tests.integration.test_policy import Gate, Hooked, flushing
 from tests.integration.test_processes import child, ended
 
@@ -262,3 +265,252 @@ def test_what_is_written_back_is_written_at_once(awaited):
     with flushing(cache.sync, store):
         cache.sync.flush()
     assert store.load_many([b"k"]) == {b"k": Entry(1)}
+
+
+# ---- the rules of claims are the tasks', too ----------------------------------------------------------------------------------------
+
+
+async def begun(calls, n=1):
+    while len(calls) < n:
+        await asyncio.sleep(0.001)
+
+
+def hanging(calls):
+    """A factory that never ends."""
+
+    async def factory():
+        calls.append(1)
+        await asyncio.get_running_loop().create_future()
+
+    return factory
+
+
+@pytest.mark.parametrize("policy", [None, "through"])
+def test_a_collected_task_gives_its_claim_back(awaited, policy):
+    cache = awaited(policy=policy, store=Hooked()) if policy else awaited()
+    calls = []
+
+    async def main():
+        task = asyncio.create_task(cache.get_or_set("k", hanging(calls)))
+        await begun(calls)
+        task._log_destroy_pending = False
+        del task
+        gc.collect()
+        async with asyncio.timeout(20):
+            assert await cache.get_or_set("k", lambda: 2) == 2
+
+    run(main())
+
+
+def test_a_closed_loop_keeps_a_key_for_the_lease_alone(awaited):
+    cache = awaited()
+    calls = []
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(cache.get_or_set("k", hanging(calls), lease=0.5))
+    loop.run_until_complete(begun(calls))
+    loop.close()
+    assert run(cache.get_or_set("k", lambda: 2)) == 2
+    task._log_destroy_pending = False
+    del task
+    gc.collect()  # while the cache is open
+
+
+def test_a_coroutine_that_is_closed_in_another_context_gives_its_claim_back(awaited):
+    cache = awaited()
+    calls = []
+
+    async def main():
+        flight = cache.get_or_set("k", hanging(calls))
+        contextvars.copy_context().run(flight.send, None)
+        assert cache.sync.claim_version("k")
+        flight.close()
+        assert cache.sync.claim_version("k") == 0
+        async with asyncio.timeout(20):
+            assert await cache.get_or_set("k", lambda: 2) == 2
+
+    run(main())
+
+
+def test_after_the_lease_another_task_computes(awaited):
+    cache = awaited()
+    calls = []
+
+    async def main():
+        first = asyncio.create_task(cache.get_or_set("k", hanging(calls), lease=0.1))
+        await begun(calls)
+        async with asyncio.timeout(20):
+            assert await cache.get_or_set("k", lambda: 2) == 2
+        first.cancel()
+
+    run(main())
+
+
+def test_a_task_that_takes_a_stale_value_gets_it_while_another_refreshes(awaited):
+    cache = awaited()
+    calls = []
+
+    async def main():
+        assert await cache.get_or_set("k", lambda: "old", ttl=1000, stale_ttl=1000) == "old"
+        pass_time(cache.sync, 1001)
+        refresher = asyncio.create_task(cache.get_or_set("k", hanging(calls), ttl=1000, stale_ttl=1000))
+        await begun(calls)
+        async with asyncio.timeout(20):
+            assert await cache.get_or_set("k", lambda: pytest.fail("computed"), ttl=1000, stale_ttl=1000) == "old"
+        refresher.cancel()
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    ("change", "policy"), [("delete", None), ("clear", None), ("invalidate_tag", None), ("delete", "through"), ("clear", "through")]
+)
+def test_a_caller_that_asks_after_a_change_is_not_given_what_was_computed_before_it(awaited, change, policy):
+    cache = awaited(policy=policy, store=Hooked()) if policy else awaited()
+    options = {"tags": ("t",)} if change == "invalidate_tag" else {}
+    calls = []
+
+    async def main():
+        go = asyncio.Event()
+
+        async def before():
+            calls.append(1)
+            await go.wait()
+            return "before"
+
+        first = asyncio.create_task(cache.get_or_set("k", before, **options))
+        await begun(calls)
+        await {"delete": lambda: cache.delete("k"), "clear": cache.clear, "invalidate_tag": lambda: cache.invalidate_tag("t")}[change]()
+        second = asyncio.create_task(cache.get_or_set("k", lambda: "after", **options))
+        await asyncio.sleep(0.05)
+        go.set()
+        assert [await first, await second] == ["before", "after"]
+
+    run(main())
+    assert cache.sync.claim_version("k") == 0
+
+
+def test_a_task_that_is_started_in_a_factory_waits_as_any_other(awaited):
+    cache = awaited()
+
+    async def main():
+        inner = []
+
+        async def factory():
+            inner.append(asyncio.create_task(cache.get_or_set("k", lambda: pytest.fail("computed by two"))))
+            await asyncio.sleep(0.05)
+            assert not inner[0].done()
+            return 1
+
+        assert await cache.get_or_set("k", factory) == 1
+        assert await inner[0] == 1
+
+    run(main())
+
+
+def test_what_a_factory_asks_of_its_own_key_in_a_call_of_its_own_is_computed_at_once(awaited):
+    """By a plain method, too: it would wait for its own task."""
+    cache = awaited()
+
+    async def outer():
+        return await cache.get_or_set("k", lambda: 1) + cache.sync.get_or_set("k", lambda: 2)
+
+    assert run(cache.get_or_set("k", outer)) == 3
+
+
+def test_an_option_that_there_is_not(awaited):
+    cache = awaited()
+    with pytest.raises(TypeError, match="leese"):
+        run(cache.get_or_set("k", lambda: 1, leese=5))
+    with pytest.raises(errors.InvalidTTL):
+        run(cache.get_or_set("k", lambda: 1, lease=-1))
+
+
+def test_of_tasks_that_want_a_lock_one_gets_it_when_its_ttl_is_over(awaited):
+    cache = awaited()
+
+    async def main():
+        version = await asyncio.create_task(taken(cache.sync.lock("l", 0.1)))
+        assert version
+        async with asyncio.timeout(20), cache.lock("l"):
+            pass
+
+    async def taken(lock):
+        assert lock.acquire(blocking=False)
+        return lock
+
+    run(main())
+
+
+@pytest.mark.parametrize("error", [None, KeyError("the block's own")])
+def test_a_block_that_ends_after_its_locks_ttl_is_warned_of_it(awaited, error):
+    cache = awaited()
+
+    async def main():
+        async with cache.lock("l", ttl=0.05):
+            async with asyncio.timeout(20):
+                await asyncio.create_task(once())
+            if error:
+                raise error
+
+    async def once():
+        async with cache.lock("l"):
+            pass
+
+    with pytest.warns(errors.LockLost), pytest.raises(KeyError) if error else contextlib.nullcontext():
+        run(main())
+    assert cache.sync.stats()["locks_lost"] == 1
+
+
+def test_a_task_waits_for_a_lock_for_its_time_out_alone(awaited):
+    cache = awaited()
+
+    async def main():
+        async with cache.lock("l"):
+
+            async def want():
+                async with cache.lock("l", timeout=0.05):
+                    pytest.fail("it is another task's")
+
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(20):
+                    await asyncio.create_task(want())
+
+    run(main())
+
+
+def test_a_lock_is_not_reentrant_and_a_task_is_told_so(awaited):
+    cache = awaited()
+
+    async def main():
+        async with cache.lock("l"):
+            with pytest.raises(errors.UsageError, match="re-entrant"):
+                async with cache.lock("l"):
+                    pass
+        async with cache.lock("l"):
+            pass
+
+    run(main())
+
+
+def test_a_cancelled_holder_of_a_lock_gives_it_back_and_a_cancelled_waiter_takes_none(awaited):
+    cache = awaited()
+
+    async def main():
+        held = asyncio.Event()
+
+        async def hold():
+            async with cache.lock("l"):
+                held.set()
+                await asyncio.Event().wait()
+
+        holder = asyncio.create_task(hold())
+        await held.wait()
+        waiter = asyncio.create_task(hold())
+        await asyncio.sleep(0.01)
+        waiter.cancel()
+        await asyncio.gather(waiter, return_exceptions=True)
+        holder.cancel()
+        async with asyncio.timeout(20), cache.lock("l"):
+            pass
+
+    run(main())

@@ -875,9 +875,9 @@ def test_a_change_waits_for_a_living_writer_over_whose_mark_one_has_died(over, h
 def test_writes_do_not_make_a_dead_writers_mark_longer(over, hooked, under):
     cache = over(hooked)
     begun, go = fork.Event(), fork.Event()
-    over_at = time.monotonic() + 1.2
     pid = marks_and_dies(cache, 1, lambda: [begun.set(), go.wait(60)])
     assert begun.wait(60)
+    over_at = time.monotonic() + 1.2
     if under:  # another's mark when he dies
         cache.mark("k", 60)
     go.set()

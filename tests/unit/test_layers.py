@@ -24,8 +24,9 @@ ALLOWED = {  # module -> what of ours it may import
     "policy": {"errors", "core", "segment", "cache", "stores"},  # the last two for annotations only
     "stored": {"errors", "codec", "core", "cache", "policy", "flight", "stores"},
     "through": {"errors", "core", "cache", "flight", "stored", "stores"},
-    "back": {"errors", "codec", "core", "stored"},
-    "aio": {"core", "cache", "flight"},
+    "back": {"errors", "codec", "core", "flight", "stored"},
+    "threads": {"errors", "core"},
+    "aio": {"core", "segment", "cache", "flight", "threads"},
     "supervisor": {"errors", "codec", "core", "segment", "cache", "policy", "stores", "supervisor"},
     "metrics": set(),
     "sidecar": {"errors", "core", "cache", "metrics", "policy", "stored", "stores", "through", "sidecar"},

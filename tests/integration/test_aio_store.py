@@ -1,0 +1,607 @@
+"""shmcache.aio in front of a store: waits are awaited, only calls of the store have threads, and what a cancelled call leaves behind."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import gc
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+import shmcache
+from shmcache import errors, threads
+from tests.integration.test_aio import awaited, run  # noqa: F401
+from tests.integration.test_policy import Gate, Hooked, down, flushing
+from tests.integration.test_processes import child, ended
+from tests.integration.test_store import in_thread, until
+
+SOON = 20.0  # seconds in which what need not wait has ended, on a busy machine
+
+
+@pytest.fixture
+def store():
+    return Hooked()
+
+
+@pytest.fixture(params=["through", "around"])
+def front(request, awaited, store):  # noqa: F811
+    """front(**options of Policy) -> an aio.Cache before `store`."""
+    return lambda **options: awaited(policy=shmcache.Policy(request.param, **options), store=store)
+
+
+def row(store, key):
+    return store.values().get(key)
+
+
+async def reached(gate):
+    while not gate.reached.is_set():
+        await asyncio.sleep(0.001)
+
+
+async def for_a_while():
+    """Long enough for what does not wait to be done."""
+    for _ in range(20):
+        await asyncio.sleep(0.005)
+
+
+def in_time(coroutine_function, seconds=60):
+    """asyncio.run() of it in another process, that is killed if it does not end: how it did."""
+    pid = child(lambda: asyncio.run(coroutine_function()) is None)
+    deadline = time.monotonic() + seconds
+    while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        if time.monotonic() > deadline:
+            os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)  # between two looks
+    return ended(pid)
+
+
+# ---- who waits for whom -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_threads", [1, 32])
+def test_factories_that_miss_another_key_each(front, store, monkeypatch, n_threads):
+    monkeypatch.setattr(threads, "MOST", n_threads)
+    cache = front()
+
+    async def main():
+        asyncio.get_running_loop().set_default_executor(concurrent.futures.ThreadPoolExecutor(2))
+
+        async def outer(i):
+            return await cache.get_or_set(f"inner{i}", lambda: i) + 1
+
+        tasks = [cache.get_or_set(f"outer{i}", lambda i=i: outer(i)) for i in range(6)]
+        sets = [cache.set(f"other{i}", i) for i in range(6)]
+        assert (await asyncio.gather(*tasks, *sets))[:6] == [1, 2, 3, 4, 5, 6]
+
+    assert in_time(main) == 0
+
+
+def test_the_users_own_threads_keep_nothing_waiting(front):
+    cache = front()
+    go = threading.Event()
+
+    async def main():
+        executor = concurrent.futures.ThreadPoolExecutor(1)
+        asyncio.get_running_loop().set_default_executor(executor)
+        busy = asyncio.create_task(asyncio.to_thread(go.wait, 60))
+        await asyncio.sleep(0)  # it has the thread
+        try:
+            async with asyncio.timeout(SOON):
+                await cache.set("k", 1)
+                assert await cache.get("k") == 1
+        finally:
+            go.set()
+            await busy
+
+    run(main())
+
+
+def test_waits_have_no_threads(front, monkeypatch):
+    monkeypatch.setattr(threads, "MOST", 1)
+    cache = front(timeout=60)
+
+    async def main():
+        asyncio.get_running_loop().set_default_executor(concurrent.futures.ThreadPoolExecutor(2))
+        version = await asyncio.to_thread(cache.sync.claim, "k", 60.0)
+        cache.sync.mark("marked", 60, True)
+        waiting = [asyncio.create_task(cache.get("k")) for _ in range(20)] + [asyncio.create_task(cache.set("marked", i)) for i in range(20)]
+        await for_a_while()
+        async with asyncio.timeout(SOON):
+            await cache.set("other", 1)
+            assert await cache.get("other") == 1
+        assert not any(task.done() for task in waiting)
+        cache.sync.unclaim("k", version)
+        cache.sync.end_mark("marked")
+        async with asyncio.timeout(SOON):
+            assert (await asyncio.gather(*waiting))[:20] == [None] * 20
+
+    run(main())
+
+
+def test_tasks_that_miss_a_key_load_it_once(front, store):
+    cache = front()
+    store.rows[b"k"] = (store.codec.encode(1), None, 0)
+    gate = Gate(store, "load")
+
+    async def main():
+        tasks = [asyncio.create_task(cache.get("k")) for _ in range(50)]
+        await reached(gate)
+        await for_a_while()
+        gate.opened.set()
+        assert await asyncio.gather(*tasks) == [1] * 50
+        assert store.calls == [("load", [b"k"])]
+
+    run(main())
+
+
+def test_a_load_that_asks_for_its_own_key_does_not_wait_for_itself(front, store):
+    cache = front(timeout=60)
+    store.rows[b"k"] = (store.codec.encode(1), None, 0)
+    asked = []
+
+    def again(what, keys):
+        if what == "load" and not asked:
+            asked.append(1)
+            asked.append(cache.sync["k"])
+
+    store.before = again
+
+    async def main():
+        async with asyncio.timeout(SOON):
+            assert await cache.get("k") == 1
+        assert asked == [1, 1]
+
+    run(main())
+
+
+def test_changes_of_one_key_come_one_after_another(front, store):
+    cache = front()
+
+    async def main():
+        await cache.set("n", 0)
+        await asyncio.gather(*(cache.incr("n") for _ in range(50)))
+        assert await cache.get("n") == 50
+
+    run(main())
+    assert row(store, b"n") == 50
+
+
+def test_a_call_that_comes_to_its_turn_too_late_is_not_made(front, store, monkeypatch):
+    """By then its mark may be over, and another's change be going on."""
+    monkeypatch.setattr(threads, "MOST", 1)
+    monkeypatch.setattr(shmcache.stored, "GRACE", 0.2)
+    cache = front(timeout=0.2)
+    gate = Gate(store, "store")
+
+    async def main():
+        first = asyncio.create_task(cache.set("k", 1))
+        await reached(gate)
+        late = asyncio.create_task(cache.incr("n", default=1))
+        await asyncio.sleep(0.5)
+        gate.opened.set()
+        with pytest.raises(errors.StoreUnavailable, match="too late"):
+            await late
+        await first
+        assert cache.sync.claim_version("n") == 0
+
+    run(main())
+    assert row(store, b"n") is None
+
+
+# ---- cancelled ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_cancelled_wait_ends_at_once(front):
+    cache = front(timeout=60)
+
+    async def main():
+        assert await asyncio.to_thread(cache.sync.claim, "k", 60.0) > 0
+        for wait in (lambda: cache.get("k"), lambda: cache.get_or_set("k", int), lambda: cache.get_many(["k"])):
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.02):
+                    await wait()
+
+    began = time.monotonic()
+    run(main())  # and leaves no thread for which asyncio.run() would wait
+    assert time.monotonic() - began < SOON
+    assert cache.sync.claim_version("k")
+
+
+@pytest.mark.parametrize("what", ["load", "store"])
+def test_the_loop_ends_while_a_call_of_the_store_goes_on(front, store, what):
+    cache = front()
+    gate = Gate(store, what)
+
+    async def main():
+        task = asyncio.create_task(cache.get("k") if what == "load" else cache.set("k", 1))
+        await reached(gate)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    loop, got = in_thread(asyncio.run, main())
+    loop.join(SOON)
+    try:
+        assert not loop.is_alive(), "asyncio.run() waits for the store"
+        assert got == [None]
+        assert cache.sync.claim_version("k")
+    finally:
+        gate.opened.set()
+    until(lambda: cache.sync.claim_version("k") == 0)
+    assert row(store, b"k") == (None if what == "load" else 1)
+
+
+def test_the_interpreter_ends_while_a_call_of_the_store_goes_on():
+    """And the key is written by others when the mark's time is over."""
+    code = """if True:
+        import asyncio, os, threading, shmcache
+        from shmcache.stores import Entry
+        began = threading.Event()
+        class Slow:
+            ordered = False
+            def load_many(self, keys, *, timeout=None):
+                return {}
+            def store_many(self, items, *, timeout=None):
+                began.set()
+                threading.Event().wait(600)
+        async def main():
+            cache = shmcache.aio.create(name, "8M", policy="through", store=Slow())
+            task = asyncio.create_task(cache.set("k", 1))
+            while not began.is_set():
+                await asyncio.sleep(0.001)
+        name = f"t-{os.getpid()}-exit"
+        asyncio.run(main())
+        shmcache.unlink(name)
+    """
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=3 * SOON)
+
+
+@pytest.mark.parametrize("other", ["task", "thread", "process"])
+@pytest.mark.parametrize("change", ["set", "incr", "delete", "set_many"])
+def test_a_write_after_a_cancelled_one_is_the_later_one(front, store, other, change):
+    """A cancelled call of the store cannot be stopped: the next writer, wherever it is, waits until it has ended."""
+    cache = front(timeout=60)
+    gate = Gate(store, "delete" if change == "delete" else "store")
+
+    async def main():
+        calls = {"set": lambda: cache.set("k", 1), "incr": lambda: cache.incr("k", default=1), "delete": lambda: cache.delete("k"),
+                 "set_many": lambda: cache.set_many({"k": 1, "l": 1})}  # fmt: skip
+        first = asyncio.create_task(calls[change]())
+        await reached(gate)
+        first.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        with shmcache.attach(cache.sync.name, store=store) as sync:
+            if other == "process":
+                pid = child(lambda: sync.set("k", 2) is None)  # its store is a copy of ours: what it writes there is not seen
+                await for_a_while()
+                assert os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None, "it did not wait"
+                gate.opened.set()
+                assert await asyncio.to_thread(ended, pid) == 0
+                return
+            second = asyncio.create_task(cache.set("k", 2) if other == "task" else asyncio.to_thread(sync.set, "k", 2))
+            await for_a_while()
+            assert not second.done(), "acknowledged, and about to be overtaken"
+            gate.opened.set()
+            await second
+            until(lambda: cache.sync.claim_version("k") == 0)
+            assert row(store, b"k") == 2
+            assert await cache.get("k") == 2
+
+    run(main())
+
+
+def test_a_write_that_has_not_begun_when_it_is_cancelled_is_never_begun(front, store, monkeypatch):
+    monkeypatch.setattr(threads, "MOST", 1)
+    cache = front()
+    gate = Gate(store, "store")
+
+    async def main():
+        first = asyncio.create_task(cache.set("k", 1))
+        await reached(gate)
+        queued = [asyncio.create_task(call) for call in (cache.set("a", 1), cache.set_many({"b": 1, "c": 1}), cache.incr("d", default=1))]
+        await for_a_while()
+        for task in queued:
+            task.cancel()
+        assert [type(e) for e in await asyncio.gather(*queued, return_exceptions=True)] == [asyncio.CancelledError] * 3
+        assert [cache.sync.claim_version(key) for key in "abcd"] == [0] * 4
+        gate.opened.set()
+        await first
+        await cache.set("last", 1)
+
+    run(main())
+    assert store.values() == {b"k": 1, b"last": 1}
+
+
+def test_of_a_cancelled_change_nothing_more_is_begun(front, store):
+    cache = front()
+    gate = Gate(store, "load")
+
+    async def main():
+        change = asyncio.create_task(cache.incr("n", default=1))
+        await reached(gate)
+        change.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await change
+        gate.opened.set()
+        while cache.sync.claim_version("n"):
+            await asyncio.sleep(0.001)
+        assert await cache.incr("n", default=5) == 6
+
+    run(main())
+    assert [call for call in store.calls if call[0] == "store"] == [("store", [b"n"])]
+
+
+def test_what_a_cancelled_load_finds_is_for_those_who_wait(front, store):
+    cache = front()
+    store.rows[b"k"] = (store.codec.encode(1), None, 0)
+    gate = Gate(store, "load")
+
+    async def main():
+        first = asyncio.create_task(cache.get("k"))
+        await reached(gate)
+        second = asyncio.create_task(cache.get("k"))
+        await for_a_while()
+        first.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        gate.opened.set()
+        assert await second == 1
+
+    run(main())
+    assert store.calls == [("load", [b"k"])]
+
+
+@pytest.mark.parametrize("error", [errors.StoreUnavailable("down"), KeyError("a bug of the store's")])
+def test_a_store_that_fails_when_its_caller_has_left(front, store, error, monkeypatch):
+    said = []
+    monkeypatch.setattr(threading, "excepthook", lambda told: said.append(told.exc_value))
+    cache = front()
+    gate = Gate(store, "store")
+
+    def fails(what, keys):
+        gate(what, keys)
+        if what == "store":
+            raise error
+
+    store.before = fails
+
+    async def main():
+        task = asyncio.create_task(cache.set("k", 1))
+        await reached(gate)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    run(main())
+    gate.opened.set()
+    known = isinstance(error, errors.ShmcacheError)  # what the store has done
+    until(lambda: cache.sync.store_counters()["errors"] == 1 and (not known or cache.sync.claim_version("k") == 0))
+    if known:
+        assert said == []
+    else:
+        until(lambda: said == [error])
+        assert cache.sync.claim_version("k"), "nobody knows what the store has done"
+
+
+def test_a_cancelled_factory_is_cancelled_and_another_computes(front, store):
+    cache = front()
+    begun, ended_by = [], []
+
+    async def slow():
+        begun.append(1)
+        if len(begun) > 1:
+            return "second"
+        try:
+            await asyncio.Event().wait()
+        except BaseException as e:
+            ended_by.append(type(e))
+            raise
+
+    async def main():
+        first = asyncio.create_task(cache.get_or_set("k", slow))
+        while not begun:
+            await asyncio.sleep(0.001)
+        second = asyncio.create_task(cache.get_or_set("k", slow))
+        await for_a_while()
+        assert not second.done()
+        first.cancel()
+        async with asyncio.timeout(SOON):
+            assert await second == "second"
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        assert ended_by == [asyncio.CancelledError]
+
+    run(main())
+    assert row(store, b"k") == "second"
+
+
+@pytest.mark.parametrize("when", ["the loop is closed", "its task is collected"])
+def test_a_call_whose_task_is_not_to_go_on_ends_its_mark(front, store, when):
+    cache = front()
+    gate = Gate(store, "store")
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(cache.set("k", 1))
+    loop.run_until_complete(reached(gate))
+    loop.close()
+    if when == "its task is collected":
+        task._log_destroy_pending = False
+        del task
+        gc.collect()
+    assert cache.sync.claim_version("k")
+    gate.opened.set()
+    until(lambda: cache.sync.claim_version("k") == 0)
+    assert row(store, b"k") == 1
+
+
+def test_a_cancellation_that_comes_with_the_end_of_a_call(front, store):
+    """Whichever is first: the write is done, its mark is gone, and nothing is left running."""
+    cache = front()
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        for i in range(200):
+            task = asyncio.create_task(cache.set("k", i))
+            await asyncio.sleep(0)
+            loop.call_later(i * 1e-5, task.cancel)
+            cancelled = isinstance((await asyncio.gather(task, return_exceptions=True))[0], asyncio.CancelledError)
+            await cache.set("l", i)
+            while cache.sync.claim_version("k"):
+                await asyncio.sleep(0)
+            if not cancelled:
+                assert await cache.get("k") == i
+            assert await cache.get("k") == row(store, b"k")
+
+    run(main())
+
+
+@pytest.mark.parametrize("n_threads", [2, 32])
+def test_what_is_acknowledged_holds_whatever_was_cancelled_before(front, store, monkeypatch, n_threads):
+    """One user a key, who gives up at random: nothing of what it gave up comes after what it did next."""
+    monkeypatch.setattr(threads, "MOST", n_threads)
+    cache = front(timeout=60)
+    rng = random.Random(7)
+    store.before = store.after = lambda what, keys: time.sleep(rng.choice((0, 0, 0.0005, 0.002)))  # in the threads of the store
+    ends = {"cancelled": 0, "acknowledged": 0}
+
+    async def user(key):
+        sure, maybe = None, []  # what was acknowledged last; what was given up since
+        for i in range(60):
+            call, value = rng.choice([
+                (lambda i=i: cache.set(key, i), i), (lambda i=i: cache.set_many({key: i, "shared": i}), i), (lambda: cache.delete(key), None),
+                (lambda: cache.incr(key, 1, default=1000), "+1"), (lambda: cache.get(key), "read"), (lambda: cache.get(key), "read"),
+            ])  # fmt: skip
+            try:
+                async with asyncio.timeout(rng.choice((0, 0.0003, 0.001, 0.003, 60))):
+                    got = await call()
+            except TimeoutError:
+                ends["cancelled"] += 1
+                maybe += [] if value == "read" else [value]
+                continue
+            ends["acknowledged"] += 1
+            possible = outcomes(sure, maybe)
+            if value == "read":
+                assert got in possible
+            elif value == "+1":
+                assert got in {1001 if x is None else x + 1 for x in possible}
+                sure, maybe = got, []
+            else:
+                sure, maybe = value, []
+            if not maybe:
+                assert await cache.get(key) == sure == store.values().get(key.encode())
+
+    def outcomes(sure, maybe):
+        """Each of those given up was done, or was not; in their order, for each waited for the one before."""
+        values = {sure}
+        for change in maybe:
+            values |= {(1001 if x is None else x + 1) if change == "+1" else change for x in values}
+        return values
+
+    async def main():
+        await asyncio.gather(*(user(f"k{i}") for i in range(8)))
+        while any(cache.sync.claim_version(f"k{i}") for i in range(8)):
+            await asyncio.sleep(0.001)
+
+    run(main())
+    assert min(ends.values()) > 50
+
+
+# ---- forks, errors ------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_fork_child_has_threads_of_its_own(front, store):
+    cache = front()
+
+    async def both():
+        await cache.set("k", 1)
+        assert await cache.get("other") is None
+
+    run(both())
+    assert in_time(both) == 0
+
+
+def test_threads_end_when_they_have_had_nothing_to_do(front, monkeypatch):
+    monkeypatch.setattr(threads, "IDLE", 0.05)
+    cache = front()
+
+    async def main():
+        await asyncio.gather(*(cache.set(f"k{i}", i) for i in range(100)))
+
+    run(main())
+    until(lambda: not any(thread.name == "shmcache-store" for thread in threading.enumerate()))
+    run(main())
+
+
+def test_what_the_store_raises_is_raised(front, store):
+    cache = front()
+    store.before = down
+
+    async def main():
+        for call in (lambda: cache.get("k"), lambda: cache.set("k", 1), lambda: cache.incr("k"), lambda: cache.get_or_set("k", int)):
+            with pytest.raises(errors.StoreUnavailable, match="now"):
+                await call()
+            assert cache.sync.claim_version("k") == 0
+
+    run(main())
+
+
+# ---- written back -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("own_store", [True, False])
+def test_over_the_limit_tasks_wait_and_the_loop_goes_on(awaited, store, own_store):  # noqa: F811
+    store.before = lambda what, keys: down(what, keys) if what == "store" else None
+    cache = awaited(policy=shmcache.Policy("back", flush_every=0.01, dirty_limit=20_000), store=store)
+    writer = cache if own_store else shmcache.aio.attach(cache.sync.name)
+
+    async def main():
+        async def fill():
+            for i in range(200):
+                await writer.set(f"k{i}", b"v" * 100)
+            await writer.set_many({f"m{i}": b"v" * 100 for i in range(200)})
+            assert await writer.delete_many([f"k{i}" for i in range(100)]) == 100
+
+        task = asyncio.create_task(fill())
+        while cache.sync.segment.header["dirty"] < 20_000:
+            await asyncio.sleep(0.001)
+        began = time.monotonic()
+        await for_a_while()
+        assert time.monotonic() - began < 5, "the loop stands still"
+        assert not task.done()
+        assert cache.sync.segment.header["dirty"] < 21_000
+        for wait in (lambda: writer.set("more", 1), lambda: writer.flush()):
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.05):
+                    await wait()
+        store.before = lambda what, keys: None
+        await task
+        await writer.flush()
+
+    with flushing(cache.sync, store):
+        run(main())
+    assert len(store.values()) == 300
+    writer.sync.close()
+
+
+def test_a_flush_that_fails_says_so(awaited, store):  # noqa: F811
+    store.before = lambda what, keys: down(what, keys) if what == "store" else None
+    cache = awaited(policy=shmcache.Policy("back", flush_every=0.01), store=store)
+
+    async def main():
+        await cache.set("k", 1)
+        with pytest.raises(errors.StoreUnavailable, match="not stored"):
+            await cache.flush(0.1)
+        store.before = lambda what, keys: None
+        await cache.clear()
+        assert cache.sync.peek("k") is None
+        assert await cache.get("k") == 1
+
+    with flushing(cache.sync, store):
+        run(main())
