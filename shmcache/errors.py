@@ -230,8 +230,8 @@ class SharedName(UserWarning):
 
 
 class LockLost(UserWarning):
-    """A block under cache.lock ended when the lock was not its own any more: its ttl was over, and others may have been in. Give it
-    more time."""
+    """A block under cache.lock ended, or its process closed its last handle, when others may have been in: its ttl was over, or the lock
+    went with the handle. Give it more time; close behind the block."""
 
 
 class HugePagesRefused(UserWarning):

@@ -103,6 +103,7 @@ cdef class Held:
                         break
         if rc != BUSY:
             self.version = 0
+            held.locks.discard(self.key)
         return rc
 
 
@@ -269,6 +270,8 @@ cdef class Lock(Held):
         while True:
             rc = self.claim(self.ttl, True)
             if rc > 0:
+                if self.table.mapping is not None:
+                    self.table.mapping.locks.add(self.key)
                 return True
             if rc == -2:
                 raise errors.UsageError("this thread, task or greenlet holds the lock already, by another Lock object: it is not re-entrant")

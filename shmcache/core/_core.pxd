@@ -1,7 +1,7 @@
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 from shmcache.core.envelope cimport envelope_t
-from shmcache.core.layout cimport header_t, seg_t
+from shmcache.core.layout cimport header_t, row_t, seg_t
 from shmcache.core.ring cimport log_t
 from shmcache.core.table cimport claim_t, put_t, read_t
 
@@ -11,9 +11,13 @@ cdef class Mapping:
     cdef readonly str name
     cdef readonly int exports       # buffers that numpy views hold
     cdef readonly int handles       # open Tables
+    cdef set locks                  # keys of the locks that this process has taken and not given back
+    cdef row_t no_row               # what a fork child counts in that has found no row free
+    cdef uint64_t row_wanted_ns     # when it looked for one last
     cdef public bint restores       # this process restores the segment: it does not wait for that
     cdef object __weakref__
     cdef int revive(self) except -1
+    cdef int stand_by(self) except -1
     cdef bint geometry_sound(self, header_t* h, uint64_t size)
 
 
@@ -56,6 +60,7 @@ cdef class Table:
     cdef int note_log(self, log_t* log) except -1
     cdef uint64_t take_log(self)
     cdef seg_t* ready(self) except NULL
+    cdef seg_t* ready_to_read(self) except NULL
     cdef void enter(self, seg_t* s)
     cdef int leave(self) except -1
     cdef object read(self, object key, object default, uint64_t* version)

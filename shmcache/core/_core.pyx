@@ -42,7 +42,7 @@ from shmcache.core.ring cimport log_t, record_room, ring_of, ring_release, ring_
 from shmcache.core.siphash cimport siphash, siphash13
 from shmcache.core.slab cimport chunk_class, cls_mark, give_back_all, item_at, page_cls
 from shmcache.core.table cimport (
-    ALWAYS, IF_ABSENT, IF_CLAIM, IF_PRESENT, IF_SAME, IF_UNCLAIMED, IF_UNMARKED, IF_UNMARKED_BY_ANY, IF_VERSION, RESTARTS, add_to,
+    ALWAYS, IF_ABSENT, IF_CLAIM, IF_PRESENT, IF_SAME, IF_UNCLAIMED, IF_UNMARKED, IF_UNMARKED_BY_ANY, IF_VERSION, LARGE_COPY, RESTARTS, add_to,
     claim_t, clear_all, count_items, end_mark, envelope_state, give_up, hold_mark, mark_t, next_keys, passes_by, prefetch_item, put, put_t, read_begin, read_claim, read_copy, read_end,
     read_generation, read_t, remove, remove_claim, same_item, set_expiry, state_in_place, unchanged)
 from shmcache.core.token cimport (
@@ -603,6 +603,7 @@ cdef class Mapping:
         memset(&self.s, 0, sizeof(seg_t))
         self.s.prober = -1
         self.name = name
+        self.locks = set()
         if shm_stat(fd, &self.s.dev, &self.s.ino, &size):
             raise OSError(errno, "fstat of the segment")
         if size < sizeof(header_t):
@@ -720,15 +721,30 @@ cdef class Mapping:
         cdef int rc
         self.s.lock_page = NULL         # MADV_DONTFORK: it is not mapped here
         self.s.holder = 0
+        self.locks.clear()              # they are the parent's
         rc = take_row(&self.s)
         if rc != OK:
             fail(rc)
         return 0
 
+    cdef int stand_by(self) except -1:
+        """revive(), of who wants to read: if every row is taken it goes on without one, looks for one again after a second, and is told at its first
+        write. A token of 0 takes no lock: what a read does under one it leaves, or raises."""
+        cdef uint64_t now = mono_ns()
+        if self.s.row == &self.no_row and now - self.row_wanted_ns < 1000000000:
+            return 0
+        self.row_wanted_ns = now
+        try:
+            return self.revive()
+        except errors.TooManyProcesses:
+            self.s.row = &self.no_row
+        return 0
+
     def __dealloc__(self):
         if self.s.me != NULL:
             if self.s.me[0]:
-                give_back_all(&self.s)
+                with nogil:             # the lock of a class may have to be waited for
+                    give_back_all(&self.s)
                 #! leave: given back
                 st64(&self.s.row.pid, 0)
                 #! leave: pid cleared
@@ -814,6 +830,14 @@ cdef class Table:
             self.mapping.revive()
         return self.s
 
+    cdef seg_t* ready_to_read(self) except NULL:
+        """ready(), of what takes no lock: a fork child needs no row for it."""
+        if self.s == NULL:
+            raise errors.CacheClosed("this handle was closed: attach or open the cache again")
+        if self.s.me[0] == 0:
+            self.mapping.stand_by()
+        return self.s
+
     cdef void enter(self, seg_t* s):
         if self.life != s.me[0]:            # a fork child: the calls counted so far are threads of the parent
             self.life = s.me[0]
@@ -876,7 +900,7 @@ cdef class Table:
         with nogil:
             read_copy(s, r, to)
         self.leave()
-        self.ready()
+        self.ready_to_read()
         return 0
 
     cdef object take_value(self, seg_t* s, read_t* r, int take, uint64_t* version, int* rc):
@@ -980,14 +1004,14 @@ cdef class Table:
         key_view(key, &k, &n)
         s = self.s
         if unlikely(s == NULL or s.me[0] == 0):
-            s = self.ready()
+            s = self.ready_to_read()
         return self.read_hashed(s, k, n, siphash13(k, n, s.k0, s.k1), default, version, TAKE_EARLY, &state)
 
     cdef object read_taking(self, object key, int take, uint64_t* version, int* state):
         """read() for who takes (TAKE_*): MISS, and the envelope's state if there is one, STATE_FRESH if not."""
         cdef const uint8_t* k
         cdef size_t n
-        cdef seg_t* s = self.ready()
+        cdef seg_t* s = self.ready_to_read()
         key_view(key, &k, &n)
         state[0] = STATE_FRESH
         return self.read_hashed(s, k, n, siphash13(k, n, s.k0, s.k1), MISS, version, take, state)
@@ -997,14 +1021,16 @@ cdef class Table:
                                    int* state):
         cdef read_t r
         cdef int rc, tries
+        cdef bint overtaken
         cdef object value
         for tries in range(RESTARTS):
             rc = read_begin(s, k, n, h, &r)
             if rc == ABSENT:
                 s.row.misses += not take & TAKE_STALE
-                if unlikely(r.expired):
+                if unlikely(r.expired) and s.me[0]:
                     remove(s, k, n, h, 0, True, NULL, 0)    # if the stripe is free: it is nobody's duty
                 return default
+            overtaken = rc == OK and r.value_bytes >= LARGE_COPY
             if rc == OK:
                 value = self.take_value(s, &r, take, version, &rc)
                 if rc == OK:
@@ -1015,23 +1041,27 @@ cdef class Table:
                     self.note_hidden(s, k, n, h, &r, take, state)
                     return default
             s.row.retries += 1
+            if rc == AGAIN and tries and overtaken:     # as long again for each copy, with the interpreter: under the stripe once is enough
+                break
         return self.read_locked(s, k, n, h, default, version, take, state)
 
     cdef void note_hidden(self, seg_t* s, const uint8_t* k, size_t n, uint64_t h, read_t* r, int take, int* state):
         """A read met an envelope that is hidden from it: a miss. What is hidden for good is taken away, if its stripe is free."""
         state[0] = r.state
         s.row.misses += not take & TAKE_STALE
-        if r.state == STATE_GONE:
+        if r.state == STATE_GONE and s.me[0]:
             remove(s, k, n, h, r.cas, True, NULL, 0)
 
     cdef object read_locked(self, seg_t* s, const uint8_t* key, size_t n, uint64_t h, object default, uint64_t* version, int take, int* state):
-        """A read that was overtaken by writes 64 times: under the stripe, into memory of ours."""
+        """A read that was overtaken by writes 64 times, or twice in a long copy: under the stripe, into memory of ours, without the interpreter."""
         cdef read_t r
         cdef uint8_t* copy = NULL
         cdef int rc
         cdef uint64_t until = wait_until(s)
         cdef envelope_t e
         cdef Mapping held = self.mapping
+        if s.me[0] == 0:
+            s = self.ready()            # who has no row takes no lock
         self.enter(s)
         try:
             while True:
@@ -1078,8 +1108,8 @@ cdef class Table:
 
         Args: key: bytes or str of 1 to 4,096 bytes; a str is the same key as its UTF-8.
         Returns: a value equal to the one that was set, and of its type.
-        Raises: InvalidKey; CodecMismatch; CapacityError, only if 64 writes overtook the read and its stripe is then held by a
-        stopped process. Locks: none.
+        Raises: InvalidKey; CodecMismatch; CapacityError, only if 64 writes (2, of a value above 64 KiB) overtook the read and its stripe is then
+        held by a stopped process. Locks: none. A fork child that finds no row free reads without one (max_processes).
         """
         cdef uint64_t version
         if likely(not self._reads_through):
@@ -1122,11 +1152,11 @@ cdef class Table:
         cdef uint64_t h[GROUP]
         cdef uint64_t version
         cdef int state
-        cdef seg_t* s = self.ready()
+        cdef seg_t* s = self.ready_to_read()
         cdef Py_ssize_t at, i, end
         for at in range(0, len(todo), GROUP):
             end = min(<Py_ssize_t>GROUP, len(todo) - at)
-            s = self.ready()
+            s = self.ready_to_read()
             for i in range(end):
                 key_view(todo[at + i], &k[i], &n[i])
                 h[i] = siphash13(k[i], n[i], s.k0, s.k1)
@@ -1135,7 +1165,7 @@ cdef class Table:
                 prefetch_item(s, h[i])
             for i in range(end):
                 if unlikely(self.s == NULL or s.me[0] == 0):        # a codec closed this handle, or forked
-                    s = self.ready()
+                    s = self.ready_to_read()
                 value = self.read_hashed(s, k[i], n[i], h[i], MISS, &version, TAKE_EARLY, &state)
                 if value is not MISS:
                     found[todo[at + i]] = value
@@ -1159,7 +1189,7 @@ cdef class Table:
         cdef uint32_t stale_ms
         cdef uint64_t version
         key_view(key, &k, &n)
-        s = self.ready()
+        s = self.ready_to_read()
         for _ in range(RESTARTS):
             rc = read_begin(s, k, n, siphash13(k, n, s.k0, s.k1), &r)
             if unlikely(rc == OK and r.codec == CODEC_ENVELOPE):
@@ -1182,7 +1212,7 @@ cdef class Table:
         cdef uint64_t now
         key_view(key, &k, &n)
         while True:
-            s = self.ready()
+            s = self.ready_to_read()
             rc = read_begin(s, k, n, siphash13(k, n, s.k0, s.k1), &r)
             if rc == ABSENT:
                 return None
@@ -2210,7 +2240,7 @@ cdef class Table:
     # -- the whole table
 
     def __len__(self):
-        return count_items(self.ready())
+        return count_items(self.ready_to_read())
 
     def clear(self):
         """Remove everything, for everybody, in one step: O(1) by a new epoch. What a set stores after it stays."""
@@ -2471,7 +2501,7 @@ cdef class Table:
     def close(self):
         """Close this handle. The last one of a process gives its row and what it has in hand back, and unmaps the segment.
 
-        Waits for calls that other threads have in flight. Closing twice is no error.
+        Waits for calls that other threads have in flight. Closing twice is no error. Warns: LockLost, if locks go with it.
         Raises: ViewsInUse if numpy views of the segment are out and this is the last handle; it stays open then.
         """
         if self.s == NULL:
@@ -2485,8 +2515,14 @@ cdef class Table:
             import threading
             self.idle = threading.Event()
             self.idle.wait()
+        lost = list(self.mapping.locks) if self.mapping.handles == 1 and self.mapping.s.me[0] else ()
         self.mapping.handles -= 1
         self.mapping = None
+        if lost:
+            import warnings
+            names = ", ".join(repr(key.split(b"\0", 2)[2].decode(errors="replace")) for key in sorted(lost))
+            warnings.warn(f"the last handle of {self.name!r} was closed while this process held {names}: the lock is free now, and others may be "
+                          "in; leave its block before close()", errors.LockLost, stacklevel=2)
 
     def __enter__(self):
         return self

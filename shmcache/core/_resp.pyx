@@ -34,7 +34,7 @@ from shmcache.core.number cimport shm_digits, shm_number
 from shmcache.core.ring cimport log_t, ring_of
 from shmcache.core.siphash cimport siphash13
 from shmcache.core.table cimport (
-    ALWAYS, IF_ABSENT, IF_PRESENT, IF_VERSION, RESTARTS, envelope_state, next_keys, prefetch_item, put_t, read_begin, read_copy, read_end, read_t)
+    ALWAYS, IF_ABSENT, IF_PRESENT, IF_VERSION, LARGE_COPY, RESTARTS, envelope_state, next_keys, prefetch_item, put_t, read_begin, read_copy, read_end, read_t)
 from shmcache.core.token cimport ABSENT, BUSY, EXISTS, INTR, NO_ROOM, NO_STORE, OK, OVERFLOW, mono_ns, wall_ms
 
 import threading
@@ -740,6 +740,8 @@ cdef bint look_at(Executor ex, const uint8_t* key, size_t n, raw_t* raw, int who
                     missed(ex, key, n)
                 return found == True
         s.row.retries += 1
+        if rc == OK and tries and whole and r.value_bytes >= LARGE_COPY:
+            break
     return look_locked(ex, key, n, h, raw, whole)
 
 
@@ -1660,6 +1662,8 @@ cdef class Client:
                     return 0
                 self.n_out = at
             s.row.retries += 1
+            if rc == OK and tries and r.value_bytes >= LARGE_COPY:
+                break
         if not look_at(ex, key, n, &raw, True):
             return self.nil()
         return self.bulk(raw.value, raw.n)

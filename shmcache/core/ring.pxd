@@ -9,7 +9,7 @@
 #
 # Race table
 #   append vs drain            head is stored behind the record (release) and loaded before it (acquire)
-#   two threads append         the private lock; it is held for a copy, and dies with them
+#   two threads append         the private lock; it is held for a copy, and dies with them. The loser sleeps, so that its holder gets the CPU
 #   secure vs append           reserved goes down after head has gone up: between them the room counts twice, and is refused, never given twice
 #   drainer dies               drained stands: the records come again, with the same versions, which is harmless
 # Crash: before head: the record does not exist; who repairs the stripe logs what he finishes. Behind it: it counts.
@@ -20,11 +20,37 @@
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
-from shmcache.core.atomics cimport add64, cas32, cas64, cpu_pause, ld32, ld64, ldi64r, prefetch_w, st32, st64, sub64
+from shmcache.core.atomics cimport add64, cas64, ld32, ld64, ldi64r, prefetch_w, st64, sub64
 from shmcache.core.layout cimport FLAG_COPY_TTL, FLAG_DIRTY, item_t, ring_t, seg_t
 from shmcache.core.lock cimport shm_ring, shm_sleep
 from shmcache.core.record cimport RECORD_COPY_TTL, RECORD_DELETE, RECORD_DIRTY, RECORD_EXPIRY, RECORD_REF, RECORD_SET, record_t
 from shmcache.core.token cimport BUSY, INTR, OK, mono_ns, wall_ms
+
+cdef extern from *:
+    """
+    #include <linux/futex.h>
+    #include <sys/syscall.h>
+    #include <unistd.h>
+    /* Of this process's threads: 0 free, 1 taken, 2 taken and somebody sleeps. Who does not get it at once sleeps, so that its holder runs,
+       whatever the two threads' scheduling classes are; it is held for a copy, so nobody is asked whether it lives. */
+    static inline void shm_latch(uint32_t *l) {
+        uint32_t free_ = 0;
+        int i;
+        for (i = 0; i < 100; i++) {
+            if (__atomic_compare_exchange_n(l, &free_, 1, 0, __ATOMIC_ACQUIRE, __ATOMIC_RELAXED)) return;
+            free_ = 0;
+            cpu_pause();
+        }
+        while (__atomic_exchange_n(l, 2, __ATOMIC_ACQUIRE))
+            syscall(SYS_futex, l, FUTEX_WAIT | FUTEX_PRIVATE_FLAG, 2, NULL, NULL, 0);
+    }
+    static inline void shm_unlatch(uint32_t *l) {
+        if (__atomic_exchange_n(l, 0, __ATOMIC_RELEASE) == 2)
+            syscall(SYS_futex, l, FUTEX_WAKE | FUTEX_PRIVATE_FLAG, 1, NULL, NULL, 0);
+    }
+    """
+    void latch "shm_latch"(uint32_t* l) noexcept nogil
+    void unlatch "shm_unlatch"(uint32_t* l) noexcept nogil
 
 cdef enum:
     RING_SLICE_NS = 16000000
@@ -97,8 +123,8 @@ cdef inline uint64_t ring_append(seg_t* s, record_t* r, const uint8_t* key, cons
     cdef ring_t* ring = ring_of(s, s.row_idx)
     cdef uint64_t at
     cdef int i
-    while not cas32(&s.ring_lock, 0, 1):
-        cpu_pause()
+    #~ ring: to be latched
+    latch(&s.ring_lock)
     at = (ld64(&ring.head) + 7) & ~<uint64_t>7     # as it is, but for damage
     ring_copy(s, ring, at, <uint8_t*>r, sizeof(record_t))
     ring_copy(s, ring, at + sizeof(record_t), key, r.key_bytes)
@@ -106,7 +132,7 @@ cdef inline uint64_t ring_append(seg_t* s, record_t* r, const uint8_t* key, cons
     #! ring: record copied
     at += (sizeof(record_t) + r.key_bytes + value_bytes + 7) & ~<uint64_t>7
     st64(&ring.head, at)
-    st32(&s.ring_lock, 0)
+    unlatch(&s.ring_lock)
     for i in range(5):      # where the next record goes: the drainer's core has read these lines
         prefetch_w(<uint8_t*>ring + sizeof(ring_t) + ((at + 64 * <uint64_t>i) & (s.ring_bytes - 1)))
     #! ring: head

@@ -36,6 +36,7 @@ from shmcache.core.token cimport ABSENT, AGAIN, BUSY, EXISTS, INTR, LIVE, MISMAT
 
 cdef enum:
     RESTARTS = 64           # of a read, before it takes the stripe
+    LARGE_COPY = 65536      # bytes: a read that is overtaken in such a copy twice takes it then
     LARGER = 2              # slab classes tried beyond the fitting one
     CODEC_INT = 2           # codec.py: eight bytes, changed in place
     # put: when

@@ -27,8 +27,10 @@ import os
 import pickle
 import random
 import signal
+import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -1594,7 +1596,53 @@ def persist_during_get(b: Bench) -> list[str]:
     return wrong + accounts(b)
 
 
+def real_time_thread_behind_a_log_record(b: Bench) -> list[str]:
+    """Two threads on one CPU write large values, which run without the interpreter; the ordinary one is slow within its ring. A SCHED_FIFO
+    thread that spun for it would have the CPU until the kernel throttles it, a second later."""
+    name, took = b.name + "-new", mmap.mmap(-1, 8)
+    large = bytes(33 << 20)  # _core.LONG_COPY
+
+    def write(cache: shmcache.Cache, key: bytes, n: int, policy: int) -> None:
+        os.sched_setscheduler(0, policy, os.sched_param(policy != os.SCHED_OTHER))
+        for _ in range(n):
+            began = time.thread_time()
+            cache.set(key, large)
+            if policy != os.SCHED_OTHER:
+                took[:] = struct.pack("d", max(struct.unpack("d", took[:])[0], time.thread_time() - began))
+
+    with shmcache.create(name, "256M", log_buffer="64K") as cache:
+        shmcache.unlink(name)
+        appendlog.mark(cache, log_policy=1)
+        pid = os.fork()
+        if pid == 0:
+            os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+            os.environ["SHMCACHE_FAULT"] = "d7,0,10000,0,0,0,1,ring: record copied"
+            threads = [threading.Thread(target=write, args=(cache, b"ordinary", 20, os.SCHED_OTHER)),
+                       threading.Thread(target=write, args=(cache, b"first", 20, os.SCHED_FIFO))]  # fmt: skip
+            for t in threads:
+                t.start()
+            for t in threads:
+                t.join()
+            os._exit(0)
+        status = os.waitpid(pid, 0)[1]
+    most = struct.unpack("d", took[:])[0]
+    return ([f"it ended with {status}"] if status or not most else []) + ([f"a set of 33 MiB used {most:.2f} s of its CPU"] if most > 0.5 else [])
+
+
+def large_get_beside_a_writer(b: Bench) -> list[str]:
+    """Each copy of a large value is overtaken by the next set of its key: the third one is made under the stripe."""
+    b.cache.set(VICTIM, BIG_OLD)
+    before = b.cache.counters()["retries"]
+    reader = start(b, Scenario(nothing, lambda b: b.cache[VICTIM]), "d7,0,2000,0,0,0,1,read: copied")
+    while os.waitpid(reader, os.WNOHANG) == (0, 0):
+        b.cache.set(VICTIM, BIG_NEW)
+    tries = b.cache.counters()["retries"] - before
+    return [f"the value was copied {tries + 1} times"] if tries > 2 else []
+
+
 RACES = [
+    large_get_beside_a_writer,
+    real_time_thread_behind_a_log_record,
     clear_during_cas,
     clear_during_replace,
     clear_during_append,

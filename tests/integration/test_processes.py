@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 
 import numpy as np
 import psutil
@@ -401,6 +402,80 @@ def test_verify_does_not_wait_for_the_interpreter_with_a_lock(make):
         del seg
     assert longest < 0.8, "a lock was held by a thread that waited for the interpreter"
     assert found == []
+
+
+def test_a_fork_child_without_a_row_reads(make):
+    """Every row is taken: the child reads, is refused at a write, changes nothing by what it meets, and writes when a row is free."""
+    cache = make(max_processes=2)
+    cache["k"] = "v"
+    cache["n"] = 5
+    cache.set("short", "s", ttl=0.05)
+    cache.set("tagged", "t", tags=("a",))
+    cache.invalidate_tag("a")
+    other = child(lambda: cache.get("k") == "v" and signal.pause() is None)
+    deadline = time.monotonic() + 30
+    while len(cache.processes()) < 2:
+        assert time.monotonic() < deadline
+    time.sleep(0.06)  # until the short one is over
+    before = cache.counters()
+    go_read, go = os.pipe()
+    told_read, told = os.pipe()
+
+    def run():
+        for _ in range(3):
+            assert cache.get("k") == "v"
+            assert cache["n"] == 5
+            assert cache.get("short", 1) == 1
+            assert cache.get("tagged", 2) == 2
+            assert cache.get_many(["k", "n", "none"]) == {"k": "v", "n": 5}
+            assert cache.gets("k")[0] == "v"
+            assert "k" in cache
+            assert cache.ttl("k") == float("inf")
+        for write in (lambda: cache.set("k", 1), lambda: cache.delete("k"), lambda: cache.incr("n"), lambda: cache.pop("k"), lambda: list(cache)):
+            with pytest.raises(errors.TooManyProcesses):
+                write()
+        assert cache.get("k") == "v"
+        os.write(told, b"r")
+        os.read(go_read, 1)
+        cache.set("k", "of the child")
+        return cache.get("k") == "of the child"
+
+    reader = child(run)
+    os.close(told)
+    said = os.read(told_read, 1)  # nothing: the child has ended
+    os.close(told_read)
+    after = cache.counters()
+    os.kill(other, signal.SIGKILL)
+    ended(other)
+    os.write(go, b"g")
+    assert ended(reader) == 0
+    assert said == b"r"
+    assert {k: after[k] for k in ("hits", "deletes", "expirations")} == {k: before[k] for k in ("hits", "deletes", "expirations")}
+    assert cache["k"] == "of the child"
+    os.close(go_read)
+    os.close(go)
+
+
+def test_closing_the_last_handle_warns_of_locks_that_go_with_it(make):
+    cache = make()
+    other = shmcache.attach(cache.name)
+    lock = cache.lock("report")
+    lock.acquire()
+    other.close()  # not the last one: the lock stays, and nothing is said
+    free = cache.lock("free")
+    with free:
+        pass
+
+    def run():
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            cache.close()  # the child's: the lock is its parent's
+        return True
+
+    assert ended(child(run)) == 0
+    with pytest.warns(errors.LockLost, match="'report'") as said:
+        cache.close()
+    assert "free" not in str(said[0].message).split("'report'")[1].split(":")[0]
 
 
 def test_readme_two_terminals(name):
