@@ -150,7 +150,7 @@ class Cache(_core.Table):
     def lock(self, name: bytes | str, ttl: float | None = None) -> Lock:
         """A lock that all processes share: `with cache.lock("report", ttl=30): ...`. Its owner's death, or ttl seconds, release it.
 
-        Keep what this returns for as long as the lock is to be held: when it is gone, the lock is given back.
+        Taken by acquire(), it is held until release(), also when nothing refers to the Lock any more.
         A block that ends after its ttl gets a LockLost warning, counted in stats()["locks_lost"].
         """
         return flight.lock(self, name, ttl)

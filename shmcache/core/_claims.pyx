@@ -10,7 +10,8 @@ limit in all, however many signals come.
     raised when the claim stands        it is noted: __exit__ gives it back, or (by hand) give_back(), or whoever drops the last reference
     raised in give_back()               impossible: what comes is raised when it has returned
     give_back() finds the stripe busy   it is noted still: StripeBusy, once more when the object goes, then by its time or the process's end
-    the object is dropped               given back at once: nobody can fill it, or release it, any more
+    the object is dropped               a claim is given back at once: nobody can fill it any more. A lock stands until its ttl is over or its
+                                        process ends: `if cache.lock(name, ttl=60).acquire(blocking=False)` keeps the others out for 60 s
     fork                                the child's objects hold nothing: the token is the parent's
     the handle is closed                another of the process keeps the row, and gives back by the mapping; the last one gives back the row,
                                         and with it every claim
@@ -45,6 +46,7 @@ cdef class Held:
     cdef bytes key
     cdef claim_t whose
     cdef bint is_mark
+    cdef bint stays                 # taken for a lock, and nobody has tried to give it back
     cdef bint known                 # of a mark: what the store has done
     cdef readonly uint64_t version  # 0: none
 
@@ -52,7 +54,7 @@ cdef class Held:
         self.table = table
 
     def __dealloc__(self):
-        if self.version and not self.is_mark:
+        if self.version and not self.is_mark and not self.stays:
             self.put_back()
 
     cdef int64_t claim(self, double seconds, bint lock) except -100:
@@ -64,6 +66,7 @@ cdef class Held:
         finally:
             if version:
                 self.version = version
+                self.stays = lock
 
     cdef tuple mark(self, double seconds, bint alone, uint64_t version):
         """What Table.mark() returns; noted if it stands."""
@@ -85,6 +88,7 @@ cdef class Held:
         cdef int rc
         if version == 0:
             return GONE
+        self.stays = False
         held = self.mapping()
         if held is None or held.s.me[0] != self.whose.token:
             self.version = 0
@@ -247,8 +251,8 @@ cdef class Closing:
 
 @cython.no_gc_clear
 cdef class Lock(Held):
-    """A lock that threads, tasks and greenlets of all processes of the host share, by name. Not re-entrant; given back by with, release(), the
-    end of this object, or the death of its process.
+    """A lock that threads, tasks and greenlets of all processes of the host share, by name. Not re-entrant; given back by with, release(), its
+    ttl, or the death of its process; not by the end of this object.
 
     It is an item that is never evicted and that clear() leaves alone. One Lock object is for one caller at a time. Made by Cache.lock().
     """

@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -76,12 +77,7 @@ def test_locks(cache, strike):
         with contextlib.suppress(KeyError), cache.lock("l", ttl=60):
             raise KeyError
 
-    def by_hand():
-        held = cache.lock("l")
-        held.acquire(timeout=1)
-        held.release()
-
-    for operation in (block, the_same, raising, by_hand):
+    for operation in (block, the_same, raising):
         assert strike(operation, lambda: claims(cache, LOCK)) == 0, operation.__name__
 
 
@@ -171,15 +167,20 @@ def test_waits_end_when_a_handler_raises(cache, strike):
         holder.join()
 
 
-def test_what_is_dropped_is_given_back(cache):
-    lock = cache.lock("l")
-    assert lock.acquire()
+def test_a_lease_that_is_dropped_is_given_back(cache):
     lease = cache.get_lease("k")
     assert lease.held
-    del lock, lease
+    del lease
     gc.collect()
-    assert cache.lock("l").acquire(blocking=False)
     assert cache.get_lease("k").held
+
+
+def test_a_lock_that_is_dropped_excludes_others_until_its_time_is_over(cache):
+    assert cache.lock("l", ttl=0.5).acquire(blocking=False)
+    gc.collect()
+    with ThreadPoolExecutor(1) as other:
+        assert not other.submit(cache.lock("l").acquire, blocking=False).result()
+        assert other.submit(cache.lock("l").acquire, timeout=60).result()
 
 
 def test_a_child_drops_nothing_of_its_parents(cache):
