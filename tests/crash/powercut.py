@@ -32,6 +32,7 @@ SECTOR = 512
 KEYS = 40
 THREADS = 2
 SIZE = 400  # of a value, at most
+LEAST, LONGEST = 300, 60  # acknowledged writes that are waited for; seconds
 
 
 class Disk:
@@ -144,11 +145,15 @@ def record(name: str, folder: Path, policy: str, seconds: float, seed: int) -> t
     acknowledged: list[tuple[int, float, int, int]] = []
     begun = [0] * (KEYS * THREADS)
     cache = shmcache.create(name, "16M", max_processes=4, log_buffer="64K")
-    until = time.monotonic() + seconds
+    began = time.monotonic()
+
+    def over() -> bool:
+        passed = time.monotonic() - began
+        return passed >= (seconds if len(acknowledged) >= LEAST else seconds + LONGEST)
 
     def write(t: int) -> None:
         rng = random.Random(seed + t)
-        while time.monotonic() < until:
+        while not over():
             k = t * KEYS + rng.randrange(KEYS)
             n = begun[k] = begun[k] + 1
             value = state(n, SIZE)
@@ -166,7 +171,7 @@ def record(name: str, folder: Path, policy: str, seconds: float, seed: int) -> t
         for t in threads:
             t.start()
         rng = random.Random(seed)
-        while time.monotonic() < until:
+        while not over():
             if rng.random() < 0.3:
                 log.rotate()
             else:
@@ -183,7 +188,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cuts", type=int, default=100)
     parser.add_argument("--policy", choices=("always", "everysec"), default="always")
-    parser.add_argument("--seconds", type=float, help="that is recorded (1; everysec: 4)")
+    parser.add_argument("--seconds", type=float, help="that are recorded, at least (1; everysec: 4)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--no-folder-sync", action="store_true", help="a flaw that is to be found")
     args = parser.parse_args(argv)

@@ -20,7 +20,7 @@ def run(*module_and_args, timeout=600, build=None):
 
 
 def report_of(out):
-    return json.loads(out.stdout[out.stdout.index("{") :])
+    return json.loads(out.stdout[out.stdout.rfind("\n{") + 1 :])  # behind what it says of its findings
 
 
 @pytest.mark.slow
