@@ -326,6 +326,11 @@ def look_round(b: Bench) -> None:
     assert b.cache.ttl(VICTIM) == float("inf")
 
 
+@scenario(prepare=lambda b: (basic(b), setattr(b, "victim", [OLD]))[0])
+def verify(b: Bench) -> None:
+    assert b.cache.verify() == []
+
+
 # -- the same, logged: in the ring, or logged by who repairs
 
 
