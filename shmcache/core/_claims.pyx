@@ -10,7 +10,8 @@ limit in all, however many signals come.
     raised when the claim stands        it is noted: __exit__ gives it back, or (by hand) give_back(), or whoever drops the last reference
     raised in give_back()               impossible: what comes is raised when it has returned
     give_back() finds the stripe busy   it is noted still: StripeBusy, once more when the object goes, then by its time or the process's end
-    the object is dropped               a claim is given back at once: nobody can fill it any more. A lock stands until its ttl is over or its
+    the object is dropped               a claim is given back at once: nobody can fill it any more. That does not wait, for it may be in a
+                                        collection of garbage: a busy stripe leaves it to its time. A lock stands until its ttl is over or its
                                         process ends: `if cache.lock(name, ttl=60).acquire(blocking=False)` keeps the others out for 60 s
     fork                                the child's objects hold nothing: the token is the parent's
     the handle is closed                another of the process keeps the row, and gives back by the mapping; the last one gives back the row,
@@ -55,7 +56,7 @@ cdef class Held:
 
     def __dealloc__(self):
         if self.version and not self.is_mark and not self.stays:
-            self.put_back()
+            self.put_back(False)
 
     cdef int64_t claim(self, double seconds, bint lock) except -100:
         """What Table.claim() returns of self.key; noted if it is above 0."""
@@ -78,8 +79,9 @@ cdef class Held:
         finally:
             self.version = self.whose.token
 
-    cdef int put_back(self) noexcept:
-        """OK; BUSY: it is noted still; else it did not stand any more, or there was none."""
+    cdef int put_back(self, bint waits=True) noexcept:
+        """OK; BUSY: it is noted still; else it did not stand any more, or there was none. waits: for the lock limit, without the GIL."""
+        cdef bytes key = self.key       # another thread may give this object another one while the GIL is free
         cdef const uint8_t* k
         cdef size_t n
         cdef uint64_t version = self.version, until, h
@@ -94,11 +96,11 @@ cdef class Held:
             self.version = 0
             return GONE
         s = &held.s
-        k = self.key
-        n = len(self.key)
+        k = key
+        n = len(key)
         h = siphash13(k, n, s.k0, s.k1)
         rc = end_mark(s, k, n, h, self.known, 0) if self.is_mark else remove_claim(s, k, n, h, version, 0)
-        if rc == BUSY:
+        if rc == BUSY and waits:
             until = wait_until(s)
             with nogil:
                 while True:
@@ -107,7 +109,7 @@ cdef class Held:
                         break
         if rc != BUSY:
             self.version = 0
-            held.locks.discard(self.key)
+            held.forget_lock(key, version)
         return rc
 
 
@@ -275,7 +277,7 @@ cdef class Lock(Held):
             rc = self.claim(self.ttl, True)
             if rc > 0:
                 if self.table.mapping is not None:
-                    self.table.mapping.locks.add(self.key)
+                    (<Mapping>self.table.mapping).note_lock(self.key, self.version, self.ttl)
                 return True
             if rc == -2:
                 raise errors.UsageError("this thread, task or greenlet holds the lock already, by another Lock object: it is not re-entrant")

@@ -11,11 +11,16 @@ cdef class Mapping:
     cdef readonly str name
     cdef readonly int exports       # buffers that numpy views hold
     cdef readonly int handles       # open Tables
-    cdef set locks                  # keys of the locks that this process has taken and not given back
+    cdef dict locks                 # key: (version, by when its time is over on the monotonic clock) of locks that this process has taken
+                                    # and not given back, to name them at close(): some are over, or not this process's any more
+    cdef Py_ssize_t most_locks      # that many: forget those that are over
     cdef row_t no_row               # what a fork child counts in that has found no row free
     cdef uint64_t row_wanted_ns     # when it looked for one last
     cdef public bint restores       # this process restores the segment: it does not wait for that
     cdef object __weakref__
+    cdef int note_lock(self, bytes key, uint64_t version, double seconds) except -1
+    cdef int forget_lock(self, bytes key, uint64_t version) except -1
+    cdef list locks_held(self)
     cdef int revive(self) except -1
     cdef int stand_by(self) except -1
     cdef bint geometry_sound(self, header_t* h, uint64_t size)

@@ -126,6 +126,8 @@ cdef enum:
     CODEC_INT = 2
     CODEC_MSGPACK = 3
     WRITTEN = 32                # with IF_CLAIM or IF_SAME: a write, that has to get to the store
+    MOST_LOCKS = 1024           # that a process notes before it looks for those that are over
+    NAMED_LOCKS = 10            # of those that were lost
     MOST_BOUND = 7              # keyword arguments of a Bound
     GROUP = 16                  # keys that get_many fetches ahead
     STACK_BYTES = 1024          # values up to this are copied to the stack before they are decoded
@@ -603,7 +605,8 @@ cdef class Mapping:
         memset(&self.s, 0, sizeof(seg_t))
         self.s.prober = -1
         self.name = name
-        self.locks = set()
+        self.locks = {}
+        self.most_locks = MOST_LOCKS
         if shm_stat(fd, &self.s.dev, &self.s.ino, &size):
             raise OSError(errno, "fstat of the segment")
         if size < sizeof(header_t):
@@ -715,6 +718,43 @@ cdef class Mapping:
                 return False
             last = classes[i].chunk_bytes
         return True
+
+    cdef int note_lock(self, bytes key, uint64_t version, double seconds) except -1:
+        """It was taken just now, for so long; 0: until it is given back. A ttl may end it, so those that are over go when there are as many
+        again as had been left."""
+        cdef uint64_t now = mono_ns()
+        if len(self.locks) >= self.most_locks:
+            self.locks = {k: v for k, v in self.locks.items() if <double>v[1] > now}
+            self.most_locks = max(MOST_LOCKS, 2 * len(self.locks))
+        self.locks[key] = (version, now + seconds * 1e9 if seconds else INFINITY)
+        return 0
+
+    cdef int forget_lock(self, bytes key, uint64_t version) except -1:
+        """It was given back, or had not stood any more. Another lock of this name may."""
+        cdef tuple noted = self.locks.get(key)
+        if noted is not None and noted[0] == version:
+            del self.locks[key]
+        return 0
+
+    cdef list locks_held(self):
+        """The names of the locks that this process holds. Takes no lock."""
+        cdef list names = []
+        cdef bytes key
+        cdef tuple noted
+        cdef uint64_t version
+        cdef claim_t whose
+        cdef uint8_t flags
+        cdef int rc
+        if self.s.me[0] == 0:
+            return names
+        for key, noted in sorted(self.locks.items()):
+            version = whose.token = 0
+            rc = AGAIN
+            while rc == AGAIN:
+                rc = read_claim(&self.s, key, len(key), siphash13(key, len(key), self.s.k0, self.s.k1), &version, &whose, &flags)
+            if rc == EXISTS and whose.token == self.s.me[0] and version == noted[0]:
+                names.append(repr(key.split(b"\0", 2)[2].decode(errors="replace")))
+        return names
 
     cdef int revive(self) except -1:
         """This process is a fork child of the one that took the row: take one of its own."""
@@ -2515,12 +2555,12 @@ cdef class Table:
             import threading
             self.idle = threading.Event()
             self.idle.wait()
-        lost = list(self.mapping.locks) if self.mapping.handles == 1 and self.mapping.s.me[0] else ()
+        lost = self.mapping.locks_held() if self.mapping.handles == 1 else ()
         self.mapping.handles -= 1
         self.mapping = None
         if lost:
             import warnings
-            names = ", ".join(repr(key.split(b"\0", 2)[2].decode(errors="replace")) for key in sorted(lost))
+            names = ", ".join(lost[:NAMED_LOCKS]) + (f" and {len(lost) - NAMED_LOCKS} more" if len(lost) > NAMED_LOCKS else "")
             warnings.warn(f"the last handle of {self.name!r} was closed while this process held {names}: the lock is free now, and others may be "
                           "in; leave its block before close()", errors.LockLost, stacklevel=2)
 

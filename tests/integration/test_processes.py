@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import warnings
 
 import numpy as np
@@ -18,7 +19,7 @@ import psutil
 import pytest
 
 import shmcache
-from shmcache import errors
+from shmcache import errors, flight
 from shmcache.core import _sweep
 from tests.redis.inprocess import InProcess
 from tests.redis.resp import encode
@@ -476,6 +477,38 @@ def test_closing_the_last_handle_warns_of_locks_that_go_with_it(make):
     with pytest.warns(errors.LockLost, match="'report'") as said:
         cache.close()
     assert "free" not in str(said[0].message).split("'report'")[1].split(":")[0]
+
+
+def test_locks_that_are_over_are_not_lost(cache):
+    """`cache.lock(name, ttl).acquire(blocking=False)` says that something was done lately: nobody gives it back."""
+    tracemalloc.start()
+    try:
+        for i in range(20_000):
+            assert cache.lock(f"job-{i}", ttl=0.001).acquire(blocking=False)
+        assert tracemalloc.get_traced_memory()[0] < 1_000_000, "what is over is forgotten"
+    finally:
+        tracemalloc.stop()
+    again = cache.lock("again", ttl=0.001)
+    again.acquire()
+    while again.owned():
+        pass
+    other = cache.lock("again")
+    other.acquire()
+    with pytest.raises(errors.UsageError):
+        again.release()  # what the other holds is not forgotten with it
+    gone = cache.lock("gone", ttl=3600)
+    gone.acquire()
+    cache.unclaim(flight.LOCK_PREFIX + b"gone", gone.version)
+    with pytest.warns(errors.LockLost, match="held 'again':"):
+        cache.close()
+
+
+def test_of_many_lost_locks_some_are_named(cache):
+    for i in range(100):
+        cache.lock(f"l{i:03}", ttl=3600).acquire()
+    with pytest.warns(errors.LockLost, match=r"held 'l000', 'l001', .*'l009' and 90 more:") as said:
+        cache.close()
+    assert len(str(said[0].message)) < 500
 
 
 def test_readme_two_terminals(name):

@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -238,6 +239,18 @@ def test_what_cannot_be_given_back_is_held_until_it_can(make):
     lock.release()
     del claim
     assert cache.claim_version("k") == 0
+
+
+def test_who_drops_the_last_reference_does_not_wait(make):
+    """It may be any thread, in the middle of anything: a collection of garbage."""
+    cache = make(lock_limit=60)
+    claim = _claims.Claim(cache)
+    claim.take("k", 3600)
+    with stripes_taken(cache):
+        began = time.monotonic()
+        del claim
+        assert time.monotonic() - began < 30
+    assert cache.claim_version("k"), "it stands until its time is over"
 
 
 def test_giving_back_waits_for_a_stripe(make):
