@@ -14,7 +14,7 @@ in relation to the segment's.
 
 A restore that may still be refused is nobody's: until what workers need first is in, nobody attaches (segment.attach). The name is held
 meanwhile, or a worker that starts would create an empty segment.
-    refused before that          the segment is unlinked; who waited for it finds none
+    refused, or fails before     the segment is unlinked; who waited for it finds none
     killed before that           it stays, and nobody gets in until the restore is run again
     fails or killed after it     it stays, with what workers wrote; run again, it is completed
 
@@ -380,8 +380,8 @@ def restore(
     loaded again), "log_records", "seconds", "clock_back_s", "cleared", "damaged" (newer files that are not whole), "cut" (torn ends of log
     files), "gaps" (operations that the log lacks)}.
     Raises: NoSnapshot: none is whole, and there is no log from the first write on; DamagedFile: of the log, whose place is named; NoRoom:
-    for what the store has not got; the segment, if it was created, is unlinked then. ForeignDataDir, NewerFormat; SegmentExists and the
-    rest of create(); StripeBusy, OSError.
+    for what the store has not got. ForeignDataDir, NewerFormat; InvalidConfig: no zstandard; SegmentExists and the rest of create();
+    StripeBusy, OSError. Whatever is raised, the segment is unlinked, unless workers were let in already.
     """
     began = time.monotonic()
     datadir.check_owner(folder, name)
@@ -399,7 +399,7 @@ def restore(
     with _create_or_complete(name, folder, candidates, logs, given, options) as cache:
         try:
             report = _fill(cache, folder, candidates, logs, given, damaged, progress)
-        except (errors.DamagedFile, errors.NoSnapshot, errors.NoRoom, errors.ForeignDataDir):
+        except BaseException:  # whatever it is, memory or a disk that is full, too: nobody is to wait for what will not come
             if cache.durability()["generations_missing"] and not cache.unlinked:  # nobody is in it
                 segment.unlink(name)
             raise

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import subprocess
 import sys
 import time
+from unittest.mock import Mock
 
 import pytest
 
 import shmcache
 from shmcache import cache as cache_module
-from shmcache import errors
+from shmcache import errors, segment
 from shmcache.supervisor import datadir, snapshot, writeback
 from shmcache.supervisor import format as fmt
 from shmcache.supervisor.appendlog import AppendLog
@@ -84,6 +87,10 @@ def machine(name, folder):
     machine = Machine(name, folder)
     yield machine
     machine.killed()
+
+
+def segment_exists(name):
+    return os.path.exists(segment.check_name(name))
 
 
 def flipped(path):
@@ -516,21 +523,18 @@ def test_a_damaged_log_is_refused_before_anybody_attaches(machine, folder, monke
 
 
 @pytest.mark.parametrize("given_up", [False, True])
-def test_who_waits_for_a_restore_that_was_killed_is_told_and_it_is_completed(machine, monkeypatch, given_up):
+def test_who_waits_for_a_restore_that_was_killed_is_told_and_it_is_completed(machine, given_up):
     machine.cache.set("k", 1)
     machine.snapshot()
     machine.killed()
-
-    class Killed(BaseException):
-        pass
-
-    def killed(*args):
-        raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(snapshot, "_put_all", killed)
-        with pytest.raises(Killed):
-            snapshot.restore(machine.name, machine.folder)
+    code = f"""
+import os
+from pathlib import Path
+from shmcache.supervisor import snapshot
+snapshot._put_all = lambda *args: os._exit(9)
+snapshot.restore({machine.name!r}, Path({str(machine.folder)!r}))
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
     with worker(machine.name, "0.2") as process:
         assert process.stdout.readline() == "BeingRestored\n"
     with cache_module.attach_unsettled(machine.name) as cache:
@@ -572,3 +576,32 @@ def test_a_restore_that_fails_when_workers_are_in_takes_nothing_from_them(machin
             snapshot.restore(machine.name, folder)
         assert cache["k"] == 2 and not cache.unlinked and not cache.durability()["restoring"]
     machine.cache = shmcache.attach(machine.name, store=machine.store)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), MemoryError(), errors.NewerFormat("log-9", 9, 1), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize("at", ["_settle", "_put_all"])
+def test_a_restore_that_fails_leaves_nothing_to_wait_for(machine, folder, monkeypatch, at, error):
+    """Also with what is no refusal: each worker would wait a minute for who has ended."""
+    machine.cache.set("k", 1)
+    machine.snapshot()
+    machine.killed()
+    with monkeypatch.context() as patch:
+        patch.setattr(snapshot, at, Mock(side_effect=error))
+        with pytest.raises(type(error)):
+            snapshot.restore(machine.name, folder)
+        assert not segment_exists(machine.name)
+    machine.reboot()
+    assert machine.cache.get("k") == 1
+
+
+def test_a_restore_without_zstandard_leaves_nothing_to_wait_for(machine, folder, monkeypatch):
+    machine.cache.set("k", "x" * 10_000)
+    snapshot.write(machine.cache, folder, compress=True)
+    machine.killed()
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "zstandard", None)
+        with pytest.raises(errors.InvalidConfig, match="zstandard"):
+            snapshot.restore(machine.name, folder)
+        assert not segment_exists(machine.name)
+    machine.reboot()
+    assert len(machine.cache.get("k")) == 10_000
