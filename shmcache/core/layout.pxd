@@ -330,6 +330,9 @@ ctypedef struct seg_t:
     bint supervising        # this process is the supervisor: what it evicts, it evicts ahead of demand
     uint64_t limit_ns       # how long to wait for a lock that a living process holds
     uint64_t patience_ns    # the same, as the segment has it: who waited so long speaks for all
+    void* struck            # the lock for which a call of this process waited when a signal struck it: any thread, no lock, and
+    uint64_t struck_until_ns    # it is the same call's wait that goes on to this time. The worst is that `stalled` is noted by a later one
+    uint64_t struck_since_ns    # when that began
     void* lock_page         # mapped from the description that holds the row's byte
     uint64_t home           # as in this process's row
     uint64_t asked[16]      # ASKED: tokens that were found alive by their pid, and when. Any thread, no lock; the worst is an answer of another time

@@ -16,7 +16,8 @@
 #   bell, or rung and not yet awake: the word is 0; whoever sleeps looks again within one slice (16 ms at most).
 #   Who slept takes the word with WAIT kept, since others may sleep behind him: he owes the next one a bell.
 # A stopped owner is alive and is never robbed. Who waited for him as long as the segment's lock_limit notes `stalled`, the rest wait 1 ms and
-# fail fast.
+# fail fast. A signal ends a wait, and the call begins another: it is known by its end (until_ns) that it is the same call's, and when that began
+# is kept in seg_t for one call of the process. Two threads that are struck at once may lose it: `stalled` is noted by a later one.
 # Source: model/lock.pml checks this with deaths at every step; 40 pauses and 1..16 ms slices are measured there.
 from libc.stdint cimport uint32_t, uint64_t
 
@@ -94,14 +95,16 @@ cdef inline int lock_take(seg_t* s, lock_t* l, uint64_t until_ns) noexcept nogil
     times in all. A signal that comes while nobody sleeps (some us of each slice) is seen when this returns, as any that another thread gets.
     May sleep: never called with the GIL held, unless until_ns is 0.
     """
-    cdef uint64_t w, t0, now, patience, end, left, slice_ns = SLICE_MIN_NS
+    cdef uint64_t w, t0, now, since, patience, end, left, slice_ns = SLICE_MIN_NS
     cdef uint32_t bell
     cdef bint slept = False, ask = False
     cdef int rc = lock_try(s, l)
     if rc == OK or until_ns == 0:
         return rc
     #? lock: to be waited for
-    t0 = now = mono_ns()
+    t0 = now = since = mono_ns()
+    if s.struck == <void*>l and s.struck_until_ns == until_ns:
+        since = s.struck_since_ns
     left = max(until_ns, t0 + SLICE_MIN_NS) - t0
     end = t0 + left
     patience = t0 + PATIENCE * left
@@ -126,7 +129,7 @@ cdef inline int lock_take(seg_t* s, lock_t* l, uint64_t until_ns) noexcept nogil
                 continue
             now = mono_ns()
             if now > end or (ld64(&l.stalled) == token_of(w) and now > end - left + SLICE_MIN_NS):
-                if now - t0 > s.patience_ns - (s.patience_ns >> 3):  # the impatient do not speak for all
+                if now - since > s.patience_ns - (s.patience_ns >> 3):  # the impatient do not speak for all
                     st64(&l.stalled, token_of(w))
                     add64(&s.row.stalls, 1)
                 note_wait(s, t0)
@@ -142,6 +145,10 @@ cdef inline int lock_take(seg_t* s, lock_t* l, uint64_t until_ns) noexcept nogil
         if rc == 2 and now < until_ns:
             if slept:
                 shm_ring(&l.bell)
+            s.struck_until_ns = 0
+            s.struck = <void*>l
+            s.struck_since_ns = since
+            s.struck_until_ns = until_ns
             return INTR
         if rc == 0:
             slept = True

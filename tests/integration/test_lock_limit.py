@@ -42,8 +42,8 @@ def recurring(seconds):
 
 
 @contextlib.contextmanager
-def stopped_holder(cache):
-    """A stopped process that holds the only stripe."""
+def stopped_holder(cache, stripes=1):
+    """A stopped process that holds the first stripes: the words that say so."""
     seg = cache.views(writable=True)
     pid = os.fork()
     if pid == 0:
@@ -55,8 +55,8 @@ def stopped_holder(cache):
     try:
         os.waitpid(pid, os.WUNTRACED)
         row = int(np.flatnonzero(seg.rows["pid"] == pid)[0])
-        seg.stripes["word"][0] = int(seg.rows["gen"][row]) << 16 | row + 1
-        yield
+        seg.stripes["word"][:stripes] = int(seg.rows["gen"][row]) << 16 | row + 1
+        yield seg.stripes
     finally:
         del seg
         os.kill(pid, signal.SIGKILL)
@@ -153,3 +153,14 @@ def test_what_needs_no_lock_is_answered(make, operation):
     prepared = Prepared(cache)
     with stopped_holder(cache), recurring(0.005):
         assert operation(cache, prepared)
+
+
+@pytest.mark.parametrize("seconds", TIMERS.values(), ids=TIMERS)
+def test_signals_do_not_hide_from_others_that_it_is_in_vain(make, seconds):
+    """Who has waited for the whole limit notes it, however many waits signals have made of that."""
+    cache = make(lock_limit=LIMIT, stripes=1)
+    with stopped_holder(cache) as stripes:
+        with recurring(seconds), pytest.raises(errors.StripeBusy):
+            cache.set("v", b"new")
+        assert stripes["stalled"][0] and stripes["stalled"][0] << np.uint64(1) == stripes["word"][0] << np.uint64(1), "but for WAIT"
+        del stripes
