@@ -51,7 +51,7 @@ from shmcache.core.slab cimport (
     refs_of, value_offset, avail_push_locked)
 from shmcache.core.table cimport dirty_at
 from shmcache.core.token cimport (
-    ABSENT, FREE, INTR, KEPT, LIVE, OK, OV_FREE, OV_LINKED, OV_RESERVED, PAGE_ACTIVE, PAGE_BIG, PAGE_CUTTING, PAGE_DRAINING, PAGE_FREE, RESERVED, RETIRED,
+    ABSENT, BUSY, FREE, INTR, KEPT, LIVE, OK, OV_FREE, OV_LINKED, OV_RESERVED, PAGE_ACTIVE, PAGE_BIG, PAGE_CUTTING, PAGE_DRAINING, PAGE_FREE, RESERVED, RETIRED,
     SUPERVISOR_BYTE, close, dead, kind_of, mono_ns, munmap, prober_ready, row_of, shm_keep_description, shm_ofd_lock, shm_reopen, token_of, word_of)
 
 from shmcache import errors
@@ -727,8 +727,9 @@ cdef class Supervision:
         cdef seg_t* s = self.s
         cdef uint64_t hand[HANDFUL]
         cdef uint64_t p = 0
-        cdef uint32_t got = 0, i, k, moved = 0, evicted = 0
+        cdef uint32_t got = 0, i, k, moved = 0, evicted = 0, busy = 0
         cdef bint turned, more = True
+        cdef int rc
         cdef sigset_t before
         if cls >= s.n_classes:
             raise errors.UsageError(f"slab classes are 0 to {s.n_classes - 1}")
@@ -738,7 +739,11 @@ cdef class Supervision:
                 k = 0
                 turned = False
                 while k < min(<uint32_t>HANDFUL, n - got):
-                    if evict_one(s, cls, 0, mono_ns() + PATIENCE_NS, &hand[k], &turned) != OK:
+                    rc = evict_one(s, cls, 0, mono_ns() + PATIENCE_NS, &hand[k], &turned)
+                    if rc == BUSY and busy < HANDFUL:   # the hand has moved on
+                        busy += 1
+                        continue
+                    if rc != OK:
                         more = False
                         break
                     k += 1

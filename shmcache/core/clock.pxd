@@ -24,8 +24,8 @@ from shmcache.core.atomics cimport add64, cas32, cas64, ld8r, ld16r, ld32, ld32r
 from shmcache.core.big cimport big_free_item_pages
 from shmcache.core.bucket cimport OP_EVICT, bucket_of, epoch_now, remove_locked, slot_naming, stripe_of, stripe_release, stripe_take
 from shmcache.core.layout cimport FLAG_BIG, FLAG_CLAIM, FLAG_DIRTY, FLAG_LOCK, FLAG_WRITING, class_t, item_t, page_t, seg_t, stripe_t
-from shmcache.core.lock cimport shm_ring
-from shmcache.core.settle cimport INNER_NS, settle_chunk, settle_overflow, settle_pages
+from shmcache.core.lock cimport shm_ring, within
+from shmcache.core.settle cimport INNER_NS, late, settle_chunk, settle_overflow, settle_pages
 from shmcache.core.slab cimport avail_push_locked, avail_remove_locked, chunk_addr, chunk_class, chunk_free_list, chunk_get, \
     chunk_push_locked, class_release, class_take, cut_page, item_at, page_from_pool, page_in_class, page_of, publish_page, \
     page_room, refs_of, relist_page, ring_remove_locked, value_offset
@@ -128,12 +128,14 @@ cdef inline uint64_t hand_step(seg_t* s, uint32_t cls, bint* turned) noexcept no
             return chunk_addr(s, p, cls, <uint32_t>hand)
 
 cdef inline int evict_one(seg_t* s, uint32_t cls, uint64_t most, uint64_t until_ns, uint64_t* out, bint* turned) noexcept nogil:
-    """Evict by the class's hand, which moves on by at most so many chunks, 0: a whole round: OK with a RETIRED(this process) chunk, or NO_ROOM. Settles the dead's on the way."""
+    """Evict by the class's hand, which moves on by at most so many chunks, 0: a whole round: OK with a RETIRED(this process) chunk, or NO_ROOM.
+    BUSY: a stripe was until it was late; another item may do. INTR. Settles the dead's on the way."""
     cdef uint64_t addr, w, lowest = 0
     cdef uint32_t n_live = 0
     cdef uint64_t n
     cdef uint8_t r, lowest_refs = 255
     cdef item_t* it
+    cdef int rc
     if most == 0:
         most = min(<uint64_t>ld32(&s.classes[cls].n_pages), s.n_pages) * s.page_chunks[cls] + HAND_STEPS
     for n in range(most):
@@ -148,9 +150,11 @@ cdef inline int evict_one(seg_t* s, uint32_t cls, uint64_t most, uint64_t until_
             r = ld8r(refs_of(s, addr))
             if r == 0 or stale(s, it):
                 #! evict: chosen
-                if evict_chunk(s, addr, cls, False, until_ns) == OK:
+                rc = evict_chunk(s, addr, cls, False, until_ns)
+                if rc == OK:
                     out[0] = addr
-                    return OK
+                if rc == OK or rc == INTR or (rc == BUSY and late(s, until_ns)):
+                    return rc
             else:
                 st8r(refs_of(s, addr), r - 1)
                 if r - 1 < lowest_refs:
@@ -162,46 +166,56 @@ cdef inline int evict_one(seg_t* s, uint32_t cls, uint64_t most, uint64_t until_
             relist_page(s, page_of(s, addr), cls)
         elif token_of(w) != s.me[0]:
             settle_chunk(s, addr, until_ns)
-    if lowest and evict_chunk(s, lowest, cls, False, until_ns) == OK:
+    if lowest == 0:
+        return NO_ROOM
+    rc = evict_chunk(s, lowest, cls, False, until_ns)
+    if rc == OK:
         out[0] = lowest
-        return OK
-    return NO_ROOM
+    return rc
 
 # ---- pages --------------------------------------------------------------------------------------------------------------------
 
-cdef inline bint empty_chunk(seg_t* s, uint64_t addr, uint32_t cls, uint64_t until_ns, bint* retired) noexcept nogil:
-    """Make one chunk of a DRAINING page FREE or this process's (retired). False: somebody alive is using it."""
+cdef inline int empty_chunk(seg_t* s, uint64_t addr, uint32_t cls, uint64_t until_ns, bint* retired) noexcept nogil:
+    """Make one chunk of a DRAINING page FREE or this process's (retired): OK. NO_ROOM: its item stands. BUSY: somebody alive is using it, or its
+    stripe. INTR."""
     cdef uint64_t w
-    cdef int tries
+    cdef int tries, rc
     for tries in range(8):
         w = ld64(&item_at(s, addr).word)
         #~ drain: word loaded
         if kind_of(w) == FREE:
-            return True
+            return OK
         if kind_of(w) == LIVE:
-            if evict_chunk(s, addr, cls, False, until_ns) == OK:
+            rc = evict_chunk(s, addr, cls, False, until_ns)
+            if rc == OK:
                 retired[0] = True
-                return True
+            if rc != NO_ROOM:
+                return rc
         elif kind_of(w) == KEPT:        # in somebody's hand, who may have died: whoever changes the word has the chunk
             if cas64(&item_at(s, addr).word, w, word_of(RESERVED, s.me[0])):
                 #! drain: recalled
                 retired[0] = True
-                return True
+                return OK
         elif token_of(w) == s.me[0] or not settle_chunk(s, addr, until_ns):
-            return False
-    return False
+            return BUSY
+    return NO_ROOM
 
 cdef inline int drain_page(seg_t* s, uint64_t p, uint32_t cls, uint64_t until_ns) noexcept nogil:
-    """Empty a page of class cls: OK leaves it CUTTING(this process), out of its class. BUSY: it stays what it was."""
+    """Empty a page of class cls: OK leaves it CUTTING(this process), out of its class. NO_ROOM, BUSY, INTR (of empty_chunk): it stays what it was.
+
+    Another page will do, so no chunk is waited for longer than an instant, however much time the call has.
+    """
     cdef class_t* c = &s.classes[cls]
     cdef page_t* pg = &s.pages[p]
     cdef uint32_t i, n = s.page_chunks[cls]
     cdef uint64_t addr
     cdef uint8_t mine[1024]         # bit i: chunk i is this process's to free. 1 MiB / 128 B = 8,192 chunks at most
-    cdef bint retired, all_empty = True
+    cdef bint retired
+    cdef int rc = OK, taken
     memset(mine, 0, sizeof(mine))
-    if class_take(s, cls, until_ns) != OK:
-        return BUSY
+    taken = class_take(s, cls, until_ns)
+    if taken != OK:
+        return taken
     if not page_in_class(s, p, cls) or kind_of(ld64(&pg.word)) != PAGE_ACTIVE:
         class_release(s, cls)
         return BUSY
@@ -214,30 +228,31 @@ cdef inline int drain_page(seg_t* s, uint64_t p, uint32_t cls, uint64_t until_ns
     for i in range(n):
         addr = chunk_addr(s, p, cls, i)
         retired = False
-        if not empty_chunk(s, addr, cls, until_ns, &retired):
-            all_empty = False
+        rc = empty_chunk(s, addr, cls, within(until_ns, INNER_NS), &retired)
+        if rc != OK:
             break
         #! drain: chunk emptied
         if retired:
             mine[i >> 3] |= 1 << (i & 7)
-    if class_take(s, cls, max(until_ns, mono_ns() + INNER_NS) if until_ns else 0) != OK:
+    taken = class_take(s, cls, max(until_ns, mono_ns() + INNER_NS) if until_ns else 0)
+    if taken != OK:
         # its holder is stopped: the page is left to settle_page, its chunks go back one by one
         st64(&pg.word, word_of(PAGE_DRAINING, 0))
         for i in range(n):
             if mine[i >> 3] & 1 << (i & 7):
                 chunk_free_list(s, cls, chunk_addr(s, p, cls, i), until_ns)
-        return BUSY
+        return taken
     st32(&c.page_in_hand, <uint32_t>p + 1)
     for i in range(n):
         if mine[i >> 3] & 1 << (i & 7):
             chunk_push_locked(s, cls, chunk_addr(s, p, cls, i))
             #! drain: chunk FREE
-    if all_empty:
+    if rc == OK:
         for i in range(n):
             if kind_of(ld64(&item_at(s, chunk_addr(s, p, cls, i)).word)) != FREE:
-                all_empty = False
+                rc = BUSY
                 break
-    if all_empty:
+    if rc == OK:
         ring_remove_locked(s, c, p)
         #! drain: out of the ring
         st64(&pg.head, 0)
@@ -248,10 +263,9 @@ cdef inline int drain_page(seg_t* s, uint64_t p, uint32_t cls, uint64_t until_ns
         if pg.n_free:
             avail_push_locked(s, c, p)
     class_release(s, cls)
-    if not all_empty:
-        return BUSY
-    add64(&s.row.pages_moved, 1)
-    return OK
+    if rc == OK:
+        add64(&s.row.pages_moved, 1)
+    return rc
 
 cdef inline bint hot_page(seg_t* s, uint64_t p, uint32_t cls) noexcept nogil:
     """Were most of its items hit since the last pass? If so lower their counts, as the hand would."""
@@ -296,19 +310,19 @@ cdef inline int take_page(seg_t* s, int for_cls, bint force, uint64_t until_ns, 
     """A page for class for_cls (-1: for a big value) from the class that needs it least.
 
     OK: page is CUTTING(this process). AGAIN-like NO_ROOM with pages in the pool is possible: a big value was evicted, look
-    there. Without force only a class that is clearly older than for_cls gives one.
+    there. Without force only a class that is clearly older than for_cls gives one. BUSY: of one at least a lock was. INTR.
     """
     cdef uint64_t own = 0, stamp = 0, tick = ld64(&s.header.tick), victim = 0, p
     cdef uint64_t barred = <uint64_t>1 << for_cls if for_cls >= 0 else 0
-    cdef int x, attempt
-    cdef bint turned, was_big
+    cdef int x, attempt, rc
+    cdef bint turned, was_big, busy = False
     if not force:
         p = hand_page(s, for_cls)
         own = ld64(&s.pages[p].stamp) if p < s.n_pages else tick
     for attempt in range(2 * <int>s.n_classes):
         x = oldest_class(s, barred, &stamp)
         if x < 0:
-            return NO_ROOM
+            break
         own = min(own, tick)
         if not force and (stamp >= tick or tick - stamp <= (tick - own) + ((tick - own) >> 2) + AGE_MARGIN):
             return NO_ROOM
@@ -318,18 +332,26 @@ cdef inline int take_page(seg_t* s, int for_cls, bint force, uint64_t until_ns, 
             cas64(&s.classes[x].hand, ld64(&s.classes[x].hand), <uint64_t>(ld32(&s.pages[p].next) - 1) << 32)
             continue
         turned = False
-        if evict_one(s, x, 2 * s.page_chunks[x], until_ns, &victim, &turned) == OK:    # not far: an idle class may have no item at all
+        rc = evict_one(s, x, 2 * s.page_chunks[x], within(until_ns, INNER_NS), &victim, &turned)    # not far: an idle class may have no item at all
+        busy |= rc == BUSY
+        if rc == INTR:
+            return INTR
+        if rc == OK:
             was_big = item_at(s, victim).flags & FLAG_BIG
             p = page_of(s, victim)
             chunk_free_list(s, x, victim, until_ns)
             #! take page: victim freed
             if was_big and ld64(&s.header.pages.list):
                 return NO_ROOM
-        if p < s.n_pages and drain_page(s, p, x, until_ns) == OK:
-            page[0] = p
-            return OK
+        if p < s.n_pages:
+            rc = drain_page(s, p, x, until_ns)
+            if rc == OK:
+                page[0] = p
+            if rc == OK or rc == INTR:
+                return rc
+            busy |= rc == BUSY
         barred |= <uint64_t>1 << x
-    return NO_ROOM
+    return BUSY if busy else NO_ROOM
 
 cdef inline int give_page(seg_t* s, uint64_t p, uint32_t cls, uint64_t until_ns) noexcept nogil:
     cut_page(s, p, cls)
@@ -366,6 +388,8 @@ cdef inline int take_room(seg_t* s, uint32_t cls, uint64_t until_ns, uint64_t* a
             return rc
         turned = False
         rc = evict_one(s, cls, 0, until_ns if round_ else 0, addr, &turned)
+        if rc == INTR:
+            return INTR
         if rc == OK:
             st64(&item_at(s, addr[0]).word, word_of(RESERVED, s.me[0]))     # inherited: no list, no lock
             #! evict: inherited
@@ -376,9 +400,13 @@ cdef inline int take_room(seg_t* s, uint32_t cls, uint64_t until_ns, uint64_t* a
                 if take_page(s, cls, False, until_ns, &p) == OK:
                     give_page(s, p, cls, until_ns)
             return OK
-        settle_pages(s, 16 if round_ < ROUNDS // 2 else s.n_pages, until_ns)
-        if take_page(s, cls, True, until_ns if round_ else 0, &p) == OK:
+        if settle_pages(s, 16 if round_ < ROUNDS // 2 else s.n_pages, until_ns) == INTR:
+            return INTR
+        rc = take_page(s, cls, True, until_ns if round_ else 0, &p)
+        if rc == OK:
             give_page(s, p, cls, until_ns)
+        elif rc == INTR:
+            return INTR
         elif until_ns == 0 and round_ > 2:
             return BUSY
     return NO_ROOM

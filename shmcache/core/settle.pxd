@@ -32,11 +32,16 @@ from shmcache.core.layout cimport REPAIRED_CHUNK, REPAIRED_OVERFLOW, REPAIRED_PA
 from shmcache.core.lock cimport lock_release, within
 from shmcache.core.slab cimport avail_push_locked, chunk_class, chunk_push_locked, class_release, class_take, in_slab, \
     item_at, page_cls, page_to_pool, pool_push_locked, pool_take, rebuild_page_locked
-from shmcache.core.token cimport KEPT, LIVE, OK, OV_LINKED, OV_RESERVED, PAGE_ACTIVE, PAGE_BIG, PAGE_CUTTING, PAGE_DRAINING, \
-    RESERVED, RETIRED, dead, kind_of, token_of, word_of
+from shmcache.core.token cimport INTR, KEPT, LIVE, OK, OV_LINKED, OV_RESERVED, PAGE_ACTIVE, PAGE_BIG, PAGE_CUTTING, PAGE_DRAINING, \
+    RESERVED, RETIRED, dead, kind_of, mono_ns, token_of, word_of
 
 cdef enum:
     INNER_NS = 4000000      # to wait for a lock within a stripe: enough to take over from the dead, too short to hold others up
+
+cdef inline bint late(seg_t* s, uint64_t until_ns) noexcept nogil:
+    """Is the time over that a call waits in all? Then each lock that is busy still costs 1 ms, so it is not to look for many more. A thread that
+    has taken several stripes waits for each lock for an instant, and for no other stripe: it looks everywhere."""
+    return until_ns != 0 and mono_ns() > until_ns and s.holder == 0
 
 cdef inline bint settle_chunk(seg_t* s, uint64_t addr, uint64_t until_ns) noexcept nogil:
     """Put a dead process's chunk in order. True: the chunk is settled (or was not a dead one's)."""
@@ -81,23 +86,24 @@ cdef inline bint settle_chunk(seg_t* s, uint64_t addr, uint64_t until_ns) noexce
     stripe_release(s, st)
     return True
 
-cdef inline void settle_big_page(seg_t* s, uint64_t p, uint64_t w, uint64_t until_ns) noexcept nogil:
+cdef inline int settle_big_page(seg_t* s, uint64_t p, uint64_t w, uint64_t until_ns) noexcept nogil:
     """w: the page's word, by which it was seen to be a big value's. It is not loaded again: what it says now may be of a page of items."""
     cdef page_t* pg = &s.pages[p]
     cdef uint64_t head = ld64(&pg.head), h, b
     cdef stripe_t* st
     cdef bint listed
+    cdef int rc
     if token_of(w) and not dead(s, token_of(w)):
-        return
+        return OK
     if not in_slab(s, head):
-        page_to_pool(s, p, w, head, until_ns)
-        return
+        return page_to_pool(s, p, w, head, until_ns)
     h = ld64(&item_at(s, head).hash)
     #~ settle: big page's head read
     b = bucket_of(s, h)
     st = stripe_of(s, b)
-    if stripe_take(s, st, until_ns) != OK:
-        return
+    rc = stripe_take(s, st, until_ns)
+    if rc != OK:
+        return rc
     if ld64(&item_at(s, head).hash) == h:
         listed = slot_naming(s, b, head) != NULL and big_lists(s, head, p)
         if listed and token_of(w):                          # P3
@@ -114,22 +120,27 @@ cdef inline void settle_big_page(seg_t* s, uint64_t p, uint64_t w, uint64_t unti
                     add64(&s.row.repairs[REPAIRED_PAGE], 1)
                 lock_release(&s.header.pages.lock)
     stripe_release(s, st)
+    return OK
 
-cdef inline void settle_page(seg_t* s, uint64_t p, uint64_t until_ns) noexcept nogil:
+cdef inline int settle_page(seg_t* s, uint64_t p, uint64_t until_ns) noexcept nogil:
+    """OK, or INTR or BUSY: it is left as it is."""
     cdef page_t* pg = &s.pages[p]
     cdef uint64_t w = ld64(&pg.word)
     cdef int kind = kind_of(w)
     cdef int cls = page_cls(s, p)
+    cdef int rc = OK
     #~ settle: page's word loaded
     if kind == PAGE_BIG:
         #! settle: big page seen
-        settle_big_page(s, p, w, until_ns)
+        rc = settle_big_page(s, p, w, until_ns)
     elif kind == PAGE_CUTTING and dead(s, token_of(w)):     # P2
-        if page_to_pool(s, p, w, ld64(&pg.head), until_ns) == OK:
+        rc = page_to_pool(s, p, w, ld64(&pg.head), until_ns)
+        if rc == OK:
             add64(&s.row.settled, 1)
             add64(&s.row.repairs[REPAIRED_PAGE], 1)
     elif kind == PAGE_DRAINING and cls >= 0 and dead(s, token_of(w)):               # P1
-        if class_take(s, cls, until_ns) == OK:
+        rc = class_take(s, cls, until_ns)
+        if rc == OK:
             st32(&s.classes[cls].page_in_hand, <uint32_t>p + 1)
             if page_cls(s, p) == cls and cas64(&pg.word, w, word_of(PAGE_ACTIVE, 0)):
                 #! settle: page ACTIVE
@@ -140,12 +151,18 @@ cdef inline void settle_page(seg_t* s, uint64_t p, uint64_t until_ns) noexcept n
                 add64(&s.row.settled, 1)
                 add64(&s.row.repairs[REPAIRED_PAGE], 1)
             class_release(s, cls)
+    return rc
 
-cdef inline void settle_pages(seg_t* s, uint64_t n, uint64_t until_ns) noexcept nogil:
-    """Look at the next n rows of the page table."""
+cdef inline int settle_pages(seg_t* s, uint64_t n, uint64_t until_ns) noexcept nogil:
+    """Look at the next n rows of the page table: OK, or INTR. One whose lock is busy for longer than an instant is left, and all are when it is
+    late."""
     cdef uint64_t i, at = add64(&s.header.pages.cursor, n) % s.n_pages
     for i in range(min(n, s.n_pages)):
-        settle_page(s, (at + i) % s.n_pages, until_ns)
+        if late(s, until_ns):
+            break
+        if settle_page(s, (at + i) % s.n_pages, within(until_ns, INNER_NS)) == INTR:
+            return INTR
+    return OK
 
 cdef inline void settle_overflow(seg_t* s, uint64_t n, uint64_t until_ns) noexcept nogil:
     """Look at the next n overflow buckets."""

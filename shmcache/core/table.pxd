@@ -27,7 +27,7 @@ from shmcache.core.envelope cimport CODEC_ENVELOPE, FLAG_NEGATIVE, HEAD_BYTES, S
 from shmcache.core.lock cimport lock_release, lock_take, within
 from shmcache.core.record cimport RECORD_DELETE, RECORD_EXPIRY, RECORD_SET
 from shmcache.core.ring cimport log_op, log_t
-from shmcache.core.settle cimport INNER_NS, settle_pages
+from shmcache.core.settle cimport INNER_NS, late, settle_pages
 from shmcache.core.siphash cimport siphash13
 from shmcache.core.slab cimport chunk_class, chunk_free, class_for, cls_mark, in_slab, item_at, page_from_pool, page_room, page_to_pool, \
     refs_of, value_offset
@@ -432,7 +432,9 @@ ctypedef struct put_t:
     log_t log
 
 cdef inline int collect_pages(seg_t* s, put_t* op, uint64_t until_ns) noexcept nogil:
-    """Pages for a big value, listed in its head. One process at a time, or two could each hold half and wait."""
+    """Pages for a big value, listed in its head: OK, NO_ROOM, BUSY or INTR: then none is in hand. One process at a time, or two could each hold
+    half and wait. When it is late it has been round the classes once more, and gives up: others wait for the lock of big values.
+    """
     cdef uint32_t* pages = <uint32_t*>(<uint8_t*>item_at(s, op.chunk) + value_offset(op.key_bytes))
     cdef uint32_t got = 0
     cdef uint64_t p = 0
@@ -461,9 +463,11 @@ cdef inline int collect_pages(seg_t* s, put_t* op, uint64_t until_ns) noexcept n
             failures = 0
             continue
         failures += 1
-        if rc == INTR or failures > 64 or (rc == BUSY and until_ns == 0) or (until_ns == 0 and failures > 2):
+        if rc == INTR or failures > 64 or (rc == BUSY and until_ns == 0) or (failures > 2 and (until_ns == 0 or late(s, until_ns))):
             break
-        settle_pages(s, s.n_pages, until_ns)
+        if settle_pages(s, s.n_pages, until_ns) == INTR:
+            rc = INTR
+            break
     lock_release(&s.header.big.lock)
     if got == op.big.n_pages:
         return OK

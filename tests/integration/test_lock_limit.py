@@ -164,3 +164,21 @@ def test_signals_do_not_hide_from_others_that_it_is_in_vain(make, seconds):
             cache.set("v", b"new")
         assert stripes["stalled"][0] and stripes["stalled"][0] << np.uint64(1) == stripes["word"][0] << np.uint64(1), "but for WAIT"
         del stripes
+
+
+@pytest.mark.parametrize("held", [16, 64])
+def test_a_big_value_finds_no_page_beside_stopped_holders(make, held):
+    """Of each page some item's stripe is held: it is said at the limit, and handlers run meanwhile."""
+    cache = make("8M", lock_limit=LIMIT, stripes=64)
+    for i in range(12_000):
+        cache.set(b"k%d" % i, b"x" * (50 + 97 * (i % 60)))
+    with stopped_holder(cache, held), recurring(0.02) as ran:
+        began = time.monotonic()
+        for i in range(2):
+            with contextlib.suppress(errors.StripeBusy):
+                cache.set(b"new%d" % i, b"y" * 700_000)
+        took = time.monotonic() - began
+    assert took < WEDGED
+    assert len(ran) > 3
+    assert cache.set(b"new", b"y" * 700_000) is None and cache.get(b"new") == b"y" * 700_000
+    assert cache.verify() == []
