@@ -27,6 +27,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_sta
 import shmcache
 from shmcache import errors
 from shmcache.codec import MsgpackCodec
+from shmcache.core import _core
 from shmcache.stores import MISSING, Entry
 from tests.integration.test_processes import child, ended
 
@@ -1023,7 +1024,7 @@ def test_functions_that_are_not_given():
 
 def test_no_function_is_called_after_the_time(monkeypatch):
     now = 0.0
-    monkeypatch.setattr(time, "monotonic", lambda: now)
+    monkeypatch.setattr(_core, "monotonic", lambda: now)
     called = []
 
     def load(key):
