@@ -238,11 +238,16 @@ def test_a_call_has_one_key_however_it_is_written(cache, signature):
     seen = {}
     for args, kwargs in CALLS:
         try:
-            bound = inspect.signature(function).bind(*args, **kwargs)
-        except TypeError as e:
-            with pytest.raises(TypeError, match=str(e).replace("(", ".").replace(")", ".")):
+            function(*args, **kwargs)
+        except TypeError:
+            with pytest.raises(TypeError) as refused:
                 memoized(*args, **kwargs)
+            try:
+                inspect.signature(function).bind(*args, **kwargs)  # of Python 3.13.0 takes some that the call does not
+            except TypeError as e:
+                assert str(e) in str(refused.value)
             continue
+        bound = inspect.signature(function).bind(*args, **kwargs)
         bound.apply_defaults()
         assert seen.setdefault(repr(bound.arguments), memoized.cache_key(*args, **kwargs)) == memoized.cache_key(*args, **kwargs)
         assert memoized(*args, **kwargs) == 1
