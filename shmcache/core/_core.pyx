@@ -24,7 +24,7 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset, strncpy
 from posix.unistd cimport pread, usleep
 
-from shmcache.core.atomics cimport add64, fence_acquire, ld32, ld64, likely, prefetch, st64, unlikely
+from shmcache.core.atomics cimport add64, ld32, ld64, likely, prefetch, st64, unlikely
 from shmcache.core.big cimport big_read
 from shmcache.core.bucket cimport bucket_of, pthread_self, stripe_of, stripe_release, stripe_take
 from shmcache.core.clock cimport now_ms, ring_supervisor
@@ -44,7 +44,7 @@ from shmcache.core.slab cimport chunk_class, cls_mark, give_back_all, item_at, p
 from shmcache.core.table cimport (
     ALWAYS, IF_ABSENT, IF_CLAIM, IF_PRESENT, IF_SAME, IF_UNCLAIMED, IF_UNMARKED, IF_UNMARKED_BY_ANY, IF_VERSION, LARGE_COPY, RESTARTS, add_to,
     claim_t, clear_all, count_items, end_mark, envelope_state, give_up, hold_mark, mark_t, next_keys, passes_by, prefetch_item, put, put_t, read_begin, read_claim, read_copy, read_end,
-    read_generation, read_t, remove, remove_claim, same_item, set_expiry, state_in_place, unchanged)
+    read_generation, read_left, read_t, remove, remove_claim, same_item, set_expiry, state_in_place, unchanged)
 from shmcache.core.token cimport (
     ABSENT, AGAIN, BUSY, EXISTS, INTR, KEPT, MISMATCH, NO_OFD, NO_ROOM, NO_ROW, NO_STORE, NOT_INT, OK, OS_ERROR, OVERFLOW, SUPERVISOR_BYTE,
     close, dead, getpid, mono_ns, munmap, prober_ready, row_held, row_of, shm_ofd_lock, shm_reopen, shm_wiped_page, take_row, wall_ms, word_of)
@@ -1245,30 +1245,38 @@ cdef class Table:
         """Seconds that the key has left (float; of a value with stale_ttl: till it is stale), math.inf if it never expires, None if it is not there."""
         cdef const uint8_t* k
         cdef size_t n
-        cdef read_t r
-        cdef seg_t* s
-        cdef int rc, state
-        cdef uint32_t stale_ms = 0
-        cdef uint64_t now
+        cdef uint64_t h, until
+        cdef seg_t* s = self.ready_to_read()
+        cdef Mapping held = self.mapping
+        cdef double left = 0
+        cdef int rc = AGAIN
         key_view(key, &k, &n)
-        while True:
-            s = self.ready_to_read()
-            rc = read_begin(s, k, n, siphash13(k, n, s.k0, s.k1), &r)
-            if rc == ABSENT:
-                return None
-            if unlikely(rc == OK and r.codec == CODEC_ENVELOPE):
-                state = state_in_place(s, &r, False, &stale_ms)
-                if state == AGAIN:
-                    continue
-                if state != STATE_FRESH and state != STATE_DAMAGED:
-                    return None
-            if rc == OK:
-                #! ttl: read
-                now = now_ms(s)
-                fence_acquire()
-                if same_item(s, &r):            # with this version, so with this expiry, when the clock was read
-                    return INFINITY if r.expiry_ms == 0 else max(0, <int64_t>(r.expiry_ms - stale_ms - now)) / 1000.0
-            PyErr_CheckSignals()
+        h = siphash13(k, n, s.k0, s.k1)
+        for _ in range(RESTARTS):
+            rc = read_left(s, k, n, h, False, &left)
+            if rc != AGAIN:
+                break
+        if rc == AGAIN:         # writes overtook it so often, or its version is damaged
+            s = self.ready()
+            until = wait_until(s)
+            self.enter(s)
+            try:
+                rc = INTR
+                while rc == INTR:
+                    with nogil:
+                        rc = stripe_take(s, stripe_of(s, bucket_of(s, h)), until)
+                        if rc == OK:
+                            rc = read_left(s, k, n, h, True, &left)
+                            stripe_release(s, stripe_of(s, bucket_of(s, h)))
+                    if rc == INTR:
+                        self.interrupted(s, held)
+            finally:
+                self.leave()
+        if rc == ABSENT:
+            return None
+        if rc != OK:
+            fail(rc)
+        return left
 
     # -- set
 

@@ -610,6 +610,8 @@ cdef class Executor:
                 self.grow_scratch(2 * self.room_scratch)
             elif rc == INTR:
                 PyErr_CheckSignals()
+                if s.me[0] == 0:
+                    self.mapping.revive()
             elif rc == OK:
                 break
             elif self.table.impatient:
@@ -790,6 +792,8 @@ cdef bint look_locked(Executor ex, const uint8_t* key, size_t n, uint64_t h, raw
         if rc != INTR:
             break
         PyErr_CheckSignals()
+        if s.me[0] == 0:
+            ex.mapping.revive()
     if rc != OK:
         if ex.table.impatient:
             raise WouldWait

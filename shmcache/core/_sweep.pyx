@@ -42,7 +42,7 @@ from shmcache.core.bucket cimport (
 from shmcache.core.layout cimport (
     BATCH_CLASSES, BATCH_SLOTS, CLS_BIG, CLS_POOL, FLAG_BIG, FLAG_DIRTY, MAX_KEY, MAX_REFS, OV_SLOTS, REFS_SHIFT, PARKED_SLOTS, POLICY_BACK, MIN_CHUNK, class_t, item_t, overflow_t, page_t, seg_t, stripe_t)
 from shmcache.core.dirty cimport dirty_bit
-from shmcache.core.clock cimport evict_chunk, evict_one, give_page, stale, take_page
+from shmcache.core.clock cimport evict_chunk, evict_one, give_page, seems_stale, take_page
 from shmcache.core.lock cimport lock_release, lock_take, shm_ring, shm_sleep, wait_until
 from shmcache.core.settle cimport in_chain, settle_chunk, settle_overflow, settle_page, settle_pages
 from shmcache.core.siphash cimport siphash13
@@ -364,6 +364,8 @@ cdef class Verifier:
         """After a wait for a lock. INTR: a signal's handlers are run, and the caller begins again. What is still busy is an error, not a violation."""
         if rc == INTR:
             PyErr_CheckSignals()
+            if self.s.me[0] == 0:
+                self.mapping.revive()       # a handler's fork child: no lock is taken with a token of 0
         elif rc != OK:
             raise errors.StripeBusy("a living process that does not run holds a lock that verify needs: try again")
         return 0
@@ -786,7 +788,7 @@ cdef class Supervision:
                     it = item_at(s, addr)
                     w = ld64(&it.word)
                     if kind_of(w) == LIVE:
-                        if stale(s, it) and evict_chunk(s, addr, cls, True, mono_ns() + PATIENCE_NS) == OK:
+                        if seems_stale(s, it) and evict_chunk(s, addr, cls, True, mono_ns() + PATIENCE_NS) == OK:
                             #! sweep: evicted
                             chunk_free_list(s, cls, addr, mono_ns() + PATIENCE_NS)
                             freed += 1

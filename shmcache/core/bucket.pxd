@@ -100,10 +100,18 @@ cdef inline uint64_t* reachable(seg_t* s, uint64_t addr) noexcept nogil:
 
 # clear() takes no lock: it counts header.epoch up, and of each operation that load decides which comes first. So an operation loads it once,
 # under the stripe, judges with it what is there, and gives it to what it stores: what followed on a cleared item is cleared, too. Several
-# stripes at once (below) are one operation.
+# stripes at once (below) are one operation, of these stripes: in any other, others may have stored with a newer epoch since.
+# Invariant: an epoch that was loaded under a stripe is at least that of whatever was stored in this stripe before. So no count goes back to
+# an older epoch, which would hide items from len() and from a clear() that looks whether there is anything.
 
-cdef inline uint32_t epoch_now(seg_t* s) noexcept nogil:
-    if unlikely(s.holder != 0) and s.holder == pthread_self():
+cdef inline bint holds(seg_t* s, stripe_t* st) noexcept nogil:
+    """Has this thread taken the stripe together with others?"""
+    cdef uint64_t i = st - s.stripes
+    return s.holder == pthread_self() and s.held[i >> 6] >> (i & 63) & 1
+
+cdef inline uint32_t epoch_of(seg_t* s, stripe_t* st) noexcept nogil:
+    """With which this thread judges what is in this stripe."""
+    if unlikely(s.holder != 0) and holds(s, st):
         return s.held_epoch
     return ld32(&s.header.epoch)
 
@@ -121,6 +129,7 @@ cdef inline uint64_t count_without(seg_t* s, uint64_t count, uint64_t addr) noex
 cdef inline void stripe_repair(seg_t* s, stripe_t* st) noexcept nogil:
     """Finish or undo what the dead holder had in hand. O(1), idempotent; whoever dies here leaves it to the next taker."""
     cdef uint64_t n = ld64(&st.new) & ADDR_MASK, o = ld64(&st.old) & ADDR_MASK
+    cdef uint64_t version
     cdef int op = <int>(ld64(&st.old) >> 56)
     cdef item_t* it
     if not in_slab(s, n):
@@ -145,10 +154,12 @@ cdef inline void stripe_repair(seg_t* s, stripe_t* st) noexcept nogil:
         if kind_of(ld64(&it.word)) == RETIRED:
             st64(&it.word, word_of(LIVE, 0))
         #! stripe repair: undone
-        if op == OP_TOUCH:
-            st64(&it.cas, st.seq + 1)
-            log_repaired(s, RECORD_REF, st - s.stripes, st.seq + 1, it, page_room(s, o))
-            st64(&st.seq, st.seq + 1)
+        if op == OP_TOUCH:                                  # above both: a reader may have the version that was to be
+            version = max(st.seq, it.cas) + 1
+            st64(&it.cas, version)
+            #! stripe repair: counted up
+            log_repaired(s, RECORD_REF, st - s.stripes, version, it, page_room(s, o))
+            st64(&st.seq, version)
     elif o and n == 0:                                      # finish a delete or an eviction
         bump(s, bucket_of(s, ld64(&item_at(s, o).hash)))
         #! stripe repair: removal finished
@@ -166,11 +177,6 @@ cdef inline void stripe_repair(seg_t* s, stripe_t* st) noexcept nogil:
 # to keys of these stripes finds them taken. For any other stripe it does not wait (it would wait out of order, for somebody who may wait
 # for it): an eviction goes on to the next item. Each stripe is repaired by itself when its holder has died: what was done to some of the
 # keys stays, the rest is not done.
-cdef inline bint holds(seg_t* s, stripe_t* st) noexcept nogil:
-    """Has this thread taken the stripe together with others?"""
-    cdef uint64_t i = st - s.stripes
-    return s.holder == pthread_self() and s.held[i >> 6] >> (i & 63) & 1
-
 cdef inline int stripe_take(seg_t* s, stripe_t* st, uint64_t until_ns) noexcept nogil:
     cdef int rc
     if unlikely(s.holder != 0):
@@ -343,7 +349,7 @@ cdef inline void remove_locked(seg_t* s, stripe_t* st, uint64_t b, uint64_t* slo
     """
     if unlikely(ld32(&s.header.restoring)):
         depart_with(s, addr, op)
-    note_intent(st, op, addr, 0, count_without(s, count_at(st, epoch_now(s)), addr))
+    note_intent(st, op, addr, 0, count_without(s, count_at(st, epoch_of(s, st)), addr))
     st64(&item_at(s, addr).word, word_of(RETIRED, s.me[0]))
     #! remove: RETIRED
     st64(slot, 0)

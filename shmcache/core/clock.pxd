@@ -22,7 +22,7 @@ from libc.string cimport memset
 
 from shmcache.core.atomics cimport add64, cas32, cas64, ld8r, ld16r, ld32, ld32r, ld64, ld64r, ldi64r, st8r, st32, st64
 from shmcache.core.big cimport big_free_item_pages
-from shmcache.core.bucket cimport OP_EVICT, bucket_of, epoch_now, remove_locked, slot_naming, stripe_of, stripe_release, stripe_take
+from shmcache.core.bucket cimport OP_EVICT, bucket_of, epoch_of, remove_locked, slot_naming, stripe_of, stripe_release, stripe_take
 from shmcache.core.layout cimport FLAG_BIG, FLAG_CLAIM, FLAG_DIRTY, FLAG_LOCK, FLAG_WRITING, class_t, item_t, page_t, seg_t, stripe_t
 from shmcache.core.lock cimport shm_ring, within
 from shmcache.core.settle cimport INNER_NS, late, settle_chunk, settle_overflow, settle_pages
@@ -54,15 +54,19 @@ cdef inline bint stale_at(seg_t* s, item_t* it, uint32_t epoch) noexcept nogil:
     #~ stale: expiry loaded
     return over(it, expiry, now_ms(s) if expiry else 0, epoch)
 
-cdef inline bint stale(seg_t* s, item_t* it) noexcept nogil:
-    return stale_at(s, it, epoch_now(s))
+cdef inline bint stale(seg_t* s, stripe_t* st, item_t* it) noexcept nogil:
+    return stale_at(s, it, epoch_of(s, st))
 
-cdef inline bint claim_stands(seg_t* s, uint64_t addr) noexcept nogil:
+cdef inline bint seems_stale(seg_t* s, item_t* it) noexcept nogil:
+    """A hint, without its stripe."""
+    return stale(s, stripe_of(s, bucket_of(s, ld64r(&it.hash))), it)
+
+cdef inline bint claim_stands(seg_t* s, stripe_t* st, uint64_t addr) noexcept nogil:
     """Is this item a claim of a living process whose time is not over? A mark stands without its process, too: what that had begun in the
     store may still go on there. Its stripe is held."""
     cdef item_t* it = item_at(s, addr)
     cdef uint64_t at = value_offset(ld16r(&it.key_bytes))
-    if not ld8r(&it.flags) & FLAG_CLAIM or stale(s, it) or at + 16 > page_room(s, addr):
+    if not ld8r(&it.flags) & FLAG_CLAIM or stale(s, st, it) or at + 16 > page_room(s, addr):
         return False
     return ld8r(&it.flags) & FLAG_WRITING or not dead(s, ld64r(<uint64_t*>(<uint8_t*>it + at)))
 
@@ -86,8 +90,8 @@ cdef inline int evict_chunk(seg_t* s, uint64_t addr, uint32_t cls, bint only_sta
             chunk_class(s, addr, &index) != <int>cls:
         stripe_release(s, st)
         return NO_ROOM
-    was_stale = stale(s, it)
-    if (only_stale and not was_stale) or claim_stands(s, addr) or ld8r(&it.flags) & FLAG_DIRTY:
+    was_stale = stale(s, st, it)
+    if (only_stale and not was_stale) or claim_stands(s, st, addr) or ld8r(&it.flags) & FLAG_DIRTY:
         stripe_release(s, st)
         return NO_ROOM
     remove_locked(s, st, b, slot, addr, OP_EVICT, NULL)
@@ -148,7 +152,7 @@ cdef inline int evict_one(seg_t* s, uint32_t cls, uint64_t most, uint64_t until_
         if kind_of(w) == LIVE:
             n_live += 1
             r = ld8r(refs_of(s, addr))
-            if r == 0 or stale(s, it):
+            if r == 0 or seems_stale(s, it):
                 #! evict: chosen
                 rc = evict_chunk(s, addr, cls, False, until_ns)
                 if rc == OK:

@@ -8,6 +8,7 @@
 # A write (step numbers as in the code): 1 reserve, 2 fill, 3 take the stripe and check, 4 intent, 5 old RETIRED, 6 slot,
 # 7 version, 8 log (ring.pxd), 9 new LIVE, 10 seq, 11 release, 12 free the old.
 # Crash at 1-3: RESERVED(dead), R1. 4-5: repair undoes. 6-10: repair finishes. 12: RETIRED(dead), R4.
+from libc.math cimport INFINITY
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy
 
@@ -16,7 +17,7 @@ from shmcache.core.atomics cimport add64, cas32, fence_acquire, fence_release, l
 from shmcache.core.big cimport big_fill, big_free_item_pages, big_free_pages, big_owns, big_read, big_seal_locked, big_shape, big_t, \
     page_bytes_of
 from shmcache.core.bucket cimport ADDR_MASK, OP_DELETE, OP_EVICT, OP_SET, OP_TOUCH, bucket_of, bump, chain_first, \
-    chain_grow_locked, chain_next, chain_t, count_at, count_without, depart, depart_with, departed, epoch_now, note_intent, pthread_self, remove_locked, \
+    chain_grow_locked, chain_next, chain_t, count_at, count_without, depart, depart_with, departed, epoch_of, holds, note_intent, pthread_self, remove_locked, \
     slot_naming, slot_word, stripe_of, stripe_release, stripe_take
 from shmcache.core.clock cimport claim_stands, now_ms, over, stale, stale_at, take_page, take_room
 from shmcache.core.dirty cimport dirty_chunk, dirty_clear, dirty_gone, dirty_in_place, dirty_placed, dirty_set, writes_back
@@ -166,7 +167,8 @@ cdef inline int read_begin(seg_t* s, const uint8_t* key, size_t n, uint64_t h, r
                 #! read: clock
                 r.expiry_ms = ld64(&it.expiry_ms)       # behind the clock: if it is over now, it was over when this was loaded
             #~ read: expiry loaded
-            if unlikely(ld32r(&it.epoch) != ld32(&s.header.epoch)) and not r.flags & (FLAG_LOCK | FLAG_DIRTY) and ld32r(&it.epoch) != epoch_now(s):
+            if unlikely(ld32r(&it.epoch) != ld32(&s.header.epoch)) and not r.flags & (FLAG_LOCK | FLAG_DIRTY) and \
+                    not (s.holder == pthread_self() and ld32r(&it.epoch) == s.held_epoch):      # who holds stripes reads what was there then
                 return ABSENT if unchanged(r) else AGAIN
             if unlikely(r.expiry_ms != 0) and r.expiry_ms <= r.now_ms and not r.flags & FLAG_DIRTY:
                 #~ read: expired
@@ -297,6 +299,29 @@ cdef inline int state_in_place(seg_t* s, read_t* r, bint locked, uint32_t* stale
     stale_ms[0] = e.stale_ms
     return envelope_state(s, head, &e, r.expiry_ms, r.now_ms)
 
+cdef inline int read_left(seg_t* s, const uint8_t* key, size_t n, uint64_t h, bint locked, double* left) noexcept nogil:
+    """Seconds that a key has left, INFINITY if it never expires: OK, ABSENT, or AGAIN (without its stripe). With this version, so with this
+    expiry, it was there when the clock was read."""
+    cdef read_t r
+    cdef int state
+    cdef uint32_t stale_ms = 0
+    cdef uint64_t now
+    cdef int rc = read_begin(s, key, n, h, &r)
+    if unlikely(rc == OK and r.codec == CODEC_ENVELOPE):
+        state = state_in_place(s, &r, locked, &stale_ms)
+        if state == AGAIN:
+            return AGAIN
+        if state != STATE_FRESH and state != STATE_DAMAGED:
+            return ABSENT
+    if rc == OK:
+        #! ttl: read
+        now = now_ms(s)
+        fence_acquire()
+        if not locked and not same_item(s, &r):
+            return AGAIN
+        left[0] = INFINITY if r.expiry_ms == 0 else max(0, <int64_t>(r.expiry_ms - stale_ms - now)) / 1000.0
+    return rc
+
 cdef inline bint hidden_at(seg_t* s, uint64_t addr, uint64_t key_bytes, uint64_t now) noexcept nogil:
     """Is the envelope at this address given to nobody who does not ask for it? Without its stripe the caller sees that it has not changed."""
     cdef read_t r
@@ -335,7 +360,7 @@ cdef inline void find_locked(seg_t* s, uint64_t b, const uint8_t* key, size_t n,
     cdef uint8_t refs
     cdef int i
     f.slot = NULL
-    f.epoch = epoch_now(s)
+    f.epoch = epoch_of(s, stripe_of(s, b))
     f.state = STATE_FRESH
     f.stale_ms = 0
     f.empty = NULL
@@ -388,11 +413,11 @@ cdef inline void find_dull_locked(seg_t* s, uint64_t b, found_t* f) noexcept nog
                 f.dull = &c.slot[i]
                 f.addr = 0
                 return
-            if claim_stands(s, addr) or ld8r(&item_at(s, addr).flags) & FLAG_DIRTY:
+            if claim_stands(s, stripe_of(s, b), addr) or ld8r(&item_at(s, addr).flags) & FLAG_DIRTY:
                 continue
             refs = ld8r(refs_of(s, addr))
             cas = item_at(s, addr).cas
-            if stale(s, item_at(s, addr)):
+            if stale(s, stripe_of(s, b), item_at(s, addr)):
                 refs = 0
                 cas = 0
             if refs < f.dull_refs or (refs == f.dull_refs and cas < oldest):
@@ -1009,7 +1034,7 @@ cdef inline int renew_dirty(seg_t* s, const uint8_t* key, size_t n, uint64_t h, 
     """Give a dirty item of this version a new one, above that: OK; MISMATCH: it has been written or stored since; BUSY, INTR.
 
     It is not logged: if all dies before the row has the new version, what is restored has the old one, and meets the same row. Crash between
-    the stores: as of a touch, repair counts the version up.
+    the stores: as of a touch, repair counts the version up, from the higher of the two.
     """
     cdef uint64_t b = bucket_of(s, h), new
     cdef stripe_t* st = stripe_of(s, b)
@@ -1080,7 +1105,7 @@ cdef inline uint64_t count_items(seg_t* s) noexcept nogil:
     cdef uint64_t total = 0, c, epoch = ld32(&s.header.epoch)
     for i in range(s.n_stripes):
         c = ld64(&s.stripes[i].count)
-        if c >> 32 == epoch:
+        if c >> 32 == (s.held_epoch if unlikely(s.holder != 0) and holds(s, &s.stripes[i]) else epoch):
             total += <uint32_t>c
     return total
 
@@ -1088,6 +1113,7 @@ cdef inline void clear_all(seg_t* s) noexcept nogil:
     """Everything stored before is gone: O(1), by a new epoch. Of two at once one suffices."""
     cdef uint32_t e = ld32(&s.header.epoch), i
     cdef uint64_t busy, count
+    cdef bint empty = False
     # else there is more to clear than is counted: what is to be restored, what was evicted and is in the log
     if not ld32(&s.header.restoring) and (s.ring_bytes == 0 or ld64(&s.header.log_policy) == 0):
         for i in range(s.n_stripes):
@@ -1096,10 +1122,12 @@ cdef inline void clear_all(seg_t* s) noexcept nogil:
             if busy or (count >> 32 == e and <uint32_t>count):
                 break
         else:
-            return
+            empty = True
     #~ clear: counted
-    cas32(&s.header.epoch, e, e + 1)
-    #! clear: epoch
+    if not empty:
+        cas32(&s.header.epoch, e, e + 1)
+        #! clear: epoch
+    # nothing is counted with the newest epoch, but what this thread holds may have an older one
     if unlikely(s.holder != 0) and s.holder == pthread_self():
         s.held_epoch = ld32(&s.header.epoch)
 
@@ -1124,7 +1152,7 @@ cdef inline int next_keys(seg_t* s, uint64_t b, uint8_t* to, uint32_t room, uint
 cdef inline int copy_keys(seg_t* s, uint64_t b, uint8_t* to, uint32_t room, uint32_t* used) noexcept nogil:
     cdef chain_t c
     cdef uint64_t addr, klen, now = now_ms(s)       # before any expiry
-    cdef uint32_t epoch = epoch_now(s)              # once: these are the keys of one instant
+    cdef uint32_t epoch = epoch_of(s, stripe_of(s, b))  # once: these are the keys of one instant
     cdef item_t* it
     cdef int i
     used[0] = 0

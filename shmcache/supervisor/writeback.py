@@ -246,7 +246,8 @@ class WriteBack:
         return True
 
     def _go_above(self, row: int) -> int:
-        """From now on what is written has a higher version than this row. Returns: that of an item of which the same is to be true.
+        """From now on (in a stripe that is busy: from the next pass on) what is written has a higher version than this row. Returns:
+        that of an item of which the same is to be true.
         Raises: OSError."""
         self.renewed = True
         if row > self.given.newest:

@@ -1218,6 +1218,18 @@ def in_fresh_process(b: Bench, look: Callable[[Bench], list[str]]) -> tuple[list
     return said, took
 
 
+def fallen_versions(b: Bench) -> list[str]:
+    """Whoever takes over the stripes of the operation's keys gives none of them a version below that of before, nor that of before to another value."""
+    wrong = []
+    for key in {VICTIM, *(b.states[0] if b.states else ())}:
+        value, version = b.cache.gets(key)
+        b.cache.touch(b.on_stripes(b.stripe(key), prefix=b"absent")[0], 60)
+        now, new = b.cache.gets(key)
+        if (new < version and now is not None) or (new == version and now != value):
+            wrong.append(f"{key!r} had {value!r:.40} at {version}, and has {now!r:.40} at {new}")
+    return wrong
+
+
 def read_all(b: Bench, evicts: bool) -> list[str]:
     wrong = []
     for key, value in b.expected.items():
@@ -1251,6 +1263,8 @@ def survivors(s: Scenario) -> Any:
             wrong += log_agrees(b)
         took = {}
         began = time.monotonic()
+        if b.store is None:
+            wrong += fallen_versions(b)
         b.cache.set(VICTIM, b"after")
         took["same stripe"] = 1000 * (time.monotonic() - began)
         for key in b.states[0] if b.states else ():
@@ -1601,6 +1615,18 @@ def persist_during_get(b: Bench) -> list[str]:
     return wrong + accounts(b)
 
 
+def set_during_ttl(b: Bench) -> list[str]:
+    """A value that may be given as a stale one is replaced by a plain one: what the first said of its time is nothing to the second."""
+    b.cache.get_or_set(VICTIM, lambda: OLD, 10, stale_ttl=1000)
+    ttl = Stopped(b, lambda b: os._exit(b.cache.ttl(VICTIM) < 1500), "ttl: read")
+    b.cache.set(VICTIM, NEW, ttl=2000)
+    try:
+        ttl.go()
+    except AssertionError:
+        return ["ttl took the former value's time off"]
+    return accounts(b)
+
+
 def real_time_thread_behind_a_log_record(b: Bench) -> list[str]:
     """Two threads on one CPU write large values, which run without the interpreter; the ordinary one is slow within its ring. A SCHED_FIFO
     thread that spun for it would have the CPU until the kernel throttles it, a second later."""
@@ -1656,6 +1682,7 @@ RACES = [
     clear_during_msetnx,
     clear_of_a_database_during_exec,
     persist_during_get,
+    set_during_ttl,
     dead_holder_and_stopped_successors,
     settler_and_reused_pages,
     settler_and_page_of_items,

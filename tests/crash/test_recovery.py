@@ -9,7 +9,10 @@ import time
 import numpy as np
 import pytest
 
-from shmcache.core import _sweep
+from shmcache.core import _dirty, _sweep
+from shmcache.errors import DamageError
+from tests.redis.inprocess import InProcess
+from tests.redis.resp import encode
 
 ADDR = (1 << 48) - 1
 DEAD = 77 << 16 | 100  # a generation that row 99 never had
@@ -152,6 +155,41 @@ def test_repair_of_a_touch_counts_the_version_up(place):
     place.die_holding(TOUCH, place.address, 0, 1)
     settled(place)
     assert place.cache.gets(b"k")[1] > version
+
+
+def test_repair_of_a_touch_gives_no_version_that_a_reader_may_have(place):
+    """The version of a renewal is far above its stripe's, and stored first."""
+    place.item["cas"] += 1000
+    value, version = place.cache.gets(b"k")
+    place.die_holding(TOUCH, place.address, 0, 1)
+    settled(place)
+    assert place.cache.gets(b"k") == (value, version + 1)
+    place.cache.set(b"k", b"w")
+    assert place.cache.gets(b"k") == (b"w", version + 2)
+
+
+def test_a_read_ends_though_a_version_is_damaged(place):
+    """One bit: the version 1 becomes 0, which no item has."""
+    reads = [
+        *(getattr(place.cache, name) for name in ("get", "gets", "peek", "ttl", "__contains__", "_look", "claim_version")),
+        lambda key: place.cache.get_many([key]), lambda key: list(place.cache), lambda key: _dirty.Dirty(place.cache).walk(0, 9),
+        *(lambda key, word=word: (server := InProcess(place.cache.name)).say(server.connect(), encode([word, key])) for word in (b"GET", b"TTL", b"STRLEN", b"EXISTS")),
+    ]  # fmt: skip
+    version = int(place.item["cas"][0])
+    place.item["cas"] = 0
+    for read in reads:
+        pid = os.fork()
+        if pid == 0:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends it, whoever has the interpreter
+            signal.alarm(20)
+            try:
+                read(b"k")
+            except DamageError:
+                pass
+            finally:
+                os._exit(0)
+        assert os.waitpid(pid, 0)[1] == 0, read
+    place.item["cas"] = version
 
 
 def test_dead_class_lock_rebuilds_lists(place):

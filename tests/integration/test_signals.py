@@ -304,3 +304,29 @@ def test_a_lock_that_was_lost_is_a_warning_and_is_counted(cache):
     assert cache.stats()["locks_lost"] == 2
     with pytest.raises(errors.UsageError, match="twice"), cache.lock("l") as lock:
         lock.release()
+
+
+def test_a_child_of_a_handler_takes_no_lock_without_a_row(make):
+    """verify() waits for a stripe; a signal's handler forks, and the child goes on in verify()."""
+    cache = make(stripes=1, lock_limit=60)
+    cache.set("k", 1)
+    words = cache.views(writable=True).stripes["word"]
+    parent, children = os.getpid(), []
+
+    def handler(*_):
+        children.append(os.fork())
+        words[0] = 0
+
+    was = signal.signal(signal.SIGALRM, handler)
+    try:
+        with stripes_taken(cache):
+            signal.setitimer(signal.ITIMER_REAL, 0.2)
+            found = cache.verify()
+        if os.getpid() != parent:
+            rows = cache.segment.rows["pid"]
+            os._exit(found != [] or os.getpid() not in rows)
+    finally:
+        if os.getpid() != parent:
+            os._exit(1)
+        signal.signal(signal.SIGALRM, was)
+    assert found == [] and os.waitpid(children[0], 0)[1] == 0

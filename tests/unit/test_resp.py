@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import shmcache
-from shmcache.core import _text
+from shmcache.core import _resp, _text
 from shmcache.sidecar import acl, commands
 from tests.redis.inprocess import InProcess
 from tests.redis.resp import encode
@@ -371,3 +371,81 @@ def test_what_never_expired_does_not_begin_to(make):
         assert ask(server, client, "TTL a" if not change.startswith("RENAME") else "TTL b") == [b":-1"], change
     assert ask(server, client, "SET a 1", "TTL a", "APPEND new x", "TTL new", "MSETNX other 1", "TTL other")[1::2] == [b":50"] * 3
     server.close()
+
+
+# ---- stripes that are held, beside a clear() of another process
+
+
+def elsewhere(act):
+    """Done by another process."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            act()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.waitpid(pid, 0)[1] == 0
+
+
+@pytest.fixture
+def two_stripes(make):
+    """A cache of two stripes, an executor, keys of the first, keys of the second."""
+    cache = make("4M", stripes=2)
+    keys = ([], [])
+    counts = cache.views().stripes["count"]
+    for i in range(800):
+        before = int(counts[0])
+        cache.set(b"k%d" % i, b"old")
+        keys[int(counts[0]) == before].append(b"k%d" % i)
+    executor = _resp.Executor(cache, {}, impatient=False)
+    yield cache, executor, *keys
+    if executor.holds:
+        executor.release()
+    del counts, executor
+
+
+def test_a_count_never_goes_back_behind_a_clear(two_stripes):
+    """What is written to held stripes evicts from the others, where a newer epoch counts."""
+    cache, executor, held, others = two_stripes
+    counts = cache.views().stripes["count"]  # epoch << 32 | items
+    for i in range(6000):
+        cache.set(b"f%d" % i, b"x" * 900)
+    executor.hold(held)
+    elsewhere(cache.clear)
+    elsewhere(lambda: cache.set(others[0], b"z" * 900))
+    newest = int(counts[1]) >> 32
+    for key in held:
+        cache.set(key, b"y" * 900)
+    assert int(counts[1]) >> 32 == newest
+    del counts
+    executor.release()
+    assert cache.stats()["evictions"] > 0 and cache.verify() == []
+    elsewhere(cache.clear)
+    assert cache.get(others[0]) is None and len(cache) == 0
+
+
+def test_a_write_to_a_stripe_that_is_not_held_comes_after_the_clear(two_stripes):
+    cache, executor, held, others = two_stripes
+    executor.hold(held[:1])
+    elsewhere(cache.clear)
+    elsewhere(lambda: cache.set(others[0], 1))
+    cache.set(others[0], 2)
+    assert cache.add(others[1], 3) and not cache.add(others[0], 4)
+    elsewhere(lambda: cache.set(others[2], 5))
+    assert cache.incr(others[2], 1) == 6
+    executor.release()
+    assert [cache.get(key) for key in others[:3]] == [2, 3, 6] and len(cache) == 3
+
+
+def test_who_holds_stripes_clears_what_it_still_sees(two_stripes):
+    cache, executor, held, _ = two_stripes
+    executor.hold(held)
+    elsewhere(cache.clear)
+    assert cache.get(held[0]) == b"old"
+    assert sorted(cache) == sorted(held) and len(cache) == len(held)
+    cache.clear()
+    assert cache.get(held[0]) is None and list(cache) == [] and len(cache) == 0
+    cache.set(held[0], b"new")
+    executor.release()
+    assert cache.get(held[0]) == b"new" and len(cache) == 1
