@@ -87,24 +87,28 @@ class BackCache(StoredCache):
             state, _, seen = self._look(name)
             if state in (codec.FRESH, codec.STALE):
                 return False
-            if state == codec.NEGATIVE:  # in the place of just that: behind it another's value may have come, been stored, and evicted
-                if (yield from in_room(self, self._add_claimed, name, value, seen, ttl, refresh=True)):
+            if state == codec.NEGATIVE:
+                if (yield from self._added(name, value, seen, ttl, True)) is True:
                     return True
                 continue
             with Claims(self) as claims:
                 version = yield from self._claim(claims, name, deadline)
-                if version and version != DELETED:
-                    entry = (yield self._ask(self.store.load_many, [name])).get(name)
-                    self.count_store(loads=1, found=entry is not None)
-                    if entry is not None:
-                        self._filled(name, entry, version, None)
-                        return False
-                    if version > 0:
-                        added = yield from in_room(self, self._add_claimed, name, value, version, ttl)
-                    else:
-                        added = yield from in_room(self, super().add, name, value, ttl)
-                    if added:
-                        return True
+                if version == -1:  # a get_or_set of this very key asks for it, by its factory
+                    version = self.claim_version(name, True)
+                    if not version and _core.monotonic() > deadline:
+                        raise errors.StoreUnavailable("another caller has been busy with this key for too long: nothing was changed; try again")
+                if version > 0 and (told := (yield from self._added(name, value, version, ttl, False))) is not MISSING:
+                    return bool(told)
+
+    def _added(self, name: bytes, value: Any, version: int, ttl: Ttl, deleted: bool) -> Steps[Any]:
+        if not deleted:
+            entry = (yield self._ask(self.store.load_many, [name])).get(name)
+            self.count_store(loads=1, found=entry is not None)
+            if entry is not None:
+                self._filled(name, entry, version, None)
+                return False
+        # in the place of just that: behind it another's value may have come, been stored, and evicted
+        return (yield from in_room(self, self._add_claimed, name, value, version, ttl, refresh=deleted)) or MISSING
 
     @waiting
     def incr(self, key: Key, n: int = 1, *, default: int | None = None, ttl: Ttl = None) -> Steps[int]:

@@ -90,6 +90,11 @@ class Cache(_core.Table):
         """Store what was computed for a claim (refresh: a stale item) of this version: True if that is used up."""
         return version > 0 and terms.fill_claim(key, value, version, refresh)
 
+    def _lease_beside(self, key: bytes | str, answer: int) -> tuple[int, bool]:
+        """Of a key on which claim() gives no claim: the version of what stands there, which is the lease instead (0: nothing is stored), and
+        if it is a tombstone."""
+        return 0, False
+
     def memoize(
         self, ttl: float | timedelta | None = None, *, name: bytes | str | None = None, lease: float = flight.LEASE,
         stale_ttl: float | timedelta | None = None, early: float | bool = 0.0,

@@ -14,6 +14,9 @@ Race table
     claim vs claim            the stripe decides; the loser waits
     fill vs set / delete      set or delete first: the claim is gone, the fill is refused, its caller gets the computed value all the same
                               fill first: set replaces it, delete removes it
+    fill vs set / delete, in front of a store
+                              the same: what is computed is stored under a mark, or as dirty, in the place of exactly that claim (of a dead
+                              writer's mark, of a tombstone that is not stored yet). A row that another host has stored stays, and is cached
     fill vs take-over         a claim older than `lease` seconds is void: the late fill is refused
     the claimer dies          the kernel drops its row's lock; the next waiter to look takes over. A caller that ends without a
                               fill (its process lives) gives its claim back by the object that notes it (core/_claims.pyx)
@@ -207,6 +210,7 @@ def flushing(cache: Cache, timeout: float) -> Generator[Any, Any, None]:
 
 def flying(cache: Cache, key: bytes | str, lease: float, terms: Terms) -> Generator[Any, Any, Any]:
     """Steps of get_or_set()."""
+    deleted = False
     with claims().Claim(cache) as claim:
         while True:
             if terms.stale:
@@ -218,7 +222,10 @@ def flying(cache: Cache, key: bytes | str, lease: float, terms: Terms) -> Genera
                     if value is not MISSING:
                         return value
             version = claim.take(key, lease)
-            if version > 0 or version in (-4, -5):  # -4: who changes it in the store is dead; -5: deleted, which the store has not got yet
+            if version > 0:
+                break
+            if version in (-4, -5):  # -4: who changes it in the store is dead; -5: deleted, which the store has not got yet
+                version, deleted = cache._lease_beside(key, version)
                 break
             if version == -2:
                 return (yield COMPUTE)
@@ -232,7 +239,7 @@ def flying(cache: Cache, key: bytes | str, lease: float, terms: Terms) -> Genera
         terms.begin()
         value = yield COMPUTE
         terms.end()
-        if (yield from steps(cache._fill_computed, key, value, version, terms, False)):
+        if (yield from steps(cache._fill_computed, key, value, version, terms, deleted)):
             claim.drop()
         return value
 

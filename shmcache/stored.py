@@ -307,11 +307,22 @@ class StoredCache(Cache):
             raise errors.UsageError("in front of a store stale_ttl is the policy's, and tags are open()'s: leave them, and early, out here")
         return options
 
+    def _lease_beside(self, key: Key, answer: int) -> tuple[int, bool]:
+        if answer != DELETED:
+            return self.claim_version(key), False
+        state, _, seen = self._look(key)
+        return (seen, True) if state == codec.NEGATIVE else (0, False)
+
     @waiting
     def _fill_computed(self, key: Key, value: Any, version: int, terms: flight.Terms, refresh: bool) -> Steps[bool]:
         if is_own(key):
             return super()._fill_computed(key, value, version, terms, refresh)
-        return (yield from steps(self.add, key, value, terms.ttl))
+        return version > 0 and (yield from self._added(_core.key_bytes(key), value, version, terms.ttl, refresh)) is True
+
+    def _added(self, name: bytes, value: Any, version: int, ttl: Ttl, deleted: bool) -> Steps[Any]:
+        """Store a value in the place of a claim, a mark, or (deleted) a tombstone, if the store has none: True. False: it has one, which is
+        cached. MISSING: there is nothing of that version any more, so nothing is stored."""
+        raise NotImplementedError
 
     # ---- all of it ----
 

@@ -174,9 +174,12 @@ class ThroughCache(StoredCache):
         if is_own(key):
             return super().add(key, value, ttl, tags)
         no_tags(tags)
+        return bool((yield from self._added(_core.key_bytes(key), value, 0, ttl, False)))
+
+    def _added(self, name: bytes, value: Any, version: int, ttl: Ttl, deleted: bool) -> Steps[Any]:
         new = Entry(value, seconds_of(ttl))
         self.encoded(value)
-        return bool((yield from self._change(key, lambda was: (new, True) if was is None else (KEEP, False))))
+        return (yield from self._change(name, lambda was: (new, True) if was is None else (KEEP, False), version))
 
     @waiting
     def replace(self, key: Key, value: Any, ttl: Ttl = None, tags: Tags = None) -> Steps[bool]:

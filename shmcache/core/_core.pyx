@@ -1993,7 +1993,7 @@ cdef class Table:
         """Say that this thread is about to change a key in the store: whatever is there goes, readers miss, and nobody fills.
 
         Args: seconds: that the mark stands, also if this process dies: its write may be going on in the store. alone: nobody else is to
-        write meanwhile. version: if the key still has it.
+        write meanwhile. version: if the key still has it, or a claim of this process has, or the mark that stands there.
         Returns: (version, overlapped). The version is for fill_claim(), 0 if living threads' marks are in the way: of one that wants the
         key for itself; alone, of any; or of seven; -1: it has another version. overlapped: another's mark was there, so nobody knows what
         the store will have in the end. Who does not fill it calls end_mark().

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import gc
 import os
 import random
@@ -550,6 +551,28 @@ def test_what_the_store_raises_is_raised(front, store):
             assert cache.sync.claim_version("k") == 0
 
     run(main())
+
+
+@pytest.mark.parametrize("policy", ["through", "around", "back"])
+def test_what_was_computed_before_a_delete_that_has_returned_is_not_stored(awaited, store, policy):  # noqa: F811
+    cache = awaited(policy=shmcache.Policy(policy, flush_every=0.01), store=store)
+
+    async def factory():
+        await asyncio.create_task(cache.set("k", "newer"))
+        await asyncio.create_task(cache.delete("k"))
+        return "computed"
+
+    async def main():
+        assert await cache.get_or_set("k", factory) == "computed"
+        assert await cache.get("k") is None
+        await cache.flush()
+        assert row(store, b"k") is None
+        assert await cache.get_or_set("k", lambda: "next") == "next"
+        await cache.flush()
+        assert row(store, b"k") == "next"
+
+    with flushing(cache.sync, store) if policy == "back" else contextlib.nullcontext():
+        run(main())
 
 
 # ---- written back -------------------------------------------------------------------------------------------------------------------

@@ -930,6 +930,121 @@ def test_what_is_to_be_computed_does_not_wait_for_the_dead(over, hooked):
     assert cache["k"] == 5
 
 
+BETWEEN = {
+    "set and delete": lambda c: (c.set("k", "newer"), c.delete("k")),
+    "set, delete, stored": lambda c: (c.set("k", "newer"), c.delete("k"), c.flush()),
+    "delete": lambda c: c.delete("k"),
+    "set and pop": lambda c: (c.set("k", "newer"), c.pop("k")),
+    "invalidate": lambda c: c.invalidate("k"),
+}
+
+
+def computed_beside(cache, change):
+    """What get_or_set() gives if change(cache), by another thread, has returned while it computes."""
+
+    def factory():
+        thread, result = in_thread(change, cache)
+        thread.join(60)
+        assert not thread.is_alive()
+        assert not isinstance(result[0], Exception)
+        return "computed"
+
+    return cache.get_or_set("k", factory)
+
+
+def nothing_there(cache):
+    return (cache.get("k"), stored(cache, "k")) == (None, {})
+
+
+@pytest.mark.parametrize("between", BETWEEN)
+def test_what_was_computed_before_a_change_that_has_returned_is_not_stored(front, any_mode, hooked, between):
+    cache = front(hooked, any_mode)
+    if any_mode == "back" and between == "invalidate":
+        pytest.skip("says nothing of what is in the store, and leaves what is to come there")
+    assert computed_beside(cache, BETWEEN[between]) == "computed"
+    assert nothing_there(cache)
+    assert cache.get_or_set("k", lambda: "next") == "next"
+    assert (cache.get("k"), stored(cache, "k")) == ("next", {b"k": Entry("next")})
+
+
+def test_what_was_computed_over_a_tombstone_is_stored_in_the_place_of_just_that(make, hooked):
+    cache = make(policy="back", store=hooked)  # nobody stores
+    for change in (lambda c: None, BETWEEN["set and delete"]):
+        cache["k"] = "older"
+        assert cache.delete("k")
+        assert computed_beside(cache, change) == "computed"
+    assert cache.get("k") is None
+    assert cache.claim("k", 1) == -5
+    assert cache.get_or_set("k", lambda: "next") == "next"
+    assert cache["k"] == "next"
+
+
+@pytest.mark.parametrize("between", BETWEEN)
+def test_what_was_computed_beside_a_dead_writer_is_stored_if_nobody_has_written_since(over, hooked, between):
+    cache = over(hooked)
+    assert ended(marks_and_dies(cache, 60)) == -signal.SIGKILL
+    assert computed_beside(cache, BETWEEN[between]) == "computed"
+    assert nothing_there(cache)
+
+
+def test_a_handle_without_a_store_fills_no_mark_of_its_own_process(over, hooked):
+    cache = over(hooked)
+    hooked.before = lambda what, keys: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        cache.set("k", 1)  # nobody knows how it ended: the mark stands
+    hooked.before = lambda what, keys: None
+    with shmcache.attach(cache.name) as bare:
+        assert bare.claim("k", 1) == -4
+        assert bare.get_or_set("k", lambda: "computed") == "computed"
+    assert nothing_there(cache)
+
+
+def test_a_row_that_another_host_has_stored_meanwhile_stays_and_is_cached(front, any_mode, hooked):
+    cache = front(hooked, any_mode)
+    assert computed_beside(cache, lambda c: DictStore.store_many(hooked, {b"k": ("row", None)}, versions={b"k": 1})) == "computed"
+    hooked.calls.clear()
+    assert cache["k"] == "row"
+    assert hooked.calls == []
+    assert stored(cache, "k")[b"k"].value == "row"
+
+
+def test_a_factory_may_add_its_own_key(front, any_mode, hooked):
+    cache = front(hooked, any_mode)
+    assert cache.get_or_set("k", lambda: cache.add("k", "added") and "computed") == "computed"
+    assert (cache["k"], stored(cache, "k")) == ("added", {b"k": Entry("added")})
+    cache.delete("k")
+    cache.flush()
+
+    def overtaken(what, keys):  # behind its load, all of a life passes by
+        if what == "load" and threading.current_thread() is threading.main_thread() and not done:
+            done.append(in_thread(lambda: (cache.set("k", "newer"), cache.flush(), cache.invalidate("k")))[0])
+            done[0].join(60 if any_mode == "back" else 0)
+
+    done = []
+    assert cache.get_or_set("k", lambda: setattr(hooked, "after", overtaken) or (cache.add("k", "added"), "computed")[1]) == "computed"
+    done[0].join(60)
+    assert stored(cache, "k") == {b"k": Entry("newer")}
+
+
+def test_who_waits_for_what_is_computed_gets_it_and_a_write_in_between_is_not_waited_for(over, hooked):
+    cache = over(hooked, timeout=60)
+    gate = Gate(hooked, "delete")
+
+    def factory():
+        deletes.append(in_thread(cache.delete, "k")[0])
+        assert gate.reached.wait(60)
+        return "computed"
+
+    deletes = []
+    began = time.monotonic()
+    assert cache.get_or_set("k", factory) == "computed"
+    assert time.monotonic() - began < 50  # the delete has not ended
+    assert deletes[0].is_alive()
+    gate.opened.set()
+    deletes[0].join(60)
+    assert nothing_there(cache)
+
+
 def test_marks_are_not_evicted(over, hooked):
     cache = over(hooked)
     gate = Gate(hooked, "store")
