@@ -11,7 +11,8 @@ A file on which a write or a sync has failed is finished: the kernel may have dr
 tried every second. What was collected and not yet taken as drained is collected again, so with `always` nothing is lost; with the others
 what was written and not synced may be: that is counted as a gap, and a snapshot asked for, which heals it. While it fails, `always` refuses
 writers (header.log_failed_ms). The next file is begun only when there is room for some records, not just for its first bytes: else the log
-would go on, admit a write and fail again, and each of those writers would wait ten seconds.
+would go on, admit a write and fail again, and each of those writers would wait ten seconds. A file that was begun in vain is removed; one
+that the disk does not let go stays, with nothing or a HEAD in it, and the next has the next number.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ ROOM = 1 << 20  # bytes that the disk must have before a log that could not be w
 
 class AppendLog:
     """Args: policy: "no", "everysec" or "always". on_gap: called when a snapshot is needed. open_file: for tests with a disk of their own.
-    Raises: UsageError: the segment has no rings; OSError: the first file cannot be begun.
+    One whose first file cannot be begun has failed, and goes on as any other.
+    Raises: UsageError: the segment has no rings; OSError: the directory cannot be read.
     """
 
     def __init__(
@@ -72,8 +74,13 @@ class AppendLog:
             with contextlib.suppress(errors.DamagedFile):  # it is no file
                 datadir.sync_file(path)
         self.number = datadir.last_log_number(folder)
-        self.begin_file()
-        mark(cache, log_policy=POLICIES[policy], log_failed_ms=0, log_epoch=self.base_epoch)
+        try:
+            self.begin_file()
+        except OSError as e:
+            self.fail(e)
+        else:
+            mark(cache, log_failed_ms=0)
+        mark(cache, log_policy=POLICIES[policy], log_epoch=self.base_epoch)
         self.thread = threading.Thread(target=self.run, name="log", daemon=True)
         self.thread.start()
 
@@ -213,8 +220,13 @@ class AppendLog:
             self.writer.records(b"")  # says that what is before it was synced: damage there is no torn end
             os.fsync(self.file.fileno())
         number = self.number + 1
-        path = self.folder / fmt.log_name(number)
-        file = self.open_file(path)
+        while True:
+            path = self.folder / fmt.log_name(number)
+            try:
+                file = self.open_file(path)
+                break
+            except FileExistsError:  # begun when the disk failed, which then did not let it go: there is no record in it
+                number += 1
         try:
             if self.failed:
                 os.posix_fallocate(file.fileno(), 0, ROOM)
@@ -229,8 +241,10 @@ class AppendLog:
             writer.synced()
             datadir.sync_folder(self.folder)
         except BaseException:
-            file.close()
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                file.close()
+            with contextlib.suppress(OSError):
+                path.unlink()
             raise
         if self.file is not None:
             self.file.close()

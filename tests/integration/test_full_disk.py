@@ -177,6 +177,32 @@ def test_those_who_gave_up_leave_no_wishes(make, disk, monkeypatch):
             log.close()
 
 
+def test_a_log_that_begins_on_a_full_disk_refuses_at_once_and_goes_on(make, disk):
+    """A supervisor that ended instead would leave writers that wait ten seconds each."""
+    cache = make("16M", log_buffer="64K", max_processes=16)
+    with datadir.take(disk.path / "data") as folder:
+        AppendLog(cache, folder, "always").close()
+        disk.fill()
+        log = AppendLog(cache, folder, "always")
+        try:
+
+            def refused():
+                with pytest.raises(errors.LogFull):
+                    cache.set("k", 1)
+
+            assert elapsed(refused) < AT_ONCE
+            assert "k" not in cache
+            with pytest.raises(errors.LogFull):
+                log.rotate()
+            disk.empty()
+            until(lambda: not cache.durability()["log_failed"])
+            cache.set("k", 2)
+        finally:
+            log.close()
+        with restored(cache.name, folder) as after:
+            assert after["k"] == 2 and after.durability()["log_gaps"] == 0
+
+
 @pytest.mark.parametrize("policy", ["off", "no", "everysec", "always"])
 def test_a_supervisor_writes_its_snapshot_as_soon_as_there_is_room(name, disk, policy):
     argv = [sys.executable, "-m", "shmcache.cli", "supervise", name, "--size", "32M", "--data-dir", disk.path / "data", "--log", policy,
@@ -209,3 +235,27 @@ def test_a_supervisor_writes_its_snapshot_as_soon_as_there_is_room(name, disk, p
     with datadir.take(disk.path / "data") as folder, restored(name, folder) as after:
         assert len(after["before"]) == 300_000
         assert code in (0, 3, 4) and ("k" in after) == (code != 4)
+
+
+def test_a_supervisor_starts_on_a_full_disk(name, disk):
+    argv = [sys.executable, "-m", "shmcache.cli", "supervise", name, "--size", "16M", "--data-dir", disk.path / "data", "--log", "always"]
+    for full in (False, True):
+        with subprocess.Popen(argv, stderr=subprocess.PIPE, text=True) as process:
+            try:
+                while not (line := process.stderr.readline()).startswith("supervising"):
+                    assert line, "it ended"
+                with shmcache.attach(name) as cache:
+                    if full:
+                        with pytest.raises(errors.LogFull):
+                            cache.set("k", 2)
+                        disk.empty()
+                        until(lambda: not cache.durability()["log_failed"])
+                        cache.set("k", 3)
+                    else:
+                        cache.set("k", 1)
+            finally:
+                process.kill()
+        if not full:
+            disk.fill()
+    with datadir.take(disk.path / "data") as folder, restored(name, folder) as after:
+        assert after["k"] == 3

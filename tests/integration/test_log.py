@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -655,6 +656,48 @@ def test_a_full_disk_is_said_and_got_over(make, folder, policy, monkeypatch, cap
     _, after = restored(cache.name, folder)
     with after:
         assert after.get_many(["before", "during", "after"]) == {"before": 1, "during": 1, "after": 1}
+
+
+@pytest.mark.parametrize("left", ["nothing", "HEAD"])
+def test_a_file_that_a_failing_disk_does_not_let_go(make, folder, monkeypatch, left):
+    """As when it was mounted again, to be read only. The log goes on in the next one, and the error that is said is the disk's."""
+    cache = make("16M", log_buffer="64K", max_processes=16)
+    monkeypatch.setattr(appendlog, "RETRY", 0.05)
+    begun = []
+
+    def begin(path):
+        begun.append(path)
+        return Disk(path)
+
+    def fails(real):
+        def call(*args, **kwargs):
+            if Disk.broken:
+                raise OSError(Disk.broken, os.strerror(Disk.broken))
+            return real(*args, **kwargs)
+
+        return call
+
+    log = AppendLog(cache, folder, "everysec", open_file=begin)
+    try:
+        cache.set("before", 1)
+        log.sync()
+        monkeypatch.setattr(Path, "unlink", fails(Path.unlink))
+        if left == "HEAD":
+            monkeypatch.setattr(Disk, "write", lambda self, data: self.file.write(data))
+            monkeypatch.setattr(os, "fsync", fails(os.fsync))
+        monkeypatch.setattr(Disk, "broken", errno.EROFS)
+        cache.set("during", 1)
+        until(lambda: len(begun) > 3)
+        monkeypatch.setattr(Disk, "broken", 0)
+        until(lambda: not cache.durability()["log_failed"])
+        cache.set("after", 1)
+        log.sync()
+    finally:
+        log.close()
+    report, after = restored(cache.name, folder)
+    with after:
+        assert after.get_many(["before", "during", "after"]) == {"before": 1, "during": 1, "after": 1}
+        assert report["damaged"] == []
 
 
 # ---- the commands ------------------------------------------------------------------------------------------------------------------------
