@@ -26,7 +26,7 @@ from shmcache.core.layout cimport seg_t
 from shmcache.core.lock cimport wait_until
 from shmcache.core.siphash cimport siphash13
 from shmcache.core.table cimport claim_t, end_mark, remove_claim
-from shmcache.core.token cimport BUSY, INTR, OK, mono_ns
+from shmcache.core.token cimport BUSY, INTR, OK, getpid, mono_ns
 
 from shmcache import errors
 from shmcache.core._core import key_bytes, monotonic
@@ -34,6 +34,7 @@ from shmcache.core._core import key_bytes, monotonic
 cdef extern from "Python.h":
     int PyErr_WarnEx(object category, const char* message, Py_ssize_t stack_level) except -1
     object PyWeakref_NewRef(object o, object callback)
+    void PyErr_WriteUnraisable(object where)
 
 cdef enum:
     GONE = -100         # of put_back(): it is another's, or of another life of this process
@@ -259,6 +260,7 @@ cdef class Lock(Held):
     It is an item that is never evicted and that clear() leaves alone. One Lock object is for one caller at a time. Made by Cache.lock().
     """
     cdef double ttl
+    cdef int pid                    # that took it
     cdef object waits
     cdef object in_vain
 
@@ -276,6 +278,7 @@ cdef class Lock(Held):
         while True:
             rc = self.claim(self.ttl, True)
             if rc > 0:
+                self.pid = getpid()
                 if self.table.mapping is not None:
                     (<Mapping>self.table.mapping).note_lock(self.key, self.version, self.ttl)
                 return True
@@ -322,11 +325,19 @@ cdef class Lock(Held):
             if kind is None:
                 self.release()
             return
+        if self.pid != getpid():        # a fork child leaves its parent's block: the lock is the parent's, and stands
+            self.version = 0
+            return
         rc = self.put_back()
         if rc == BUSY and kind is None:
             fail(rc)
         if rc != OK and rc != BUSY:
             if self.table.s != NULL:
                 add64(&self.table.ready().row.locks_lost, 1)
-            PyErr_WarnEx(errors.LockLost, b"the lock was not held any more when its block ended (its ttl was over, or all handles were "
-                         b"closed): others may have been in the block; give it more time, or none", 1)
+            try:
+                PyErr_WarnEx(errors.LockLost, b"the lock was not held any more when its block ended (its ttl was over, or all handles were "
+                             b"closed): others may have been in the block; give it more time, or none", 1)
+            except Warning as e:        # a filter makes an error of it: the block's own goes first
+                if kind is None:
+                    raise
+                PyErr_WriteUnraisable(self)

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-import time
 import weakref
-from types import BuiltinFunctionType
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -21,6 +19,7 @@ if TYPE_CHECKING:
 
 _numbers: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 _count = itertools.count(1)
+PATCHERS = (("gevent", "gevent.monkey", "is_module_patched"), ("eventlet", "eventlet.patcher", "is_monkey_patched"))
 
 
 def number() -> int:
@@ -47,15 +46,14 @@ def sleep_of_greenlets() -> Callable[[float], object] | None:
     """The sleep in which other greenlets of this thread run; None: there is none here."""
     if task() is not None:
         return None
-    if not isinstance(time.sleep, BuiltinFunctionType):  # gevent or eventlet has put its own in its place
-        return time.sleep
-    if greenlet() is not None:
-        for name in ("gevent", "eventlet"):
-            if name in sys.modules:
-                sleep: Callable[[float], object] = sys.modules[name].sleep
-                return sleep
+    sleep: Callable[[float], object]
+    for name, patcher, asks in PATCHERS:  # not what time.sleep is: a test may have put anything there
+        patched = getattr(sys.modules.get(patcher), asks, None)
+        if patched is not None and patched("time"):
+            sleep = sys.modules[name].sleep
+            return sleep
+    for name, _, _ in PATCHERS:
+        if name in sys.modules and greenlet() is not None:
+            sleep = sys.modules[name].sleep
+            return sleep
     return None
-
-
-def sleep(seconds: float) -> None:
-    (sleep_of_greenlets() or time.sleep)(seconds)

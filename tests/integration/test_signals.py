@@ -7,6 +7,7 @@ import gc
 import os
 import random
 import signal
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,10 @@ LOCK = flight.LOCK_PREFIX + b"l"
 
 
 class Struck(Exception):
+    pass
+
+
+class Forked(Exception):
     pass
 
 
@@ -279,6 +284,36 @@ def test_signals_do_not_lengthen_the_wait_of_giving_back(make, strike):
     signal.setitimer(signal.ITIMER_REAL, 0.05, 0.05)
     with stripes_taken(cache), pytest.raises(errors.StripeBusy):
         lock.release()
+
+
+@pytest.mark.filterwarnings("error")
+def test_where_warnings_are_errors_a_lost_lock_does_not_hide_what_the_block_raised(cache, monkeypatch):
+    unraisable = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda said: unraisable.append(said.exc_type))
+    for raised, expected in (ZeroDivisionError, ZeroDivisionError), (None, errors.LockLost):
+        with pytest.raises(expected), cache.lock("l", ttl=0.001):
+            while cache.claim_version(LOCK):
+                pass
+            if raised:
+                raise raised
+    assert unraisable == [errors.LockLost]
+    assert cache.stats()["locks_lost"] == 2
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_fork_child_that_leaves_its_parents_block_has_lost_nothing(cache):
+    with contextlib.suppress(Forked), cache.lock("l"):
+        if (pid := os.fork()) == 0:
+            cache.get("k")  # it has a row of its own
+            raise Forked
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert cache.claim_version(LOCK)
+        assert cache.stats()["locks_lost"] == 0
+        pid = 1
+    if pid == 0:
+        os._exit(0)
+    with cache.lock("l"):
+        pass
 
 
 def test_a_lock_that_was_lost_is_a_warning_and_is_counted(cache):
