@@ -13,10 +13,14 @@ Until then the keys that it writes are held: another write of them, here or in a
 
 Race table, of a call in a thread: `left` and `done` are decided under its lock
     cancel vs begin          cancel first: the call is never made, its marks and claims are given back. Begin first: as it runs
+    too late vs begin        too late first: the call is never made, its task gets StoreUnavailable. Begin first: as it runs
     cancel vs end            cancel first: the thread goes through the rest. End first: the task does, and is cancelled then
     the loop is closed       its callbacks do not run: the thread goes through the rest
     the task is collected    as cancelled
     a held mark vs end       the end takes the mark away, or the mark is held until then
+    a later write vs the rest      written back there is no mark: the rest ends before its next write (flight.py: BEGIN). What it loaded it
+                             fills in the place of its claim alone, which the later write has voided
+    a handler raises while a call begins     as cancelled: the call is there before it is queued, and left whatever was raised behind that
 Crash: the process is dead, and its marks and claims are the dead's.
 """
 
@@ -25,13 +29,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
-import sys
 from typing import TYPE_CHECKING, Any
 
 from shmcache import cache as cache_module
-from shmcache import flight, segment
-from shmcache.core import _core
-from shmcache.threads import Threads, wake
+from shmcache import errors, flight, segment
+from shmcache.core import _claims, _core
+from shmcache.threads import Job, Threads, wake
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Generator, Iterable, Mapping
@@ -182,21 +185,24 @@ class Cache:
     async def lock(self, name: Key, ttl: float | None = None, timeout: float | None = None) -> AsyncIterator[None]:
         """`async with cache.lock("report", ttl=30): ...`: a lock that all tasks, threads and processes of the host share.
 
-        Raises: TimeoutError: it was not to be had for timeout seconds. Warns: LockLost: the block ended after its ttl.
+        Raises: TimeoutError: it was not to be had for timeout seconds; UsageError: this task holds it, or the thread that runs this loop
+        does. Warns: LockLost: the block ended after its ttl.
         """
         held = self.sync.lock(name, ttl)
         key = flight.LOCK_PREFIX + _core.key_bytes(name)
-        async with asyncio.timeout(timeout):
-            wait = flight.FIRST_WAIT
-            while not held.acquire(blocking=False):
-                wait = await self._pause(key, wait)
         try:
-            yield
+            with _claims.Giving(held):
+                async with asyncio.timeout(timeout):
+                    wait = flight.FIRST_WAIT
+                    while not held.acquire(blocking=False):
+                        if held.beneath:
+                            raise errors.UsageError(
+                                "the thread that runs this event loop holds the lock, and goes on only when the loop has ended"
+                            )
+                        wait = await self._pause(key, wait)
+                yield
         finally:
-            try:
-                held.__exit__(*sys.exc_info())
-            finally:
-                self._wake(key)
+            self._wake(key)
 
     # ---- life ----
 
@@ -235,6 +241,11 @@ class Cache:
                 finally:
                     failed = None
                 answer = None
+                if asked is flight.BEGIN:
+                    continue
+                if asked is flight.WAIT_BENEATH:  # for the thread that runs this loop: in vain
+                    answer = True
+                    continue
                 if asked is flight.WAIT or asked is flight.WAIT_HERE:
                     wait = await self._pause(name, wait)
                     continue
@@ -245,14 +256,21 @@ class Cache:
                     if inspect.isawaitable(answer):
                         answer = await answer
                     continue
-                job = self._threads.begin(steps, asked)
+                job = Job(steps, asked)
+                late = asyncio.get_running_loop().call_later(asked.latest - _core.monotonic(), self._threads.call_off, job)
                 try:
+                    self._threads.begin(job)
                     await job.ended
                 except BaseException:
                     left = job.leave()
-                    if left and not self.sync.closed:  # other writes of these keys come after this one
-                        cache_module.each(asked.keys, self.sync._hold_mark)
+                    if not left:
+                        self._threads.forget(job)
+                    elif not self.sync.closed:  # other writes of these keys come after this one
+                        with contextlib.suppress(errors.StripeBusy):  # its mark stands all the same; what was raised is the task's
+                            cache_module.each(asked.keys, self.sync._hold_mark)
                     raise
+                finally:
+                    late.cancel()
                 answer, failed = job.take()
         finally:
             if not left:

@@ -9,7 +9,7 @@ from shmcache import codec, errors
 from shmcache.core import _core
 from shmcache.core._claims import Claims
 from shmcache.flight import flushing, in_room, steps
-from shmcache.stored import DELETED, MISSING, StoredCache, no_tags, seconds_of, waiting
+from shmcache.stored import MISSING, StoredCache, no_tags, seconds_of, waiting
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -96,7 +96,9 @@ class BackCache(StoredCache):
                 if version == -1:  # a get_or_set of this very key asks for it, by its factory
                     version = self.claim_version(name, True)
                     if not version and _core.monotonic() > deadline:
-                        raise errors.StoreUnavailable("another caller has been busy with this key for too long: nothing was changed; try again")
+                        raise errors.StoreUnavailable(
+                            "another caller has been busy with this key for too long: nothing was changed; try again"
+                        )
                 if version > 0 and (told := (yield from self._added(name, value, version, ttl, False))) is not MISSING:
                     return bool(told)
 

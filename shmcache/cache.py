@@ -91,8 +91,8 @@ class Cache(_core.Table):
         return version > 0 and terms.fill_claim(key, value, version, refresh)
 
     def _lease_beside(self, key: bytes | str, answer: int) -> tuple[int, bool]:
-        """Of a key on which claim() gives no claim: the version of what stands there, which is the lease instead (0: nothing is stored), and
-        if it is a tombstone."""
+        """Of a key on which claim() gives no claim: the version of what stands there, which is the lease instead (0: nothing is
+        stored), and if it is a tombstone."""
         return 0, False
 
     def memoize(

@@ -68,7 +68,10 @@ MOST_EARLY_MS = (1 << 32) - 1
 MISSING: Any = object()
 WAIT: Any = object()
 WAIT_HERE: Any = object()
+WAIT_BENEATH: Any = object()
+WAITS = {-6: WAIT_HERE, -7: WAIT_BENEATH}  # by what claim() says; else WAIT
 COMPUTE: Any = object()
+BEGIN: Any = object()
 _claims: Any = None
 
 
@@ -146,10 +149,11 @@ def get_or_set(cache: Cache, key: bytes | str, factory: Callable[[], Any], lease
 
 
 # Steps: a generator that does one operation, and yields what its driver has to do for it: WAIT, a moment; WAIT_HERE, for another caller of
-# this thread, which has to run meanwhile: it is sent True if it cannot; COMPUTE: call the factory; or something to call (a store's call),
-# whose result it is sent, or the exception thrown. run() is the driver that sleeps, aio.py has the one that awaits. Steps hold marks and
-# claims by the `with` blocks of core/_claims.pyx. A driver closes its steps, by such a block, too: else what they hold would stay held for
-# as long as a traceback has its frame.
+# this thread, which has to run meanwhile: it is sent True if it cannot; WAIT_BENEATH, for the thread that runs this task or greenlet, the
+# same; COMPUTE: call the factory; BEGIN: nothing, a write comes next, which is not to be made for a caller that has left; or something to
+# call (a store's call), whose result it is sent, or the exception thrown. run() is the driver that sleeps, aio.py has the one that awaits.
+# Steps hold marks and claims by the `with` blocks of core/_claims.pyx. A driver closes its steps, by such a block, too: else what they hold
+# would stay held for as long as a traceback has its frame.
 
 
 def run(steps: Generator[Any, Any, T], factory: Callable[[], Any] | None = None) -> T:
@@ -166,9 +170,12 @@ def run(steps: Generator[Any, Any, T], factory: Callable[[], Any] | None = None)
             finally:
                 failed = None
             answer = None
-            if asked is WAIT_HERE and waits_in_vain():
+            if asked is BEGIN:
+                continue
+            here = asked is WAIT_HERE or asked is WAIT_BENEATH
+            if here and waits_in_vain():
                 answer = True
-            elif asked is WAIT or asked is WAIT_HERE:
+            elif here or asked is WAIT:
                 next(pause)
             elif asked is COMPUTE:
                 assert factory is not None
@@ -193,6 +200,7 @@ def in_room(cache: Cache, call: Callable[..., T], *args: Any, **keywords: Any) -
     """Steps of a write of one key that waits, in write-back, until there is room for a dirty item. Raises: StoreUnavailable."""
     until = _core.monotonic() + ROOM_WAIT
     while True:
+        yield BEGIN
         try:
             return cache._at_once(call, *args, **keywords)
         except _core.WouldWait as e:
@@ -231,7 +239,7 @@ def flying(cache: Cache, key: bytes | str, lease: float, terms: Terms) -> Genera
             if version == -2:
                 return (yield COMPUTE)
             if version:  # another's; or somebody changes the key in the store
-                if (yield WAIT_HERE if version == -6 else WAIT):
+                if (yield WAITS.get(version, WAIT)):
                     return (yield COMPUTE)
             else:
                 value, seen = yield from steps(cache.gets, key)  # not get: that may miss early again

@@ -50,17 +50,17 @@ def waiting(of: Callable[Concatenate[S, P], Steps[T]]) -> Callable[Concatenate[S
 class Call(Generic[T]):
     """A step: a call of the store. It takes its time: a driver that has others to serve makes it in a thread.
 
-    Args: marks: of the keys that it changes, which are told if it is known how it ended. Attributes: keys: those.
+    Args: marks: of the keys that it changes, which are told if it is known how it ended. Attributes: keys: those. latest.
     Raises: StoreUnavailable: it begins later than `latest` (monotonic), when the claims and marks that stand for it might end before it.
     """
 
-    __slots__ = ("_call", "_latest", "_marks", "keys")
+    __slots__ = ("_call", "_marks", "keys", "latest")
 
     def __init__(self, call: Callable[[], T], latest: float, keys: Iterable[bytes], marks: Marks | None) -> None:
-        self._call, self._latest, self.keys, self._marks = call, latest, keys, marks
+        self._call, self.latest, self.keys, self._marks = call, latest, keys, marks
 
     def __call__(self) -> T:
-        if _core.monotonic() > self._latest:
+        if _core.monotonic() > self.latest:
             raise errors.StoreUnavailable("this call of the store came to its turn too late: it was not made; try again")
         return self._call() if self._marks is None else told(self._marks, self._call)
 
@@ -181,7 +181,7 @@ class StoredCache(Cache):
             if version in (-2, -4):  # the load of this very key asks for it; its writer is dead
                 return -1
             if _core.monotonic() < deadline:
-                if (yield flight.WAIT_HERE if version == -6 else flight.WAIT):
+                if (yield flight.WAITS.get(version, flight.WAIT)):
                     return -1
             elif version == -3:
                 return -1

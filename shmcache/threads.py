@@ -7,6 +7,7 @@ interpreter wait for calls whose tasks have left. A call here waits for nothing 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import os
 import sys
@@ -29,34 +30,43 @@ class Threads:
 
     def __init__(self) -> None:
         self._pid = os.getpid()
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()  # taken by itself: no handler runs between `with` and the block, as one does in a Condition's
+        self._changed = threading.Condition(self._lock)
         self._jobs: deque[Job] = deque()
         self._n = self._idle = 0  # threads; those of them that wait for a job
 
-    def begin(self, steps: Generator[Any, Any, Any], call: Callable[[], Any]) -> Job:
-        """Queue a call that those steps have asked for; called in an event loop."""
+    def begin(self, job: Job) -> None:
+        """Queue a call; called in an event loop. If it raises (a signal's handler, say) the call may be queued, or made: leave() it."""
         if self._pid != os.getpid():
             self.__init__()  # type: ignore[misc]
-        job = Job(steps, call)
-        with self._changed:
+        with self._lock:
             self._jobs.append(job)
             if self._idle >= len(self._jobs):
                 self._changed.notify()
-                return job
-            if self._n == MOST:
-                return job
-            self._n += 1
+                return
+            if self._n >= MOST:
+                return
         try:
             threading.Thread(target=self._work, name="shmcache-store", daemon=True).start()
-        except BaseException:
-            with self._changed:
-                self._n -= 1
-                if self._n == 0:
-                    self._jobs.remove(job)
-                    raise
-        return job
+        except RuntimeError:  # no more threads: one of those that are there comes to it
+            if not self._n:
+                raise
+
+    def forget(self, job: Job) -> None:
+        """A call that is not to be made any more."""
+        with self._lock, contextlib.suppress(ValueError):  # a thread has it in its hands, and sees that, too
+            self._jobs.remove(job)
+
+    def call_off(self, job: Job) -> None:
+        """It is too late for a call that has not begun; called in its loop."""
+        if job.call_off():
+            self.forget(job)
 
     def _work(self) -> None:
+        with self._lock:
+            if self._n >= MOST:
+                return  # several were started before the first of them was counted
+            self._n += 1
         while (job := self._next()) is not None:
             try:
                 job.run()
@@ -65,7 +75,7 @@ class Threads:
             del job
 
     def _next(self) -> Job | None:
-        with self._changed:
+        with self._lock:
             self._idle += 1
             self._changed.wait_for(lambda: self._jobs, IDLE)
             self._idle -= 1
@@ -96,7 +106,7 @@ class Job:
     def run(self) -> None:
         """In a thread."""
         with self._lock:
-            if self._left:
+            if self._left or self._failed is not None:
                 return
             self._begun = True
         try:
@@ -115,6 +125,15 @@ class Job:
                     self._left = True
         if mine:
             self._go_through()
+
+    def call_off(self) -> bool:
+        """Raise StoreUnavailable in its task, if it has not begun: has it not?"""
+        with self._lock:
+            if self._begun or self._left:
+                return False
+            self._failed = too_late()
+        wake(self.ended)
+        return True
 
     def take(self) -> tuple[Any, BaseException | None]:
         """What the call returned, or raised."""
@@ -145,6 +164,10 @@ class Job:
         except (StopIteration, errors.ShmcacheError):
             return  # through; an error is its task's, which has left. The store's are counted
         self._steps.close()
+
+
+def too_late() -> errors.StoreUnavailable:
+    return errors.StoreUnavailable("this call of the store came to its turn too late: it was not made; try again")
 
 
 def wake(future: asyncio.Future[None]) -> None:

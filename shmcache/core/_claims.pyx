@@ -34,6 +34,7 @@ from shmcache.core._core import key_bytes, monotonic
 cdef extern from "Python.h":
     int PyErr_WarnEx(object category, const char* message, Py_ssize_t stack_level) except -1
     object PyWeakref_NewRef(object o, object callback)
+    void PyErr_SetObject(object kind, object value)
     void PyErr_WriteUnraisable(object where)
 
 cdef enum:
@@ -263,6 +264,7 @@ cdef class Lock(Held):
     cdef int pid                    # that took it
     cdef object waits
     cdef object in_vain
+    cdef readonly bint beneath      # it was not taken: the thread beneath this caller's event loop holds it
 
     def __init__(self, Table table, bytes key not None, double ttl, waits, in_vain):
         self.key = key
@@ -273,20 +275,28 @@ cdef class Lock(Held):
     cdef bint acquired(self, bint blocking, object timeout) except -1:
         cdef object pause = None, deadline = None if timeout is None else monotonic() + timeout
         cdef int64_t rc
+        cdef uint64_t noted
         if self.version and self.owned():
             raise errors.UsageError("this Lock is held already: it is not re-entrant, and each caller is to make one of its own")
         while True:
-            rc = self.claim(self.ttl, True)
-            if rc > 0:
-                self.pid = getpid()
-                if self.table.mapping is not None:
-                    (<Mapping>self.table.mapping).note_lock(self.key, self.version, self.ttl)
-                return True
+            noted = self.version
+            try:
+                rc = self.claim(self.ttl, True)
+                if rc > 0:
+                    self.pid = getpid()
+                    if self.table.mapping is not None:
+                        (<Mapping>self.table.mapping).note_lock(self.key, self.version, self.ttl)
+                    return True
+            except:                 # a handler's, say: the caller does not learn that it was taken
+                if self.version != noted:
+                    self.put_back()
+                raise
+            self.beneath = rc == -7
             if rc == -2:
                 raise errors.UsageError("this thread, task or greenlet holds the lock already, by another Lock object: it is not re-entrant")
             if not blocking:
                 return False
-            if rc == -6 and self.in_vain():
+            if rc in (-6, -7) and self.in_vain():
                 raise errors.UsageError("a task or greenlet of this thread holds the lock, and cannot give it back while this call waits: await "
                                         "shmcache.aio's lock in tasks; let gevent or eventlet patch time.sleep")
             if pause is None:
@@ -340,4 +350,21 @@ cdef class Lock(Held):
             except Warning as e:        # a filter makes an error of it: the block's own goes first
                 if kind is None:
                     raise
+                PyErr_SetObject(type(e), e)
                 PyErr_WriteUnraisable(self)
+
+
+cdef class Giving:
+    """Gives back at the end of a `with` block the lock that was acquired in it, if it was."""
+    cdef Lock lock
+
+    def __cinit__(self, Lock lock not None):
+        self.lock = lock
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        """Warns: LockLost."""
+        if self.lock.version:
+            self.lock.__exit__(kind, error, trace)

@@ -159,14 +159,12 @@ def monotonic():
 cdef uint64_t task_or_greenlet() except? 0:
     """The number of the asyncio task or greenlet that runs; 0: neither. Who loads neither module pays two look-ups."""
     global owner_number
-    if acts_for:
-        return acts_for
     if "asyncio" not in modules and "greenlet" not in modules:
-        return 0
+        return acts_for
     if owner_number is None:
         from shmcache.core.owner import number
         owner_number = number
-    return owner_number()
+    return owner_number() or acts_for
 
 
 def caller_number():
@@ -175,7 +173,8 @@ def caller_number():
 
 
 def acting_for(uint64_t number, call):
-    """call() by this thread in the place of that task or greenlet: what that has claimed is this one's own."""
+    """call() by this thread in the place of that task or greenlet: what that has claimed is this one's own. Tasks and greenlets that call()
+    runs in this thread are callers of their own."""
     global acts_for
     cdef uint64_t before = acts_for
     acts_for = number
@@ -1911,7 +1910,8 @@ cdef class Table:
         Returns: the claim's version, above 0; 0: a value is there; -1: another living caller's claim stands, or (write-back) a restore has
         not put in yet what the store has not got; -2: this caller's own; -3: somebody changes it in the store (mark()); -4: did, and is
         dead or does not know how it ended; -5: it was deleted, and the store does not know yet; -6: as -1, and that caller is a task or
-        greenlet of this very thread, or the thread itself beneath them: it goes on only if this caller lets it run.
+        greenlet of this very thread: it goes on only if this caller lets it run; -7: as -1, and that caller is beneath this one: this very
+        thread (or the task in whose place it acts), which runs this one's event loop, or is the main greenlet.
         A claim of the dead is taken over. Whoever sets, deletes or (but for a lock) clears the key voids it.
         """
         cdef uint64_t version = 0
@@ -1948,7 +1948,9 @@ cdef class Table:
                 if whose.token == mine.token:
                     if whose.owner == mine.owner and (mine.owner or whose.thread == mine.thread):
                         return -2
-                    return -6 if whose.thread == mine.thread else -1
+                    if whose.owner:
+                        return -7 if whose.owner == acts_for else -6 if whose.thread == mine.thread else -1
+                    return -7 if whose.thread == mine.thread else -1
                 if not dead(s, whose.token):
                     return -1
             elif unlikely(ld32(&s.header.restoring) == NAMESPACES_FIRST) and writes_back(s, op.key):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import dis
 import gc
+import itertools
 import os
 import random
 import signal
@@ -17,7 +19,7 @@ import time
 import pytest
 
 import shmcache
-from shmcache import errors, threads
+from shmcache import errors, flight, threads
 from tests.integration.test_aio import awaited, run  # noqa: F401
 from tests.integration.test_policy import Gate, Hooked, down, flushing
 from tests.integration.test_processes import child, ended
@@ -194,6 +196,50 @@ def test_a_call_that_comes_to_its_turn_too_late_is_not_made(front, store, monkey
 
     run(main())
     assert row(store, b"n") is None
+
+
+def test_a_call_that_gets_no_thread_in_time_says_so(front, store, monkeypatch):
+    """Not when a thread is free at last: the store may hang."""
+    monkeypatch.setattr(threads, "MOST", 1)
+    monkeypatch.setattr(shmcache.stored, "GRACE", 0.2)
+    cache = front(timeout=0.2)
+    gate = Gate(store, "load")
+
+    async def main():
+        first = asyncio.create_task(cache.get("hangs"))
+        await reached(gate)
+        for call in (cache.get("k"), cache.set("k", 1), cache.incr("n", default=1)):
+            with pytest.raises(errors.StoreUnavailable, match="too late"):
+                async with asyncio.timeout(SOON):
+                    await call
+        assert [cache.sync.claim_version(key) for key in "kn"] == [0, 0]
+        assert not cache._threads._jobs
+        gate.opened.set()
+        await first
+
+    run(main())
+    assert store.values() == {}
+
+
+def test_a_cancelled_call_that_has_not_begun_is_forgotten(front, store, monkeypatch):
+    monkeypatch.setattr(threads, "MOST", 1)
+    cache = front()
+    gate = Gate(store, "load")
+
+    async def main():
+        first = asyncio.create_task(cache.get("hangs"))
+        await reached(gate)
+        for i in range(100):
+            task = asyncio.create_task(cache.set(f"k{i}", i))
+            await asyncio.sleep(0)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        assert not cache._threads._jobs
+        gate.opened.set()
+        await first
+
+    run(main())
 
 
 # ---- cancelled ----------------------------------------------------------------------------------------------------------------------
@@ -463,11 +509,50 @@ def test_a_cancellation_that_comes_with_the_end_of_a_call(front, store):
     run(main())
 
 
+CHANGES = {
+    "delete": lambda cache: cache.delete("k"), "delete_many": lambda cache: cache.delete_many(["k", "j"]), "pop": lambda cache: cache.pop("k"),
+    "touch": lambda cache: cache.touch("k", 0), "replace": lambda cache: cache.replace("k", "cancelled"),
+    "incr": lambda cache: cache.incr("k", 1, default=5), "add": lambda cache: cache.add("k", "cancelled"),
+    "get_or_set": lambda cache: cache.get_or_set("k", lambda: "cancelled"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("change", CHANGES)
+def test_of_a_cancelled_change_nothing_more_is_written_back(awaited, store, change, there):  # noqa: F811
+    """It loads first, and the thread that loads goes through the rest: not over what was acknowledged meanwhile."""
+    cache = awaited(policy="back", store=store)
+    if there:
+        store.rows[b"k"] = (store.codec.encode(1), None, 0)
+    gate = Gate(store, "load")
+
+    async def main():
+        first = asyncio.create_task(CHANGES[change](cache))
+        await reached(gate)
+        first.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        if change in ("incr", "add", "get_or_set"):  # which write where there is nothing
+            assert not await cache.delete("k") or there
+            expected = None
+        else:
+            await cache.set("k", "acknowledged")
+            expected = "acknowledged"
+        gate.opened.set()
+        while cache._threads._idle < cache._threads._n or cache._threads._jobs:
+            await asyncio.sleep(0.001)
+        assert await cache.get("k") == expected
+
+    run(main())
+
+
 @pytest.mark.parametrize("n_threads", [2, 32])
+@pytest.mark.parametrize("front", ["through", "around", "back"], indirect=True)
 def test_what_is_acknowledged_holds_whatever_was_cancelled_before(front, store, monkeypatch, n_threads):
     """One user a key, who gives up at random: nothing of what it gave up comes after what it did next."""
     monkeypatch.setattr(threads, "MOST", n_threads)
     cache = front(timeout=60)
+    back = cache.sync.policy.mode == "back"  # in which the store has it later
     rng = random.Random(7)
     store.before = store.after = lambda what, keys: time.sleep(rng.choice((0, 0, 0.0005, 0.002)))  # in the threads of the store
     ends = {"cancelled": 0, "acknowledged": 0}
@@ -496,7 +581,8 @@ def test_what_is_acknowledged_holds_whatever_was_cancelled_before(front, store, 
             else:
                 sure, maybe = value, []
             if not maybe:
-                assert await cache.get(key) == sure == store.values().get(key.encode())
+                assert await cache.get(key) == sure
+                assert back or sure == store.values().get(key.encode())
 
     def outcomes(sure, maybe):
         """Each of those given up was done, or was not; in their order, for each waited for the one before."""
@@ -506,12 +592,130 @@ def test_what_is_acknowledged_holds_whatever_was_cancelled_before(front, store, 
         return values
 
     async def main():
-        await asyncio.gather(*(user(f"k{i}") for i in range(8)))
-        while any(cache.sync.claim_version(f"k{i}") for i in range(8)):
+        n_users = 80 if back else 8  # once a key is written it is there, and nothing is waited for
+        await asyncio.gather(*(user(f"k{i}") for i in range(n_users)))
+        while any(cache.sync.claim_version(f"k{i}") for i in range(n_users)):
             await asyncio.sleep(0.001)
 
     run(main())
     assert min(ends.values()) > 50
+
+
+# ---- a handler raises ---------------------------------------------------------------------------------------------------------------
+
+
+class Struck(BaseException):
+    pass
+
+
+def where_handlers_run(code):
+    """Offsets of the bytecodes before which CPython may run a signal's handler: behind calls, and where a function or a loop begins."""
+    pairs = itertools.pairwise(dis.get_instructions(code))
+    return {after.offset for before, after in pairs if before.opname.startswith(("CALL", "RESUME", "JUMP_BACKWARD"))}
+
+
+def strike_at(n, ours):
+    """Raise Struck where a handler may run for the n-th time in ours, (file, function) each; () -> did it?"""
+    seen = []
+
+    def trace(frame, event, arg):
+        if (frame.f_code.co_filename, frame.f_code.co_name) in ours:
+            frame.f_trace_opcodes = True
+            if event == "opcode" and frame.f_lasti in where_handlers_run(frame.f_code):
+                seen.append(1)
+                if len(seen) == n:
+                    sys.settrace(None)
+                    raise Struck
+        return trace
+
+    sys.settrace(trace)
+    return lambda: len(seen) >= n
+
+
+@pytest.mark.parametrize("warm", [True, False])
+def test_a_handler_that_raises_while_a_call_begins(awaited, store, monkeypatch, warm):  # noqa: F811
+    """It is raised on, the next write is the later one, and threads are counted as they are. warm: a thread is there, and waits."""
+    monkeypatch.setattr(threads, "IDLE", 1.0)
+    cache = awaited(policy=shmcache.Policy("through", timeout=60), store=store)
+    struck = []
+
+    def slow(what, keys):
+        if what == "store" and struck == [False]:
+            time.sleep(0.002)  # in a thread: still there when the next write comes
+
+    store.before = slow
+
+    async def main():
+        n = 0
+        while True:
+            n += 1
+            cache._threads = threads.Threads()
+            if warm:
+                await cache.set("warm", n)
+            struck[:] = [False]
+            did = strike_at(n, [(shmcache.aio.__file__, "_driven"), (threads.__file__, "begin"), (threading.__file__, "start")])
+            try:
+                await cache.set("k", "interrupted")
+            except Struck:
+                struck[:] = [True]
+            finally:
+                sys.settrace(None)
+            if not did():
+                return n
+            assert struck == [True], f"swallowed at {n}"
+            async with asyncio.timeout(SOON):
+                await cache.set("k", n)
+                while cache._threads._idle < cache._threads._n or cache._threads._jobs:
+                    await asyncio.sleep(0)
+            assert await cache.get("k") == row(store, b"k") == n
+            assert cache._threads._n <= 2
+
+    assert run(main()) > 10
+
+
+def test_a_handler_that_raises_in_a_lock(awaited):  # noqa: F811
+    cache = awaited()
+
+    async def locked():
+        async with cache.lock("l"):
+            pass
+
+    async def main():
+        n, struck = 0, True
+        while struck:
+            n += 1
+            did = strike_at(n, [(shmcache.aio.__file__, "lock")])
+            try:
+                await locked()
+            except Struck:
+                pass
+            finally:
+                sys.settrace(None)
+            struck = did()
+            assert cache.sync.lock("l").acquire(blocking=False), f"left held at {n}"
+            version = cache.sync.claim_version(flight.LOCK_PREFIX + b"l")
+            assert cache.sync.unclaim(flight.LOCK_PREFIX + b"l", version)
+        return n
+
+    assert run(main()) > 5
+
+
+def test_nobody_waits_for_the_thread_beneath_its_loop(awaited):  # noqa: F811
+    cache = awaited()
+
+    async def locks():
+        async with asyncio.timeout(SOON):
+            with pytest.raises(errors.UsageError, match="event loop"):
+                async with cache.lock("l"):
+                    pass
+
+    async def computes():
+        async with asyncio.timeout(SOON):
+            return await cache.get_or_set("k", lambda: 1)
+
+    with cache.sync.lock("l"):
+        run(locks())
+    assert cache.sync.get_or_set("k", lambda: run(computes()) + 1) == 2
 
 
 # ---- forks, errors ------------------------------------------------------------------------------------------------------------------
@@ -536,7 +740,8 @@ def test_threads_end_when_they_have_had_nothing_to_do(front, monkeypatch):
         await asyncio.gather(*(cache.set(f"k{i}", i) for i in range(100)))
 
     run(main())
-    until(lambda: not any(thread.name == "shmcache-store" for thread in threading.enumerate()))
+    # enumerate() also has what a handler kept from being started: it is not alive
+    until(lambda: not any(thread.name == "shmcache-store" and thread.is_alive() for thread in threading.enumerate()))
     run(main())
 
 
