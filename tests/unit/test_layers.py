@@ -26,7 +26,7 @@ ALLOWED = {  # module -> what of ours it may import
     "through": {"errors", "core", "cache", "flight", "stored", "stores"},
     "back": {"errors", "codec", "core", "flight", "stored"},
     "threads": {"errors", "core"},
-    "aio": {"core", "segment", "cache", "flight", "threads"},
+    "aio": {"errors", "core", "segment", "cache", "flight", "threads"},
     "supervisor": {"errors", "codec", "core", "segment", "cache", "policy", "stores", "supervisor"},
     "metrics": set(),
     "sidecar": {"errors", "core", "cache", "metrics", "policy", "stored", "stores", "through", "sidecar"},
