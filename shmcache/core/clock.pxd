@@ -180,8 +180,8 @@ cdef inline int evict_one(seg_t* s, uint32_t cls, uint64_t most, uint64_t until_
 # ---- pages --------------------------------------------------------------------------------------------------------------------
 
 cdef inline int empty_chunk(seg_t* s, uint64_t addr, uint32_t cls, uint64_t until_ns, bint* retired) noexcept nogil:
-    """Make one chunk of a DRAINING page FREE or this process's (retired): OK. NO_ROOM: its item stands. BUSY: somebody alive is using it, or its
-    stripe. INTR."""
+    """Make one chunk of a DRAINING page FREE or this process's (retired): OK. NO_ROOM: its item stands, or this process has it in hand, as the
+    head of what it wants a page for: a wait would not help. BUSY: somebody else alive is using it, or its stripe. INTR."""
     cdef uint64_t w
     cdef int tries, rc
     for tries in range(8):
@@ -200,7 +200,9 @@ cdef inline int empty_chunk(seg_t* s, uint64_t addr, uint32_t cls, uint64_t unti
                 #! drain: recalled
                 retired[0] = True
                 return OK
-        elif token_of(w) == s.me[0] or not settle_chunk(s, addr, until_ns):
+        elif token_of(w) == s.me[0]:
+            return NO_ROOM
+        elif not settle_chunk(s, addr, until_ns):
             return BUSY
     return NO_ROOM
 

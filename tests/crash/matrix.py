@@ -1669,7 +1669,7 @@ def large_get_beside_a_writer(b: Bench) -> list[str]:
     while os.waitpid(reader, os.WNOHANG) == (0, 0):
         b.cache.set(VICTIM, BIG_NEW)
     tries = b.cache.counters()["retries"] - before
-    return [f"the value was copied {tries + 1} times"] if tries > 2 else []
+    return [f"the value was read {tries + 1} times"] if tries > 8 else []  # some are overtaken before they copy; 65 without that
 
 
 RACES = [
