@@ -11,7 +11,7 @@ Cancelled: what waits ends at once. A factory is cancelled. A call of the store 
 stopped: its task ends at once, the thread then does what is left (fills or ends what was claimed and marked), and begins nothing more.
 Until then the keys that it writes are held: another write of them, here or in any process, waits, so it is the later one in the store, too.
 
-Race table, of a call in a thread: `left` and `done` are decided under its lock
+Race table, of a call in a thread: whose the steps are is decided by core/_claims.pyx: Turn, Driving
     cancel vs begin          cancel first: the call is never made, its marks and claims are given back. Begin first: as it runs
     too late vs begin        too late first: the call is never made, its task gets StoreUnavailable. Begin first: as it runs
     cancel vs end            cancel first: the thread goes through the rest. End first: the task does, and is cancelled then
@@ -20,7 +20,7 @@ Race table, of a call in a thread: `left` and `done` are decided under its lock
     a held mark vs end       the end takes the mark away, or the mark is held until then
     a later write vs the rest      written back there is no mark: the rest ends before its next write (flight.py: BEGIN). What it loaded it
                              fills in the place of its claim alone, which the later write has voided
-    a handler raises while a call begins     as cancelled: the call is there before it is queued, and left whatever was raised behind that
+    a handler raises while a call begins, or is left      as cancelled: the call is known before it is queued, and left in one step
 Crash: the process is dead, and its marks and claims are the dead's.
 """
 
@@ -231,50 +231,44 @@ class Cache:
         answer: Any = None
         failed: BaseException | None = None
         wait = flight.FIRST_WAIT
-        left = False
+        driving = _claims.Driving(self.sync, steps)
         try:
-            while True:
-                try:
-                    asked = steps.send(answer) if failed is None else steps.throw(failed)
-                except StopIteration as e:
-                    return e.value  # type: ignore[no-any-return]
-                finally:
-                    failed = None
-                answer = None
-                if asked is flight.BEGIN:
-                    continue
-                if asked is flight.WAIT_BENEATH:  # for the thread that runs this loop: in vain
-                    answer = True
-                    continue
-                if asked is flight.WAIT or asked is flight.WAIT_HERE:
-                    wait = await self._pause(name, wait)
-                    continue
-                wait = flight.FIRST_WAIT
-                if asked is flight.COMPUTE:
-                    assert factory is not None
-                    answer = factory()
-                    if inspect.isawaitable(answer):
-                        answer = await answer
-                    continue
-                job = Job(steps, asked)
-                late = asyncio.get_running_loop().call_later(asked.latest - _core.monotonic(), self._threads.call_off, job)
-                try:
-                    self._threads.begin(job)
-                    await job.ended
-                except BaseException:
-                    left = job.leave()
-                    if not left:
+            with driving:
+                while True:
+                    try:
+                        asked = steps.send(answer) if failed is None else steps.throw(failed)
+                    except StopIteration as e:
+                        return e.value  # type: ignore[no-any-return]
+                    finally:
+                        failed = None
+                    answer = None
+                    if asked is flight.BEGIN:
+                        continue
+                    if asked is flight.WAIT_BENEATH:  # for the thread that runs this loop: in vain
+                        answer = True
+                        continue
+                    if asked is flight.WAIT or asked is flight.WAIT_HERE:
+                        wait = await self._pause(name, wait)
+                        continue
+                    wait = flight.FIRST_WAIT
+                    if asked is flight.COMPUTE:
+                        assert factory is not None
+                        answer = factory()
+                        if inspect.isawaitable(answer):
+                            answer = await answer
+                        continue
+                    driving.job = job = Job(steps, asked)
+                    late = asyncio.get_running_loop().call_later(asked.latest - _core.monotonic(), self._threads.call_off, job)
+                    try:
+                        self._threads.begin(job)
+                        await job.ended
+                    except BaseException:
                         self._threads.forget(job)
-                    elif not self.sync.closed:  # other writes of these keys come after this one
-                        with contextlib.suppress(errors.StripeBusy):  # its mark stands all the same; what was raised is the task's
-                            cache_module.each(asked.keys, self.sync._hold_mark)
-                    raise
-                finally:
-                    late.cancel()
-                answer, failed = job.take()
+                        raise
+                    finally:
+                        late.cancel()
+                    answer, failed = job.take()
         finally:
-            if not left:
-                steps.close()
             self._wake(name)
 
     async def _pause(self, name: bytes, wait: float) -> float:

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from shmcache import errors
 from shmcache.core import _core
+from shmcache.core._claims import Turn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Generator
 
 MOST = 32
 IDLE = 10.0  # seconds after which a thread without work ends
@@ -36,7 +37,7 @@ class Threads:
         self._n = self._idle = 0  # threads; those of them that wait for a job
 
     def begin(self, job: Job) -> None:
-        """Queue a call; called in an event loop. If it raises (a signal's handler, say) the call may be queued, or made: leave() it."""
+        """Queue a call; called in an event loop. If it raises (a signal's handler, say) the call may be queued, or made: leave it."""
         if self._pid != os.getpid():
             self.__init__()  # type: ignore[misc]
         with self._lock:
@@ -53,13 +54,16 @@ class Threads:
                 raise
 
     def forget(self, job: Job) -> None:
-        """A call that is not to be made any more."""
+        """A call that is not to be made any more. In a fork child it is its parent's, whose lock nobody here gives back."""
+        if self._pid != os.getpid():
+            return
         with self._lock, contextlib.suppress(ValueError):  # a thread has it in its hands, and sees that, too
             self._jobs.remove(job)
 
     def call_off(self, job: Job) -> None:
-        """It is too late for a call that has not begun; called in its loop."""
+        """It is too late for a call that has not begun: StoreUnavailable in its task. Called in its loop."""
         if job.call_off():
+            wake(job.ended)
             self.forget(job)
 
     def _work(self) -> None:
@@ -85,77 +89,50 @@ class Threads:
             return None
 
 
-class Job:
-    """A call in a thread, for steps that a task goes through. Await `ended`, then take(); or leave().
+class Job(Turn):
+    """A call in a thread, for steps that a task goes through. Await `ended`, then take(); `with` core/_claims.pyx: Driving.
 
     A task that leaves a call that has begun leaves the rest of the steps to the thread: they are told how it ended, and begin nothing more.
     """
 
-    def __init__(self, steps: Generator[Any, Any, Any], call: Callable[[], Any]) -> None:
-        self._steps, self._call = steps, call
+    def __init__(self, steps: Generator[Any, Any, Any], call: Any) -> None:
+        """call: with `keys`, which it writes (stored.py: Call)."""
+        self._steps, self._call, self.keys = steps, call, call.keys
         self._loop = asyncio.get_running_loop()
         self._context = contextvars.copy_context()
         self._caller = _core.caller_number()
-        self._lock = threading.Lock()
-        self._begun = self._over = False
-        self._left: bool = False  # the task has, or the thread has taken its place
         self._answer: Any = None
         self._failed: BaseException | None = None
         self.ended: asyncio.Future[None] = self._loop.create_future()
 
     def run(self) -> None:
         """In a thread."""
-        with self._lock:
-            if self._left or self._failed is not None:
-                return
-            self._begun = True
+        if not self.begin():
+            return
         try:
             self._answer = self._context.run(_core.acting_for, self._caller, self._call)
         except BaseException as e:
             self._failed = e
-        with self._lock:
-            self._over = True
-            mine: bool = self._left
-        if not mine:
-            try:
-                self._loop.call_soon_threadsafe(wake, self.ended)
-            except RuntimeError:  # the loop is closed: its task will not go on
-                with self._lock:
-                    mine = not self._left
-                    self._left = True
-        if mine:
-            self._go_through()
-
-    def call_off(self) -> bool:
-        """Raise StoreUnavailable in its task, if it has not begun: has it not?"""
-        with self._lock:
-            if self._begun or self._left:
-                return False
-            self._failed = too_late()
-        wake(self.ended)
-        return True
+        if self.end():
+            self.go_through()
+            return
+        try:
+            self._loop.call_soon_threadsafe(wake, self.ended)
+        except RuntimeError:  # the loop is closed: its task will not go on
+            if self.take_over():
+                self.go_through()
 
     def take(self) -> tuple[Any, BaseException | None]:
-        """What the call returned, or raised."""
+        """What the call returned, or raised; StoreUnavailable: it was called off."""
+        self.taken_back()
         answer, failed = self._answer, self._failed
         self._answer = self._failed = None
-        return answer, failed
+        return answer, too_late() if self.called_off else failed
 
-    def leave(self) -> bool:
-        """The task is cancelled, or collected. False: the call is not made, and the steps are still the task's to close."""
-        with self._lock:
-            if self._left:
-                return True
-            self._left = True
-            if not self._begun:
-                return False
-            over = self._over
-        if over:
-            self._go_through()
-        return True
-
-    def _go_through(self) -> None:
-        answer, failed = self.take()
+    def go_through(self) -> None:
+        """The rest of the steps, for a task that has left."""
+        answer, failed = self._answer, self._failed
+        self._answer = self._failed = None
         try:
             if failed is None:
                 self._steps.send(answer)

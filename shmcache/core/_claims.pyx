@@ -25,7 +25,7 @@ from shmcache.core.atomics cimport add64
 from shmcache.core.layout cimport seg_t
 from shmcache.core.lock cimport wait_until
 from shmcache.core.siphash cimport siphash13
-from shmcache.core.table cimport claim_t, end_mark, remove_claim
+from shmcache.core.table cimport claim_t, end_mark, hold_mark, remove_claim
 from shmcache.core.token cimport BUSY, INTR, OK, getpid, mono_ns
 
 from shmcache import errors
@@ -39,6 +39,10 @@ cdef extern from "Python.h":
 
 cdef enum:
     GONE = -100         # of put_back(): it is another's, or of another life of this process
+    TASKS = 0           # of Turn.leave(): the steps are the task's, and to be closed
+    RUNS = 1            # the call goes on; its thread goes through the rest of the steps
+    OVER = 2            # it has ended: who leaves goes through the rest
+    LEFT = 3            # it was left before
 
 
 @cython.no_gc_clear             # what __dealloc__ gives back it needs whole
@@ -251,6 +255,102 @@ cdef class Closing:
 
     def __exit__(self, kind, error, trace):
         self.generator.close()
+
+
+cdef class Turn:
+    """Of a call that a thread makes, for steps that a task goes through: who goes on with them. Each method is one step, between whose parts
+    neither a thread nor a handler comes."""
+    cdef bint begun
+    cdef bint over
+    cdef bint taken
+    cdef bint left                  # the task has, or the thread has taken its place
+    cdef readonly bint called_off
+
+    def begin(self):
+        """False: the call is not to be made any more."""
+        if self.left or self.called_off:
+            return False
+        self.begun = True
+        return True
+
+    def end(self):
+        """It was made. True: the task has left, and the thread goes through the rest."""
+        self.over = True
+        return self.left
+
+    def call_off(self):
+        """False: it has begun, or was left."""
+        if self.begun or self.left:
+            return False
+        self.called_off = True
+        return True
+
+    def taken_back(self):
+        """The task has been told how it ended, and goes on."""
+        self.taken = True
+
+    def take_over(self):
+        """It was made, and the task cannot be told. True: the thread goes through the rest; False: the task has left, and does."""
+        if self.left:
+            return False
+        self.left = True
+        return True
+
+    cdef int leave(self):
+        """The task does not go on: TASKS, RUNS, OVER or LEFT."""
+        if self.left:
+            return LEFT
+        self.left = True
+        return RUNS if self.begun and not self.over else OVER if self.over and not self.taken else TASKS
+
+
+cdef class Driving:
+    """The steps that a task goes through: they are closed at the end of a `with` block. But a call that goes on then leaves them to its
+    thread, and the keys that it writes are held until it has ended: other writes of them come after it. A key whose stripe is busy for the
+    lock limit is not held; its mark stands all the same.
+
+    job: the call that was begun last: a Turn with `keys` and go_through().
+    """
+    cdef Table table
+    cdef object generator
+    cdef public object job
+
+    def __cinit__(self, Table table not None, generator):
+        self.table = table
+        self.generator = generator
+
+    cdef void hold(self) except *:
+        cdef Mapping held = self.table.mapping
+        cdef bytes key
+        cdef seg_t* s
+        cdef const uint8_t* k
+        cdef size_t n
+        cdef uint64_t until
+        if held is None or held.s.me[0] == 0:   # closed; a fork child: the marks are its parent's
+            return
+        s = &held.s
+        until = wait_until(s)
+        for key in self.job.keys:
+            k = key
+            n = len(key)
+            with nogil:
+                while hold_mark(s, k, n, siphash13(k, n, s.k0, s.k1), until) == INTR:
+                    pass                        # handlers run when all are held
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        cdef int how = TASKS if self.job is None else (<Turn?>self.job).leave()
+        if how == RUNS:
+            self.hold()
+        elif how == OVER:
+            try:
+                self.job.go_through()
+            finally:
+                self.generator.close()          # if a handler has kept it from beginning
+        elif how == TASKS:
+            self.generator.close()
 
 
 @cython.no_gc_clear

@@ -43,7 +43,7 @@ from shmcache.core.siphash cimport siphash, siphash13
 from shmcache.core.slab cimport chunk_class, cls_mark, give_back_all, item_at, page_cls
 from shmcache.core.table cimport (
     ALWAYS, IF_ABSENT, IF_CLAIM, IF_PRESENT, IF_SAME, IF_UNCLAIMED, IF_UNMARKED, IF_UNMARKED_BY_ANY, IF_VERSION, LARGE_COPY, RESTARTS, add_to,
-    claim_t, clear_all, count_items, end_mark, envelope_state, give_up, hold_mark, mark_t, next_keys, passes_by, prefetch_item, put, put_t, read_begin, read_claim, read_copy, read_end,
+    claim_t, clear_all, count_items, end_mark, envelope_state, give_up, mark_t, next_keys, passes_by, prefetch_item, put, put_t, read_begin, read_claim, read_copy, read_end,
     read_generation, read_left, read_t, remove, remove_claim, same_item, set_expiry, state_in_place, unchanged)
 from shmcache.core.token cimport (
     ABSENT, AGAIN, BUSY, EXISTS, INTR, KEPT, MISMATCH, NO_OFD, NO_ROOM, NO_ROW, NO_STORE, NOT_INT, OK, OS_ERROR, OVERFLOW, SUPERVISOR_BYTE,
@@ -1995,7 +1995,8 @@ cdef class Table:
         """Say that this thread is about to change a key in the store: whatever is there goes, readers miss, and nobody fills.
 
         Args: seconds: that the mark stands, also if this process dies: its write may be going on in the store. alone: nobody else is to
-        write meanwhile. version: if the key still has it, or a claim of this process has, or the mark that stands there.
+        write meanwhile. version: if the key still has it, or a claim of this process has, or the mark that stands there
+        and that no clear() has come behind.
         Returns: (version, overlapped). The version is for fill_claim(), 0 if living threads' marks are in the way: of one that wants the
         key for itself; alone, of any; or of seven; -1: it has another version. overlapped: another's mark was there, so nobody knows what
         the store will have in the end. Who does not fill it calls end_mark().
@@ -2035,33 +2036,6 @@ cdef class Table:
                     token[0] = mark.owner
             if rc != MISMATCH or mark.owner == s.me[0]:      # else a fork child: the mark was the parent's
                 return (op.cas if rc == OK else -1 if rc == MISMATCH else 0), bool(op.overlapped)
-
-    def _hold_mark(self, key):
-        """Let nobody else write this key until the writers that its mark names have ended: the caller of one of them, of this process, has left,
-        and would take another write, that is acknowledged before its own is done, for the later one. True if the mark stands."""
-        cdef const uint8_t* k
-        cdef size_t n
-        cdef seg_t* s
-        cdef Mapping held
-        cdef uint64_t until
-        cdef int rc
-        key_view(key, &k, &n)
-        s = self.ready()
-        held = self.mapping
-        until = wait_until(s)
-        self.enter(s)
-        try:
-            while True:
-                with nogil:
-                    rc = hold_mark(s, k, n, siphash13(k, n, s.k0, s.k1), until)
-                if rc != INTR:
-                    break
-                self.interrupted(s, held)
-        finally:
-            self.leave()
-        if rc != OK and rc != ABSENT:
-            fail(rc)
-        return rc == OK
 
     def end_mark(self, key, bint known=True):
         """End a write for which mark() was called, and whose mark was not filled: it goes when all have ended who put one here.

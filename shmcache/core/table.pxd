@@ -662,7 +662,7 @@ cdef inline int allowed(seg_t* s, put_t* op, found_t* f) noexcept nogil:
     if op.flags & FLAG_WRITING:
         op.overlapped = f.slot != NULL and ld8r(&item_at(s, f.addr).flags) & FLAG_WRITING
         if op.version and not (f.slot != NULL and (present or (f.claimed and (op.overlapped or my_claim(s, f.addr, op.key_bytes)))) and
-                               ld64(&item_at(s, f.addr).cas) == op.version):
+                               ld64(&item_at(s, f.addr).cas) == op.version and item_at(s, f.addr).epoch == f.epoch):
             return MISMATCH         # at once: whatever comes of the mark that may stand there, that version does not come back
         if op.overlapped and f.claimed and waits_for_others(s, op, of_mark(s, f.addr, op.key_bytes)):
             return EXISTS

@@ -610,8 +610,9 @@ class Struck(BaseException):
 
 def where_handlers_run(code):
     """Offsets of the bytecodes before which CPython may run a signal's handler: behind calls, and where a function or a loop begins."""
-    pairs = itertools.pairwise(dis.get_instructions(code))
-    return {after.offset for before, after in pairs if before.opname.startswith(("CALL", "RESUME", "JUMP_BACKWARD"))}
+    pairs = list(itertools.pairwise(dis.get_instructions(code)))
+    behind = {after.offset for before, after in pairs if before.opname.startswith(("CALL", "RESUME"))}
+    return behind | {before.argval for before, _ in pairs if before.opname.startswith("JUMP_BACKWARD")}
 
 
 def strike_at(n, ours):
@@ -673,6 +674,49 @@ def test_a_handler_that_raises_while_a_call_begins(awaited, store, monkeypatch, 
     assert run(main()) > 10
 
 
+@pytest.mark.parametrize("ends", ["while it waits", "before it is left"])
+def test_a_handler_that_raises_while_a_call_is_left(front, store, ends):
+    """The next write is the later one all the same, and no mark is left. ends: when the call does."""
+    cache = front(timeout=60)
+
+    async def main():
+        n, struck = 0, True
+        while struck:
+            n += 1
+            gate = Gate(store, "store")
+            first = asyncio.create_task(cache.set("k", "interrupted"))
+            await reached(gate)
+            if ends == "before it is left":
+                gate.opened.set()
+                while cache._threads._idle < cache._threads._n:
+                    time.sleep(0.0001)  # and the loop does not run: its task is not told
+            first.cancel()
+            leaving = [(shmcache.aio.__file__, "_driven")] + [(threads.__file__, name) for name in ("leave", "forget", "take", "go_through")]
+            did = strike_at(n, leaving)
+            try:
+                await first
+            except (Struck, asyncio.CancelledError):
+                pass
+            finally:
+                sys.settrace(None)
+            struck = did()
+            second = asyncio.create_task(cache.set("k", n))
+            if ends == "while it waits":
+                await for_a_while()
+                assert not second.done(), f"a later write is done at {n}"
+                gate.opened.set()
+            async with asyncio.timeout(SOON):
+                await second
+                while cache._threads._idle < cache._threads._n or cache._threads._jobs:
+                    await asyncio.sleep(0)
+            assert await cache.get("k") == row(store, b"k") == n
+            assert cache.sync.claim_version("k") == 0
+            store.before = lambda what, keys: None
+        return n
+
+    assert run(main()) > 3
+
+
 def test_a_handler_that_raises_in_a_lock(awaited):  # noqa: F811
     cache = awaited()
 
@@ -730,6 +774,48 @@ def test_a_fork_child_has_threads_of_its_own(front, store):
 
     run(both())
     assert in_time(both) == 0
+
+
+def test_a_fork_child_that_leaves_its_parents_call_waits_for_nothing(front, store, monkeypatch):
+    """A thread of the parent had the lock of the threads when it was forked: in the child nobody gives it back."""
+    monkeypatch.setattr(threads, "MOST", 1)
+    cache = front()
+    gate = Gate(store, "load")
+
+    async def main():
+        first = asyncio.create_task(cache.get("hangs"))
+        await reached(gate)
+        task = asyncio.create_task(cache.set("k", 1))
+        while not cache._threads._jobs:
+            await asyncio.sleep(0)
+        has, done = threading.Event(), threading.Event()
+
+        def hold():
+            with cache._threads._lock:
+                has.set()
+                done.wait(2 * SOON)
+
+        holder, _ = in_thread(hold)
+        has.wait(SOON)
+
+        def leaves():
+            with pytest.raises(GeneratorExit):
+                task.get_coro().throw(GeneratorExit)
+            return True
+
+        pid = child(leaves)
+        deadline = time.monotonic() + SOON
+        while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None and time.monotonic() < deadline:
+            await asyncio.sleep(0.001)
+        os.kill(pid, signal.SIGKILL)
+        done.set()
+        holder.join()
+        gate.opened.set()
+        await asyncio.gather(first, task)
+        return ended(pid)
+
+    assert run(main()) == 0
+    assert row(store, b"k") == 1
 
 
 def test_threads_end_when_they_have_had_nothing_to_do(front, monkeypatch):

@@ -936,6 +936,7 @@ BETWEEN = {
     "delete": lambda c: c.delete("k"),
     "set and pop": lambda c: (c.set("k", "newer"), c.pop("k")),
     "invalidate": lambda c: c.invalidate("k"),
+    "clear": lambda c: c.clear(),
 }
 
 
