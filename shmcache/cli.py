@@ -370,7 +370,7 @@ def do_snapshot(args: argparse.Namespace) -> int:
         with datadir.take(args.data_dir) as folder, _progress("writing") as progress:
             report = snapshot.write(cache, folder, keep=args.keep, compress=args.compress, progress=progress)
     for line in report["kept"]:
-        print(f"shmcache-admin: kept, since it cannot be read: {line}", file=sys.stderr)
+        print(f"shmcache-admin: kept: {line}", file=sys.stderr)
     if args.json:
         print(json.dumps(report))
     else:
@@ -502,12 +502,15 @@ def _live_or_restored(args: argparse.Namespace, folder: Path | None) -> shmcache
                     snapshot.end_restore(args.name)
         elif not datadir.is_of(args.name, folder):
             what = (
-                f"{args.name} was there already, created by somebody else: nothing is restored into it, and what is in {folder} and not of "
-                "it is kept. To have it back: end all, unlink the segment, and start this first"
+                f"{args.name} was there already, created by somebody else, or restored from another directory: nothing is restored into "
+                f"it, and what is in {folder} and not of it is kept. To have that back: end all, unlink the segment, move the snapshots "
+                "and logs that it has written there since out of the directory, and start this first"
             )
             if args.log != "off":  # what would be acknowledged there, a restore could not tell from the earlier segment's
                 raise errors.ForeignDataDir(f"{what}; or use another directory for the log")
             print(f"shmcache: {what}", file=sys.stderr)
+    elif args.start_empty:
+        snapshot.end_restore(args.name)  # the files were set aside by a process that was killed then
     if buffer:
         created.setdefault("log_buffer", buffer)
     policy = args.policy or ("through" if args.store else None)

@@ -13,14 +13,18 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from shmcache import cache as cache_module
 from shmcache import errors
 from shmcache.supervisor import format as fmt
 
+if TYPE_CHECKING:
+    from shmcache.cache import Cache
+
 LOCK_NAME = "lock"
 VERSIONS_NAME = "versions.shmcache"
+LIVES_NAME = "lives.shmcache"
 MOST_SKIPPED = 8  # ranges
 
 
@@ -31,7 +35,12 @@ def take(folder: str | os.PathLike[str]) -> Iterator[Path]:
     Raises: DataDirInUse; OSError: it cannot be made or written.
     """
     path = Path(folder)
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not (path / LOCK_NAME).exists():  # or it was taken before, and this was done
+        for folder in made or [path]:
+            with contextlib.suppress(PermissionError):  # another's, who has made this one, and lets nobody look into it
+                sync_folder(folder.parent)
     fd = os.open(path / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         try:
@@ -94,11 +103,13 @@ def is_blank(folder: Path) -> bool:
 
 
 def is_of(name: str, folder: Path) -> bool:
-    """Are the newest readable files there of the live segment, or was that one restored?"""
-    created = [head["segment_created_ms"] for of_kind in heads(folder) for head in of_kind[-1:] if "segment_created_ms" in head]
+    """Are the newest readable files there of the live segment, or of those from which it was restored? Raises: NewerFormat, OSError."""
     with cache_module.attach(name) as cache:
-        mine = int(cache.segment.header["created_ms"])
-        return all(ms == mine for ms in created) or int(cache.segment.header["restored_seq"]) > 0
+        mine = life(cache)
+    noted: dict[int, set[int]] = {}
+    with contextlib.suppress(errors.DamagedFile):  # then only its own are known to be
+        noted = lives(folder)
+    return all(life_of(head) in noted.get(mine, set()) | {mine} for of_kind in heads(folder) for head in of_kind[-1:])
 
 
 def set_aside(folder: Path) -> Path:
@@ -117,6 +128,49 @@ def set_aside(folder: Path) -> Path:
     sync_folder(aside)
     sync_folder(folder)
     return aside
+
+
+# ---- which lives are in which -----------------------------------------------------------------------------------------------------------
+# A life is one segment, from its creation on: header.created_ms, which stands in the HEAD of each of its files. Files of several lives lie
+# here, and a later one need not have what an earlier one had: a worker may have created its segment, or a copy of this directory may have
+# been restored. So from whose files a life was restored is noted here, before anybody attaches, in a log of no records: HEAD has "lives",
+# (life, those that are in it and have files here) of each. Only what was restored from this directory is noted in it: one that was restored
+# from a copy does not have what these files have got since.
+# What is not noted is not known: such a file is kept.
+# Crash: before the rename the former note stands, and the segment is not settled; behind it the next restore notes its own.
+
+
+def life(cache: Cache) -> int:
+    return int(cache.segment.header["created_ms"])
+
+
+def life_of(head: dict[str, Any]) -> int | None:
+    """Of a file with this HEAD; None: it does not say."""
+    of = head.get("segment_created_ms")
+    return of if isinstance(of, int) else None
+
+
+def lives(folder: Path) -> dict[int, set[int]]:
+    """What is noted: of a life that was restored from here, those that are in it. Raises: DamagedFile, NewerFormat, OSError."""
+    path = folder / LIVES_NAME
+    try:
+        with fmt.Reader(path, "log") as reader:
+            return {int(one): {int(other) for other in others} for one, others in reader.head["lives"]}
+    except FileNotFoundError:
+        return {}
+    except (KeyError, TypeError, ValueError) as e:
+        raise errors.DamagedFile(str(path), 0, f"it lacks what it has to have ({type(e).__name__}: {e})") from None
+
+
+def note_life(folder: Path, name: str, life: int, restored_from: set[int]) -> None:
+    """This life has what files of these had, here. Raises: NewerFormat, OSError; UnsupportedValue: there are too many lives."""
+    noted: dict[int, set[int]] = {}
+    with contextlib.suppress(errors.DamagedFile):  # what stood there is not known any more
+        noted = lives(folder)
+    here = {life_of(head) for of_kind in heads(folder) for head in of_kind}
+    noted[life] = restored_from.union(*(noted.get(one, set()) for one in restored_from))
+    of = [(one, sorted(others & here)) for one, others in noted.items() if one in here or one == life]
+    _replace(folder / LIVES_NAME, {"name": name, "created_ms": int(time.time() * 1000), "lives": of})
 
 
 # ---- which versions have been given out -------------------------------------------------------------------------------------------------
@@ -155,14 +209,19 @@ def given_out(folder: Path) -> GivenOut:
 
 def note_given_out(folder: Path, name: str, given: GivenOut) -> None:
     """Before one of these is given out. Raises: OSError."""
-    path = folder / VERSIONS_NAME
+    head = {"name": name, "created_ms": int(time.time() * 1000), "newest": given.newest, "skipped": given.skipped}
+    _replace(folder / VERSIONS_NAME, head)
+
+
+def _replace(path: Path, head: dict[str, Any]) -> None:
+    """Write a log of no records, in one step. Raises: OSError, UnsupportedValue."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.unlink(missing_ok=True)  # of who was killed
+    temporary.unlink(missing_ok=True)  # of a process that was killed
     with os.fdopen(create(temporary), "wb", buffering=0) as file:
-        fmt.Writer(file, "log", {"name": name, "created_ms": int(time.time() * 1000), "newest": given.newest, "skipped": given.skipped})
+        fmt.Writer(file, "log", head)
         os.fsync(file.fileno())
     temporary.replace(path)
-    sync_folder(folder)
+    sync_folder(path.parent)
 
 
 def sync_file(path: Path) -> None:

@@ -23,11 +23,13 @@ may be lost with the power until the directory is synced, as if nothing had been
 
 Rotation lets a file go only if what is in it is known to be in the live segment, and so in the snapshot that was just written:
     snapshot of the live segment         goes in its turn
-    of an earlier one                    in its turn, if the live one was restored, and it is whole: else it was passed over at the restore
+    of a life that is in it (datadir)    in its turn, if it is whole: else it was passed over at the restore
+    of any other                         stays, and is said
     snapshot that cannot be read         stays, and is said
     log file of the live segment         goes when no snapshot before which it was begun is left, of those that count
-    of an earlier one                    the same, if no snapshot stays that is not whole: it may need it
-    log file that cannot be read         stays
+    of a life that is in it              the same, if no snapshot stays that may need it
+    of any other                         stays, and is said
+    log file that cannot be read         stays, and is said
 """
 
 from __future__ import annotations
@@ -148,42 +150,60 @@ def _write(
     datadir.sync_folder(folder)
     kept: list[str] = []
     with contextlib.suppress(errors.SnapshotStopped):  # the next one rotates
-        kept = _rotate(cache, snapshots, logs, keep - 1, log_from, throttle, stop)
+        kept = _rotate(cache, folder, snapshots, logs, keep - 1, log_from, throttle, stop)
     return {"path": str(path), "number": number, "items": walk.items, "bytes": size_bytes, "damaged": walk.damaged, "kept": kept}
 
 
 def _rotate(
-    cache: Cache, snapshots: list[tuple[int, Path]], logs: list[tuple[int, Path]], keep: int, log_from: int, throttle: _Throttle | None,
-    stop: threading.Event,
+    cache: Cache, folder: Path, snapshots: list[tuple[int, Path]], logs: list[tuple[int, Path]], keep: int, log_from: int,
+    throttle: _Throttle | None, stop: threading.Event,
 ) -> list[str]:
-    """Let go what was there before a snapshot that needs the log from log_from on, but for the newest `keep` snapshots: what is wrong with
-    those that stay since they cannot be read. Raises: SnapshotStopped: something may be left that is to go; OSError."""
-    mine, restored = int(cache.segment.header["created_ms"]), int(cache.segment.header["restored_seq"]) > 0
-    needed, faults = log_from, []
+    """Let go what was there before a snapshot that needs the log from log_from on, but for the newest `keep` snapshots: why others stay,
+    which cannot be read, or are of other lives. Raises: SnapshotStopped: something may be left that is to go; OSError."""
+    mine, needed, faults = datadir.life(cache), log_from, []
+    noted: dict[int, set[int]] = {}
+    try:
+        noted = datadir.lives(folder)
+    except (errors.DamagedFile, errors.NewerFormat) as e:
+        faults.append(str(e))
+    known = noted.get(mine, set()) | {mine}
+    staying: set[int | None] = set()  # lives of snapshots that stay; None: of any
     for _, path in reversed(snapshots):
         head = datadir.head(path, "snapshot")
-        if head.get("segment_created_ms") != mine:
-            if fault := _fault(path, throttle, stop):
+        life = datadir.life_of(head)
+        if life != mine:
+            fault = _of_another(path, cache.name) if head and life not in known else _fault(path, throttle, stop)
+            if fault or not head:
                 faults.append(fault)
-            if fault or not restored:
+                staying.add(life)
                 continue
         if keep > 0:
             keep -= 1
             needed = min(needed, int(head.get("log_from", 0)))
         else:
             path.unlink(missing_ok=True)
-    all_restored = restored and not faults
     for number, path in logs:
         if number < needed:
             try:
-                with fmt.Reader(path, "log") as reader:  # torn at 0: there is nothing in it
-                    goes = all_restored or reader.torn == 0 or reader.head.get("segment_created_ms") == mine
+                with fmt.Reader(path, "log") as reader:
+                    life, nothing = datadir.life_of(reader.head), reader.torn == 0
             except (errors.DamagedFile, errors.NewerFormat, OSError) as e:
                 faults.append(str(e))
-            else:
-                if goes:
-                    path.unlink(missing_ok=True)
+                continue
+            if nothing or life == mine:
+                path.unlink(missing_ok=True)
+            elif life not in known:
+                faults.append(_of_another(path, cache.name))
+            elif not staying or (life in noted and None not in staying and not staying & (noted[life] | {life})):
+                path.unlink(missing_ok=True)
     return faults
+
+
+def _of_another(path: Path, name: str) -> str:
+    return (
+        f"{path} is of another segment {name!r}, and this one was not restored from it here. To have it back: end all, unlink the segment, "
+        "move the later snapshots and logs out of the directory, and start the supervisor first. Else remove it"
+    )
 
 
 _faults: dict[tuple[str, int, int, int], str] = {}  # a file's path, inode, size and time of its last change -> what _fault said
@@ -264,6 +284,7 @@ class Found:
         with fmt.Reader(path, "snapshot") as reader:
             head, self.size_bytes = reader.head, reader.size_bytes
         self.newest, self.created_ms, self.settings, self.head_epoch = _of_head(path, head)
+        self.life = datadir.life_of(head)
         self.base = _base(path, self.settings)
         self.ahead = 0  # of the segment's base: relate()
         try:
@@ -341,6 +362,7 @@ class Logs:
         self.newest = self.epoch = 0  # newest: of a row's version
         self.created_ms = 0
         self.settings: dict[str, int] = {}
+        self.lives: set[int | None] = set()
         self.bases: dict[Path, int] = {}
         self.ahead: dict[Path, int] = {}  # of the segment's base: relate()
         for path in self.paths:
@@ -350,6 +372,7 @@ class Logs:
                 if reader.head.get("name") != name:
                     raise errors.ForeignDataDir(f"{path} is of the segment {reader.head.get('name')!r}, not {name!r}: move it away")
                 newest, self.created_ms, self.settings, epoch = _of_head(path, reader.head)
+                self.lives.add(datadir.life_of(reader.head))
                 self.bases[path] = _base(path, self.settings)
                 self.newest, self.epoch = max(self.newest, self.bases[path] + newest), max(self.epoch, epoch)
 
@@ -435,6 +458,12 @@ def _fill(
         found.check(lambda payload: tail.see(payload, ahead), progress)
     if cache.durability()["generations_missing"]:
         _settle(cache, folder, max(tail.newest, found.newest + ahead if found else 0), given)
+        _note_life(cache, folder, logs.lives | ({found.life} if found else set()))
+    elif datadir.life(cache) not in datadir.lives(folder):
+        raise errors.ForeignDataDir(
+            f"workers use {cache.name!r} already, and its restore was not begun from {folder}, as far as is noted there: complete it from "
+            "the directory from which it was begun; or end all, unlink the segment, and restore it from here"
+        )
     # if the wall clock was set back since, lives do not become longer than they were
     created_ms = max(logs.created_ms, found.created_ms if found else 0)
     clock_back_ms = max(0, created_ms - int(time.time() * 1000))
@@ -488,6 +517,8 @@ def end_restore(name: str) -> None:
         if cache.durability()["generations_missing"]:
             segment.unlink(name)
         elif cache.durability()["restoring"]:
+            if int(cache.segment.header["log_policy"]):
+                _stream.count_gap(cache)  # what was restored is not in it
             _stream.Restore(cache).finish()
 
 
@@ -535,6 +566,12 @@ def _settle(cache: Cache, folder: Path, newest: int, given: datadir.GivenOut) ->
     except OSError:
         if cache.mapping.settings()["policy"] == segment.WRITE_BACK:  # of the others no row has a version
             raise
+
+
+def _note_life(cache: Cache, folder: Path, restored_from: set[int | None]) -> None:
+    """Of whose files this life is, before anybody attaches. A full disk is no reason to refuse: what is not noted is kept, and said."""
+    with contextlib.suppress(OSError, errors.UnsupportedValue):
+        datadir.note_life(folder, cache.name, datadir.life(cache), {life for life in restored_from if life is not None})
 
 
 def _create_or_complete(

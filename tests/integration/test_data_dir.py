@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import shutil
 import socket
 import stat
 import subprocess
@@ -13,10 +15,11 @@ import time
 import pytest
 
 import shmcache
-from shmcache import segment
+from shmcache import errors, segment
 from shmcache.supervisor import datadir, snapshot
 from shmcache.supervisor import format as fmt
 from shmcache.supervisor.appendlog import AppendLog
+from shmcache.supervisor.loop import Supervisor
 
 LIMIT = 6  # seconds, of any wait
 
@@ -391,3 +394,261 @@ def test_files_are_for_their_owner_alone(make, taken, umask):
         os.umask(before)
     for _, path in (*fmt.listing(taken)[0], *fmt.listing(taken)[1]):
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("there", ["", "a", "a/b", "a/b/c"])
+def test_a_new_directory_outlives_a_power_cut(tmp_path, monkeypatch, there):
+    """Its own entry, and those of the folders above it that were made with it, are synced before anything is written there."""
+    synced = []
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd)))
+    (tmp_path / there).mkdir(parents=True, exist_ok=True)
+    folders = [tmp_path, tmp_path / "a", tmp_path / "a/b", tmp_path / "a/b/c"]
+    with datadir.take(folders[-1]):
+        assert {str(folder) for folder in folders[there.count("/") + (there != "") :-1]} <= set(synced)
+        assert str(folders[-2]) in synced, "also if a process was killed when it was just made"
+    synced.clear()
+    with datadir.take(folders[-1]):
+        assert synced == []
+
+
+# ---- several lives in one directory -------------------------------------------------------------------------------------------------
+
+
+def lived(name, folder, value, log=True):
+    """A life that ends with a snapshot: restored from there if anything is there."""
+    if any(fmt.listing(folder)):
+        snapshot.restore(name, folder)
+        cache = shmcache.attach(name)
+    else:
+        cache = shmcache.create(name, "8M", log_buffer="64K", max_processes=16)
+    with cache:
+        logging = AppendLog(cache, folder, "always") if log else None
+        cache.set("n", value)
+        cache.set("of", value)
+        snapshot.write(cache, folder, log=logging)
+        cache.set("n", value)
+        if logging:
+            logging.close()
+    shmcache.unlink(name)
+
+
+def names(folder):
+    return {path.name for of_kind in fmt.listing(folder) for _, path in of_kind}
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_what_a_later_life_was_not_restored_from_stays(name, taken, log):
+    """A worker was first, and then its segment was restored: that one does not have what the former one had."""
+    lived(name, taken, "precious", log)
+    precious = names(taken)
+    with shmcache.create(name, "8M", log_buffer="64K", max_processes=16) as worker:
+        worker.set("n", "worker's")
+        report = snapshot.write(worker, taken)
+        assert {line.split(":")[0].split(" is of")[0] for line in report["kept"]} >= {str(taken / fmt.snapshot_name(1))}
+    shmcache.unlink(name)
+    for life in range(3):
+        lived(name, taken, life)
+        assert names(taken) >= precious
+    others = names(taken) - precious
+    assert sorted(others) == sorted([*[n for n in others if n.startswith("snapshot")][:2], *[n for n in others if n.startswith("log")]])
+    assert len(others) <= 2 + 3, "what those lives left goes in its turn"
+    for path in others:
+        (taken / path).unlink()  # as the message says
+    _, cache = restored(name, taken)
+    with cache:
+        assert cache["n"] == "precious"
+    shmcache.unlink(name)
+
+
+def test_what_a_chain_of_lives_left_goes(name, taken):
+    """Also what lives left that ended without a snapshot."""
+    for life in range(4):
+        lived(name, taken, life)
+        for _ in range(2):
+            snapshot.restore(name, taken)
+            with shmcache.attach(name) as cache:
+                log = AppendLog(cache, taken, "always")
+                cache.set("n", "logged")
+                log.close()
+            shmcache.unlink(name)
+    _, cache = restored(name, taken)
+    with cache:
+        assert cache["n"] == "logged" and cache["of"] == 3
+        log = AppendLog(cache, taken, "always")
+        for _ in range(3):
+            report = snapshot.write(cache, taken, log=log)
+        log.close()
+        assert report["kept"] == []
+        assert all(datadir.life_of(head) == datadir.life(cache) for of_kind in datadir.heads(taken) for head in of_kind)
+    shmcache.unlink(name)
+
+
+@pytest.mark.parametrize("since", ["a life", "a snapshot", "a log"])
+def test_what_was_restored_from_a_copy_does_not_have_what_came_since(name, folder, tmp_path, since):
+    """Restored by hand from a backup, and then supervised with the directory of which it was one."""
+    args = ("--size", "8M", "--data-dir", folder, "--log", "always")
+    with datadir.take(folder):
+        lived(name, folder, 1)
+    backup = tmp_path / "backup"
+    if since == "a life":
+        shutil.copytree(folder, backup)
+        with datadir.take(folder):
+            lived(name, folder, "since")
+    else:
+        with datadir.take(folder):
+            snapshot.restore(name, folder)
+            with shmcache.attach(name) as cache:
+                log = AppendLog(cache, folder, "always")
+                cache.set("n", 2)
+                if since == "a snapshot":
+                    snapshot.write(cache, folder, log=log)
+                shutil.copytree(folder, backup)
+                cache.set("n", "since")
+                if since == "a snapshot":
+                    snapshot.write(cache, folder, log=log)
+                log.close()
+            shmcache.unlink(name)
+    was = names(folder)
+    with datadir.take(backup):
+        snapshot.restore(name, backup)
+        assert datadir.is_of(name, backup)
+    with shmcache.attach(name) as cache:
+        assert cache["n"] in (1, 2)
+        out = subprocess.run(supervise(name, *args), capture_output=True, text=True, check=False, timeout=LIMIT)
+        assert out.returncode == 1 and "another directory" in out.stderr and "Traceback" not in out.stderr
+        with datadir.take(folder):
+            assert not datadir.is_of(name, folder)
+            for _ in range(3):
+                report = snapshot.write(cache, folder, keep=1)
+            assert names(folder) >= was and report["kept"] != []
+        with supervising(name, "--data-dir", backup, "--log", "always"):
+            pass
+    shmcache.unlink(name)
+    for number in set(numbers(fmt.listing(folder)[0])):
+        if fmt.snapshot_name(number) not in was:
+            (folder / fmt.snapshot_name(number)).unlink()
+    with supervising(name, *args), shmcache.attach(name) as cache:
+        assert cache["n"] == "since"
+
+
+def note_is_damaged(path):
+    flip_in_head(path)
+
+
+def note_is_lost(path):
+    path.unlink()
+
+
+def note_is_no_map(path):
+    path.unlink()
+    with os.fdopen(datadir.create(path), "wb", buffering=0) as file:
+        fmt.Writer(file, "log", {"lives": 5})
+
+
+@pytest.mark.parametrize("damage", [note_is_damaged, note_is_lost, note_is_no_map, newer, fifo])
+def test_without_the_note_of_lives_nothing_of_others_goes(name, taken, damage):
+    lived(name, taken, 1)
+    was = names(taken)
+    _, cache = restored(name, taken)
+    with cache:
+        damage(taken / datadir.LIVES_NAME)
+        reports = [snapshot.write(cache, taken, keep=1) for _ in range(3)]
+        assert names(taken) >= was and len(names(taken) - was) == 1
+        assert all(len(report["kept"]) == len(was) + (damage is not note_is_lost) for report in reports)
+    shmcache.unlink(name)
+    if damage is newer:
+        with pytest.raises(errors.NewerFormat):
+            snapshot.restore(name, taken)
+        return
+    _, cache = restored(name, taken)
+    with cache:
+        assert cache["n"] == 1
+        snapshot.write(cache, taken, keep=1)
+        assert names(taken) >= was, "they are of lives of which nothing is noted any more"
+    shmcache.unlink(name)
+
+
+def test_a_full_disk_is_no_reason_not_to_restore(name, taken, monkeypatch):
+    lived(name, taken, 1)
+    was = names(taken)
+
+    def full(path, head):
+        raise OSError(errno.ENOSPC, "full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(datadir, "_replace", full)
+        _, cache = restored(name, taken)
+    with cache:
+        assert cache["n"] == 1
+        report = snapshot.write(cache, taken, keep=1)
+        assert names(taken) >= was and len(report["kept"]) == len(was)
+    shmcache.unlink(name)
+
+
+def killed_in_a_restore(name, folder):
+    """When workers are in, and all but its last step is done."""
+    code = f"""
+import os
+from pathlib import Path
+from shmcache.core import _stream
+from shmcache.supervisor import snapshot
+class Killed(_stream.Restore):
+    def finish(self):
+        os._exit(9)
+_stream.Restore = Killed
+snapshot.restore({name!r}, Path({str(folder)!r}), log_policy=3)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
+
+
+def test_a_restore_is_completed_where_it_was_begun_only(name, folder, tmp_path):
+    with datadir.take(folder):
+        lived(name, folder, 1)
+    backup = tmp_path / "backup"
+    shutil.copytree(folder, backup)
+    with datadir.take(folder):
+        lived(name, folder, 2)
+    killed_in_a_restore(name, backup)
+    with datadir.take(folder), pytest.raises(errors.ForeignDataDir, match="unlink the segment"):
+        snapshot.restore(name, folder)
+    with shmcache.attach(name) as cache, datadir.take(backup):
+        assert cache["n"] == 1 and cache.durability()["restoring"]
+        snapshot.restore(name, backup)
+        assert not cache.durability()["restoring"]
+    shmcache.unlink(name)
+
+
+def test_what_was_restored_before_start_empty_is_missing_in_the_log(name, folder):
+    """Workers were in: it goes on with what is there, which no file has."""
+    with datadir.take(folder):
+        lived(name, folder, 1)
+        killed_in_a_restore(name, folder)
+        datadir.set_aside(folder)
+        snapshot.end_restore(name)
+        with shmcache.attach(name) as cache:
+            assert cache["n"] == 1
+            supervisor = Supervisor(cache, folder=folder, log="always")
+            cache.set("new", 1)
+            supervisor.close()
+            assert cache.durability()["log_gaps"] > 0
+        shmcache.unlink(name)
+        report, cache = restored(name, folder)
+        with cache:
+            assert cache["new"] == 1 and "n" not in cache and report["gaps"] > 0
+        shmcache.unlink(name)
+
+
+def test_start_empty_that_was_killed_when_all_was_set_aside(name, folder):
+    """Of a segment that counts as being restored no snapshot would ever be written."""
+    with datadir.take(folder):
+        lived(name, folder, 1)
+        killed_in_a_restore(name, folder)
+        datadir.set_aside(folder)
+    with supervising(name, "--size", "8M", "--data-dir", folder, "--start-empty"), shmcache.attach(name) as cache:
+        assert cache["n"] == 1
+        deadline = time.monotonic() + LIMIT
+        while not fmt.listing(folder)[0]:
+            assert time.monotonic() < deadline, "no snapshot is written"
+            time.sleep(0.01)
+    shmcache.unlink(name)
