@@ -8,11 +8,12 @@ One thread of the supervisor owns the rings' other end and the file. A snapshot 
 in there or later) and for a sync when it ends (a snapshot is valid only when the log is durable up to its end).
 
 A file on which a write or a sync has failed is finished: the kernel may have dropped what it could not write, and says so once. Another is
-tried every second. What was collected and not yet taken as drained is collected again, so with `always` nothing is lost; with the others
-what was written and not synced may be: that is counted as a gap, and a snapshot asked for, which heals it. While it fails, `always` refuses
-writers (header.log_failed_ms). The next file is begun only when there is room for some records, not just for its first bytes: else the log
-would go on, admit a write and fail again, and each of those writers would wait ten seconds. A file that was begun in vain is removed; one
-that the disk does not let go stays, with nothing or a HEAD in it, and the next has the next number.
+tried every second, and again all that the log says is said in it. What was collected and not yet taken as drained is collected again, so
+with `always` nothing is lost; with the others what was written and not synced may be: that is counted as a gap, and a snapshot asked for,
+which heals it. While it fails, `always` refuses writers (header.log_failed_ms). The next file is begun only when there is room for some
+records, not just for its first bytes: else the log would go on, admit a write and fail again, and each of those writers would wait ten
+seconds. A file that was begun in vain is removed; one that the disk does not let go stays, with nothing or a HEAD in it, and the next has
+the next number. That is begun only when the disk has taken a write and a sync of the former one, or each try would leave a file.
 """
 
 from __future__ import annotations
@@ -58,11 +59,13 @@ class AppendLog:
         self.base_epoch = max(1, int(cache.segment.header["restored_epoch"]))  # what was cleared before it was said in the log before it
         self.epoch = self.base_epoch  # the newest that is in the log
         self.gaps = int(cache.segment.header["log_healed"])  # operations missing that are said in the log, or in a snapshot
+        self.synced_gaps = self.gaps  # that are said on the disk
         self.unsynced = False
         self.syncing: Sync | None = None
         self.synced_at = time.monotonic()
         self.failed = False
         self.retry_at = 0.0
+        self.left: Path | None = None  # a file that was begun in vain, and that the disk did not let go
         self.stopping = False
         self.end = threading.Event()
         self.wishes: list[tuple[bool, threading.Event]] = []  # (a new file, done)
@@ -190,7 +193,7 @@ class AppendLog:
         self.drain.begin_sync()
         self.unsynced = False
         self.synced_at = time.monotonic()
-        self.syncing = Sync(self.file.fileno(), self.writer.bytes_written, self.epoch)
+        self.syncing = Sync(self.file.fileno(), self.writer.bytes_written, self.epoch, self.gaps)
         self.syncing.start() if beside else self.syncing.run()
 
     def end_sync(self, wait: bool = True) -> None:
@@ -206,6 +209,7 @@ class AppendLog:
             raise
         self.writer.synced(sync.n_bytes)
         self.drain.durable()
+        self.synced_gaps = sync.gaps
         mark(self.cache, log_epoch=sync.epoch)
         if self.failed:
             self.failed = False
@@ -226,6 +230,8 @@ class AppendLog:
                 file = self.open_file(path)
                 break
             except FileExistsError:  # begun when the disk failed, which then did not let it go: there is no record in it
+                if path == self.left:
+                    try_disk(path)
                 number += 1
         try:
             if self.failed:
@@ -235,6 +241,7 @@ class AppendLog:
                 "name": self.cache.name, "created_ms": int(time.time() * 1000), "number": number,
                 "segment_created_ms": int(self.cache.segment.header["created_ms"]), "settings": self.cache.mapping.settings(),
                 "newest": int(self.cache.segment.stripes["seq"].max()), "epoch": int(self.cache.segment.header["epoch"]),
+                "log_gaps": int(self.cache.segment.header["log_gaps"]),
             }  # fmt: skip
             writer = fmt.Writer(file, "log", head, compress=self.compress)
             os.fsync(file.fileno())
@@ -243,12 +250,18 @@ class AppendLog:
         except BaseException:
             with contextlib.suppress(OSError):
                 file.close()
-            with contextlib.suppress(OSError):
-                path.unlink()
+            self.let_go(path)
             raise
         if self.file is not None:
             self.file.close()
         self.file, self.writer, self.number = file, writer, number
+
+    def let_go(self, path: Path) -> None:
+        """Remove a file in which there is no record, if the disk does."""
+        try:
+            path.unlink()
+        except OSError:
+            self.left = path
 
     def begin_file_again(self) -> None:
         if time.monotonic() >= self.retry_at:
@@ -269,24 +282,47 @@ class AppendLog:
                 self.file.close()
             self.file = None
             if self.failed:  # nothing has got into it
-                with contextlib.suppress(OSError):
-                    (self.folder / fmt.log_name(self.number)).unlink()
-                    self.number -= 1
+                self.let_go(self.folder / fmt.log_name(self.number))
+                self.number -= 1
             if self.policy != "always" and self.unsynced:
                 _stream.count_gap(self.cache)
         self.failed = True
         self.unsynced = False
-        self.epoch = self.base_epoch
+        self.epoch, self.gaps = self.base_epoch, self.synced_gaps
         self.drain.rewind()
         self.retry_at = time.monotonic() + RETRY
 
 
-class Sync(threading.Thread):
-    """One fsync: of what the file has now, n_bytes up to this epoch. start() or run() it; finish() when it is wanted."""
+def try_disk(path: Path) -> None:
+    """Does the disk take what is written? It is written into this file, whose content is nothing. Raises: OSError: no."""
+    fd = os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        os.write(fd, fmt.preamble("log"))
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
-    def __init__(self, fd: int, n_bytes: int = 0, epoch: int = 0) -> None:
+
+def is_whole(cache: Cache, folder: Path) -> bool:
+    """Would a log that is begun in this directory, with what is there and in the rings, have all that was ever written?"""
+    header = cache.segment.header
+    if not int(header["log_policy"]):  # nothing is in the rings, not even what was deleted
+        return not len(cache) and not any(fmt.listing(folder))
+    life = datadir.life(cache)
+    if not int(header["log_epoch"]):  # nobody has emptied the rings yet
+        with contextlib.suppress(errors.DamagedFile):
+            return not int(header["restored_seq"]) or life in datadir.lives(folder)
+        return False
+    # else it is whole if it went on here, and nothing was missed since: neither here nor because it went on elsewhere
+    return any(datadir.life_of(h) == life and h.get("log_gaps") == int(header["log_gaps"]) for h in datadir.heads(folder)[1][-1:])
+
+
+class Sync(threading.Thread):
+    """One fsync: of what the file has now, n_bytes up to this epoch, and so many gaps. start() or run() it; finish() when it is wanted."""
+
+    def __init__(self, fd: int, n_bytes: int = 0, epoch: int = 0, gaps: int = 0) -> None:
         super().__init__(name="sync", daemon=True)
-        self.fd, self.n_bytes, self.epoch = fd, n_bytes, epoch
+        self.fd, self.n_bytes, self.epoch, self.gaps = fd, n_bytes, epoch, gaps
         self.error: OSError | None = None
 
     def run(self) -> None:

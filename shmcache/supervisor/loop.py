@@ -90,7 +90,7 @@ class Supervisor:
         self.room = 0  # bytes that the disk had after it
         self.retry, self.retry_at = SNAPSHOT_RETRY, 0.0
         self.writer: threading.Thread | None = None
-        self.said: set[str] = set()  # which files are kept since they cannot be read
+        self.said: set[str] = set()  # which files are kept, and why
         self.stop_writing = threading.Event()
         self.log: AppendLog | None = None
         self.writeback: WriteBack | None = None
@@ -107,15 +107,14 @@ class Supervisor:
         self.stopping = True
 
     def begin_log(self, policy: str | None) -> None:
-        was_logged = int(self.header["log_policy"]) != 0
         if policy in (None, "off"):
-            if was_logged:  # from here on it is not
+            if int(self.header["log_policy"]):  # from here on it is not
                 _stream.count_gap(self.cache)
                 appendlog.mark(self.cache, log_policy=0)
                 self.want_snapshot()
             return
         assert self.folder is not None
-        if not was_logged and len(self.cache):
+        if not appendlog.is_whole(self.cache, self.folder):
             _stream.count_gap(self.cache)  # what is there already
         self.log = AppendLog(self.cache, self.folder, policy, self.want_snapshot, self.compress)
         self.want_snapshot()
@@ -247,7 +246,7 @@ class Supervisor:
                 print(f"shmcache: snapshots of {self.cache.name} go on with {report['path']}", file=sys.stderr, flush=True)
             self.failure, self.retry = "", SNAPSHOT_RETRY
             for line in set(report["kept"]) - self.said:
-                print(f"shmcache: kept, since it cannot be read: {line}", file=sys.stderr, flush=True)
+                print(f"shmcache: kept: {line}", file=sys.stderr, flush=True)
             self.said |= set(report["kept"])
         except errors.SnapshotStopped:
             return  # the last one, which run() writes, is what was asked for

@@ -749,3 +749,128 @@ def test_a_worker_killed_while_it_writes_leaves_whole_records(make):
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
     assert drain.damaged == 0
+
+
+def test_a_disk_that_neither_syncs_nor_removes_is_not_filled_with_files(make, folder, monkeypatch):
+    """It creates one in each try, a try each second."""
+    cache = make("16M", log_buffer="64K", max_processes=16)
+    monkeypatch.setattr(appendlog, "RETRY", 0.01)
+    broken, tries = [False], []
+
+    def fails(real):
+        def call(*args, **kwargs):
+            if broken[0]:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return real(*args, **kwargs)
+
+        return call
+
+    def begin(path):
+        tries.append(path)
+        return open(path, "xb", buffering=0)
+
+    monkeypatch.setattr(Path, "unlink", fails(Path.unlink))
+    monkeypatch.setattr(os, "fsync", fails(os.fsync))
+    log = AppendLog(cache, folder, "everysec", open_file=begin)
+    try:
+        cache.set("before", 1)
+        log.sync()
+        n_files = len(fmt.listing(folder)[1])
+        broken[0] = True
+        cache.set("during", 1)
+        until(lambda: len(tries) > 20)
+        assert len(fmt.listing(folder)[1]) <= n_files + 1
+        broken[0] = False
+        until(lambda: not cache.durability()["log_failed"])
+        cache.set("after", 1)
+        log.sync()
+        assert len(fmt.listing(folder)[1]) <= n_files + 2
+    finally:
+        log.close()
+    report, after = restored(cache.name, folder)
+    with after:
+        assert after.get_many(["before", "during", "after"]) == {"before": 1, "during": 1, "after": 1}
+        assert report["damaged"] == []
+
+
+@pytest.mark.parametrize("policy", ["everysec", "always"])
+def test_a_gap_that_a_failed_file_says_is_said_again(make, folder, policy, monkeypatch):
+    cache = make("16M", log_buffer="64K", max_processes=16)
+    monkeypatch.setattr(appendlog, "RETRY", 0.05)
+    fsync, broken = os.fsync, [False]
+
+    def fails(fd):
+        if broken[0]:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", fails)
+    log = AppendLog(cache, folder, policy)
+    try:
+        cache.set("before", 1)
+        log.sync()
+        _stream.count_gap(cache)
+        log.sync()
+        broken[0] = True
+        _stream.count_gap(cache)
+        until(lambda: cache.durability()["log_failed"])
+        failed = log.number
+        broken[0] = False
+        until(lambda: not cache.durability()["log_failed"])
+        log.sync()
+    finally:
+        log.close()
+    (folder / fmt.log_name(failed)).write_bytes(b"")  # what was not synced may be lost
+    gaps = int(cache.segment.header["log_gaps"])
+    said = [r.version for r in records(folder) if r.op == fmt.GAP]
+    assert sum(said) == gaps - 1, "what was said in the file that is lost, and synced there, is not said again"
+
+
+@pytest.mark.parametrize("elsewhere", ["log", "log and back", "nothing"])
+def test_a_log_that_goes_on_in_another_directory_says_what_it_lacks(make, tmp_path, elsewhere):
+    """The policy is the same, but what was written before is not there."""
+    cache = make("16M", log_buffer="64K", max_processes=16)
+    with datadir.take(tmp_path / "a") as first, datadir.take(tmp_path / "b") as second:
+        supervisor = Supervisor(cache, folder=first, log="always")
+        assert cache.durability()["log_gaps"] == 0, "it is empty"
+        cache.set("before", 1)
+        supervisor.close()
+        Supervisor(cache, folder=first, log="always").close()
+        assert cache.durability()["log_gaps"] == 0, "it goes on where it was"
+        if elsewhere != "nothing":
+            Supervisor(cache, folder=second, log="always").close()
+        else:
+            Supervisor(cache, folder=second).close()
+        gaps = cache.durability()["log_gaps"]
+        assert gaps > 0
+        last = first if elsewhere != "log" else second
+        supervisor = Supervisor(cache, folder=last, log="always")
+        assert cache.durability()["log_gaps"] == gaps + (elsewhere != "log")
+        cache.set("after", 1)
+        supervisor.close()
+        report, after = restored(cache.name, last)
+        with after:
+            assert report["gaps"] > 0 and after["after"] == 1
+
+
+def test_a_log_of_what_was_restored_from_another_directory_says_what_it_lacks(make, tmp_path):
+    cache = make("16M", log_buffer="64K", max_processes=16)
+    with datadir.take(tmp_path / "a") as first, datadir.take(tmp_path / "b") as second:
+        cache.set("before", 1)
+        snapshot.write(cache, first)
+        for folder in (first, second):
+            _, after = restored(cache.name, first, log_policy=appendlog.POLICIES["always"], log_buffer="64K")
+            with after:
+                assert after["before"] == 1
+                Supervisor(after, folder=folder, log="always").close()
+                assert after.durability()["log_gaps"] == (folder == second)
+
+
+def test_a_log_that_begins_beside_files_of_an_empty_segment_says_what_it_lacks(make, folder):
+    """What is in them was deleted when nothing was logged."""
+    cache = make("16M", log_buffer="64K", max_processes=16)
+    cache.set("deleted", 1)
+    snapshot.write(cache, folder)
+    cache.delete("deleted")
+    Supervisor(cache, folder=folder, log="always").close()
+    assert cache.durability()["log_gaps"] == 1
