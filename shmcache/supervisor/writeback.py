@@ -140,6 +140,8 @@ class WriteBack:
         seen: dict[bytes, float] = {}
         while True:
             items, at = find(at, BATCH)
+            # A key is there twice if a write put it into a chunk further on meanwhile; the write is the later one. D1: no two are in a slot
+            items = list({item[0]: item for item in items}.values())
             if self.dirty.damaged != self.damaged:
                 self.damaged = self.dirty.damaged
                 self._say(f"a page of the value of {self.damaged!r} belongs to somebody else: run shmcache-admin verify --repair")

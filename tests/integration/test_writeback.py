@@ -13,8 +13,9 @@ import pytest
 import shmcache
 from shmcache import errors
 from shmcache.codec import MsgpackCodec
+from shmcache.core import _dirty
 from shmcache.stores import Entry
-from shmcache.supervisor import datadir, snapshot
+from shmcache.supervisor import datadir, snapshot, writeback
 from shmcache.supervisor.appendlog import AppendLog
 from tests.integration.test_policy import flushing
 from tests.integration.test_processes import child, ended
@@ -442,6 +443,35 @@ def test_a_damaged_value_does_not_keep_the_others_from_the_store(back, store, ca
 
 
 # ---- what is over already ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("later", ["value", "delete"])
+def test_of_a_key_that_a_batch_has_twice_the_later_write_is_stored(back, store, monkeypatch, later):
+    class Slow(_dirty.Dirty):
+        """A write comes between two chunks of the walk, and into one that is still ahead."""
+
+        def find(self, at, most):
+            items, at = super().find(at, most)
+            if items and not wrote:
+                wrote.append(write())
+                more, at = super().find(at, most)
+                assert [item[0] for item in more] == [b"k"]
+                items += more
+            return items, at
+
+    wrote = []
+    cache = back()
+    cache.set("k", 20)
+
+    def write():
+        return cache.delete("k") if later == "delete" else cache.set("k", 21)
+
+    monkeypatch.setattr(writeback._dirty, "Dirty", Slow)
+    with flushing(cache, store) as thread:
+        until(lambda: wrote)
+        cache.flush()
+        assert thread.thread.is_alive()
+    assert store.load_many([b"k"]) == ({} if later == "delete" else {b"k": Entry(21)})
 
 
 def test_what_is_stored_for_no_time_is_seen_by_nobody(back, store):
