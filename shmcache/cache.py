@@ -103,8 +103,9 @@ class Cache(_core.Table):
         """A decorator: the function's results are cached by its arguments and computed once per host, as by get_or_set.
 
         Args: name: under which the results are kept. Without it the function is told from all others by its module, qualified name, code,
-        defaults and what it closes over (by its program, in `__main__`); a function whose code was changed starts without results. With it
-        the caller answers for that. stale_ttl, early: as for get_or_set; tags: too, or a function that makes them of the arguments.
+        defaults, attributes and what it closes over (by its program, in `__main__`); a function whose code was changed starts without
+        results. With it the caller answers for that. stale_ttl, early: as for get_or_set; tags: too, or a function that makes them
+        of the arguments.
         f(1), f(a=1) and f(1, 2) are one call of f(a, b=2). Arguments are what the codec takes, and classes; equal ones of equal types, at
         every depth, are the same in every process; 1 and True and 1.0 are three. The function gets `cache_key(*args)` and `forget(*args)`.
         Raises: UsageError: it is a coroutine function, a generator, a class, a staticmethod or classmethod, or closes over what cannot be

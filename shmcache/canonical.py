@@ -1,14 +1,18 @@
 """The canonical bytes of a value: equal values of equal types, at every depth, have the same bytes in each process, whatever its hash seed.
 Values that differ have different bytes. Nothing decodes them: a key is made of their digest.
 
-    order       a dict, a set and a frozenset have none: their items are sorted by their bytes. An OrderedDict and a list have one
+    order       a dict, a set and a frozenset have none: their items are sorted by their bytes. A list and an OrderedDict have one, and so
+                have their subclasses
     sharing     plain data that is there twice counts as two equal values. Pickle tells these apart, by whether a str happens to be interned
     types       1, 1.0 and True are three values, "a" and b"a" are two
     numbers     0.0 and -0.0 differ, and so do Decimal("1.0") and Decimal("1.00"): a function can tell. Every nan is the same
-    arrays      the dtype (with its byte order), the shape and the items count; the order in memory does not
+    arrays      the dtype (with its byte order and its metadata), the shape and the items count; the order in memory does not. Of a
+                subclass of numpy's that does not reduce itself the class and the attributes count, too
     classes     are their module and qualified name, and must be found there
-    functions   are their module, qualified name, code, defaults, and what they close over
-    objects     are a class and a state, as pickle sees them; and the code of `__call__`, if there is one
+    functions   are their module, qualified name, code, defaults, attributes, and what they close over; one of singledispatch is what is
+                registered with it
+    objects     are a class and a state, as pickle sees them; and the code of `__call__`, if there is one. Of a subclass of a standard class
+                that reduces itself without its attributes (Counter, Decimal, datetime) these count, too
 
 Functions and objects are only taken where any_object is true. The code of a function is the compiler's, without its place in the file; each
 version of Python makes its own. `__main__` is the program: the name of its module if it was started by `-m`, else its file.
@@ -22,6 +26,7 @@ import os
 import struct
 import sys
 import types
+from collections import OrderedDict
 
 from shmcache import codec, errors
 from shmcache.core import _core
@@ -32,6 +37,12 @@ if TYPE_CHECKING:
     from typing import Any
 
 packers = functools.cache(codec.packers)
+# Attributes of functions that say nothing else: what is wrapped is closed over, or not called
+OWN_ATTRIBUTES = ("__wrapped__", "_memoized", "cache_key", "forget", "cache_parameters")
+DISPATCHING = ("__wrapped__", "register", "dispatch", "registry", "_clear_cache")
+MAPS = ("_mmap", "filename", "offset", "mode")  # where the items of a memmap are
+DISPATCHES = functools.singledispatch(len).__code__  # type: ignore[attr-defined]
+LEAVES_OUT = ("collections", "datetime", "decimal", "fractions", "pathlib")  # reduced without a subclass's attributes
 
 
 def canonical(value: Any, any_object: bool) -> bytes:
@@ -71,6 +82,9 @@ class Walk:
         numpy = sys.modules.get("numpy")
         if numpy is not None and (kind is numpy.ndarray or (isinstance(value, numpy.generic) and kind.__module__ == "numpy")):
             return self._array(b"a" if kind is numpy.ndarray else b"n", numpy.asarray(value))
+        if self._any_object and numpy is not None and isinstance(value, arrays := (numpy.ndarray, numpy.generic)):
+            if reduced_by(kind) in arrays:
+                return b"A" + self.bytes_of(found_as(kind)) + self._array(b"a", numpy.asarray(value)) + self._attributes(value, *MAPS)
         packer = packers().get(kind)
         if packer is not None:
             try:
@@ -103,12 +117,14 @@ class Walk:
         return b"%c%d:" % (tag, len(made)) + b"".join([key + self.bytes_of(value) for key, value in made])
 
     def _array(self, tag: bytes, array: Any) -> bytes:
+        if array.dtype.metadata:
+            tag += b"@" + self.bytes_of(dict(array.dtype.metadata))
         if array.dtype.hasobject:
             if not self._any_object:
                 raise codec.refuse(array, "an array of objects would have to be pickled")
             return tag + self.bytes_of(("O", array.shape, array.ravel().tolist()))
         if array.dtype.names:  # field by field: between them there may be bytes that mean nothing
-            head = tag + self.bytes_of((array.dtype.names, array.shape))
+            head = tag + self.bytes_of((array.dtype.names, array.shape, array.dtype.type))
             return head + b"".join([self._array(b"a", array[name]) for name in array.dtype.names])
         kind = array.dtype.type  # of another package, whose dtypes may all be called V2
         dtype = array.dtype.str if kind.__module__ == "numpy" else (array.dtype.str, found_as(kind))
@@ -130,16 +146,32 @@ class Walk:
         if type(value) is types.MethodType:
             return b"b" + self.bytes_of(value.__func__) + self.bytes_of(value.__self__)
         if type(value) is functools._lru_cache_wrapper:  # pickled by its name, which a decorator above it comes before
-            return b"q" + self.bytes_of(value.__wrapped__)
+            return b"q" + self.bytes_of(value.__wrapped__) + self._attributes(value, *OWN_ATTRIBUTES)
         return self._reduced(value)
+
+    def _attributes(self, value: Any, *but: str) -> bytes:
+        """Of what has some."""
+        made = []
+        for name, attribute in sorted(getattr(value, "__dict__", {}).items()):
+            if name in but:
+                continue
+            try:
+                made.append(_str(name) + self.bytes_of(attribute))
+            except errors.UnsupportedValue as e:
+                of = getattr(value, "__qualname__", None) or type(value).__qualname__
+                raise errors.UnsupportedValue(f"the attribute {name!r} of {of}: {e}") from None
+        return b"o%d:" % len(made) + b"".join(made) if made else b""
 
     def _function(self, function: types.FunctionType) -> bytes:
         memoized = vars(function).get("_memoized")
         if memoized is not None and memoized[0] is function:  # not another decorator's, which has taken over its attributes
-            return b"w" + self.bytes_of(memoized[1])
+            return b"w" + self.bytes_of(memoized[1]) + self._attributes(function, *OWN_ATTRIBUTES)
         where = (module_name(function.__module__, function.__globals__), function.__qualname__)
+        if is_dispatched(function):  # its cache of what it has dispatched is no part of it
+            return b"D" + self.bytes_of((where, dict(vars(function)["registry"]))) + self._attributes(function, *DISPATCHING)
         defaults = (function.__defaults__, function.__kwdefaults__)
-        return b"p" + self.bytes_of((where, code_digest(function.__code__), defaults)) + self._cells(function)
+        head = b"p" + self.bytes_of((where, code_digest(function.__code__), defaults))
+        return head + self._cells(function) + self._attributes(function, *OWN_ATTRIBUTES)
 
     def _cells(self, function: types.FunctionType) -> bytes:
         """What a function closes over."""
@@ -174,7 +206,20 @@ class Walk:
         call = getattr(kind, "__call__", None)  # noqa: B004
         if type(call) is types.FunctionType:  # it is used as a function: its code counts
             head += self.bytes_of(call)
-        return head + self._items(b"l", items or ()) + self._dict(b"d", pairs or ())
+        if state is None and (by := reduced_by(kind)) is not kind and by.__module__ in LEAVES_OUT:
+            head += self._attributes(value)
+        ordered = not isinstance(value, dict) or isinstance(value, OrderedDict)
+        return head + self._items(b"l", items or ()) + (self._items(b"l", pairs or ()) if ordered else self._dict(b"d", pairs or ()))
+
+
+def reduced_by(kind: type) -> type:
+    """The class that says what pickle sees of this one's objects."""
+    return next(base for base in kind.__mro__ if "__reduce_ex__" in vars(base) or "__reduce__" in vars(base))
+
+
+def is_dispatched(function: Any) -> bool:
+    """Has functools.singledispatch made it?"""
+    return getattr(function, "__code__", None) is DISPATCHES
 
 
 def found_as(value: Any, called: str | None = None) -> tuple[str, str]:

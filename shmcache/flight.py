@@ -16,8 +16,8 @@ Race table
                               fill first: set replaces it, delete removes it
     fill vs set / delete, in front of a store
                               the same: what is computed is stored under a mark, or as dirty, in the place of exactly that claim (of a dead
-                              writer's mark, of a tombstone that is not stored yet). A row that another host has stored stays, and is cached.
-                              clear() leaves such a mark as it is; but what was computed before it does not take the mark's place
+                              writer's mark, of a tombstone that is not stored yet). A row that another host has stored stays, and is cached
+                              clear() leaves such a mark as it is, but what was computed before it does not take the mark's place
     fill vs take-over         a claim older than `lease` seconds is void: the late fill is refused
     the claimer dies          the kernel drops its row's lock; the next waiter to look takes over. A caller that ends without a
                               fill (its process lives) gives its claim back by the object that notes it (core/_claims.pyx)

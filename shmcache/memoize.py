@@ -1,11 +1,12 @@
 """A function's results, kept by its arguments and computed once per host.
 
 The key of a result is a digest of what the function is and of its arguments (canonical.py). A function is its module, its qualified name,
-its code, its defaults and what it closes over. So two lambdas, the closures that one function makes, a function that is defined again, and
-the functions of two programs do not share results, and a function whose code was changed starts without any. What it calls and the globals
-that it reads are not part of it. `name` replaces all that.
+its code, its defaults, its attributes and what it closes over. So two lambdas, the closures that one function makes, a function that is
+defined again, and the functions of two programs do not share results, and a function whose code was changed starts without any. What it
+calls and the globals that it reads are not part of it. `name` replaces all that.
 
-What a function closes over counts as it is when the function is memoized, or if a variable of it has no value yet, when it is first called.
+What a function closes over, and its attributes, count as they are when the function is memoized; or when it is first called, if a variable
+that it closes over has no value yet, or if it is one of singledispatch, of which what is registered by then counts.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import warnings
 from hashlib import blake2b
 
 from shmcache import codec, errors
-from shmcache.canonical import canonical, code_digest, module_name
+from shmcache.canonical import canonical, code_digest, is_dispatched, module_name
 from shmcache.core import _core
 from shmcache.flight import MISSING, Terms, get_or_set
 
@@ -55,7 +56,7 @@ def memoize(
         if prefix is None:
             module = module_name(function.__module__, getattr(function, "__globals__", {}))
             begins = PREFIX + f"{module}.{called}".encode("utf-8", "backslashreplace")[:SHOWN_BYTES] + b"\x00"
-            identity = None if waits_for_values(function) else identified(function, called)
+            identity = None if waits_for_values(function) or is_dispatched(function) else identified(function, called)
         else:
             begins = prefix
             note_name(cache.name, begins, function, called)

@@ -51,6 +51,32 @@ def test_closures_of_one_function(cache):
     assert [f(0) for f in sharing] == [2, 2, 2]
 
 
+def test_functions_that_differ_by_an_attribute(cache):
+    def times(n):
+        @cache.memoize()
+        def multiplied(x):
+            return x * multiplied.n
+
+        multiplied.n = n
+        return multiplied
+
+    assert [times(n)(3) for n in (1, 2, 1, 2)] == [3, 6, 3, 6]
+
+
+def test_a_function_of_singledispatch(cache):
+    def made(*kinds):
+        @functools.singledispatch
+        def of(x):
+            return "any"
+
+        memoized = cache.memoize()(of)
+        for kind in kinds:
+            memoized.register(kind, lambda x: kind.__name__)  # noqa: B023
+        return memoized
+
+    assert [made(int)(1), made(str)(1), made(int)(1), made(int)("a"), made(str)("a")] == ["int", "any", "int", "any", "str"]
+
+
 def test_closures_whose_variable_comes_later(cache):
     def adder(n):
         @cache.memoize()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import collections
+import collections.abc
 import dataclasses
 import datetime as dt
 import decimal
@@ -13,6 +13,7 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 import uuid
 import zoneinfo
 
@@ -154,6 +155,134 @@ OBJECTS = [
     ring("a"), ring("a", "b"), ring("b", "a"), range(3), range(4), slice(1, 2), bytearray(b"a"), collections.Counter("aab"), collections.defaultdict(list, a=[1]),
     collections.defaultdict(set, a=[1]), functools.partial(int, base=2), functools.partial(int, base=3), len, math.sqrt, "a".join, "b".join, np.array([None]), os,
 ]  # fmt: skip
+
+
+class Ordered(collections.OrderedDict):
+    pass
+
+
+class Map(collections.abc.MutableMapping):
+    """Of an order, by pairs that pickle gets one by one."""
+
+    def __init__(self):
+        self.pairs = []
+
+    def __reduce__(self):
+        return Map, (), None, None, iter(self.pairs)
+
+    def __setitem__(self, key, value):
+        self.pairs.append((key, value))
+
+    def __getitem__(self, key):
+        return dict(self.pairs)[key]
+
+    def __delitem__(self, key):
+        raise NotImplementedError
+
+    def __iter__(self):
+        return iter(dict(self.pairs))
+
+    def __len__(self):
+        return len(self.pairs)
+
+
+class Metres(np.ndarray):
+    pass
+
+
+class Feet(np.ndarray):
+    pass
+
+
+class Wide(np.float64):
+    pass
+
+
+class Wider(np.float64):
+    pass
+
+
+class Noted(collections.Counter):
+    pass
+
+
+class Price(decimal.Decimal):
+    pass
+
+
+class Day(dt.datetime):
+    pass
+
+
+def with_attributes(value, **attributes):
+    vars(value).update(attributes)
+    return value
+
+
+def filled(kind, *pairs):
+    made = kind()
+    for key, value in pairs:
+        made[key] = value
+    return made
+
+
+def lambdas(*numbers):
+    """Functions that differ by an attribute alone."""
+    return [with_attributes(lambda x: x, n=n) for n in numbers]
+
+
+def dispatching(*kinds):
+    @functools.singledispatch
+    def dispatched(x):
+        return 0
+
+    for kind in kinds:
+        dispatched.register(kind, lambda x: 1)
+    return dispatched
+
+
+PAIRS = [("a", 1), ("b", 2)]
+MORE = [
+    filled(Ordered, *PAIRS), filled(Ordered, *PAIRS[::-1]), filled(Map, *PAIRS), filled(Map, *PAIRS[::-1]),
+    np.arange(3).view(Metres), np.arange(3).view(Feet), with_attributes(np.arange(3).view(Feet), n=1), with_attributes(np.arange(3).view(Feet), n=2),
+    np.array([Ordered()]).view(Feet), np.arange(3), Wide(1), Wider(1),
+    np.zeros(2, np.dtype("<i4", metadata={"n": 1})), np.zeros(2, np.dtype("<i4", metadata={"n": 2})), np.zeros(2, "<i4"),
+    np.zeros(2, np.dtype([("a", np.dtype("<i4", metadata={"n": 1}))])), np.zeros(2, [("a", "<i4")]), np.zeros(2, (np.record, [("a", "<i4")])),
+    Noted("a"), with_attributes(Noted("a"), n=1), Price(1), with_attributes(Price(1), n=1), Day(2026, 1, 1), with_attributes(Day(2026, 1, 1), n=1),
+    *lambdas(1, 2), dispatching(), dispatching(int), dispatching(str), dispatching(int, str),
+    *[functools.lru_cache(f) for f in lambdas(3, 4)], with_attributes(functools.lru_cache(lambdas(3)[0]), m=1),
+]  # fmt: skip
+
+
+def test_what_tells_two_values_apart_beside_what_they_hold():
+    made = [pickled(value) for value in MORE]
+    assert [i for i, one in enumerate(made) if made.count(one) > 1] == []
+    assert pickled(dispatching(str, int)) == pickled(dispatching(int, str))
+    assert pickled(filled(Ordered, *PAIRS)) == pickled(filled(Ordered, *PAIRS))
+    assert pickled(with_attributes(lambdas(1)[0], m=2)) == pickled(with_attributes(with_attributes(lambdas(0)[0], m=2), n=1))
+
+
+def test_how_an_array_of_a_subclass_lies_does_not_count(tmp_path):
+    array = np.arange(6).reshape(2, 3)
+    assert pickled(array.view(Feet)) == pickled(np.asfortranarray(array).view(Feet))
+    maps = [np.memmap(tmp_path / name, "q", "w+", shape=(2, 3)) for name in "ab"]
+    for mapped in maps:
+        mapped[:] = array
+    assert pickled(maps[0]) == pickled(maps[1]) != pickled(maps[0][::-1])
+
+
+def test_an_attribute_of_which_no_key_can_be_made():
+    function = with_attributes(lambdas(1)[0], held=threading.Lock())
+    with pytest.raises(errors.UnsupportedValue, match="the attribute 'held' of lambdas"):
+        pickled(function)
+    for value in (MORE[0], MORE[4], MORE[10]):
+        with pytest.raises(errors.UnsupportedValue):
+            plain(value)
+
+
+def test_a_function_whose_attribute_is_itself():
+    one, two = [with_attributes(f, this=f) for f in lambdas(1, 2)]
+    assert pickled(one) != pickled(two)
 
 
 def test_no_two_of_many_have_the_same_bytes():
