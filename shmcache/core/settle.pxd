@@ -31,7 +31,7 @@ from shmcache.core.bucket cimport bucket_of, bump, overflow_push_locked, overflo
 from shmcache.core.layout cimport REPAIRED_CHUNK, REPAIRED_OVERFLOW, REPAIRED_PAGE, class_t, item_t, overflow_t, page_t, seg_t, stripe_t
 from shmcache.core.lock cimport lock_release, within
 from shmcache.core.slab cimport avail_push_locked, chunk_class, chunk_push_locked, class_release, class_take, in_slab, \
-    item_at, page_cls, page_to_pool, pool_push_locked, pool_take, rebuild_page_locked
+    item_at, page_cls, page_in_class, page_to_pool, pool_push_locked, pool_take, rebuild_page_locked
 from shmcache.core.token cimport INTR, KEPT, LIVE, OK, OV_LINKED, OV_RESERVED, PAGE_ACTIVE, PAGE_BIG, PAGE_CUTTING, PAGE_DRAINING, \
     RESERVED, RETIRED, dead, kind_of, mono_ns, token_of, word_of
 
@@ -142,7 +142,7 @@ cdef inline int settle_page(seg_t* s, uint64_t p, uint64_t until_ns) noexcept no
         rc = class_take(s, cls, until_ns)
         if rc == OK:
             st32(&s.classes[cls].page_in_hand, <uint32_t>p + 1)
-            if page_cls(s, p) == cls and cas64(&pg.word, w, word_of(PAGE_ACTIVE, 0)):
+            if page_in_class(s, p, cls) and cas64(&pg.word, w, word_of(PAGE_ACTIVE, 0)):
                 #! settle: page ACTIVE
                 rebuild_page_locked(s, p, cls)
                 #! settle: page rebuilt

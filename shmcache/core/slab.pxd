@@ -9,6 +9,10 @@
 #   rule C: a word that names somebody else is changed only by compare-and-swap from the value on which I decided
 #   a page is published ACTIVE by one store after all its words are FREE; it leaves its class only when, under the class
 #   lock, all its words are FREE
+#   a page's class is stored under the lock of that class, before the page is ACTIVE; it stands there till another one is. So who
+#   has the lock and loads the word first, and finds it ACTIVE or DRAINING, and then the class, and finds it his, has a page of
+#   the class. The other way round it may be one that was just leaving by the first load, and by the second is another class's:
+#   its list was rebuilt with links every so many bytes, which are not where its chunks are, but within their values
 #
 # Crash while holding a class lock: the taker rebuilds the list of the page in hand and the class's lists. A chunk popped and not
 # yet stored in a batch slot is RESERVED(dead): the hand settles it. Crash while holding the pool lock: the list is rebuilt from
@@ -69,11 +73,13 @@ cdef inline int page_cls(seg_t* s, uint64_t page) noexcept nogil:
     return <int>cls if mark == cls_mark(cls) and cls < s.n_classes else -1
 
 cdef inline bint page_in_class(seg_t* s, uint64_t page, uint32_t cls) noexcept nogil:
+    """With the class's lock it is so, and stays so; without it that is a hint, but for a page that something of this process's keeps."""
     cdef int k
-    if page >= s.n_pages or cls >= s.n_classes or ld32(&s.pages[page].cls) != cls_mark(cls):
+    if page >= s.n_pages or cls >= s.n_classes:
         return False
     k = kind_of(ld64(&s.pages[page].word))
-    return k == PAGE_ACTIVE or k == PAGE_DRAINING
+    #~ page: word loaded
+    return (k == PAGE_ACTIVE or k == PAGE_DRAINING) and ld32(&s.pages[page].cls) == cls_mark(cls)
 
 cdef inline int chunk_class(seg_t* s, uint64_t addr, uint32_t* index) noexcept nogil:
     """The class of which this address is a chunk, as the page table has it just now; -1: it is none."""
@@ -376,8 +382,6 @@ cdef inline void cut_page(seg_t* s, uint64_t p, uint32_t cls) noexcept nogil:
         st64(&it.hash, 0)
         st32(&it.link, i + 2 if i + 1 < n else 0)
         st8r(refs_of(s, addr), 0)
-    st32(&pg.cls, cls_mark(cls))
-    #! cut: class stored
     st8(&pg.listed, 0)
     st32(&pg.free, 1)
     st32(&pg.n_free, n)
@@ -393,6 +397,8 @@ cdef inline int publish_page(seg_t* s, uint64_t p, uint32_t cls, uint64_t until_
         return rc
     st32(&s.classes[cls].page_in_hand, <uint32_t>p + 1)
     #! publish: page noted
+    st32(&s.pages[p].cls, cls_mark(cls))
+    #! publish: class stored
     st64(&s.pages[p].word, word_of(PAGE_ACTIVE, 0))
     #! publish: ACTIVE
     ring_insert_locked(s, &s.classes[cls], p)

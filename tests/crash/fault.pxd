@@ -1,7 +1,8 @@
 # Points: named places at which a test lets a process die, stop, dawdle, or find a lock busy. In the sources each is a comment line, and
 # tests/special.py makes calls of these comments for its build, so every other build has nothing of them:
 #   #! name     fault(name): between two stores
-#   #~ name     delay(name): within a read, or between two loads, where a death leaves nothing behind, but a slow process may be overtaken
+#   #~ name     delay(name): within a read, or between two loads, where a death leaves nothing behind, but a slow process may be overtaken; it can
+#               be stopped there, too
 #   #? name     if busy(name): return -1, which is BUSY
 #
 # Armed by the environment variable SHMCACHE_FAULT, read at every point, so that a process arms itself alone:
@@ -44,9 +45,12 @@ cdef extern from *:
         chance ^= chance << 13; chance ^= chance >> 7; chance ^= chance << 17;      /* xorshift64: Marsaglia 2003 */
         return (chance >> 11) % n == 0;
     }
+    static void fault(const char *name);
     static void delay(const char *name) {
         struct timespec t;
         uint64_t us;
+        const char *armed = getenv("SHMCACHE_FAULT");
+        if (armed && armed[0] == 's') fault(name);
         if (!dawdling()) return;
         if (dawdle.name[0] && strncmp(name, dawdle.name, strlen(dawdle.name)) == 0 && one_in(dawdle.focus)) us = 10 * dawdle.most_us;
         else if (one_in(dawdle.delay)) us = dawdle.most_us;

@@ -50,6 +50,7 @@ from tests.redis.resp import encode
 
 ADDRESS = (1 << 48) - 1
 MASK64 = (1 << 64) - 1
+MASK63 = MASK64 >> 1
 VICTIM = b"victim"
 OLD, NEW = b"old" * 20, b"new" * 21
 BIG_OLD, BIG_NEW = bytes(range(256)) * 800, bytes(reversed(range(256))) * 900  # 3 pages each and a rest
@@ -1476,6 +1477,16 @@ class Stopped:
         assert os.waitpid(self.pid, 0)[1] == 0
 
 
+def token_of_dead(b: Bench) -> int:
+    pid = os.fork()
+    if pid == 0:
+        b.cache.set(VICTIM, OLD)
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(pid, 0)
+    row = int(np.flatnonzero(b.seg.rows["pid"] == pid)[0])
+    return int(b.seg.rows["gen"][row]) << 16 | row + 1
+
+
 def settler_and_reused_pages(b: Bench) -> list[str]:
     """A settler has found a page of a deleted big value to be nobody's; it is freed and taken again by another key of the same head."""
     b.cache.set(b"K1", BIG_OLD)
@@ -1512,6 +1523,26 @@ def evictor_and_recut_page(b: Bench) -> list[str]:
         b.put(b"later:%d" % i, b"x" * 1900)
         b.fleeting.add(b"later:%d" % i)
     return read_others(b, True) + accounts(b)
+
+
+def taker_and_page_that_leaves(b: Bench) -> list[str]:
+    """A page is leaving its class when the lock of that class is taken over from the dead; by the time that the taker has looked at the page it is another class's,
+    with values in it."""
+    b.full()
+    b.seg.refs[:] = 0
+    cls = b.slab_class(SMALL)
+    mover = Stopped(b, lambda b: b.cache.set(b"large:0", bytes(1900)), "cut: chunk FREE")
+    page = int(b.seg.classes["page_in_hand"][cls]) - 1
+    assert int(b.seg.pages["word"][page]) >> 56 == 1, "it is not being cut"
+    b.seg.classes["word"][cls] = token_of_dead(b)
+    taker = Stopped(b, lambda b: b.cache.set(b"one more", b"x" * 60), "page: word loaded")
+    assert int(b.seg.classes["word"][cls]) & MASK63 not in (0, b.me), "it has not the lock"
+    mover.go()
+    for i in range(1, 34):  # the page is theirs
+        b.put(b"large:%d" % i, bytes(1900))
+    taker.go()
+    b.fleeting = set(b.expected)
+    return read_others(b, True) + b.cache.verify() + accounts(b)
 
 
 def dead_holder_and_stopped_successors(b: Bench) -> list[str]:
@@ -1683,6 +1714,7 @@ RACES = [
     clear_of_a_database_during_exec,
     persist_during_get,
     set_during_ttl,
+    taker_and_page_that_leaves,
     dead_holder_and_stopped_successors,
     settler_and_reused_pages,
     settler_and_page_of_items,
