@@ -362,7 +362,7 @@ class Logs:
         self.newest = self.epoch = 0  # newest: of a row's version
         self.created_ms = 0
         self.settings: dict[str, int] = {}
-        self.lives: set[int | None] = set()
+        self.lives: list[int | None] = []
         self.bases: dict[Path, int] = {}
         self.ahead: dict[Path, int] = {}  # of the segment's base: relate()
         for path in self.paths:
@@ -372,7 +372,7 @@ class Logs:
                 if reader.head.get("name") != name:
                     raise errors.ForeignDataDir(f"{path} is of the segment {reader.head.get('name')!r}, not {name!r}: move it away")
                 newest, self.created_ms, self.settings, epoch = _of_head(path, reader.head)
-                self.lives.add(datadir.life_of(reader.head))
+                self.lives.append(datadir.life_of(reader.head))
                 self.bases[path] = _base(path, self.settings)
                 self.newest, self.epoch = max(self.newest, self.bases[path] + newest), max(self.epoch, epoch)
 
@@ -456,9 +456,10 @@ def _fill(
     epoch = max(tail.epoch, found.epoch if found else 0)
     if found and tail.keys:
         found.check(lambda payload: tail.see(payload, ahead), progress)
+    gaps = tail.gaps
     if cache.durability()["generations_missing"]:
         _settle(cache, folder, max(tail.newest, found.newest + ahead if found else 0), given)
-        _note_life(cache, folder, logs.lives | ({found.life} if found else set()))
+        gaps += _note_life(cache, folder, [*([found.life] if found else []), *logs.lives])
     elif datadir.life(cache) not in datadir.lives(folder):
         raise errors.ForeignDataDir(
             f"workers use {cache.name!r} already, and its restore was not begun from {folder}, as far as is noted there: complete it from "
@@ -486,7 +487,7 @@ def _fill(
         "snapshot": str(found.path) if found else None, "items": items, "stored": into.stored, "present": into.present,
         "expired": into.expired, "dropped": into.dropped, "copies": into.copies,
         "log_records": tail.records, "clock_back_s": clock_back_ms / 1000,
-        "cleared": into.cleared, "damaged": damaged, "cut": logs.cut, "gaps": tail.gaps,
+        "cleared": into.cleared, "damaged": damaged, "cut": logs.cut, "gaps": gaps,
     }  # fmt: skip
 
 
@@ -568,10 +569,16 @@ def _settle(cache: Cache, folder: Path, newest: int, given: datadir.GivenOut) ->
             raise
 
 
-def _note_life(cache: Cache, folder: Path, restored_from: set[int | None]) -> None:
-    """Of whose files this life is, before anybody attaches. A full disk is no reason to refuse: what is not noted is kept, and said."""
+def _note_life(cache: Cache, folder: Path, restored_from: list[int | None]) -> int:
+    """Of whose files this life is, in their order, before anybody attaches. A full disk is no reason to refuse: what is not noted is kept,
+    and said. Returns: of how many of them it is not known that they had what the first had, so that something may be missing between."""
+    noted: dict[int, set[int]] = {}
+    with contextlib.suppress(errors.DamagedFile):
+        noted = datadir.lives(folder)
+    lives = {life for life in restored_from if life is not None}
     with contextlib.suppress(OSError, errors.UnsupportedValue):
-        datadir.note_life(folder, cache.name, datadir.life(cache), {life for life in restored_from if life is not None})
+        datadir.note_life(folder, cache.name, datadir.life(cache), lives)
+    return sum(life != restored_from[0] and restored_from[0] not in noted.get(life, set()) for life in lives)
 
 
 def _create_or_complete(

@@ -484,6 +484,26 @@ def test_what_a_chain_of_lives_left_goes(name, taken):
     shmcache.unlink(name)
 
 
+def test_a_log_behind_a_snapshot_of_another_life_is_not_whole(name, taken):
+    """The snapshots between are damaged: what was in them is missing, though the log has what came later."""
+    lived(name, taken, "former", log=False)
+    with shmcache.create(name, "8M", log_buffer="64K", max_processes=16) as worker:
+        worker.set("n", "worker's")
+        snapshot.write(worker, taken)
+    shmcache.unlink(name)
+    lived(name, taken, "later")
+    report, cache = restored(name, taken)
+    with cache:
+        assert report["gaps"] == 0 and cache["n"] == "later"
+    shmcache.unlink(name)
+    for _, path in fmt.listing(taken)[0][1:]:
+        cut(path)
+    report, cache = restored(name, taken)
+    with cache:
+        assert report["gaps"] > 0 and cache["n"] == "later" and cache["of"] == "later"
+    shmcache.unlink(name)
+
+
 @pytest.mark.parametrize("since", ["a life", "a snapshot", "a log"])
 def test_what_was_restored_from_a_copy_does_not_have_what_came_since(name, folder, tmp_path, since):
     """Restored by hand from a backup, and then supervised with the directory of which it was one."""
