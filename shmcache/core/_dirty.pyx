@@ -17,7 +17,7 @@ from shmcache.core.lock cimport wait_until
 from shmcache.core.siphash cimport siphash13
 from shmcache.core.slab cimport in_slab, item_at, page_room
 from shmcache.core.table cimport RESTARTS, find_dirty, go_above, mark_clean, read_begin, read_copy, read_t, renew_dirty, same_item, unchanged
-from shmcache.core.token cimport ABSENT, BUSY, INTR, OK
+from shmcache.core.token cimport ABSENT, BUSY, INTR, MISMATCH, OK
 
 from shmcache import errors
 
@@ -197,7 +197,7 @@ cdef class Dirty:
         cdef int rc = INTR
         while rc == INTR:
             with nogil:
-                rc = renew_dirty(s, k, n, h, version, above, until)
+                rc = renew_dirty(s, k, n, h, version, version, above, until)
             if rc == INTR:
                 PyErr_CheckSignals()
                 s = self.table.ready()
@@ -219,6 +219,42 @@ cdef class Dirty:
             all_do = all_do and rc == OK
             i += 1
         return all_do
+
+    def renew_all(self, uint64_t first, uint64_t last):
+        """Give each dirty item whose version is one of first to last a new one, above last: True. False: a process that does not run holds a
+        stripe; some have it. go_above(last) first, or one may be written meanwhile whose version is not above last."""
+        cdef seg_t* s = self.table.ready()
+        cdef uint8_t* keys = <uint8_t*>malloc(CHAIN_BYTES)
+        cdef uint64_t b = 0, used = 0, items = 0, total = 0, place, until = 0
+        cdef const uint8_t* key
+        cdef size_t n
+        cdef int rc
+        if keys == NULL:
+            raise MemoryError
+        try:
+            while b < s.n_buckets:
+                until = until or wait_until(s)
+                with nogil:
+                    rc = visit(s, b, keys, &used, &items, &total, until)
+                    place = 0
+                    while rc == OK and place < used:
+                        n = keys[place] | <size_t>keys[place + 1] << 8
+                        key = keys + place + 2
+                        rc = renew_dirty(s, key, n, siphash13(key, n, s.k0, s.k1), first, last, last, until)
+                        if rc == MISMATCH:          # stored meanwhile, or written: then it is above
+                            rc = OK
+                        place += n + 2
+                if rc == INTR:                      # the chain again: those that have a new one are left
+                    PyErr_CheckSignals()
+                    s = self.table.ready()
+                    continue
+                if rc == BUSY:
+                    return False
+                until = 0
+                b += 1
+        finally:
+            free(keys)
+        return True
 
     def recount(self):
         """Look at every item: set the bits that are missing, and count anew. (items, bytes)."""

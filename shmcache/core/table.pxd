@@ -1033,8 +1033,8 @@ cdef inline int mark_clean(seg_t* s, const uint8_t* key, size_t n, uint64_t h, u
         free_old(s, f.addr, until_ns)
     return rc
 
-cdef inline int renew_dirty(seg_t* s, const uint8_t* key, size_t n, uint64_t h, uint64_t version, uint64_t above, uint64_t until_ns) noexcept nogil:
-    """Give a dirty item of this version a new one, above that: OK; MISMATCH: it has been written or stored since; BUSY, INTR.
+cdef inline int renew_dirty(seg_t* s, const uint8_t* key, size_t n, uint64_t h, uint64_t first, uint64_t last, uint64_t above, uint64_t until_ns) noexcept nogil:
+    """Give a dirty item whose version is one of first to last a new one, above that: OK; MISMATCH: it has another one, or is stored; BUSY, INTR.
 
     It is not logged: if all dies before the row has the new version, what is restored has the old one, and meets the same row. Crash between
     the stores: as of a touch, repair counts the version up, from the higher of the two.
@@ -1047,7 +1047,7 @@ cdef inline int renew_dirty(seg_t* s, const uint8_t* key, size_t n, uint64_t h, 
         return rc
     find_locked(s, b, key, n, h, &f)
     rc = MISMATCH
-    if f.slot != NULL and ld8r(&item_at(s, f.addr).flags) & FLAG_DIRTY and ld64(&item_at(s, f.addr).cas) == version:
+    if f.slot != NULL and ld8r(&item_at(s, f.addr).flags) & FLAG_DIRTY and first <= ld64(&item_at(s, f.addr).cas) <= last:
         rc = OK
         new = max(st.seq, above) + 1
         note_intent(st, OP_TOUCH, f.addr, 0, st.count)

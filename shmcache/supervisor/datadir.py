@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from shmcache import cache as cache_module
 from shmcache import errors
+from shmcache.core import _core
 from shmcache.supervisor import format as fmt
 
 if TYPE_CHECKING:
@@ -176,14 +177,34 @@ def note_life(folder: Path, name: str, life: int, restored_from: set[int]) -> No
 # ---- which versions have been given out -------------------------------------------------------------------------------------------------
 # The versions that rows of the store carry (header.version_base + an item's) grow from one life of a segment to the next, also if the
 # later one is restored from files of which the earlier one has written none, or the wall clock was set back. So what may have been given
-# out stands in a file: a log of no records, whose HEAD has "newest", and "skipped": ranges that a life has left out, since a row was there
-# already. A row of a version in one of these, or above newest, was stored by no segment of this directory.
+# out stands in a file: a log of no records, whose HEAD has the fields of GivenOut.
+#   1  No row gets a version above `newest`: it is raised, on the disk, before the first one is stored (writeback.py).
+#   2  A life begins above it (snapshot.py), and not below the clock's.
+#   3  So the versions of a life are above all those before it. And they are not ahead of the clock, if it was not set back: a nanosecond is
+#      a version, no stripe has a write in each, and `newest` is at most BLOCK ahead of the clock (more(), below), which has passed when the
+#      next life begins. What is newer by its version was then written later also where this file does not know of both: the directory was
+#      lost, or an older copy of it was put back, or a worker was first.
+#   4  Where the clock was set back, a segment that a worker begins may be below it: adopted, it goes above it (writeback.py).
+# `skipped` are ranges that a life has left out, since a row was there already. A row of a version in one of these, or above newest, was
+# stored by no segment of this directory.
 # Crash: before the rename the former file stands, and nothing above it has been given out; behind it some versions are never given out.
+# No room for it: the former file stands. What is not above that is stored, the rest waits.
+
+BLOCK = 1 << 20  # versions: a millisecond of the clock
+UNSAID = 1 << 40  # above `newest` of a note without a floor
+LONG_BLOCK = 1 << 30  # a second: how far ahead it goes where the clock is already
+
+
+def clock() -> int:
+    """The version of a row with which a segment that is created now would begin."""
+    return int(time.time() * 1000) << _core.CONSTANTS["versions_shift"]
 
 
 class GivenOut(NamedTuple):
     newest: int = 0  # no row has got a higher version from here; 0: that is not known
     skipped: tuple[tuple[int, int], ...] = ()  # (from, to), both exclusive: no row has got one of these
+    floor: int = 0  # what is written from now on has a higher version, of the segment that noted this,
+    segment: int = 0  # its created_ms; 0: that is not known
 
     def may_have(self, version: int) -> bool:
         return version <= self.newest and not any(low < version < high for low, high in self.skipped)
@@ -192,7 +213,13 @@ class GivenOut(NamedTuple):
         """Once those up to newest are given out, and what comes is above version. The narrowest of too many ranges is forgotten: what may
         have been given out is left as it is."""
         skipped = [*self.skipped, *([(newest, version + 1)] if newest < version else [])]
-        return GivenOut(max(self.newest, version), tuple(sorted(sorted(skipped, key=lambda r: r[0] - r[1])[:MOST_SKIPPED])))
+        return self._replace(
+            newest=max(self.newest, version), skipped=tuple(sorted(sorted(skipped, key=lambda r: r[0] - r[1])[:MOST_SKIPPED]))
+        )
+
+    def more(self, used: int) -> GivenOut:
+        """Once those up to `used` are given out: some above may be, too."""
+        return self._replace(newest=max(self.newest, used + max(BLOCK, min(LONG_BLOCK, clock() - used))))
 
 
 def given_out(folder: Path) -> GivenOut:
@@ -200,7 +227,10 @@ def given_out(folder: Path) -> GivenOut:
     path = folder / VERSIONS_NAME
     try:
         with fmt.Reader(path, "log") as reader:
-            return GivenOut(int(reader.head["newest"]), tuple((int(low), int(high)) for low, high in reader.head["skipped"]))
+            newest, skipped = int(reader.head["newest"]), tuple((int(low), int(high)) for low, high in reader.head["skipped"])
+            if "floor" not in reader.head:  # as it was first: where a life has begun, and it has not said what it gave out
+                return GivenOut(newest + UNSAID, skipped, newest)
+            return GivenOut(newest, skipped, int(reader.head["floor"]), int(reader.head["segment_created_ms"]))
     except FileNotFoundError:
         return GivenOut()
     except (KeyError, TypeError, ValueError) as e:
@@ -209,7 +239,10 @@ def given_out(folder: Path) -> GivenOut:
 
 def note_given_out(folder: Path, name: str, given: GivenOut) -> None:
     """Before one of these is given out. Raises: OSError."""
-    head = {"name": name, "created_ms": int(time.time() * 1000), "newest": given.newest, "skipped": given.skipped}
+    head = {
+        "name": name, "created_ms": int(time.time() * 1000), "newest": given.newest, "skipped": given.skipped, "floor": given.floor,
+        "segment_created_ms": given.segment,
+    }  # fmt: skip
     _replace(folder / VERSIONS_NAME, head)
 
 

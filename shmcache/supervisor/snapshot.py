@@ -4,12 +4,13 @@
     restore()   the newest file that is whole, and the log since -> a new segment -> core/_stream.Restore
 
 Versions: files of one restore can be of several lives of the segment. Each life begins above all that those before it may have given out
-(_begin, _settle), and what is added to a version to get its row's, header.version_base, is one number for all of them: so whatever file an
-item comes from, of two records the later one has the higher version, and a row that was stored later has a higher one than the item. Files
-of lives with another base are of another segment in the same directory, or of a time when each life had its own: their versions are put
-in relation to the segment's.
+(_begin, _settle; datadir.GivenOut), and what is added to a version to get its row's, header.version_base, is one number for all of them: so
+whatever file an item comes from, of two records the later one has the higher version, and a row that was stored later has a higher one than
+the item. Files of lives with another base are of another segment in the same directory, or of a time when each life had its own: their
+versions are put in relation to the segment's.
     life 2 begins, no file of it is written, life 3     both begin above the same files: the second above what datadir.GivenOut notes, too
     the clock was set back                              above the files and GivenOut all the same
+    it was not                                          at the clock: above what any life gave out, also one of which nothing is left here
     versions were raised (writeback.py)                 above what stands in the records read, and above GivenOut
 
 A restore that may still be refused is nobody's: until what workers need first is in, nobody attaches (segment.attach). The name is held
@@ -45,7 +46,7 @@ from typing import TYPE_CHECKING, Any
 
 from shmcache import cache as cache_module
 from shmcache import errors, segment
-from shmcache.core import _core, _stream
+from shmcache.core import _stream
 from shmcache.supervisor import datadir
 from shmcache.supervisor import format as fmt
 from shmcache.supervisor.appendlog import AppendLog, Sync, mark
@@ -60,7 +61,7 @@ SHARE = 0.15  # of a core, that a throttled snapshot takes
 NICE = 10  # of the thread that writes a throttled one,
 NICE_UNTHROTTLED = 2  # and of a process that does nothing else: workers keep what a plain writer of files would leave them
 EPOCHS_AHEAD = 1 << 16  # no segment is cleared so often within one log file
-VERSIONS_AHEAD = 1 << 40  # no stripe has so many writes between two snapshots
+VERSIONS_AHEAD = 1 << 40  # no stripe has so many writes in a life: where no row has a version, and nobody notes what was given out
 HIGHEST = (1 << 63) - VERSIONS_AHEAD  # of a row's version: a column of 64 bits has no higher ones
 
 Progress = Callable[[int, int], None]  # (done, of so many), in stripes or bytes
@@ -528,13 +529,21 @@ def base_of_empty(folder: Path) -> int | None:
     None: the clock's. Raises: NewerFormat, OSError."""
     with contextlib.suppress(errors.DamagedFile):
         newest = datadir.given_out(folder).newest
-        return max(newest + VERSIONS_AHEAD, _clock()) if newest else None
+        return max(newest, datadir.clock()) if newest else None
     return None
 
 
-def _clock() -> int:
-    """The version of a row with which a segment that is created now would begin."""
-    return int(time.time() * 1000) << _core.CONSTANTS["versions_shift"]
+def _given_out_of_heads(folder: Path) -> Iterator[tuple[int, int]]:
+    """(what is added to its versions to get rows', the highest row's version) when each file was begun."""
+    for head in (head for of_kind in datadir.heads(folder) for head in of_kind):
+        highest, _, settings, _ = _of_head(folder, head)
+        base = _base(folder, settings)
+        yield base, base + highest
+
+
+def newest_of(folder: Path) -> int:
+    """The highest row's version that the files' beginnings know of. Raises: DamagedFile."""
+    return max((highest for _, highest in _given_out_of_heads(folder)), default=0)
 
 
 def _begin(folder: Path, given: datadir.GivenOut, policy: int) -> tuple[int, int]:
@@ -542,31 +551,28 @@ def _begin(folder: Path, given: datadir.GivenOut, policy: int) -> tuple[int, int
 
     Written back, by the clock, too: what was stored from here while this directory was not used is newer than what is restored.
     """
-    bases, newest = [], given.newest
-    for head in (head for of_kind in datadir.heads(folder) for head in of_kind):
-        highest, _, settings, _ = _of_head(folder, head)
-        bases.append(_base(folder, settings))
-        newest = max(newest, bases[-1] + highest)
-    return min(bases), max(newest + VERSIONS_AHEAD, _clock() if policy == segment.WRITE_BACK else 0)
+    bases, highest = zip(*_given_out_of_heads(folder), strict=True)
+    newest = max(given.newest, *highest)
+    return min(bases), max(newest, datadir.clock()) if policy == segment.WRITE_BACK else newest + VERSIONS_AHEAD
 
 
 def _settle(cache: Cache, folder: Path, newest: int, given: datadir.GivenOut) -> None:
     """No version in what is restored is above `newest`: begin above all that was given out, and note that, before anybody attaches.
 
-    Crash: what was put in has lower versions; run again, it begins above what was noted.
+    Crash: what was put in has lower versions; run again, it begins where it did. No room for the note: no row gets a version of this life
+    before there is (writeback.py). The next life knows of those in the files, and by the clock of the others.
     """
     base, begins = int(cache.segment.header["version_base"]), int(cache.segment.header["restored_seq"])
-    begins = max(begins, newest + VERSIONS_AHEAD)
+    ahead = 0 if cache.mapping.settings()["policy"] == segment.WRITE_BACK else VERSIONS_AHEAD
+    begins = max(begins, newest + ahead)
     if base + begins >= HIGHEST:
         raise errors.DamagedFile(str(folder), 0, f"a version there is {newest}, which no segment has ever given out")
     mark(cache, restored_seq=begins)
     seq = cache.views(writable=True).stripes["seq"]
     seq[seq < begins] = begins
-    try:
-        datadir.note_given_out(folder, cache.name, given._replace(newest=max(given.newest, base + begins)))
-    except OSError:
-        if cache.mapping.settings()["policy"] == segment.WRITE_BACK:  # of the others no row has a version
-            raise
+    given = given._replace(floor=base + begins, segment=int(cache.segment.header["created_ms"]))
+    with contextlib.suppress(OSError):
+        datadir.note_given_out(folder, cache.name, given.more(base + begins))
 
 
 def _note_life(cache: Cache, folder: Path, restored_from: list[int | None]) -> int:

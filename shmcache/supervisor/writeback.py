@@ -13,7 +13,7 @@ segment's versions go above it. What is added to an item's version to get its ro
 gets a higher version.
 
     1  datadir.GivenOut: that what comes is above the row's version, and that no row has got one between what was given out before and that
-       from here. On the disk
+       from here. On the disk; if there is no room for it, the item waits
     2  the stripes' sequences: whatever is written from now on has a higher version
     3  the item's version; it is dirty as before, and the pass is made once more
 Crash: behind 1 whoever stores next goes on with 2. What waits below a row like that, and is restored by a later life, meets it with its old
@@ -21,6 +21,19 @@ version, and is told by 1 that it was not stored by anybody later. Behind 3: the
 version, and one is no later than the other.
     go above vs set     the set's version is above or below; if below, its row is found next
     go above vs log     a record has the version of its write. Item and row may have a higher one: of the same value
+
+No row gets a version above GivenOut.newest, which is on the disk (datadir.py). A pass begins with raising it, if less than half a block is
+left, and a batch leaves out what is above it still: the disk is full, or the pass was long. That waits, as for a store that fails.
+
+A segment that GivenOut does not name was begun by who did not know of it: by a worker that was first. (A restore names its own, and so does
+who stores from it first.) Rows from before are older than all that was written in it, whatever the clock says. So before anything of it is
+stored, or is in a file of the directory (Supervisor makes WriteBack before its log and its snapshots), it is adopted:
+    1  the stripes' sequences go above all that may have been given out: what is written from now on has a higher version
+    2  so do the dirty items that were written in it; what was restored into it keeps its versions, by which it is older
+    3  GivenOut names it, before the first row of it is stored
+Crash before 3: adopted again. A stripe that cannot be had: nothing is adopted, who stores does not begin, StripeBusy says why.
+    adopt vs set        behind 1 it has a higher version; before, 2 finds it, for its stripe was taken after it
+    adopt vs clear, delete      a tombstone is written as any value; what is dirty no clear() takes away
 """
 
 from __future__ import annotations
@@ -35,7 +48,7 @@ from typing import TYPE_CHECKING, Any
 from shmcache import codec, errors
 from shmcache.core import _core, _dirty
 from shmcache.policy import check, policy_of
-from shmcache.supervisor import datadir
+from shmcache.supervisor import datadir, snapshot
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -60,7 +73,7 @@ class WriteBack:
     """The thread. Args: cache: a handle of its own on a segment whose policy is write-back. store: its to use; closed by its maker.
     folder: the segment's data directory, if it has one.
 
-    Raises: InvalidConfig: the store takes no versions. OSError.
+    Raises: InvalidConfig: the store takes no versions. StripeBusy: a process that does not run holds what is to be adopted. OSError.
     """
 
     def __init__(self, cache: Cache, store: Store, folder: Path | None = None) -> None:
@@ -69,15 +82,13 @@ class WriteBack:
         check(policy, store)
         self.cache, self.store, self.policy = cache, store, policy
         self.dirty = _dirty.Dirty(cache)
-        self.header = cache.views(writable=True).header
         self.folder = folder
-        self.base = int(self.header["version_base"])
-        self.before = self.base + int(self.header["restored_seq"])  # of rows of earlier lives none has a higher version
-        self.given = datadir.GivenOut()
-        if folder is not None:
-            with contextlib.suppress(errors.DamagedFile):  # the restore has named it
-                self.given = datadir.given_out(folder)
-        self.given = self.given._replace(newest=max(self.given.newest, self.before))
+        header = cache.segment.header
+        self.base = int(header["version_base"])
+        self.before = self.base + int(header["restored_seq"])  # of rows of earlier lives none has a higher version
+        self.given = self._adopted(int(header["created_ms"]))
+        self.unnoted: OSError | None = None  # why what is above given.newest waits
+        self.header = cache.views(writable=True).header
         self.renewed = False  # items have new versions, and another pass is to be made
         self.refused: dict[bytes, tuple[int, float]] = {}  # key -> version, when to try again
         self.pause = FIRST_PAUSE
@@ -91,6 +102,26 @@ class WriteBack:
         self.behind = self.older = self.waiting = False
         self.thread = threading.Thread(target=self.run, name="writeback", daemon=True)
         self.thread.start()
+
+    def _adopted(self, segment: int) -> datadir.GivenOut:
+        """What was given out, as this segment knows of it, whose versions are above."""
+        given = datadir.GivenOut()
+        if self.folder is not None:
+            try:
+                given = datadir.given_out(self.folder)
+            except errors.DamagedFile:  # the restore has named it
+                with contextlib.suppress(errors.DamagedFile):
+                    given = given._replace(newest=snapshot.newest_of(self.folder))
+        if given.segment != segment:
+            if given.newest > self.before:
+                last = given.newest - self.base
+                if not (self.dirty.go_above(last) and self.dirty.renew_all(self.before - self.base + 1, last)):
+                    raise errors.StripeBusy(
+                        f"items of {self.cache.name!r} are to get versions above the store's, and a process that does not run holds some: "
+                        "continue or kill it, and try again"
+                    )
+            given = given._replace(segment=segment, floor=max(given.newest, self.before))
+        return given._replace(newest=max(given.newest, self.before))
 
     def look(self) -> None:
         """Called often: begin a pass if somebody waits for it, or there is much to store."""
@@ -135,7 +166,9 @@ class WriteBack:
         find = self.dirty.walk if asked > int(self.header["flushes_ended"]) else self.dirty.find
         at, left, began = 0, 0, time.time()
         self.renewed = False
-        self.dirty.go_above(max(0, self.given.newest - self.base))  # if it was cut short
+        self.dirty.go_above(max(0, self.given.floor - self.base))  # if it was cut short
+        self.unnoted = None
+        self._note_more()
         skipped, counted = self.dirty.skipped, int(self.header["dirty"]) + self.dirty.found_bytes
         seen: dict[bytes, float] = {}
         while True:
@@ -147,6 +180,9 @@ class WriteBack:
                 self._say(f"a page of the value of {self.damaged!r} belongs to somebody else: run shmcache-admin verify --repair")
             now = _core.monotonic()
             due = [item for item in items if not self._waits(item[0], item[4], now)]
+            if any(item[5] > self.given.newest for item in due):
+                self._note_more()
+                due = [item for item in due if item[5] <= self.given.newest]
             left += len(items) - len(due)
             for item in items:
                 seen[item[0]] = self.since.get(item[0], began)
@@ -157,17 +193,20 @@ class WriteBack:
                     self.header["oldest_dirty_ms"] = int(min(self.since.values()) * 1000)
                     return False
                 refused, behind = stored
-                left += len(refused)
+                left += len(refused) + (len(behind) if self.unnoted else 0)
                 for item in due:
                     if item[0] not in refused and item[0] not in behind and self.dirty.clean(item[0], item[4]):
                         seen.pop(item[0], None)
             if at == 0:
                 break
         self.since = seen
+        self.header["oldest_dirty_ms"] = int(min(seen.values()) * 1000) if seen else 0
+        if self.unnoted and left:
+            self._failed(self.unnoted, f"{datadir.VERSIONS_NAME} cannot be written")
+            return False
         self.pause = FIRST_PAUSE
         self.header["flush_failed_ms"] = 0
         self.header["flush_refused"] = left
-        self.header["oldest_dirty_ms"] = int(min(seen.values()) * 1000) if seen else 0
         if left == 0 and self.dirty.skipped == skipped and not self.renewed:
             self.header["flushes_ended"] = asked
         self._recount(counted - self.dirty.found_bytes)
@@ -221,13 +260,13 @@ class WriteBack:
         self.cache.count_store(writes=len(items) - len(refused) - len(behind))
         if behind:
             above = self._go_above(max(newer[item[0]] for item in behind))
-            if not self.behind:
+            if not self.behind and above:
                 self._say(
                     f"the store has rows of higher versions than this segment's, {behind[0][0]!r} is one; they are overwritten: was the "
                     "clock set back, or does another host write that table?"
                 )
-            self.behind = True
-            for item in behind:
+            self.behind = self.behind or above > 0
+            for item in behind if above else ():
                 self.dirty.renew(item[0], item[4], above)
         self.header["flushed_ms"] = int(time.time() * 1000)
         again = _core.monotonic() + RETRY_REFUSED
@@ -247,20 +286,38 @@ class WriteBack:
         self.older = True
         return True
 
-    def _go_above(self, row: int) -> int:
-        """From now on (in a stripe that is busy: from the next pass on) what is written has a higher version than this row. Returns:
-        that of an item of which the same is to be true.
-        Raises: OSError."""
-        self.renewed = True
-        if row > self.given.newest:
-            newest = self.base + int(self.cache.segment.stripes["seq"].max())
-            row += min(FAR, (HIGHEST - row) >> 10)  # the less, the less is left: another host may do the same
-            given = self.given.above(newest + MEANWHILE, row)
+    def _newest(self) -> int:
+        return self.base + int(self.cache.segment.stripes["seq"].max())
+
+    def _note(self, given: datadir.GivenOut) -> bool:
+        """On the disk, and here: True. False: it cannot be written, and why is in self.unnoted."""
+        try:
             if self.folder is not None:
                 datadir.note_given_out(self.folder, self.cache.name, given)
-            self.given = given
+        except OSError as e:
+            self.unnoted = e
+            return False
+        self.given = given
+        return True
+
+    def _note_more(self) -> None:
+        """If less than half a block is left of what may be given out: more."""
+        newest = self._newest()
+        if newest + datadir.BLOCK // 2 > self.given.newest and not self.unnoted:
+            self._note(self.given.more(newest))
+
+    def _go_above(self, row: int) -> int:
+        """From now on (in a stripe that is busy: from the next pass on) what is written has a higher version than this row. Returns:
+        that of an item of which the same is to be true; 0: it cannot be noted."""
+        if row > self.given.floor:
+            if row > self.given.newest:
+                row += min(FAR, (HIGHEST - row) >> 10)  # the less, the less is left: another host may do the same
+            given = self.given.above(max(self.given.newest, self._newest() + MEANWHILE), row)
+            if not self._note(given._replace(floor=row).more(row)):
+                return 0
             self.dirty.go_above(row - self.base)
-        return self.given.newest - self.base
+        self.renewed = True
+        return self.given.floor - self.base
 
     def _sent(
         self, call: Callable[..., Mapping[bytes, int] | None], what: dict[bytes, Any], versions: dict[bytes, int],
@@ -276,11 +333,11 @@ class WriteBack:
                 what = rest if len(rest) < len(what) else {}
         return {}
 
-    def _failed(self, error: Exception) -> None:
+    def _failed(self, error: Exception, what: str = "the store fails") -> None:
         self.cache.count_store(errors=1)
         if not self.header["flush_failed_ms"]:
             self.header["flush_failed_ms"] = int(time.time() * 1000)
-            self._say(f"the store fails ({type(error).__name__}: {error}); what it has not got is kept, and tried again")
+            self._say(f"{what} ({type(error).__name__}: {error}); what the store has not got is kept, and tried again")
 
     def _say(self, what: str) -> None:
         with contextlib.suppress(OSError, ValueError):  # who read it is gone
