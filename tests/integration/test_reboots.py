@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
+import shutil
 import subprocess
 import sys
+import threading
 import time
 from unittest.mock import Mock
 
@@ -15,6 +18,7 @@ import pytest
 import shmcache
 from shmcache import cache as cache_module
 from shmcache import errors, segment
+from shmcache.core import _dirty
 from shmcache.supervisor import datadir, snapshot, writeback
 from shmcache.supervisor import format as fmt
 from shmcache.supervisor.appendlog import AppendLog
@@ -30,7 +34,14 @@ class Machine:
     def __init__(self, name, folder):
         self.name, self.folder, self.store = name, folder, DictStore()
         self.log = None
-        self.cache = shmcache.create(name, "8M", policy=BACK, store=self.store, log_buffer="64K", max_processes=16)
+        self.created()
+
+    def created(self, back=0):
+        """An empty segment, as a worker makes it. back: versions by which the clock was set back."""
+        options = {"log_buffer": "64K", "max_processes": 16, "policy": BACK, "store": self.store}
+        self.cache = shmcache.create(self.name, "8M", **options)
+        header = self.cache.views(writable=True).header
+        header["version_base"] -= back
 
     def logged(self):
         self.log = AppendLog(self.cache, self.folder, "always")
@@ -44,6 +55,20 @@ class Machine:
             thread = writeback.WriteBack(other, self.store, self.folder)
             try:
                 self.cache.flush(30)
+            finally:
+                thread.stop()
+
+    @contextlib.contextmanager
+    def stores(self, down=False):
+        """Who stores, without its thread. down: the store fails."""
+        store = Mock(ordered=True, store_many=Mock(side_effect=errors.StoreUnavailable("down"))) if down else self.store
+        store.delete_many = store.store_many if down else store.delete_many
+        with shmcache.attach(self.name) as other, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(writeback.WriteBack, "run", lambda self: None)
+            patch.setattr(writeback, "AT_END", 0.0)
+            thread = writeback.WriteBack(other, store, self.folder)
+            try:
+                yield thread
             finally:
                 thread.stop()
 
@@ -299,6 +324,302 @@ def test_what_may_have_been_given_out():
         given = given.above(10_000 * (i + 1), 10_000 * (i + 1) + 500 + i)
     assert len(given.skipped) == datadir.MOST_SKIPPED
     assert (120, 1001) in given.skipped and (10_000, 10_501) not in given.skipped  # the narrowest are forgotten
+
+
+# ---- versions stay at the clock, and are noted before they are given out ---------------------------------------------------------------
+
+
+def quick_lives(machine, n=3):
+    """Each shorter than what a version is ahead, if anything runs ahead."""
+    for _ in range(n):
+        machine.reboot()
+
+
+@pytest.mark.parametrize("later", [1, 3, 8])
+def test_what_waits_in_a_new_data_directory_is_newer_than_rows_of_the_one_that_was_lost(machine, folder, later):
+    machine.logged()
+    quick_lives(machine)
+    machine.cache.set("k", "before")
+    machine.flush()
+    machine.killed()
+    for path in folder.glob("*.shmcache"):
+        path.unlink()
+    machine.created()
+    machine.logged()
+    machine.cache.set("k", "acknowledged")
+    quick_lives(machine, later)
+    machine.flush()
+    assert machine.row(b"k") == machine.cache["k"] == "acknowledged"
+
+
+@pytest.mark.parametrize("back", [0, 1 << 50], ids=["the clock is right", "it was set back by 12 days"])
+@pytest.mark.parametrize("when", ["before", "behind"])
+def test_what_a_worker_wrote_that_was_first_is_newer_than_rows_of_earlier_lives(machine, when, back):
+    """Before a supervisor came, or behind; the store was down all the while."""
+    machine.snapshot()
+    quick_lives(machine)
+    machine.cache.set("k", "before")
+    machine.cache.set("d", "before")
+    machine.flush()
+    machine.killed()
+    machine.created(back)
+    with contextlib.ExitStack() as stack:
+        if when == "behind":
+            stack.enter_context(machine.stores(down=True))
+        machine.cache.set("k", "newer")
+        machine.cache.delete("d")
+        if when == "before":
+            stack.enter_context(machine.stores(down=True))
+        machine.snapshot()
+    assert machine.row(b"k") == "before"
+    machine.reboot()
+    machine.flush()
+    assert [machine.row(b"k"), machine.row(b"d")] == ["newer", None]
+    machine.cache.set("k", "newest")
+    machine.flush()
+    assert machine.row(b"k") == "newest"
+
+
+def test_a_supervisor_that_is_killed_while_it_adopts_has_adopted_nothing(machine, monkeypatch):
+    machine.cache.set("k", "before")
+    machine.flush()
+    noted = datadir.given_out(machine.folder)
+    machine.killed()
+    machine.created(1 << 50)
+    machine.cache.set("k", "newer")
+
+    class Killed:
+        def __init__(self, cache, dirty=_dirty.Dirty):
+            self.dirty = dirty(cache)
+
+        def __getattr__(self, name):
+            return getattr(self.dirty, name)
+
+        def renew_all(self, first, last):
+            raise SystemExit
+
+    with monkeypatch.context() as patch, shmcache.attach(machine.name) as other:
+        patch.setattr(_dirty, "Dirty", Killed)
+        with pytest.raises(SystemExit):
+            writeback.WriteBack(other, machine.store, machine.folder)
+    assert datadir.given_out(machine.folder) == noted
+    with machine.stores(down=True):
+        machine.snapshot()
+    machine.reboot()
+    machine.flush()
+    assert machine.row(b"k") == "newer"
+
+
+def test_a_supervisor_that_comes_back_adopts_nothing_again(machine):
+    """The tokens for cas() of what waits stay what they are."""
+    machine.cache.set("k", 0)
+    machine.flush()
+    machine.killed()
+    machine.created(1 << 50)
+    machine.cache.set("k", 1)
+    first = machine.cache.gets("k")[1]
+    with machine.stores(down=True) as thread:
+        thread.one_pass()
+    adopted = machine.cache.gets("k")[1]
+    assert adopted > first
+    with machine.stores(down=True):
+        pass
+    assert machine.cache.gets("k")[1] == adopted
+
+
+def test_what_cannot_be_adopted_is_not_stored(machine, monkeypatch):
+    """A stripe is held by a process that does not run."""
+    machine.cache.set("k", 1)
+    machine.flush()
+    machine.killed()
+    machine.created(1 << 50)
+    machine.cache.set("k", 2)
+    with shmcache.attach(machine.name) as other, monkeypatch.context() as patch:
+        patch.setattr(_dirty, "Dirty", lambda cache: Mock(go_above=lambda version: False))
+        with pytest.raises(errors.StripeBusy, match="does not run"):
+            writeback.WriteBack(other, machine.store, machine.folder)
+    assert machine.row(b"k") == 1
+    machine.flush()
+    assert machine.row(b"k") == 2
+
+
+def test_everything_is_adopted_beside_writers(machine):
+    stop = threading.Event()
+    keys = [b"%d" % i for i in range(300)]
+
+    def write():
+        with shmcache.attach(machine.name) as cache:
+            for key in itertools.cycle(keys):
+                cache.set(key, time.monotonic_ns())
+                if stop.is_set():
+                    return
+
+    writers = [threading.Thread(target=write) for _ in range(2)]
+    machine.cache.set_many(dict.fromkeys(keys, 0))
+    for writer in writers:
+        writer.start()
+    try:
+        dirty = _dirty.Dirty(machine.cache)
+        for _ in range(20):
+            last = int(machine.cache.segment.stripes["seq"].max()) + 1000
+            assert dirty.go_above(last) and dirty.renew_all(1, last)
+            items, at = dirty.walk(0, 10_000)
+            assert at == 0 and len(items) == len(keys)
+            assert [item for item in items if item[4] <= last] == []
+    finally:
+        stop.set()
+        for writer in writers:
+            writer.join()
+
+
+def test_rows_do_not_go_back_when_an_older_copy_of_the_directory_is_put_in_its_place(machine, folder, tmp_path, capfd):
+    machine.cache.set("k", 1)
+    machine.snapshot()
+    shutil.copytree(folder, tmp_path / "copy")  # in which k waits
+    for _ in range(3):
+        machine.reboot()
+        machine.snapshot()
+    machine.cache.set("k", 2)
+    machine.flush()
+    machine.killed()
+    for path in folder.glob("*.shmcache"):
+        path.unlink()
+    shutil.copytree(tmp_path / "copy", folder, dirs_exist_ok=True)
+    machine.reboot()
+    machine.flush()
+    assert machine.row(b"k") == machine.cache["k"] == 2
+    assert "older than their rows" in capfd.readouterr().err
+
+
+def test_versions_are_not_ahead_of_the_clock(machine, folder):
+    for life in range(10):
+        machine.cache.set("k", life)
+        machine.flush()
+        assert machine.version(b"k") <= datadir.clock() + datadir.BLOCK
+        assert datadir.given_out(folder).newest <= datadir.clock() + 2 * datadir.BLOCK
+        machine.snapshot()
+        machine.reboot()
+
+
+def test_no_row_has_a_version_that_was_not_noted(machine, folder, monkeypatch):
+    """However many there are in a pass."""
+    monkeypatch.setattr(datadir, "BLOCK", 8)
+    monkeypatch.setattr(datadir, "LONG_BLOCK", 8)
+    monkeypatch.setattr(writeback, "BATCH", 4)
+    store_many, seen = machine.store.store_many, []
+
+    def noted(items, *, versions, **limits):
+        seen.append(max(versions.values()) <= datadir.given_out(folder).newest)
+        machine.cache.set("k", len(seen))  # while it is stored, there are more
+        machine.cache.incr("n")
+        return store_many(items, versions=versions, **limits)
+
+    monkeypatch.setattr(machine.store, "store_many", noted)
+    for life in range(3):
+        machine.cache.set("n", 0)
+        with machine.stores() as thread:
+            for n in range(100):
+                machine.cache.set("k", n)
+                machine.cache.set(f"{n}", life)
+                thread.one_pass()
+        assert thread.given == datadir.given_out(folder)
+        machine.snapshot()
+        machine.reboot()
+    assert len(seen) > 100 and all(seen)
+
+
+def test_a_note_of_the_first_versions_of_shmcache_says_less_than_was_given_out(machine, folder):
+    """They noted where a life began: what it gave out then is above."""
+    begun = 1 << 61
+    path = folder / datadir.VERSIONS_NAME
+    with os.fdopen(datadir.create(path), "wb", buffering=0) as file:
+        fmt.Writer(file, "log", {"name": machine.name, "created_ms": 1, "newest": begun, "skipped": ((3, 5),)})
+    given = datadir.given_out(folder)
+    assert given.may_have(begun + (1 << 39)) and not given.may_have(4)
+    machine.cache.set("k", 1)
+    machine.snapshot()
+    machine.store.store_many({b"k": (0, None)}, versions={b"k": begun + (1 << 39)})
+    machine.reboot()
+    machine.flush()
+    assert machine.row(b"k") == 0  # a later life stored it
+    machine.cache.set("k", 2)
+    machine.flush()
+    assert machine.row(b"k") == 2 and machine.version(b"k") > begun + (1 << 40)
+
+
+@pytest.fixture
+def full(monkeypatch):
+    """The disk of the data directory has no room for the note, while full.set()."""
+    note, full = datadir.note_given_out, threading.Event()
+
+    def noted(*args):
+        if full.is_set():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        note(*args)
+
+    monkeypatch.setattr(datadir, "note_given_out", noted)
+    return full
+
+
+def test_on_a_full_disk_what_the_note_covers_is_stored_and_the_rest_when_there_is_room(machine, folder, monkeypatch, full, capfd):
+    monkeypatch.setattr(datadir, "BLOCK", 64)
+    monkeypatch.setattr(datadir, "LONG_BLOCK", 64)
+    machine.cache.set("k", 0)
+    machine.flush()
+    full.set()
+    with machine.stores() as thread:
+        machine.cache.set("covered", 1)
+        thread.one_pass()
+        assert machine.row(b"covered") == 1
+        for n in range(100):
+            machine.cache.set("k", n)
+        machine.cache.set("other", 2)
+        assert not thread.one_pass()
+        assert machine.row(b"other") == 2  # of a stripe that is not so far
+        assert machine.row(b"k") == 0 and thread.dirty.items() == 1
+        assert not thread.one_pass()
+        assert machine.cache.segment.header["flush_failed_ms"] > 0
+        assert capfd.readouterr().err.count(datadir.VERSIONS_NAME) == 1
+        full.clear()
+        assert thread.one_pass()
+        assert machine.row(b"k") == 99 and machine.version(b"k") <= datadir.given_out(folder).newest
+        assert machine.cache.segment.header["flush_failed_ms"] == 0
+
+
+def test_a_segment_is_restored_on_a_full_disk_and_stored_when_there_is_room(machine, full):
+    machine.cache.set("k", 1)
+    machine.flush()
+    machine.cache.set("k", 2)
+    machine.cache.set("waits", 1)
+    machine.snapshot()
+    full.set()
+    machine.reboot()
+    machine.cache.set("k", 3)
+    with machine.stores() as thread:
+        thread.tried()
+        assert machine.row(b"k") == 1
+        full.clear()
+        assert thread.tried()
+        assert [machine.row(b"k"), machine.row(b"waits")] == [3, 1]
+        full.set()
+    machine.killed()
+
+
+def test_a_row_that_cannot_be_gone_above_on_a_full_disk_holds_up_no_other(machine, full):
+    future(machine, b"k")
+    machine.cache.set("first", 0)
+    machine.flush()
+    full.set()
+    machine.cache.set("k", 1)
+    machine.cache.set("other", 1)
+    with machine.stores() as thread:
+        asked = int(machine.cache.segment.header["flushes_ended"])
+        assert not thread.tried()
+        assert [machine.row(b"k"), machine.row(b"other")] == [0, 1]
+        assert thread.dirty.items() == 1 and int(machine.cache.segment.header["flushes_ended"]) == asked
+        full.clear()
+        assert thread.tried()
+        assert machine.row(b"k") == 1 and thread.dirty.items() == 0
 
 
 # ---- rows of versions that this cache has never given -------------------------------------------------------------------------------
