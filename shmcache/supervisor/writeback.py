@@ -25,13 +25,13 @@ version, and one is no later than the other.
 No row gets a version above GivenOut.newest, which is on the disk (datadir.py). A pass begins with raising it, if less than half a block is
 left, and a batch leaves out what is above it still: the disk is full, or the pass was long. That waits, as for a store that fails.
 
-A segment that GivenOut does not name was begun by who did not know of it: by a worker that was first. (A restore names its own, and so does
-who stores from it first.) Rows from before are older than all that was written in it, whatever the clock says. So before anything of it is
-stored, or is in a file of the directory (Supervisor makes WriteBack before its log and its snapshots), it is adopted:
+A segment that GivenOut does not name was begun by a process that did not know of it: by a worker that was first. (A restore names its own.)
+Rows from before are older than all that was written in it, whatever the clock says. So before anything of it is stored, or is in a file of
+the directory (Supervisor makes WriteBack before its log and its snapshots), it is adopted:
     1  the stripes' sequences go above all that may have been given out: what is written from now on has a higher version
     2  so do the dirty items that were written in it; what was restored into it keeps its versions, by which it is older
     3  GivenOut names it, before the first row of it is stored
-Crash before 3: adopted again. A stripe that cannot be had: nothing is adopted, who stores does not begin, StripeBusy says why.
+Crash before 3: adopted again. A stripe that cannot be had: the supervisor does not begin, and StripeBusy says why.
     adopt vs set        behind 1 it has a higher version; before, 2 finds it, for its stripe was taken after it
     adopt vs clear, delete      a tombstone is written as any value; what is dirty no clear() takes away
 """
@@ -86,7 +86,7 @@ class WriteBack:
         header = cache.segment.header
         self.base = int(header["version_base"])
         self.before = self.base + int(header["restored_seq"])  # of rows of earlier lives none has a higher version
-        self.given = self._adopted(int(header["created_ms"]))
+        self.given = self._adopted(datadir.life(cache))
         self.unnoted: OSError | None = None  # why what is above given.newest waits
         self.header = cache.views(writable=True).header
         self.renewed = False  # items have new versions, and another pass is to be made
@@ -182,7 +182,8 @@ class WriteBack:
             due = [item for item in items if not self._waits(item[0], item[4], now)]
             if any(item[5] > self.given.newest for item in due):
                 self._note_more()
-                due = [item for item in due if item[5] <= self.given.newest]
+                if self.unnoted:
+                    due = [item for item in due if item[5] <= self.given.newest]
             left += len(items) - len(due)
             for item in items:
                 seen[item[0]] = self.since.get(item[0], began)

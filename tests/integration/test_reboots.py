@@ -60,7 +60,7 @@ class Machine:
 
     @contextlib.contextmanager
     def stores(self, down=False):
-        """Who stores, without its thread. down: the store fails."""
+        """The supervisor's part that stores, without its thread. down: the store fails."""
         store = Mock(ordered=True, store_many=Mock(side_effect=errors.StoreUnavailable("down"))) if down else self.store
         store.delete_many = store.store_many if down else store.delete_many
         with shmcache.attach(self.name) as other, pytest.MonkeyPatch.context() as patch:
