@@ -564,13 +564,14 @@ def _settle(cache: Cache, folder: Path, newest: int, given: datadir.GivenOut) ->
     """
     base, begins = int(cache.segment.header["version_base"]), int(cache.segment.header["restored_seq"])
     ahead = 0 if cache.mapping.settings()["policy"] == segment.WRITE_BACK else VERSIONS_AHEAD
-    begins = max(begins, newest + ahead)
+    own = int(cache.segment.header["created_ms"])
+    begins = max(begins, newest + ahead, 0 if given.segment == own else given.newest - base)  # with another directory than at first
     if base + begins >= HIGHEST:
         raise errors.DamagedFile(str(folder), 0, f"a version there is {newest}, which no segment has ever given out")
     mark(cache, restored_seq=begins)
     seq = cache.views(writable=True).stripes["seq"]
     seq[seq < begins] = begins
-    given = given._replace(floor=base + begins, segment=int(cache.segment.header["created_ms"]))
+    given = given._replace(floor=base + begins, segment=own)
     with contextlib.suppress(OSError):
         datadir.note_given_out(folder, cache.name, given.more(base + begins))
 
