@@ -564,7 +564,7 @@ def _settle(cache: Cache, folder: Path, newest: int, given: datadir.GivenOut) ->
     """
     base, begins = int(cache.segment.header["version_base"]), int(cache.segment.header["restored_seq"])
     ahead = 0 if cache.mapping.settings()["policy"] == segment.WRITE_BACK else VERSIONS_AHEAD
-    own = int(cache.segment.header["created_ms"])
+    own = datadir.life(cache)
     begins = max(begins, newest + ahead, 0 if given.segment == own else given.newest - base)  # with another directory than at first
     if base + begins >= HIGHEST:
         raise errors.DamagedFile(str(folder), 0, f"a version there is {newest}, which no segment has ever given out")
