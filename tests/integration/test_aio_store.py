@@ -629,6 +629,7 @@ def strike_at(n, ours):
                     raise Struck
         return trace
 
+    sys._getframe().f_trace_opcodes = True  # CPython 3.12: settrace() looks whether any frame wants them
     sys.settrace(trace)
     return lambda: len(seen) >= n
 
