@@ -22,6 +22,7 @@ from shmcache.core._text import matches
 from shmcache.sidecar import replies
 from shmcache.sidecar.commands.table import NO_AUTH, SUBCOMMANDS, TABLE, WRITE, categories, family, full_name, keys_in, shown
 from shmcache.sidecar.replies import bulk, integer
+from shmcache.supervisor.format import open_regular
 
 DEFAULT = b"default"
 READS, WRITES = 1, 2
@@ -375,10 +376,15 @@ def of_line(line: bytes) -> User:
 
 def read_file(path: str, password: bytes) -> dict[bytes, User]:
     """The users of an ACL file; if it has no line for `default`, that one as if there were no file. Raises: OSError; UsageError: all that
-    is wrong in it, by line."""
+    is wrong in it, by line, or that it is no regular file."""
     users: dict[bytes, User] = {}
     wrong = []
-    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
+    try:
+        with open_regular(path) as file:
+            lines = file.read().split(b"\n")
+    except errors.DamagedFile:
+        raise errors.UsageError(f"{path} is no regular file.") from None
+    for number, line in enumerate(lines, 1):
         words = line.strip(b" \t\r\n").split(b" ")
         if words == [b""]:
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 
 import pytest
 from hypothesis import given
@@ -208,6 +209,23 @@ def test_without_a_line_for_default_he_is_as_without_a_file(tmp_path):
     assert users[b"alice"].line == b"user alice on nopass resetchannels -@all +get"
     assert users[acl.DEFAULT].accepts(b"secret") and not users[acl.DEFAULT].at_once
     assert acl.read_file(str(tmp_path / "users"), b"")[acl.DEFAULT].at_once
+
+
+@pytest.mark.parametrize("made", [os.mkfifo, os.mkdir])
+def test_what_is_no_regular_file_holds_nobody_up(tmp_path, made):
+    made(tmp_path / "users")
+    said = []
+
+    def read():
+        try:
+            acl.read_file(str(tmp_path / "users"), b"")
+        except errors.UsageError as e:
+            said.append(str(e))
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    reader.join(10)
+    assert said == [f"{tmp_path}/users is no regular file."]
 
 
 def test_all_that_is_wrong_in_a_file_is_told_by_line(tmp_path):

@@ -29,7 +29,7 @@ ALLOWED = {  # module -> what of ours it may import
     "aio": {"errors", "core", "segment", "cache", "flight", "threads"},
     "supervisor": {"errors", "codec", "core", "segment", "cache", "policy", "stores", "supervisor"},
     "metrics": set(),
-    "sidecar": {"errors", "core", "cache", "metrics", "policy", "stored", "stores", "through", "sidecar"},
+    "sidecar": {"errors", "core", "cache", "metrics", "policy", "stored", "stores", "through", "supervisor", "sidecar"},
     "cli": {"errors", "core", "segment", "policy", "stores", "supervisor", "metrics", "sidecar"},
     "__init__": {"errors", "segment", "cache", "policy", "supervisor", "stores", "aio"},
 }
