@@ -352,19 +352,20 @@ def _handle(
 
 def attach(
     name: str, *, codec: str = "msgpack", owner: int | str | None = None, group: int | str | None = None, store: Store | None = None,
-    tags: Callable[[bytes], Iterable[str]] | None = None,
+    tags: Callable[[bytes], Iterable[str]] | None = None, wait: bool = True,
 ) -> Cache:
     """Open a live segment.
 
-    While it is not certain yet that it can be restored, this waits, up to a minute.
+    While it is not certain yet that it can be restored, this waits, up to a minute; two seconds, if the process that restored it has ended.
 
     Args: codec, store, tags: as in create; they are this handle's. owner, group: a user or group, by id or name, whose segment is trusted.
+    wait: False: raise BeingRestored at once.
     Raises: SegmentNotFound, SegmentForbidden, ForeignSegment, NotASegment, LayoutMismatch, SegmentTruncated, TooManyProcesses,
     BeingRestored.
     """
     check_codec(codec)
     trust: dict[str, Any] = {k: v for k, v in (("owner", owner), ("group", group)) if v is not None}
-    return _handle(segment.attach(name, **trust), codec, trust, store, tags)
+    return _handle(segment.attach(name, wait=wait, **trust), codec, trust, store, tags)
 
 
 def attach_unsettled(name: str) -> Cache:
@@ -377,15 +378,15 @@ def open(
     max_value: int | str | None = None, stripes: int | None = None, mode: int = 0o600, group: int | str | None = None,
     max_processes: int | None = None, lock_limit: float | None = None, huge_pages: bool = False, log_buffer: int | str | None = None,
     owner: int | str | None = None, policy: Policy | str | None = None, store: Store | None = None,
-    tags: Callable[[bytes], Iterable[str]] | None = None,
+    tags: Callable[[bytes], Iterable[str]] | None = None, wait: bool = True,
 ) -> Cache:
-    """Open a segment, and create it if there is none: what a worker calls. Arguments as of create (size: 256M by default).
+    """Open a segment, and create it if there is none: what a worker calls. Arguments as of create (size: 256M by default) and attach.
 
     A live segment keeps its own settings: arguments that differ from them are said in one ConfigMismatch warning.
     """
     options = _options(default_ttl, max_value, stripes, max_processes, lock_limit, log_buffer) | _policy_options(policy, store, tags)
     new = {"mode": mode, "group": group, "huge_pages": huge_pages}
-    how = {"codec": codec, "owner": owner, "store": store, "tags": tags}
+    how = {"codec": codec, "owner": owner, "store": store, "tags": tags, "wait": wait}
     return _attached_or_created(name, size, options, new, {**how, "group": group})
 
 
@@ -420,17 +421,18 @@ def create_restored(
     name: str, restored_seq: int, epoch: int, was: dict[str, Any], *, size: int | str | None = None, codec: str = "msgpack",
     default_ttl: float | timedelta | None = None, max_value: int | str | None = None, stripes: int | None = None, mode: int = 0o600,
     group: int | str | None = None, max_processes: int | None = None, lock_limit: float | None = None, huge_pages: bool = False,
-    log_buffer: int | str | None = None, log_policy: int = 0,
+    log_buffer: int | str | None = None, log_policy: int = 0, instead_of: Cache | None = None,
 ) -> Cache:
     """Create a segment of this epoch into which core._stream.Restore then puts items of versions up to restored_seq. was: settings() of the
-    segment that they come from, for arguments that are not given, and for what is added to versions in the store; the others, and what is
-    raised, as of create()."""
+    segment that they come from, for arguments that are not given, and for what is added to versions in the store. instead_of: the segment
+    of this name, in which nobody is (segment.create). The others, and what is raised, as of create()."""
     options = {k: was[k] for k in ("default_ttl_ms", "max_value_bytes", "stripes", "max_processes", "lock_limit_ms", "ring_bytes")}
     options |= {k: was[k] for k in ("policy", "config", "dirty_limit", "version_base") if k in was}
     options |= _options(default_ttl, max_value, stripes, max_processes, lock_limit, log_buffer)
     size_bytes = was["size_bytes"] if size is None else segment.parse_size(size)
     options |= {"restored_seq": restored_seq, "restored_epoch": epoch, "log_policy": log_policy if options["ring_bytes"] else 0}
-    mapping = segment.create(name, size_bytes, mode=mode, group=group, huge_pages=huge_pages, **options)
+    there = None if instead_of is None else instead_of.mapping
+    mapping = segment.create(name, size_bytes, mode=mode, group=group, huge_pages=huge_pages, instead_of=there, **options)
     return Cache(mapping, codec)
 
 

@@ -123,7 +123,12 @@ class NoRoom(CapacityError):
 
 
 class BeingRestored(CapacityError):
-    """What the segment is restored from is still being checked, or who did that was killed. Try again; if nobody does it, restore it."""
+    """It is not certain yet that the segment can be restored, and nobody is in it.
+
+    Attributes: abandoned: the process that restored it has ended: restore it again, or unlink it. Else try again.
+    """
+
+    abandoned = False
 
 
 class SupervisorRunning(UsageError):

@@ -35,7 +35,8 @@ BYTES_PER_BUCKET = 768  # of slab memory: not five of the smallest common items 
 WRITE_BACK = 3  # layout.pxd, POLICY_BACK
 DIRTY_SHARE = 4  # so much of the slab memory, a quarter, may hold at most what the store has not got yet
 CONFIG = b"\x80"  # an empty msgpack map
-RESTORE_LIMIT = 60.0  # seconds for which attach() waits until it is certain that a restore will not be refused
+RESTORE_LIMIT = 60.0  # seconds for which attach() waits until it is certain that a restore will not be refused,
+RESTARTED_IN = 2.0  # and of them for a restorer that has ended: one that is started again at once is there by then
 RESTORE_POLL = 0.01
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -155,22 +156,26 @@ def _sections(fixed: dict[str, int], n_pages: int) -> dict[str, int]:
 
 def create(
     name: str, size_bytes: int, *, mode: int = 0o600, group: int | str | None = None, huge_pages: bool = False, restored_seq: int = 0,
-    restored_epoch: int = 0, log_policy: int = 0, config: bytes = CONFIG, version_base: int | None = None, **options: int,
+    restored_epoch: int = 0, log_policy: int = 0, config: bytes = CONFIG, version_base: int | None = None,
+    instead_of: _core.Mapping | None = None, **options: int,
 ) -> _core.Mapping:
     """Make a segment and map it. options: of geometry(). restored_seq: it is to be restored by this process, and no version in what comes
-    is higher; its epoch is restored_epoch. log_policy: of its log, from the first moment. config: a msgpack map, for the header.
-    version_base: of the segment that it is restored from; None: one of its own.
+    is higher; its epoch is restored_epoch; this process holds its lock (Mapping.begin_restore). log_policy: of its log, from the first
+    moment. config: a msgpack map, for the header. version_base: of the segment that it is restored from; None: one of its own.
+    instead_of: the segment of this name, whose lock this process holds and in which nobody is, gives its memory and then its name.
 
     Warns: HugePagesRefused.
 
     Raises: InvalidName, InvalidConfig, SegmentExists, SegmentForbidden, SharedMemoryFull.
-    Crash: at any step before the link the object has no name and goes with its creator; after it the segment is whole.
+    Crash: at any step before the link the object has no name and goes with its creator; after it the segment is whole. instead_of: before
+    the unlink it stands as it was, without items; between unlink and link no segment is there, as after a reboot. Who sees that instant
+    makes one, which takes longer, and finds this.
     """
     path = check_name(name)
     size_bytes = -(-size_bytes // 4096) * 4096
     if size_bytes < MIN_SIZE:
         raise errors.InvalidSize(f"a segment has at least 4M ({MIN_SIZE:,} bytes), not {size_bytes:,}")
-    if os.path.exists(path):
+    if instead_of is None and os.path.exists(path):
         raise errors.SegmentExists(f"a segment {name!r} exists: attach() or open() it, or unlink() it first")
     g, chunks = geometry(size_bytes, **options)
     if restored_seq:
@@ -187,13 +192,18 @@ def create(
         os.fchmod(fd, mode)  # the umask has cut the mode of open
         if group is not None:
             os.fchown(fd, -1, _gid(group))
+        if instead_of is not None:
+            instead_of.give_back()
         _reserve(fd, size_bytes)
         refused = _core.format_segment(fd, g, chunks, _boot_id(), os.urandom(16), config, huge_pages)
+        mapping = _map(fd, path, name)
+        if restored_seq:
+            mapping.begin_restore()  # before anybody can see that it is being restored
+        if instead_of is not None and _has_name(instead_of, path):
+            unlink(name)
         _link(fd, path, name)
         if refused:
             _warn_of_small_pages(name, refused)
-        mapping = _map(fd, path, name)
-        mapping.restores = restored_seq > 0
         return mapping
     finally:
         os.close(fd)
@@ -208,6 +218,14 @@ def _warn_of_small_pages(name: str, refused: int) -> None:
         errors.HugePagesRefused,
         stacklevel=4,
     )
+
+
+def _has_name(mapping: _core.Mapping, path: str) -> bool:
+    try:
+        stat = os.stat(path)
+    except FileNotFoundError:
+        return False
+    return (stat.st_dev, stat.st_ino) == mapping.identity
 
 
 def _link(fd: int, path: str, name: str) -> None:
@@ -238,29 +256,45 @@ def _reserve(fd: int, size_bytes: int) -> None:
         raise
 
 
+class Patience:
+    """How long to go on waiting for a restore."""
+
+    def __init__(self) -> None:
+        self.until = _core.monotonic() + RESTORE_LIMIT
+        self.abandoned_until = 0.0  # 0: somebody is at it
+
+    def over(self, why: errors.BeingRestored) -> bool:
+        """why: it is waited for still."""
+        now = _core.monotonic()
+        if not why.abandoned:
+            self.abandoned_until = 0.0
+            return now >= self.until
+        self.abandoned_until = self.abandoned_until or min(self.until, now + RESTARTED_IN)
+        return now >= self.abandoned_until
+
+
 def attach(
-    name: str, *, owner: int | str | None = None, group: int | str | None = None, unsettled: bool = False
+    name: str, *, owner: int | str | None = None, group: int | str | None = None, unsettled: bool = False, wait: bool = True
 ) -> _core.Mapping:
     """Map a live segment. If its restore may still be refused, wait for that: what is written there could be gone with it. unsettled: not
-    to write, but to look, or to complete the restore.
+    to write, but to look, or to complete the restore. wait: False: raise BeingRestored at once.
 
     Raises: InvalidName, SegmentNotFound, SegmentForbidden, ForeignSegment, NotASegment, LayoutMismatch, SegmentTruncated,
-    TooManyProcesses; BeingRestored: for RESTORE_LIMIT seconds.
+    TooManyProcesses; BeingRestored: for RESTORE_LIMIT seconds, or RESTARTED_IN of its restorer, which has ended.
     """
     path = check_name(name)
-    for _ in range(int(RESTORE_LIMIT / RESTORE_POLL)):
-        mapping = _attached(path, name, owner, group, unsettled)
-        if mapping is not None:
-            return mapping
+    patience = None
+    while True:
+        try:
+            return _attached(path, name, owner, group, unsettled)
+        except errors.BeingRestored as e:
+            patience = patience or Patience()
+            if not wait or patience.over(e):
+                raise
         time.sleep(RESTORE_POLL)
-    raise errors.BeingRestored(
-        f"after {RESTORE_LIMIT:.0f} s it is not certain yet that the segment {name!r} can be restored: try again; if nobody is at it any "
-        "more, complete it (shmcache supervise, or shmcache-admin restore), or unlink it"
-    )
 
 
-def _attached(path: str, name: str, owner: int | str | None, group: int | str | None, unsettled: bool) -> _core.Mapping | None:
-    """None: its restore may still be refused."""
+def _attached(path: str, name: str, owner: int | str | None, group: int | str | None, unsettled: bool) -> _core.Mapping:
     try:
         shm = posix_ipc.SharedMemory("/" + PREFIX + name)
     except posix_ipc.ExistentialError:
@@ -271,11 +305,27 @@ def _attached(path: str, name: str, owner: int | str | None, group: int | str | 
         ) from None
     try:
         _check_owner(shm.fd, name, owner, group)
-        if not unsettled and _core.unsettled(shm.fd) and not _restored_here(shm.fd):
-            return None
+        if not unsettled and (state := _core.unsettled(shm.fd)):
+            raise _being_restored(name, abandoned=state == 2)
         return _map(shm.fd, path, name)
     finally:
         shm.close_fd()
+
+
+def _being_restored(name: str, abandoned: bool) -> errors.BeingRestored:
+    if abandoned:
+        said = (
+            f"the process that restored the segment {name!r} has ended before it was certain that this can be done, and nobody is in it: "
+            "restore it again (shmcache supervise, or shmcache-admin restore, with --data-dir), or unlink it"
+        )
+    else:
+        said = (
+            f"it is not certain yet that the segment {name!r} can be restored, and a process is at it: try again (attach() and open() wait "
+            "for it, up to a minute)"
+        )
+    error = errors.BeingRestored(said)
+    error.abandoned = abandoned
+    return error
 
 
 def _check_owner(fd: int, name: str, owner: int | str | None, group: int | str | None) -> None:
@@ -291,20 +341,10 @@ def _check_owner(fd: int, name: str, owner: int | str | None, group: int | str |
     )
 
 
-def _mapped(fd: int) -> _core.Mapping | None:
-    """This process's mapping of it, if there is one."""
+def _map(fd: int, path: str, name: str) -> _core.Mapping:
     stat = os.fstat(fd)
     known = _mappings.get((stat.st_dev, stat.st_ino))
-    return known() if known is not None else None
-
-
-def _restored_here(fd: int) -> bool:
-    mapping = _mapped(fd)
-    return mapping is not None and mapping.restores
-
-
-def _map(fd: int, path: str, name: str) -> _core.Mapping:
-    mapping = _mapped(fd)
+    mapping = known() if known is not None else None
     if mapping is None:
         for identity in [i for i, r in _mappings.items() if r() is None]:
             del _mappings[identity]

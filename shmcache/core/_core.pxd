@@ -16,11 +16,13 @@ cdef class Mapping:
     cdef Py_ssize_t most_locks      # that many: forget those that are over
     cdef row_t no_row               # what a fork child counts in that has found no row free
     cdef uint64_t row_wanted_ns     # when it looked for one last
-    cdef public bint restores       # this process restores the segment: it does not wait for that
+    cdef void* restore_page         # this process restores the segment: what holds its byte (hold_byte)
+    cdef uint64_t restorer          # token of the process that mapped that page
     cdef object __weakref__
     cdef int note_lock(self, bytes key, uint64_t version, double seconds) except -1
     cdef int forget_lock(self, bytes key, uint64_t version) except -1
     cdef list locks_held(self)
+    cpdef end_restore(self)
     cdef int revive(self) except -1
     cdef int stand_by(self) except -1
     cdef bint geometry_sound(self, header_t* h, uint64_t size)

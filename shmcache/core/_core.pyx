@@ -46,8 +46,8 @@ from shmcache.core.table cimport (
     claim_t, clear_all, count_items, end_mark, envelope_state, give_up, mark_t, next_keys, passes_by, prefetch_item, put, put_t, read_begin, read_claim, read_copy, read_end,
     read_generation, read_left, read_t, remove, remove_claim, same_item, set_expiry, state_in_place, unchanged)
 from shmcache.core.token cimport (
-    ABSENT, AGAIN, BUSY, EXISTS, INTR, KEPT, MISMATCH, NO_OFD, NO_ROOM, NO_ROW, NO_STORE, NOT_INT, OK, OS_ERROR, OVERFLOW, SUPERVISOR_BYTE,
-    close, dead, getpid, mono_ns, munmap, prober_ready, row_held, row_of, shm_ofd_lock, shm_reopen, shm_wiped_page, take_row, wall_ms, word_of)
+    ABSENT, AGAIN, BUSY, EXISTS, INTR, KEPT, MISMATCH, NO_OFD, NO_ROOM, NO_ROW, NO_STORE, NOT_INT, OK, OS_ERROR, OVERFLOW, RESTORER_BYTE,
+    SUPERVISOR_BYTE, close, dead, getpid, hold_byte, mono_ns, munmap, prober_ready, row_held, row_of, shm_ofd_lock, shm_reopen, shm_wiped_page, take_row, wall_ms, word_of)
 
 import sys
 
@@ -94,6 +94,7 @@ cdef extern from *:
     }
     /* Put the pages of a mapping together to huge ones, for everybody: 0, or the errno of what could not be. */
     static int shm_collapse(void *p, uint64_t size) { return madvise(p, size, MADV_COLLAPSE) ? errno : 0; }
+    static int shm_give_back(void *p, uint64_t size) { return madvise(p, size, MADV_REMOVE); }
     static int shm_stat(int fd, uint64_t *dev, uint64_t *ino, uint64_t *size) {
         struct stat st;
         if (fstat(fd, &st)) return -1;
@@ -116,6 +117,7 @@ cdef extern from *:
     uint64_t this_thread "shm_this_thread"() noexcept nogil
     void* shm_map(int fd, uint64_t size) noexcept nogil
     int shm_collapse(void* p, uint64_t size) noexcept nogil
+    int shm_give_back(void* p, uint64_t size) noexcept nogil
     int shm_stat(int fd, uint64_t* dev, uint64_t* ino, uint64_t* size) noexcept nogil
     bint shm_unlinked(int fd) noexcept nogil
     const uint64_t MAGIC "SHM_MAGIC"
@@ -357,12 +359,24 @@ def layout():
     }
 
 
-def unsettled(int fd):
-    """Is this a segment of this layout whose restore may still be refused? Cheaper than to map it."""
+cdef bint says_unsettled(int fd):
     cdef header_t h
     if pread(fd, &h, sizeof(header_t), 0) != <ssize_t>sizeof(header_t):
         return False
     return h.magic == MAGIC and h.layout_version == LAYOUT_VERSION and h.abi == ABI and h.restoring == NAMESPACES_FIRST
+
+
+def unsettled(int fd):
+    """Of a segment of this layout whose restore may still be refused: 1 a process is at it, 2 its restorer has ended; else 0. Cheaper than to
+    map it.
+
+    A restorer lets go of its byte when the segment is settled, or has lost its name: who finds the byte free looks at both once more.
+    """
+    if not says_unsettled(fd):
+        return 0
+    if shm_ofd_lock(fd, True, RESTORER_BYTE):       # in doubt, it lives
+        return 1
+    return 1 if shm_unlinked(fd) else 2 if says_unsettled(fd) else 0
 
 
 def format_segment(int fd, dict g, list chunk_bytes, bytes boot_id, bytes hash_key, bytes config, bint huge_pages):
@@ -718,6 +732,30 @@ cdef class Mapping:
             last = classes[i].chunk_bytes
         return True
 
+    def begin_restore(self):
+        """Become the one process that restores it: False: another is. Until end_restore(), or its death."""
+        cdef void* page = NULL
+        cdef int rc = hold_byte(&self.s, RESTORER_BYTE, &page)
+        if rc < 0:
+            raise OSError(errno, "cannot lock the restorer's byte")
+        if rc == 0:
+            self.restore_page = page
+            self.restorer = self.s.me[0]
+        return rc == 0
+
+    cpdef end_restore(self):
+        """Behind this it is settled, or has no name, or is for the next restorer to begin again."""
+        if self.restore_page != NULL and self.s.me[0] == self.restorer:     # in a fork child there is no such page
+            munmap(self.restore_page, 4096)
+        self.restore_page = NULL
+
+    def give_back(self):
+        """The memory of all that is in it: for who takes its name. Who has it mapped finds zeros there; the header, rows, stripes and classes
+        stay, so that it can be attached to and looked at."""
+        cdef uint64_t start = (self.s.header.pages_off + 4095) & ~<uint64_t>4095
+        if shm_give_back(self.s.base + start, self.s.size_bytes - start):
+            raise OSError(errno, "cannot give back the memory of the segment")
+
     cdef int note_lock(self, bytes key, uint64_t version, double seconds) except -1:
         """It was taken just now, for so long; 0: until it is given back. A ttl may end it, so those that are over go when there are as many
         again as had been left."""
@@ -781,6 +819,7 @@ cdef class Mapping:
 
     def __dealloc__(self):
         if self.s.me != NULL:
+            self.end_restore()
             if self.s.me[0]:
                 with nogil:             # the lock of a class may have to be waited for
                     give_back_all(&self.s)

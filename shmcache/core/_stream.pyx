@@ -5,14 +5,15 @@ Walk: stripe by stripe and bucket by bucket, without locks (a key never changes 
 Each chain is copied at one instant: its version did not change. Before a stripe's first bucket its sequence is kept as its floor: every
 write up to that version is in the copy, or overwritten there.
 
-Restore: into a segment that was created for it (header.restoring). While that is 2 the restore may be refused, and nobody attaches but the
-process that restores; then workers use the segment while the rest comes. Race table, all under the stripe:
+Restore: into a segment that was created for it (header.restoring), by the one process that holds its lock (Mapping.begin_restore). While
+that is 2 the restore may be refused, and nobody attaches; then workers use the segment while the rest comes. Race table, all under the stripe:
     restored vs written      the worker wins: what is there, stale or not, is left (EXISTS)
     restored vs deleted, or written and evicted     the worker wins: the key has departed (bucket.pxd)
     restored vs cleared      the worker wins: the epoch is no more that of the creation (MISMATCH), and the restore ends; but for what the
                              store has not got (write-back), which no clear() takes away
     dirty vs loaded          the dirty come first, while nobody is attached, and nobody loads until they are in (Table.claim): the row would be older
-Crash of who restores: `restoring` stays, and the restore can be run again: what is there stays, what left stays away.
+Crash of who restores: `restoring` stays. At 2 the next restore begins again in a segment of its own; at 1 it goes on in this one: what is
+there stays, what left stays away.
 """
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.mem cimport PyMem_RawCalloc, PyMem_RawFree, PyMem_RawMalloc

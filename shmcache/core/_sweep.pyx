@@ -52,7 +52,7 @@ from shmcache.core.slab cimport (
 from shmcache.core.table cimport dirty_at
 from shmcache.core.token cimport (
     ABSENT, BUSY, FREE, INTR, KEPT, LIVE, OK, OV_FREE, OV_LINKED, OV_RESERVED, PAGE_ACTIVE, PAGE_BIG, PAGE_CUTTING, PAGE_DRAINING, PAGE_FREE, RESERVED, RETIRED,
-    SUPERVISOR_BYTE, close, dead, kind_of, mono_ns, munmap, prober_ready, row_of, shm_keep_description, shm_ofd_lock, shm_reopen, token_of, word_of)
+    SUPERVISOR_BYTE, dead, hold_byte, kind_of, mono_ns, munmap, row_of, token_of, word_of)
 
 from shmcache import errors
 
@@ -663,22 +663,11 @@ cdef class Supervision:
 
     def __init__(self, Table table not None):
         cdef seg_t* s = table.ready()
-        cdef int fd, rc
-        if not prober_ready(s):
-            raise OSError(errno, "cannot open the segment again")
-        fd = shm_reopen(s.prober, s.path, s.dev, s.ino)
-        if fd < 0:
-            raise OSError(errno, "cannot open the segment again")
-        self.lock_page = shm_keep_description(fd)
-        rc = shm_ofd_lock(fd, False, SUPERVISOR_BYTE) if self.lock_page != NULL else -1
-        close(fd)
+        cdef int rc = hold_byte(s, SUPERVISOR_BYTE, &self.lock_page)
+        if rc == 1:
+            raise errors.SupervisorRunning(
+                f"the segment {table.name!r} has a supervisor already: process {table.supervisor()['pid']}; there is exactly one")
         if rc != 0:
-            if self.lock_page != NULL:
-                munmap(self.lock_page, 4096)
-                self.lock_page = NULL
-            if rc == 1:
-                raise errors.SupervisorRunning(
-                    f"the segment {table.name!r} has a supervisor already: process {table.supervisor()['pid']}; there is exactly one")
             raise OSError(errno, "cannot lock the supervisor's byte")
         self.table = table
         self.mapping = table.mapping

@@ -130,8 +130,8 @@ ctypedef struct header_t:   # 4,096 bytes. Written at creation only, where nothi
     # read by every operation, written seldom: a line of their own
     uint32_t epoch          # clear() counts it up, by compare-and-swap, no lock
     uint32_t restoring      # items of a snapshot are being put in (bucket.pxd, departed); 2: the generations of namespaces and tags are not in yet, nor what the store
-                            # has not got (write-back), and the restore may still be refused: nobody but who restores attaches (segment.attach).
-                            # Writer: creation, and who restores
+                            # has not got (write-back), and the restore may still be refused: nobody attaches (segment.attach).
+                            # Writer: creation, and the one process that holds RESTORER_BYTE
     int64_t clock_shift_ms  # added to CLOCK_MONOTONIC: the segment's clock. 0; tests move it
     uint64_t restored_seq   # no restored item has a higher version, nor has anything that an earlier life gave out; every later write has. Writer: creation, and who
                             # restores, as long as nobody else is attached

@@ -91,6 +91,7 @@ cdef extern from *:
 
     #define SHM_LIFE_BYTE ((off_t)1 << 62)
     #define SHM_SUPERVISOR_BYTE 65536       /* behind it: one more byte, for the one supervisor of a segment */
+    #define SHM_RESTORER_BYTE 65537         /* and one for the one process that restores it */
     #define SHM_TAKING_BYTE 131072          /* and one per row, for him who takes it */
 
     /* 0 done or free, 1 held by another, -1 error */
@@ -172,6 +173,7 @@ cdef extern from *:
     static inline uint64_t wall_ms(void) { return shm_clock_ns(CLOCK_REALTIME) / 1000000u; }
     """
     const uint32_t SUPERVISOR_BYTE "SHM_SUPERVISOR_BYTE"
+    const uint32_t RESTORER_BYTE "SHM_RESTORER_BYTE"
     const uint32_t TAKING_BYTE "SHM_TAKING_BYTE"
     const bint ALL_ALIVE "SHM_ALL_ALIVE"
     const uint64_t GEN_STEP "SHM_GEN_STEP"
@@ -209,6 +211,22 @@ cdef inline bint prober_ready(seg_t* s) noexcept nogil:
         return True
     s.prober = shm_reopen(-1, s.path, s.dev, s.ino)     # the number is not ours any more: nothing to close
     return s.prober >= 0
+
+cdef inline int hold_byte(seg_t* s, uint32_t byte, void** page) noexcept nogil:
+    """Lock one of the bytes that one process has: 0 done, 1 another has it, -1 error. It is free when page is unmapped, or the process has
+    died: the page alone keeps the description open, and fork children do not have it."""
+    cdef int rc = -1
+    cdef int fd = shm_reopen(s.prober, s.path, s.dev, s.ino) if prober_ready(s) else -1
+    if fd < 0:
+        return -1
+    page[0] = shm_keep_description(fd)
+    if page[0] != NULL:
+        rc = shm_ofd_lock(fd, False, byte)
+        if rc != 0:
+            munmap(page[0], 4096)
+            page[0] = NULL
+    close(fd)
+    return rc
 
 cdef inline uint64_t generation(seg_t* s, uint32_t r) noexcept nogil:
     """Of a row; GEN_UNKNOWN if it is damaged, or just being counted."""

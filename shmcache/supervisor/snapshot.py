@@ -13,11 +13,22 @@ versions are put in relation to the segment's.
     it was not                                          at the clock: above what any life gave out, also one of which nothing is left here
     versions were raised (writeback.py)                 above what stands in the records read, and above GivenOut
 
-A restore that may still be refused is nobody's: until what workers need first is in, nobody attaches (segment.attach). The name is held
-meanwhile, or a worker that starts would create an empty segment.
+A restore that may still be refused is nobody's: until what workers need first is in, nobody attaches (segment.attach), no thread or fork
+child of the restorer either. The name is held meanwhile, or a worker that starts would create an empty segment.
     refused, or fails before     the segment is unlinked; who waited for it finds none
-    killed before that           it stays, and nobody gets in until the restore is run again
+    killed before that           it stays, and nobody gets in: the next restore begins again, with its own files, in a segment of its own
     fails or killed after it     it stays, with what workers wrote; run again, it is completed
+
+One process restores a segment: it holds the lock (Mapping.begin_restore) from before the segment has its name until it is settled, or has
+none. So what is in an uncertain segment is of one restore, and so of one data directory. Race table:
+    two begin, there is no segment      the name decides; the later is refused (BeingRestored), and leaves the other's segment alone
+    one begins beside another           refused; also in another thread of that process
+    two begin, the former was killed    the lock decides; the other looks again, at what has the name then
+    one begins, another was refused, or has completed it       it has the lock, of what has no name or is whole: it looks again
+    a worker attaches meanwhile         uncertain, and the lock free: its restorer has ended. A living one lets go of it when the segment is
+                                        settled or has no name, so the worker looks at both once more (_core.unsettled)
+    begins again vs a worker            segment.create
+Crash at any line: the lock is free at once.
 
 Crash at any line of write(): the temporary file is no snapshot, and the next write removes it; once renamed it is whole. The rename
 may be lost with the power until the directory is synced, as if nothing had been written. Crash in restore(): core/_stream.pyx.
@@ -36,6 +47,7 @@ Rotation lets a file go only if what is in it is known to be in the live segment
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import socket
 import threading
@@ -405,7 +417,8 @@ def restore(
     files), "gaps" (operations that the log lacks)}.
     Raises: NoSnapshot: none is whole, and there is no log from the first write on; DamagedFile: of the log, whose place is named; NoRoom:
     for what the store has not got. ForeignDataDir, NewerFormat; InvalidConfig: no zstandard; SegmentExists and the rest of create();
-    StripeBusy, OSError. Whatever is raised, the segment is unlinked, unless workers were let in already.
+    StripeBusy, OSError. Whatever is raised, the segment is unlinked, unless workers were let in already. BeingRestored: another process
+    restores it; that is not disturbed.
     """
     began = time.monotonic()
     datadir.check_owner(folder, name)
@@ -427,6 +440,8 @@ def restore(
             if cache.durability()["generations_missing"] and not cache.unlinked:  # nobody is in it
                 segment.unlink(name)
             raise
+        finally:
+            cache.mapping.end_restore()
     return {**report, "seconds": time.monotonic() - began}
 
 
@@ -514,14 +529,40 @@ def _none_whole(folder: Path, damaged: list[str]) -> str:
 
 def end_restore(name: str) -> None:
     """What its files have not given yet will not come: a segment whose restore was killed goes on with what is there, if workers are in it;
-    else it is unlinked."""
-    with contextlib.suppress(errors.SegmentNotFound), cache_module.attach_unsettled(name) as cache:
-        if cache.durability()["generations_missing"]:
-            segment.unlink(name)
-        elif cache.durability()["restoring"]:
-            if int(cache.segment.header["log_policy"]):
-                _stream.count_gap(cache)  # what was restored is not in it
-            _stream.Restore(cache).finish()
+    else it is unlinked. Raises: BeingRestored: another process restores it."""
+    if (cache := _abandoned(name)) is None:
+        return
+    with cache:
+        try:
+            if cache.durability()["generations_missing"]:
+                segment.unlink(name)
+            else:
+                if int(cache.segment.header["log_policy"]):
+                    _stream.count_gap(cache)  # what was restored is not in it
+                _stream.Restore(cache).finish()
+        finally:
+            cache.mapping.end_restore()
+
+
+def _abandoned(name: str) -> Cache | None:
+    """The segment, if its restorer has ended and its restore has not: this process restores it from here on. None: there is none, or it is
+    whole. Raises: BeingRestored: another process restores it."""
+    while True:
+        with contextlib.ExitStack() as stack:
+            try:
+                cache = stack.enter_context(cache_module.attach_unsettled(name))
+            except errors.SegmentNotFound:
+                return None
+            if not cache.durability()["restoring"]:
+                return None
+            if not cache.mapping.begin_restore():
+                raise errors.BeingRestored(
+                    f"another process restores the segment {name!r}, maybe from another data directory: wait until it has ended, or end it"
+                )
+            stack.callback(cache.mapping.end_restore)
+            if cache.durability()["restoring"] and not cache.unlinked:  # else its restorer has ended just now
+                stack.pop_all()
+                return cache
 
 
 def base_of_empty(folder: Path) -> int | None:
@@ -603,12 +644,19 @@ def _create_or_complete(
         was["mode"] = candidates[0].mode
         if candidates[0].group != os.getegid():
             was["group"] = candidates[0].group
-    try:
-        return cache_module.create_restored(name, highest - base, epoch, settings, **{**was, **options})
-    except errors.SegmentExists:
-        cache = cache_module.attach_unsettled(name)
-        if not cache.durability()["restoring"]:
-            cache.close()
-            raise
-        cache.mapping.restores = True
+    create = functools.partial(cache_module.create_restored, name, highest - base, epoch, settings, **{**was, **options})
+    cache = None
+    while cache is None:
+        try:
+            return create()
+        except errors.SegmentExists:
+            cache = _abandoned(name)
+            if cache is None and os.path.exists(segment.check_name(name)):
+                raise
+    if not cache.durability()["generations_missing"]:
         return cache
+    with cache:
+        try:
+            return create(instead_of=cache)  # what is in it may be of other files
+        finally:
+            cache.mapping.end_restore()

@@ -270,10 +270,11 @@ class Series:
             )  # fmt: skip
         self.begin_worker(fill, self.items, self.numbers, self.wrong)
         cache = self.born()
+        if cache is not None:
+            cache = self.watch(cache, plan)
         if cache is None:
             return
         with cache:
-            self.watch(cache, plan)
             self.kill(cache, plan)
             restoring, begun_ms, whole_ms, gaps = self.header(cache, "restoring", "snapshot_begun_ms", "snapshot_ms", "log_gaps")
             waiting = cache.durability()["log_waiting_bytes"]
@@ -357,8 +358,8 @@ class Series:
         header = cache.segment.header
         return [int(header[name]) for name in names]
 
-    def watch(self, cache: Any, plan: Plan) -> None:
-        """Till the life comes to its end, or something is wrong."""
+    def watch(self, cache: Any, plan: Plan) -> Any:
+        """Till the life comes to its end, or something is wrong: a handle of the segment that there is then."""
         began = time.monotonic()
         restored = full = begun_at = mood_till = 0.0
         begun, again, deaths = 0, 0.0, [began + after for after, _ in plan.supervisors]
@@ -380,7 +381,13 @@ class Series:
             elif any((process.poll() if isinstance(process, subprocess.Popen) else process.exitcode) for process in self.processes):
                 self.wrong.append("the supervisor, or a worker, ended by itself")
             if self.wrong:
-                return
+                return cache
+            if cache.unlinked:  # the restore was killed, and the next has begun again
+                cache.close()
+                cache = self.born()
+                if cache is None:
+                    return None
+                continue
             if not restored and not restoring:
                 restored = now
                 self.restore_takes = max(0.2, now - began)
@@ -395,6 +402,7 @@ class Series:
                 if begun and full and (plan.end == "first" or (plan.end == "later" and whole_ms)):
                     end = now + plan.at * self.snapshot_takes
             time.sleep(0.01)
+        return cache
 
     def kill(self, cache: Any, plan: Plan) -> None:
         """Everything, at once; or the workers first, and the supervisor when it has taken over what they wrote."""
