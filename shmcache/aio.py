@@ -1,6 +1,6 @@
-"""shmcache for asyncio: `shmcache.aio.open("web")` gives a Cache of the same names, whose methods are awaited.
+"""shmcache for asyncio: `await shmcache.aio.opened("web")` gives a Cache of the same names, whose methods are awaited.
 
-    cache = shmcache.aio.open("web", size="256M")
+    cache = await shmcache.aio.opened("web", size="256M")
     user = await cache.get_or_set("u:1", fetch_user, ttl=60)        # fetch_user may be a coroutine function
 
 An operation on the segment takes less than a switch to another task: it is called directly, in the loop. Every wait is awaited: for another
@@ -55,13 +55,38 @@ def create(name: str, size: int | str = cache_module.DEFAULT_SIZE, **options: An
 
 
 def attach(name: str, **options: Any) -> Cache:
-    """As shmcache.attach."""
-    return Cache(cache_module.attach(name, **options))
+    """As shmcache.attach. It does not wait for a restore in an event loop, which would stand still: BeingRestored; await attached()."""
+    return Cache(cache_module.attach(name, **_at_once(options)))
 
 
 def open(name: str, size: int | str | None = None, **options: Any) -> Cache:
-    """As shmcache.open."""
-    return Cache(cache_module.open(name, size, **options))
+    """As shmcache.open. It does not wait for a restore in an event loop, which would stand still: BeingRestored; await opened()."""
+    return Cache(cache_module.open(name, size, **_at_once(options)))
+
+
+async def attached(name: str, **options: Any) -> Cache:
+    """As attach(), and awaits a restore as shmcache.attach waits for it."""
+    return await _when_restored(attach, name, **options)
+
+
+async def opened(name: str, size: int | str | None = None, **options: Any) -> Cache:
+    """As open(), and awaits a restore as shmcache.open waits for it."""
+    return await _when_restored(open, name, size, **options)
+
+
+def _at_once(options: dict[str, Any]) -> dict[str, Any]:
+    return options if asyncio._get_running_loop() is None else {**options, "wait": False}
+
+
+async def _when_restored(make: Callable[..., Cache], *args: Any, wait: bool = True, **options: Any) -> Cache:
+    patience = segment.Patience()
+    while True:
+        try:
+            return make(*args, **options)
+        except errors.BeingRestored as e:
+            if not wait or patience.over(e):
+                raise
+        await asyncio.sleep(segment.RESTORE_POLL)
 
 
 class Cache:

@@ -321,7 +321,7 @@ def _being_restored(name: str, abandoned: bool) -> errors.BeingRestored:
     else:
         said = (
             f"it is not certain yet that the segment {name!r} can be restored, and a process is at it: try again (attach() and open() wait "
-            "for it, up to a minute)"
+            "for it, up to a minute; in an event loop await shmcache.aio.attached() or opened())"
         )
     error = errors.BeingRestored(said)
     error.abandoned = abandoned

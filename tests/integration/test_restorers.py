@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import shutil
@@ -391,3 +392,120 @@ def test_the_state_of_a_restore_by_its_descriptor(machine, other):
     finally:
         os.close(fd)
         there.close()
+
+
+# ---- awaited ---------------------------------------------------------------------------------------------------------------------------
+
+
+class Ticking:
+    """The loop's turns, while a block runs."""
+
+    async def __aenter__(self):
+        self.turns = 0
+        self.task = asyncio.create_task(self.tick())
+        return self
+
+    async def tick(self):
+        while True:
+            self.turns += 1
+            await asyncio.sleep(0.001)
+
+    async def __aexit__(self, *exc):
+        self.task.cancel()
+
+
+OPENERS = [shmcache.aio.attached, lambda name: shmcache.aio.opened(name, "8M")]
+
+
+@pytest.mark.parametrize("make", OPENERS)
+def test_a_task_awaits_a_restore_and_the_loop_goes_on(machine, monkeypatch, make):
+    machine.cache.set("k", 1)
+    machine.cache.set("\0own", 1)
+    machine.snapshot()
+    go = threading.Event()
+    settle = snapshot._settle
+    at = threading.Event()
+
+    def wait(*args):
+        at.set()
+        assert go.wait(LIMIT)
+        settle(*args)
+
+    monkeypatch.setattr(snapshot, "_settle", wait)
+    machine.killed()
+    thread = threading.Thread(target=snapshot.restore, args=(machine.name, machine.folder))
+    thread.start()
+
+    async def main():
+        assert at.wait(LIMIT)
+        for plain in (shmcache.aio.attach, shmcache.aio.open):
+            with pytest.raises(errors.BeingRestored, match=r"await shmcache\.aio\.attached\(\)"):
+                plain(machine.name)
+        with pytest.raises(errors.BeingRestored):
+            await shmcache.aio.attached(machine.name, wait=False)
+        async with Ticking() as loop:
+            task = asyncio.create_task(make(machine.name))
+            while loop.turns < 30:
+                await asyncio.sleep(0.001)
+            assert not task.done()
+            go.set()
+            cache = await task
+            assert await cache.get("k") == 1
+            await cache.close()
+
+    try:
+        asyncio.run(asyncio.wait_for(main(), LIMIT))
+    finally:
+        go.set()
+        thread.join(LIMIT)
+    machine.cache = shmcache.attach(machine.name, store=machine.store)
+
+
+@pytest.mark.parametrize("make", OPENERS)
+def test_a_task_is_told_that_the_restorer_has_ended_or_limits_its_wait_itself(machine, other, monkeypatch, make):
+    killed_while_it_restores(machine, machine.folder)
+
+    async def main():
+        async with Ticking() as loop:
+            with pytest.raises(errors.BeingRestored) as caught:
+                await make(machine.name)
+            assert caught.value.abandoned
+            assert loop.turns > 30
+        monkeypatch.setattr(segment, "RESTARTED_IN", 1000.0)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await make(machine.name)
+
+    began = time.monotonic()
+    asyncio.run(asyncio.wait_for(main(), LIMIT))
+    assert time.monotonic() - began < segment.RESTORE_LIMIT / 2
+
+
+def test_opened_creates_what_is_not_there_and_attached_does_not(name):
+    async def main():
+        with pytest.raises(errors.SegmentNotFound):
+            await shmcache.aio.attached(name)
+        async with await shmcache.aio.opened(name, "8M") as cache:
+            await cache.set("k", 1)
+        async with await shmcache.aio.attached(name) as cache:
+            assert await cache.get("k") == 1
+
+    asyncio.run(main())
+
+
+def test_outside_of_a_loop_the_plain_forms_wait(machine, monkeypatch):
+    machine.cache.set("k", 1)
+    machine.snapshot()
+    settle, waiting = snapshot._settle, []
+
+    def beside(*args):
+        waiting.append(threading.Thread(target=lambda: found.append(shmcache.aio.attach(machine.name))))
+        waiting[0].start()
+        settle(*args)
+
+    found = []
+    monkeypatch.setattr(snapshot, "_settle", beside)
+    machine.reboot()
+    waiting[0].join(LIMIT)
+    assert found[0].sync.get("k") == 1
+    found[0].sync.close()
