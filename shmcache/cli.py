@@ -507,7 +507,7 @@ def _live_or_restored(args: argparse.Namespace, folder: Path | None) -> shmcache
                 "and logs that it has written there since out of the directory, and start this first"
             )
             if args.log != "off":  # what would be acknowledged there, a restore could not tell from the earlier segment's
-                raise errors.ForeignDataDir(f"{what}; or use another directory for the log")
+                raise errors.ForeignDataDir(f"{what}. To go on without it: move it away, or use another directory for the log")
             print(f"shmcache: {what}", file=sys.stderr)
     elif args.start_empty:
         snapshot.end_restore(args.name)  # the files were set aside by a process that was killed then

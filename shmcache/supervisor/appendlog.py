@@ -241,7 +241,7 @@ class AppendLog:
                 "name": self.cache.name, "created_ms": int(time.time() * 1000), "number": number,
                 "segment_created_ms": int(self.cache.segment.header["created_ms"]), "settings": self.cache.mapping.settings(),
                 "newest": int(self.cache.segment.stripes["seq"].max()), "epoch": int(self.cache.segment.header["epoch"]),
-                "log_gaps": int(self.cache.segment.header["log_gaps"]),
+                "log_gaps": int(self.cache.segment.header["log_gaps"]), "file": identity(file.fileno()),
             }  # fmt: skip
             writer = fmt.Writer(file, "log", head, compress=self.compress)
             os.fsync(file.fileno())
@@ -313,8 +313,19 @@ def is_whole(cache: Cache, folder: Path) -> bool:
         with contextlib.suppress(errors.DamagedFile):
             return not int(header["restored_seq"]) or life in datadir.lives(folder)
         return False
-    # else it is whole if it went on here, and nothing was missed since: neither here nor because it went on elsewhere
-    return any(datadir.life_of(h) == life and h.get("log_gaps") == int(header["log_gaps"]) for h in datadir.heads(folder)[1][-1:])
+    # else it is whole if it went on here, and nothing was missed since: neither here nor because it went on elsewhere. A copy of its last
+    # file may lack what came since
+    for _, path in reversed(fmt.listing(folder)[1]):
+        if head := datadir.head(path, "log"):
+            found = datadir.life_of(head), head.get("log_gaps"), head.get("file")
+            return found == (life, int(header["log_gaps"]), identity(path))
+    return False
+
+
+def identity(file: int | Path) -> list[int]:
+    """Of a file, which a copy of it does not have: as long as the file system is mounted."""
+    found = os.stat(file)
+    return [found.st_dev, found.st_ino]
 
 
 class Sync(threading.Thread):

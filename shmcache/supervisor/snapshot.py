@@ -185,8 +185,8 @@ def _rotate(
         head = datadir.head(path, "snapshot")
         life = datadir.life_of(head)
         if life != mine:
-            fault = _of_another(path, cache.name) if head and life not in known else _fault(path, throttle, stop)
-            if fault or not head:
+            fault = _fault(path, throttle, stop) or ("" if life in known else _of_another(path, cache.name))
+            if fault:
                 faults.append(fault)
                 staying.add(life)
                 continue

@@ -8,6 +8,7 @@ import json
 import multiprocessing as mp
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -851,6 +852,27 @@ def test_a_log_that_goes_on_in_another_directory_says_what_it_lacks(make, tmp_pa
         report, after = restored(cache.name, last)
         with after:
             assert report["gaps"] > 0 and after["after"] == 1
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_log_that_goes_on_in_a_copy_says_what_it_lacks(make, tmp_path, moved):
+    """It was copied while the supervisor ran, and lacks what came since. A directory that was moved has it."""
+    cache = make("16M", log_buffer="64K", max_processes=16)
+    with datadir.take(tmp_path / "a") as first:
+        supervisor = Supervisor(cache, folder=first, log="always")
+        cache.set("before", 1)
+        if not moved:
+            shutil.copytree(first, tmp_path / "b")
+        cache.set("since", 1)
+        supervisor.close()
+    if moved:
+        first.rename(tmp_path / "b")
+    with datadir.take(tmp_path / "b") as second:
+        Supervisor(cache, folder=second, log="always").close()
+        assert cache.durability()["log_gaps"] == (not moved)
+        report, after = restored(cache.name, second)
+        with after:
+            assert after.get("since") == (1 if moved else None) and report["gaps"] == (not moved)
 
 
 def test_a_log_of_what_was_restored_from_another_directory_says_what_it_lacks(make, tmp_path):
