@@ -14,6 +14,7 @@ Until then the keys that it writes are held: another write of them, here or in a
 Race table, of a call in a thread: whose the steps are is decided by core/_claims.pyx: Turn, Driving
     cancel vs begin          cancel first: the call is never made, its marks and claims are given back. Begin first: as it runs
     too late vs begin        too late first: the call is never made, its task gets StoreUnavailable. Begin first: as it runs
+    the store does not return      its task gets StoreUnavailable, and leaves the call as if it were cancelled; the thread stays in it
     cancel vs end            cancel first: the thread goes through the rest. End first: the task does, and is cancelled then
     the loop is closed       its callbacks do not run: the thread goes through the rest
     the task is collected    as cancelled
@@ -292,6 +293,7 @@ class Cache:
                         raise
                     finally:
                         late.cancel()
+                        job.ended.cancel()  # nobody waits for it any more
                     answer, failed = job.take()
         finally:
             self._wake(name)

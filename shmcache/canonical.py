@@ -82,9 +82,9 @@ class Walk:
         numpy = sys.modules.get("numpy")
         if numpy is not None and (kind is numpy.ndarray or (isinstance(value, numpy.generic) and kind.__module__ == "numpy")):
             return self._array(b"a" if kind is numpy.ndarray else b"n", numpy.asarray(value))
-        if self._any_object and numpy is not None and isinstance(value, arrays := (numpy.ndarray, numpy.generic)):
-            if reduced_by(kind) in arrays:
-                return b"A" + self.bytes_of(found_as(kind)) + self._array(b"a", numpy.asarray(value)) + self._attributes(value, *MAPS)
+        arrays = () if numpy is None else (numpy.ndarray, numpy.generic)
+        if numpy is not None and self._any_object and isinstance(value, arrays) and reduced_by(kind) in arrays:
+            return b"A" + self.bytes_of(found_as(kind)) + self._array(b"a", numpy.asarray(value)) + self._attributes(value, *MAPS)
         packer = packers().get(kind)
         if packer is not None:
             try:

@@ -70,7 +70,7 @@ MISSING: Any = object()
 WAIT: Any = object()
 WAIT_HERE: Any = object()
 WAIT_BENEATH: Any = object()
-WAITS = {-6: WAIT_HERE, -7: WAIT_BENEATH}  # by what claim() says; else WAIT
+WAITS = {-2: WAIT_BENEATH, -6: WAIT_HERE, -7: WAIT_BENEATH}  # by what claim() and marked_here() say; else WAIT
 COMPUTE: Any = object()
 BEGIN: Any = object()
 _claims: Any = None
@@ -149,12 +149,12 @@ def get_or_set(cache: Cache, key: bytes | str, factory: Callable[[], Any], lease
     return run(flying(cache, key, lease, terms), factory)
 
 
-# Steps: a generator that does one operation, and yields what its driver has to do for it: WAIT, a moment; WAIT_HERE, for another caller of
-# this thread, which has to run meanwhile: it is sent True if it cannot; WAIT_BENEATH, for the thread that runs this task or greenlet, the
-# same; COMPUTE: call the factory; BEGIN: nothing, a write comes next, which is not to be made for a caller that has left; or something to
-# call (a store's call), whose result it is sent, or the exception thrown. run() is the driver that sleeps, aio.py has the one that awaits.
-# Steps hold marks and claims by the `with` blocks of core/_claims.pyx. A driver closes its steps, by such a block, too: else what they hold
-# would stay held for as long as a traceback has its frame.
+# Steps: a generator that does one operation, and yields what its driver has to do for it: WAIT, a moment; WAIT_HERE, for another caller
+# of this thread, which has to run meanwhile: it is sent True if it cannot; WAIT_BENEATH, for the thread that runs this task or greenlet,
+# or for this caller's own call of the store, the same; COMPUTE: call the factory; BEGIN: nothing, a write comes next, which is not to be
+# made for a caller that has left; or something to call (a store's call), whose result it is sent, or the exception thrown. run() is the
+# driver that sleeps, aio.py has the one that awaits. Steps hold marks and claims by the `with` blocks of core/_claims.pyx. A driver
+# closes its steps, by such a block, too: else what they hold would stay held for as long as a traceback has its frame.
 
 
 def run(steps: Generator[Any, Any, T], factory: Callable[[], Any] | None = None) -> T:
@@ -210,6 +210,11 @@ def in_room(cache: Cache, call: Callable[..., T], *args: Any, **keywords: Any) -
         yield WAIT
 
 
+def how_to_wait(cache: Cache, key: bytes | str, said: int) -> Any:
+    """For whom claim() says this of; -3: for whose marks are on the key."""
+    return WAITS.get(claims().marked_here(cache, _core.key_bytes(key)) if said == -3 else said, WAIT)
+
+
 def flushing(cache: Cache, timeout: float) -> Generator[Any, Any, None]:
     """Steps of flush()."""
     until = _core.monotonic() + timeout
@@ -240,7 +245,7 @@ def flying(cache: Cache, key: bytes | str, lease: float, terms: Terms) -> Genera
             if version == -2:
                 return (yield COMPUTE)
             if version:  # another's; or somebody changes the key in the store
-                if (yield WAITS.get(version, WAIT)):
+                if (yield how_to_wait(cache, key, version)):
                     return (yield COMPUTE)
             else:
                 value, seen = yield from steps(cache.gets, key)  # not get: that may miss early again

@@ -50,14 +50,15 @@ def waiting(of: Callable[Concatenate[S, P], Steps[T]]) -> Callable[Concatenate[S
 class Call(Generic[T]):
     """A step: a call of the store. It takes its time: a driver that has others to serve makes it in a thread.
 
-    Args: marks: of the keys that it changes, which are told if it is known how it ended. Attributes: keys: those. latest.
+    Args: marks: of the keys that it changes, which are told if it is known how it ended. Attributes: keys: those. latest. patience: seconds
+    after which a store that has not returned does not keep its time.
     Raises: StoreUnavailable: it begins later than `latest` (monotonic), when the claims and marks that stand for it might end before it.
     """
 
-    __slots__ = ("_call", "_marks", "keys", "latest")
+    __slots__ = ("_call", "_marks", "keys", "latest", "patience")
 
-    def __init__(self, call: Callable[[], T], latest: float, keys: Iterable[bytes], marks: Marks | None) -> None:
-        self._call, self.latest, self.keys, self._marks = call, latest, keys, marks
+    def __init__(self, call: Callable[[], T], latest: float, patience: float, keys: Iterable[bytes], marks: Marks | None) -> None:
+        self._call, self.latest, self.patience, self.keys, self._marks = call, latest, patience, keys, marks
 
     def __call__(self) -> T:
         if _core.monotonic() > self.latest:
@@ -144,9 +145,11 @@ class StoredCache(Cache):
         return value if value is not MISSING else (yield from steps(self._load_missing, key, MISSING))
 
     def _ask(self, call: Callable[..., T], what: Any, marks: Marks | None = None) -> Call[T]:
-        """A step: a call of the store. marks: of what it changes there."""
-        latest = _core.monotonic() + self.policy.timeout + GRACE / 2
-        return Call(lambda: self._call(call, what, timeout=self.policy.timeout), latest, () if marks is None else what, marks)
+        """A step: a call of the store. marks: of what it changes there: it begins while they stand for as long as it may take."""
+        patience = self.policy.timeout + GRACE / 2
+        left = patience if marks is None else min(patience, self._age - self.policy.timeout - marks.age)
+        latest = _core.monotonic() + left
+        return Call(lambda: self._call(call, what, timeout=self.policy.timeout), latest, patience, () if marks is None else what, marks)
 
     def _refreshed(self, name: bytes, stale: Any, seen: int) -> Steps[Any]:
         """A stale copy, of which one caller at a time loads another. MISSING: the store has none."""
@@ -181,7 +184,7 @@ class StoredCache(Cache):
             if version in (-2, -4):  # the load of this very key asks for it; its writer is dead
                 return -1
             if _core.monotonic() < deadline:
-                if (yield flight.WAITS.get(version, flight.WAIT)):
+                if (yield flight.how_to_wait(self, name, version)):
                     return -1
             elif version == -3:
                 return -1

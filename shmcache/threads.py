@@ -61,10 +61,13 @@ class Threads:
             self._jobs.remove(job)
 
     def call_off(self, job: Job) -> None:
-        """It is too late for a call that has not begun: StoreUnavailable in its task. Called in its loop."""
+        """It is too late for a call that has not begun: StoreUnavailable in its task. One that has begun gets its patience. Called in its
+        loop."""
         if job.call_off():
             wake(job.ended)
             self.forget(job)
+        elif not job.ended.done():
+            job.loop.call_later(job.patience, job.give_up)
 
     def _work(self) -> None:
         with self._lock:
@@ -96,28 +99,28 @@ class Job(Turn):
     """
 
     def __init__(self, steps: Generator[Any, Any, Any], call: Any) -> None:
-        """call: with `keys`, which it writes (stored.py: Call)."""
-        self._steps, self._call, self.keys = steps, call, call.keys
-        self._loop = asyncio.get_running_loop()
+        """call: with `keys`, which it writes, and `patience` (stored.py: Call)."""
+        self._steps, self._call, self.keys, self.patience = steps, call, call.keys, call.patience
+        self.loop = asyncio.get_running_loop()
         self._context = contextvars.copy_context()
-        self._caller = _core.caller_number()
+        self.caller = _core.caller_number()
         self._answer: Any = None
         self._failed: BaseException | None = None
-        self.ended: asyncio.Future[None] = self._loop.create_future()
+        self.ended: asyncio.Future[None] = self.loop.create_future()
 
     def run(self) -> None:
         """In a thread."""
         if not self.begin():
             return
         try:
-            self._answer = self._context.run(_core.acting_for, self._caller, self._call)
+            self._answer = self._context.run(_core.acting_for, self.caller, self._call)
         except BaseException as e:
             self._failed = e
         if self.end():
             self.go_through()
             return
         try:
-            self._loop.call_soon_threadsafe(wake, self.ended)
+            self.loop.call_soon_threadsafe(wake, self.ended)
         except RuntimeError:  # the loop is closed: its task will not go on
             if self.take_over():
                 self.go_through()
@@ -128,6 +131,11 @@ class Job(Turn):
         answer, failed = self._answer, self._failed
         self._answer = self._failed = None
         return answer, too_late() if self.called_off else failed
+
+    def give_up(self) -> None:
+        """The store does not return: its task leaves the call. Called in its loop."""
+        if not self.over and not self.ended.done():
+            self.ended.set_exception(hangs(bool(self.keys)))
 
     def go_through(self) -> None:
         """The rest of the steps, for a task that has left."""
@@ -145,6 +153,12 @@ class Job(Turn):
 
 def too_late() -> errors.StoreUnavailable:
     return errors.StoreUnavailable("this call of the store came to its turn too late: it was not made; try again")
+
+
+def hangs(writes: bool) -> errors.StoreUnavailable:
+    error = errors.StoreUnavailable("the store has not answered in its time: its call goes on in a thread, and it may be done later")
+    error.unsettled = writes
+    return error
 
 
 def wake(future: asyncio.Future[None]) -> None:

@@ -21,6 +21,9 @@ Race table
     the writer dies          his mark stands till its time is over, longer than the store may work for him, whoever writes meanwhile; till
                              then loads do not fill, and nobody waits
     the writer is stopped, and goes on when his mark's time is over: his mark is gone, he deletes before he returns
+    a write that outlasts its mark      its store does not keep its time: one that was given up, or that follows from a load, can land over
+                             a later one. None begins for which the mark would not stand long enough (stored.py: Call)
+    a write vs one of its own thread    a task's or greenlet's, or this caller's own, which cannot end while this one waits: UsageError
     a load vs a load         one has the claim, the others wait for it (flight.py); its death hands over at once
 Writes that other programs do in the store are seen when an item has expired; invalidate(), tags and a ttl are for them.
 """
@@ -125,7 +128,8 @@ class ThroughCache(StoredCache):
     def _mark(self, marks: Marks, name: bytes, deadline: float, alone: bool, version: int = 0) -> Steps[int]:
         """Put a mark on a key: its version, 0 if another's was there, -1: the key has not this version.
 
-        Raises: StoreUnavailable: who has the key for himself, or (alone, or seven at a time) whoever writes it, takes too long.
+        Raises: StoreUnavailable: who has the key for himself, or (alone, or seven at a time) whoever writes it, takes too long; UsageError:
+        that one does not go on while this call waits.
         """
         while True:
             mark, overlapped = marks.put(name, self._age, alone, version)
@@ -135,7 +139,11 @@ class ThroughCache(StoredCache):
                 raise errors.StoreUnavailable(
                     f"another caller has been writing this key for {self.policy.timeout} s: nothing was changed; try again"
                 )
-            yield flight.WAIT
+            if (yield flight.how_to_wait(self, name, -3)):
+                raise errors.UsageError(
+                    "a task or greenlet of this thread, or the caller itself, is changing this key in the store, and does not go on while "
+                    "this call waits: nothing was changed; await shmcache.aio's methods in tasks, and let no store write through its cache"
+                )
 
     def _store(self, values: dict[bytes, Any], ttl: float | None, marks: Marks) -> Steps[None]:
         gone = [name for name, value in values.items() if value is DELETE or ttl == 0]

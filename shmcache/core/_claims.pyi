@@ -3,6 +3,8 @@ from typing import Any, Self
 
 from shmcache.core._core import Table
 
+def marked_here(table: Table, key: bytes) -> int: ...
+
 class Held:
     version: int
 
@@ -23,6 +25,7 @@ class Claims:
     def __exit__(self, *exc: object) -> None: ...
 
 class Marks:
+    age: float
     known: bool
     def __init__(self, table: Table) -> None: ...
     def put(self, key: bytes, seconds: float, alone: bool = False, version: int = 0) -> tuple[int, bool]: ...
@@ -37,6 +40,7 @@ class Closing:
 
 class Turn:
     called_off: bool
+    over: bool
     def begin(self) -> bool: ...
     def end(self) -> bool: ...
     def call_off(self) -> bool: ...

@@ -20,7 +20,7 @@ limit in all, however many signals come.
 cimport cython
 from libc.stdint cimport int64_t, uint8_t, uint64_t
 
-from shmcache.core._core cimport Mapping, Table, fail
+from shmcache.core._core cimport Mapping, Table, fail, waits_for
 from shmcache.core.atomics cimport add64
 from shmcache.core.layout cimport seg_t
 from shmcache.core.lock cimport wait_until
@@ -43,6 +43,32 @@ cdef enum:
     RUNS = 1            # the call goes on; its thread goes through the rest of the steps
     OVER = 2            # it has ended: who leaves goes through the rest
     LEFT = 3            # it was left before
+
+
+cdef dict marked = {}           # key: the marks of this process that stand there, each a Held
+
+
+def marked_here(Table table not None, bytes key not None):
+    """For whom does a caller wait that waits for the marks on this key? -2: itself, which calls the store; -6: a task or greenlet of its
+    thread; -7: who is beneath it; -1: none of them. As Table.claim() says it."""
+    cdef Held mark
+    cdef int rc
+    for mark in marked.get(key, ()):
+        if table.s != NULL and mark.mapping() is table.mapping and mark.whose.token == table.s.me[0]:
+            rc = waits_for(&mark.whose)
+            if rc != -1:
+                return rc
+    return -1
+
+
+cdef int marked_by_nobody(uint64_t owner) except -1:
+    """That task has left: the marks that it has put end without it."""
+    cdef Held mark
+    for several in marked.values():
+        for mark in several:
+            if mark.whose.owner == owner:
+                mark.whose.owner = mark.whose.thread = 0
+    return 0
 
 
 @cython.no_gc_clear             # what __dealloc__ gives back it needs whole
@@ -81,7 +107,7 @@ cdef class Held:
         self.is_mark = True
         self.whose.token = 0
         try:
-            return self.table.mark_into(self.key, seconds, alone, version, &self.whose.token)
+            return self.table.mark_into(self.key, seconds, alone, version, &self.whose)
         finally:
             self.version = self.whose.token
 
@@ -193,6 +219,7 @@ cdef class Marks:
     cdef Table table
     cdef dict held                  # key: Held
     cdef public bint known
+    cdef uint64_t began             # ns: when the first was put; 0: none was
 
     def __cinit__(self, Table table not None):
         self.table = table
@@ -204,14 +231,32 @@ cdef class Marks:
         cdef Held mark = Held(self.table)
         mark.key = key
         self.held[key] = mark
-        told = mark.mark(seconds, alone, version)
-        if not mark.version:
-            del self.held[key]
+        try:
+            told = mark.mark(seconds, alone, version)
+        finally:
+            if mark.version:
+                marked.setdefault(key, []).append(mark)
+                self.began = self.began or mono_ns()
+            else:
+                del self.held[key]
         return told
 
     def drop(self, bytes key not None):
         """It was filled."""
-        del self.held[key]
+        self.unnote(self.held.pop(key))
+
+    cdef int unnote(self, Held mark) except -1:
+        several = marked.get(mark.key)
+        if several is not None and mark in several:
+            several.remove(mark)
+            if not several:
+                del marked[mark.key]
+        return 0
+
+    @property
+    def age(self):
+        """Seconds that the first of them has been there; 0: there is none."""
+        return (mono_ns() - self.began) / 1e9 if self.began else 0.0
 
     def __enter__(self):
         return self
@@ -222,6 +267,7 @@ cdef class Marks:
         cdef object failed = None, said = None
         cdef uint64_t until
         for mark in self.held.values():
+            self.unnote(mark)
             mark.known = self.known
             if mark.put_back() == BUSY:
                 failed = failed or errors.StripeBusy("a living process holds a lock that this call needs and does not run: the mark of this "
@@ -261,7 +307,7 @@ cdef class Turn:
     """Of a call that a thread makes, for steps that a task goes through: who goes on with them. Each method is one step, between whose parts
     neither a thread nor a handler comes."""
     cdef bint begun
-    cdef bint over
+    cdef readonly bint over
     cdef bint taken
     cdef bint left                  # the task has, or the thread has taken its place
     cdef readonly bint called_off
@@ -309,7 +355,7 @@ cdef class Driving:
     thread, and the keys that it writes are held until it has ended: other writes of them come after it. A key whose stripe is busy for the
     lock limit is not held; its mark stands all the same.
 
-    job: the call that was begun last: a Turn with `keys` and go_through().
+    job: the call that was begun last: a Turn with `keys`, `caller` (caller_number() of the task) and go_through().
     """
     cdef Table table
     cdef object generator
@@ -343,6 +389,7 @@ cdef class Driving:
     def __exit__(self, kind, error, trace):
         cdef int how = TASKS if self.job is None else (<Turn?>self.job).leave()
         if how == RUNS:
+            marked_by_nobody(self.job.caller)
             self.hold()
         elif how == OVER:
             try:

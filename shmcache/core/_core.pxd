@@ -49,6 +49,8 @@ cdef void buried(put_t* op) noexcept
 
 cdef int fail(int rc) except -100
 
+cdef int waits_for(const claim_t* whose) except 0
+
 cdef class Table:
     cdef seg_t* s                   # NULL: closed
     cdef readonly Mapping mapping   # None: closed
@@ -98,7 +100,7 @@ cdef class Table:
     cdef int put_view(self, seg_t* s, put_t* op) except -100
     cdef int put_now(self, seg_t* s, put_t* op) except -100
     cdef int64_t claim_into(self, object key, double seconds, bint lock, uint64_t* version, claim_t* noted) except -100
-    cdef tuple mark_into(self, object key, double seconds, bint alone, uint64_t version, uint64_t* token)
+    cdef tuple mark_into(self, object key, double seconds, bint alone, uint64_t version, claim_t* whose)
     cdef int give_back(self, object key, uint64_t version, bint known) except -100
     cdef int wait_stored(self, seg_t* s, Mapping held) except -1
     cdef int bury(self, seg_t* s, const uint8_t* key, size_t n, uint64_t h, uint64_t version, log_t* log) except -100

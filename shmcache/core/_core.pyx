@@ -169,6 +169,23 @@ cdef uint64_t task_or_greenlet() except? 0:
     return owner_number() or acts_for
 
 
+cdef int who_waits(const claim_t* mine, const claim_t* whose) noexcept:
+    """What claim() says of a claim of this process."""
+    if whose.owner == mine.owner and (mine.owner or whose.thread == mine.thread):
+        return -2
+    if whose.owner:
+        return -7 if whose.owner == acts_for else -6 if whose.thread == mine.thread else -1
+    return -7 if whose.thread == mine.thread else -1
+
+
+cdef int waits_for(const claim_t* whose) except 0:
+    """The same, of what the caller finds."""
+    cdef claim_t mine
+    mine.thread = this_thread()
+    mine.owner = task_or_greenlet()
+    return who_waits(&mine, whose)
+
+
 def caller_number():
     """The caller's, for acting_for()."""
     return task_or_greenlet()
@@ -1985,11 +2002,7 @@ cdef class Table:
                 if flags & FLAG_WRITING:
                     return -3 if whose.token else -4
                 if whose.token == mine.token:
-                    if whose.owner == mine.owner and (mine.owner or whose.thread == mine.thread):
-                        return -2
-                    if whose.owner:
-                        return -7 if whose.owner == acts_for else -6 if whose.thread == mine.thread else -1
-                    return -7 if whose.thread == mine.thread else -1
+                    return who_waits(&mine, &whose)
                 if not dead(s, whose.token):
                     return -1
             elif unlikely(ld32(&s.header.restoring) == NAMESPACES_FIRST) and writes_back(s, op.key):
@@ -2040,16 +2053,18 @@ cdef class Table:
         key for itself; alone, of any; or of seven; -1: it has another version. overlapped: another's mark was there, so nobody knows what
         the store will have in the end. Who does not fill it calls end_mark().
         """
-        cdef uint64_t token = 0
-        return self.mark_into(key, seconds, alone, version, &token)
+        cdef claim_t whose
+        return self.mark_into(key, seconds, alone, version, &whose)
 
-    cdef tuple mark_into(self, object key, double seconds, bint alone, uint64_t version, uint64_t* token):
-        """mark(), and by whose token it was put is noted, also if this raises."""
+    cdef tuple mark_into(self, object key, double seconds, bint alone, uint64_t version, claim_t* whose):
+        """mark(), and who put it is noted, also if this raises."""
         cdef put_t op
         cdef mark_t mark
         cdef seg_t* s
         cdef int rc
         key_view(key, &op.key, &op.key_bytes)
+        whose.thread = this_thread()
+        whose.owner = task_or_greenlet()
         while True:
             s = self.ready()
             memset(&mark, 0, sizeof(mark))
@@ -2072,7 +2087,7 @@ cdef class Table:
                 rc = self.put_view(s, &op)
             finally:
                 if op.cas:
-                    token[0] = mark.owner
+                    whose.token = mark.owner
             if rc != MISMATCH or mark.owner == s.me[0]:      # else a fork child: the mark was the parent's
                 return (op.cas if rc == OK else -1 if rc == MISMATCH else 0), bool(op.overlapped)
 

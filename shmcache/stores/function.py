@@ -17,7 +17,8 @@ class FunctionStore:
         load: load(key) returns the value, or Entry(value, ttl); if there is none it raises KeyError or returns MISSING, of this package.
         load_many: in place of load: load_many(keys) returns a mapping of those found, to values or Entries.
         save: save(key, value, ttl). delete: delete(key), which may raise KeyError. A store without them can only be read.
-        timeout: seconds that a call may take by default. It is looked at before each function's call: none is interrupted.
+        timeout: seconds that a call may take by default. It is looked at before each function's call: none is interrupted. Let save and
+            delete end within it, by limits of their own: one that takes longer than the policy allows can come after a later write.
 
     Keys are bytes. An OSError (of a connection, a time-out) becomes StoreUnavailable, in save and delete an unsettled one. Another error in
     a load is raised as it is; in save or delete it is that key's refusal, and the other keys follow.

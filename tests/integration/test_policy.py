@@ -708,6 +708,23 @@ class Gate:
             assert self.opened.wait(60)
 
 
+def test_a_change_whose_mark_is_over_when_it_comes_to_store_is_not_made(over, hooked, monkeypatch):
+    """A process that was stopped behind its load, say: another has counted meanwhile."""
+    monkeypatch.setattr(shmcache.stored, "GRACE", 0.1)
+    cache = over(hooked, timeout=0.1)
+    gate = Gate(hooked, "load", "after")
+    first, got = in_thread(lambda: cache.incr("n", default=0))
+    assert gate.reached.wait(60)
+    until(lambda: not cache.claim_version("n"))
+    with shmcache.attach(cache.name, store=hooked) as other:
+        assert other.incr("n", default=0) == 1
+    gate.opened.set()
+    first.join(60)
+    assert isinstance(got[0], errors.StoreUnavailable)
+    assert "too late" in str(got[0])
+    assert stored(cache, "n") == {b"n": Entry(1)}
+
+
 @pytest.mark.parametrize("other", ["set", "delete", "invalidate", "clear", "incr"])
 def test_a_fill_of_what_was_loaded_before_a_change_is_refused(over, hooked, other):
     cache = over(hooked)
