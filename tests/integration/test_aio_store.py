@@ -164,6 +164,38 @@ def test_a_load_that_asks_for_its_own_key_does_not_wait_for_itself(front, store)
     run(main())
 
 
+def test_tasks_that_a_store_runs_are_callers_of_their_own(front, store):
+    """In the thread of a call, which acts for the task that asked; they do not wait for that one."""
+    cache = front(timeout=60)
+    computed, seen = [], []
+
+    async def factory():
+        computed.append(1)
+        await asyncio.sleep(0.01)
+        return len(computed)
+
+    async def inner():
+        with shmcache.attach(cache.sync.name, store=store) as sync:
+            other = shmcache.aio.Cache(sync)
+            seen.append(await asyncio.gather(*(asyncio.create_task(other.get_or_set(b"\0x", factory)) for _ in range(5))))
+            seen.append(await other.get_or_set("k", lambda: "beneath"))
+
+    def runs(what, keys):
+        if what == "load" and not seen:
+            seen.append(None)
+            asyncio.run(inner())
+
+    store.before = runs
+
+    async def main():
+        async with asyncio.timeout(SOON):
+            assert await cache.get("k") is None
+
+    run(main())
+    assert seen == [None, [1] * 5, "beneath"]
+    assert computed == [1]
+
+
 def test_changes_of_one_key_come_one_after_another(front, store):
     cache = front()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import sqlite3
 import threading
@@ -43,6 +44,21 @@ def beside(function):
 def test_a_lock(cache, frozen):
     with beside(lambda: cache.lock("l")):
         assert not cache.lock("l").acquire(timeout=0.05)
+
+
+def test_a_sleep_that_does_not_sleep(cache, monkeypatch):
+    """A test's own time.sleep is not called, and not taken for one in which other callers of this thread run."""
+    asked = []
+    monkeypatch.setattr("time.sleep", asked.append)
+    with beside(lambda: cache.lock("l")):
+        assert not cache.lock("l").acquire(timeout=0.05)
+
+    async def claims():
+        return cache.claim("k", 60)
+
+    version = asyncio.run(claims())
+    assert cache.get_or_set("k", lambda: "beside") == "beside"
+    assert (cache.claim_version("k"), asked) == (version, [])
 
 
 def test_a_lease_and_a_ttl(cache, frozen):
