@@ -1169,8 +1169,8 @@ def back(make):
 
 
 @contextlib.contextmanager
-def flushing(cache, store):
-    with shmcache.attach(cache.name) as other:
+def flushing(cache, store, attach=shmcache.attach):
+    with attach(cache.name) as other:
         thread = writeback.WriteBack(other, store)
         try:
             yield thread

@@ -11,7 +11,8 @@ import time
 import pytest
 
 import shmcache
-from shmcache import errors
+from shmcache import cache as cache_module
+from shmcache import errors, segment
 from shmcache.codec import MsgpackCodec
 from shmcache.core import _dirty
 from shmcache.stores import Entry
@@ -60,6 +61,11 @@ def snapped(cache, folder):
 # ---- restore ----------------------------------------------------------------------------------------------------------------------
 
 
+def early(cache, store=None):
+    """A handle of a worker that is in before the restore is certain. No worker gets one: it is what attaching waits for."""
+    return cache_module._handle(segment.attach(cache.name, unsettled=True), "msgpack", {}, store, None)
+
+
 def test_nobody_loads_an_older_row_while_what_is_dirty_is_restored(back, store, folder, monkeypatch):
     store.store_many({b"k": ("older", None), b"n": (1, None)})
     cache = back()
@@ -69,7 +75,7 @@ def test_nobody_loads_an_older_row_while_what_is_dirty_is_restored(back, store, 
 
     def with_a_worker(into, *args):
         if not seen:
-            with shmcache.attach(cache.name, store=store) as worker:
+            with early(cache, store) as worker:
                 seen.append(worker.claim("k", 5))
                 thread = threading.Thread(target=lambda: seen.extend([worker.get("k"), worker.incr("n")]))
                 thread.start()
@@ -116,7 +122,7 @@ def test_what_is_dirty_is_restored_also_after_a_worker_cleared(back, store, fold
     put_all = snapshot._put_all
 
     def cleared(into, *args):
-        with shmcache.attach(cache.name) as worker:
+        with early(cache) as worker:
             worker.set("x", 1)
             worker.clear()
         put_all(into, *args)
@@ -223,11 +229,11 @@ def test_what_is_dirty_is_restored_whatever_departs_meanwhile(back, store, folde
     def with_a_worker(into, *args):
         if not first:
             first.append(1)
-            with shmcache.attach(cache.name, store=store) as worker:
+            with early(cache, store) as worker:
                 with open(f"/dev/shm/shmcache.{cache.name}", "r+b") as file:  # as if a key of each bit had departed
                     file.seek(int(worker.segment.header["sketch_off"]))
                     file.write(b"\xff" * int(worker.segment.header["sketch_bytes"]))
-                with flushing(worker, store):
+                with flushing(worker, store, cache_module.attach_unsettled):
                     worker.set("new", "v")
                     with pytest.raises(errors.StoreUnavailable):
                         worker.flush(0.2)
