@@ -149,7 +149,7 @@ class StoredCache(Cache):
         patience = self.policy.timeout + GRACE / 2
         left = patience if marks is None else min(patience, self._age - self.policy.timeout - marks.age)
         latest = _core.monotonic() + left
-        return Call(lambda: self._call(call, what, timeout=self.policy.timeout), latest, patience, () if marks is None else what, marks)
+        return Call(lambda: self._call(call, what, timeout=self.policy.timeout), latest, patience, () if marks is None else [*what], marks)
 
     def _refreshed(self, name: bytes, stale: Any, seen: int) -> Steps[Any]:
         """A stale copy, of which one caller at a time loads another. MISSING: the store has none."""
