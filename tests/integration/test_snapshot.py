@@ -369,6 +369,7 @@ def test_a_chain_that_leads_round_and_round_is_copied_once(make):
     segment = cache.views(writable=True)
     linked = [b for b in range(len(segment.buckets)) if segment.buckets["overflow"][b]]
     link = int(segment.buckets["overflow"][linked[0]])
+    behind = int(segment.overflow["next"][link - 1])
     segment.overflow["next"][link - 1] = link
     walk = _stream.Walk(cache)
     keys = []
@@ -377,7 +378,7 @@ def test_a_chain_that_leads_round_and_round_is_copied_once(make):
             keys += [r.key for r in fmt.records(payload)]
     assert walk.damaged > 0
     assert len(keys) == len(set(keys)) >= 39_000
-    segment.overflow["next"][link - 1] = 0
+    segment.overflow["next"][link - 1] = behind
     del segment
 
 
