@@ -174,7 +174,8 @@ cdef class Executor:
     cdef readonly int64_t tick_ms       # the segment's clock at the last tick(): as fine as idle times have to be
     cdef public int64_t paused_until    # ms, monotonic: CLIENT PAUSE
     cdef public bint paused_writes_only
-    cdef list holding                   # numbers of the stripes that hold() took
+    cdef list holding                   # numbers of the stripes that hold() took,
+    cdef uint64_t holder                # and with which token: a fork child has none of them
     cdef bint was_impatient             # before
     cdef readonly int db                # whose keys are meant
     cdef size_t n_prefix                # of `named`: what the keys of this database begin with
@@ -375,15 +376,22 @@ cdef class Executor:
     cdef int take_stripes(self, set found, uint64_t log_bytes) except -1:
         """hold(). From the first stripe on no Python code runs in here: other threads have no turn while stripes are held, unless one is waited
         for."""
-        cdef seg_t* s = self.s
+        cdef seg_t* s = self.table.ready()
         cdef list stripes = sorted(found)
         cdef Py_ssize_t k, taken = 0
         cdef uint32_t i
         cdef uint64_t until = 0
         cdef int rc = OK
+        cdef bint were_pinned = self.pinned is not None
         self.table.room_in_log(s, self.mapping, log_bytes)
         if not HOLDING.acquire(not self.table.impatient):
             raise WouldWait
+        try:
+            self.table.ready()          # a signal's handler may have forked: no lock is taken with a token of 0
+            self.pin()
+        except BaseException:
+            HOLDING.release()
+            raise
         for k in range(len(stripes)):
             i = stripes[k]
             rc = stripe_take(s, &s.stripes[i], 0)
@@ -405,8 +413,8 @@ cdef class Executor:
             #! hold: all taken
             s.held_epoch = ld32(&s.header.epoch)
             s.holder = pthread_self()
+            self.holder = s.me[0]
             self.holding = stripes
-            self.pin()
             #! hold: held
             self.was_impatient = self.table.impatient
             self.table.impatient = False
@@ -417,21 +425,25 @@ cdef class Executor:
             stripe_release(s, &s.stripes[i])
             #! hold: a stripe given back
         HOLDING.release()
+        if not were_pinned:
+            self.pinned = None
         if self.table.impatient:
             raise WouldWait
         raise errors.StripeBusy("a living process holds a lock that this call needs and does not run: try again")
 
     def release(self):
-        """Let go of what hold() took."""
+        """Let go of what hold() took. In a fork child (of a command that is not compiled, or of a signal's handler) it is the parent's: its stripes
+        stay taken, and what it was about to do there stays noted."""
         cdef seg_t* s = self.s
         cdef uint32_t i
         cdef Py_ssize_t k
         #! release: begun
         s.holder = 0
-        for k in range(len(self.holding)):
-            i = self.holding[k]
-            stripe_release(s, &s.stripes[i])
-            #! release: a stripe released
+        if s.me[0] == self.holder:
+            for k in range(len(self.holding)):
+                i = self.holding[k]
+                stripe_release(s, &s.stripes[i])
+                #! release: a stripe released
         self.holding = None
         self.pinned = None
         self.table.impatient = self.was_impatient
@@ -440,7 +452,10 @@ cdef class Executor:
     @property
     def holds(self):
         """Does this thread hold stripes?"""
-        return self.s.holder == pthread_self()
+        return self.has_stripes()
+
+    cdef bint has_stripes(self) noexcept:
+        return self.s.holder == pthread_self() and self.s.me[0] == self.holder
 
     # -- in front of a store
 
@@ -596,7 +611,7 @@ cdef class Executor:
         return at, found
 
     cdef int keys_of(self, uint64_t bucket, list found) except -1:
-        cdef seg_t* s = self.s
+        cdef seg_t* s = self.table.ready()
         cdef uint32_t used = 0, at = 0, n
         cdef uint64_t until = 0
         cdef int rc
@@ -779,7 +794,7 @@ cdef int finish_raw(Executor ex, read_t* r, raw_t* raw, int whole) except -1:
 
 cdef bint look_locked(Executor ex, const uint8_t* key, size_t n, uint64_t h, raw_t* raw, int whole) except -1:
     """After so many reads that writes overtook: under the stripe, if it is free now."""
-    cdef seg_t* s = ex.s
+    cdef seg_t* s = ex.table.ready()
     cdef read_t r
     cdef uint64_t until = 0
     cdef int rc
@@ -2055,7 +2070,7 @@ cdef class Client:
         cdef Executor ex = self.ex
         cdef set found
         cdef size_t i
-        if ex.s.holder == pthread_self():
+        if ex.has_stripes():
             return False
         found = set()
         for i in range(1, end, step):
@@ -2135,7 +2150,7 @@ cdef class Client:
         if unlikely(ex.put_off) and db == 0:
             raise WouldWait
         try:
-            if ex.s.holder != pthread_self():
+            if not ex.has_stripes():
                 ex.pin()
                 ex.add_stripe(found, ex.argv[1], ex.argl[1])
                 ex.use(<int>db)
@@ -2154,7 +2169,7 @@ cdef class Client:
         finally:
             if held:
                 ex.release()
-            elif ex.s.holder != pthread_self():
+            elif not ex.has_stripes():
                 ex.pinned = None
 
     def transact(self, list queue not None, list keys not None, dict watching not None, uint64_t log_bytes, is_answered,

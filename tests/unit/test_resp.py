@@ -449,3 +449,44 @@ def test_who_holds_stripes_clears_what_it_still_sees(two_stripes):
     cache.set(held[0], b"new")
     executor.release()
     assert cache.get(held[0]) == b"new" and len(cache) == 1
+
+
+# ---- stripes that are held, and a fork
+
+
+@pytest.mark.parametrize("uses", [False, True])
+def test_a_fork_child_lets_go_of_nothing_that_its_parent_holds(two_stripes, uses):
+    """A handler, or a command that is not compiled, forks within EXEC: the child leaves that by release(), too."""
+    cache, executor, held, others = two_stripes
+    stripes = cache.views(writable=True).stripes
+    executor.hold(held[:1])
+    taken = int(stripes["word"][0])
+    stripes["old"][0] = 1  # as if it was in the middle of a write
+
+    def child():
+        if uses:
+            cache.set(others[0], b"the child's")
+        assert executor.holds is False
+        executor.release()
+
+    elsewhere(child)
+    assert taken and (int(stripes["word"][0]), int(stripes["old"][0])) == (taken, 1)
+    stripes["old"][0] = 0
+    assert executor.holds
+    executor.release()
+    assert not int(stripes["word"][0]) and cache.get(others[0]) == (b"the child's" if uses else b"old")
+    del stripes
+
+
+def test_a_fork_child_holds_stripes_by_a_token_of_its_own(two_stripes):
+    cache, executor, held, _ = two_stripes
+
+    def child():
+        executor.hold(held[:1])
+        stripes = cache.views().stripes
+        assert int(stripes["word"][0]) & 0xFFFF == cache.row + 1
+        assert executor.holds
+        executor.release()
+        assert not int(stripes["word"][0])
+
+    elsewhere(child)
