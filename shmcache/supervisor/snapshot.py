@@ -73,6 +73,7 @@ SHARE = 0.15  # of a core, that a throttled snapshot takes
 NICE = 10  # of the thread that writes a throttled one,
 NICE_UNTHROTTLED = 2  # and of a process that does nothing else: workers keep what a plain writer of files would leave them
 EPOCHS_AHEAD = 1 << 16  # no segment is cleared so often within one log file
+EPOCHS = 1 << 32  # that there are: of 65,535 restores one behind the other, or as many clears
 VERSIONS_AHEAD = 1 << 40  # no stripe has so many writes in a life: where no row has a version, and nobody notes what was given out
 HIGHEST = (1 << 63) - VERSIONS_AHEAD  # of a row's version: a column of 64 bits has no higher ones
 
@@ -636,6 +637,12 @@ def _create_or_complete(
     create its own."""
     # above every epoch: a CLEAR that is in the log still is not to hide what comes
     epoch = max([logs.epoch, *(found.head_epoch for found in candidates)]) + EPOCHS_AHEAD
+    if epoch >= EPOCHS:
+        raise errors.UsageError(
+            f"{folder} is of a segment that was cleared, or restored ({EPOCHS_AHEAD:,} clears each), {epoch - EPOCHS_AHEAD:,} times: "
+            "there are no higher numbers, by which what is stored now would be told from what was cleared. Nothing was changed. "
+            "Move the directory away to start empty"
+        )
     settings = dict(candidates[0].settings if candidates else logs.settings)
     base, highest = _begin(folder, given, int(settings.get("policy", 0)))
     settings["version_base"] = base

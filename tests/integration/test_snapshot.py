@@ -461,6 +461,22 @@ def test_the_last_ones_are_kept_and_leavings_go(make, folder):
     assert sorted(p.name for p in folder.iterdir()) == [datadir.LOCK_NAME, "precious.tmp", *(fmt.snapshot_name(n) for n in (2, 3, 4))]
 
 
+def test_a_segment_is_restored_only_so_often(make, folder, name):
+    """Each restore goes on with a higher epoch, and they have 32 bits: it says so, and leaves everything."""
+    cache = make("8M")
+    cache.set("k", 1)
+    cache.views(writable=True).header["epoch"] = snapshot.EPOCHS - snapshot.EPOCHS_AHEAD
+    cache.set("k", 2)
+    snapshot.write(cache, folder)
+    shmcache.unlink(name)
+    before = sorted(path.name for path in folder.iterdir())
+    with pytest.raises(shmcache.UsageError, match="there are no higher numbers"):
+        snapshot.restore(name, folder)
+    assert sorted(path.name for path in folder.iterdir()) == before
+    with pytest.raises(shmcache.SegmentNotFound):
+        shmcache.attach(name)
+
+
 def test_snapshots_of_a_segment_that_was_not_restored_stay(make, restored, folder, name):
     cache = make("8M")
     cache.set("precious", 1)
