@@ -1112,20 +1112,32 @@ cdef inline uint64_t count_items(seg_t* s) noexcept nogil:
             total += <uint32_t>c
     return total
 
-cdef inline void clear_all(seg_t* s) noexcept nogil:
-    """Everything stored before is gone: O(1), by a new epoch. Of two at once one suffices."""
-    cdef uint32_t e = ld32(&s.header.epoch), i
+cdef inline bint nothing_counted(seg_t* s, uint32_t epoch, uint64_t* written) noexcept nogil:
+    """Was each stripe empty when it was looked at? written: the sum of their versions, which every write raises, then."""
+    cdef uint32_t i
     cdef uint64_t busy, count
+    written[0] = 0
+    for i in range(s.n_stripes):
+        written[0] += ld64(&s.stripes[i].seq)       # first: who has written since is counted, or is seen to be at it
+        busy = ld64(&s.stripes[i].new)      # then: an item may be in its slot and not yet counted, and is counted before new is cleared
+        count = ld64(&s.stripes[i].count)
+        if busy or (count >> 32 == epoch and <uint32_t>count):
+            return False
+        #~ clear: stripe looked at
+    return True
+
+cdef inline void clear_all(seg_t* s) noexcept nogil:
+    """Everything stored before is gone: O(1), by a new epoch. Of two at once one suffices, and none if there is nothing.
+
+    That takes two looks, since an item may be stored behind the first while another goes before it (as RENAME does): each stripe was empty at the first,
+    and had no write before the second, so all were when the first was over.
+    """
+    cdef uint32_t e = ld32(&s.header.epoch)
+    cdef uint64_t before, after
     cdef bint empty = False
     # else there is more to clear than is counted: what is to be restored, what was evicted and is in the log
     if not ld32(&s.header.restoring) and (s.ring_bytes == 0 or ld64(&s.header.log_policy) == 0):
-        for i in range(s.n_stripes):
-            busy = ld64(&s.stripes[i].new)      # first: an item may be in its slot and not yet counted, and is counted before new is cleared
-            count = ld64(&s.stripes[i].count)
-            if busy or (count >> 32 == e and <uint32_t>count):
-                break
-        else:
-            empty = True
+        empty = nothing_counted(s, e, &before) and nothing_counted(s, e, &after) and before == after
     #~ clear: counted
     if not empty:
         cas32(&s.header.epoch, e, e + 1)

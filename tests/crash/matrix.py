@@ -1614,6 +1614,17 @@ def clear_during_msetnx(b: Bench) -> list[str]:
     return write_and_clear(b, lambda b: say(b, (b"MSETNX", b"one", b"1", b"two", b"2"), reply=b":1\r\n"), "put: found", 2)
 
 
+def rename_during_clear(b: Bench) -> list[str]:
+    """clear() has seen one empty stripe when the only item goes there, from a stripe at which it has not looked."""
+    to, key = b.on_stripes(0, 9)
+    b.cache.set(key, OLD)
+    c = Stopped(b, lambda b: b.cache.clear(), "clear: stripe looked at")
+    say(b, (b"RENAME", key, to), reply=b"+OK\r\n")
+    c.go()
+    left = [k for k in (key, to) if b.cache.get(k) is not None]
+    return [f"{left} is there still"] * bool(left) + accounts(b)
+
+
 def clear_of_a_database_during_exec(b: Bench) -> list[str]:
     """Of a database with a generation of its own: what the second command stores is cleared with what the first has."""
     say(b, (b"SELECT", b"1"), (b"SET", VICTIM, OLD), reply=b"+OK\r\n" * 2)
@@ -1711,6 +1722,7 @@ RACES = [
     clear_during_append,
     clear_during_rename,
     clear_during_msetnx,
+    rename_during_clear,
     clear_of_a_database_during_exec,
     persist_during_get,
     set_during_ttl,
