@@ -38,7 +38,7 @@ from shmcache.core._core cimport Mapping, Table
 from shmcache.core.atomics cimport add64, cas32, ld8r, ld16r, ld32, ld32r, ld64, st8r, st32, st64
 from shmcache.core.big cimport big_lists, big_owns, big_shape, big_t
 from shmcache.core.bucket cimport (
-    ADDR_MASK, MAX_HOPS, bucket_of, bump, chain_first, chain_next, chain_t, overflow_push_locked, overflow_repair, overflow_take, slot_naming, stripe_of, stripe_release, stripe_take)
+    ADDR_MASK, MAX_HOPS, bucket_of, bump, chain_first, chain_next, chain_t, overflow_push_locked, overflow_repair, overflow_take, slot_naming, stripe_of, stripe_release, stripe_take, version_of)
 from shmcache.core.layout cimport (
     BATCH_CLASSES, BATCH_SLOTS, CLS_BIG, CLS_POOL, FLAG_BIG, FLAG_DIRTY, MAX_KEY, MAX_REFS, OV_SLOTS, REFS_SHIFT, PARKED_SLOTS, POLICY_BACK, MIN_CHUNK, class_t, item_t, overflow_t, page_t, seg_t, stripe_t)
 from shmcache.core.dirty cimport dirty_bit
@@ -191,6 +191,7 @@ cdef int check_item(seg_t* s, uint64_t b, stripe_t* st, uint32_t epoch, int i, u
     """The item that a slot names: 1 if it is of this epoch."""
     cdef uint64_t addr = w & ADDR_MASK, need
     cdef uint32_t index = 0, j, p, klen, vlen
+    cdef bint is_big
     cdef item_t* it
     cdef item_t* other
     cdef int cls = chunk_class(s, addr, &index)
@@ -212,8 +213,9 @@ cdef int check_item(seg_t* s, uint64_t b, stripe_t* st, uint32_t epoch, int i, u
         note(o, V_BUCKET, b, i, bucket_of(s, it.hash))
     if it.cas == 0 or it.cas > st.seq:
         note(o, V_VERSION, b, i, it.cas, st.seq)
+    is_big = ld8r(&it.flags) & FLAG_BIG != 0
     need = value_offset(klen) + vlen
-    if it.flags & FLAG_BIG:
+    if is_big:
         big_shape(s, klen, vlen, &g)
         need = g.head_bytes
     if not 0 < klen <= MAX_KEY or need > s.chunk_bytes[cls]:
@@ -230,7 +232,7 @@ cdef int check_item(seg_t* s, uint64_t b, stripe_t* st, uint32_t epoch, int i, u
     if n_seen[0] < MOST_IN_CHAIN:
         seen[n_seen[0]] = addr
         n_seen[0] += 1
-    if it.flags & FLAG_BIG:
+    if is_big:
         for j in range(g.n_pages):
             p = ld32r(&(<uint32_t*>(<uint8_t*>it + value_offset(klen)))[j])
             if not big_owns(s, addr, p):
@@ -805,23 +807,25 @@ cdef inline bint sound(seg_t* s, uint64_t b, uint64_t w) noexcept nogil:
     cdef int cls = chunk_class(s, addr, &index)
     cdef item_t* it = item_at(s, addr)
     cdef big_t big
-    cdef uint32_t i
-    if cls < 0 or kind_of(ld64(&it.word)) != LIVE or it.cas == 0 or (it.hash ^ w) >> 48 or bucket_of(s, it.hash) != b:
+    cdef uint32_t i, klen, vlen
+    if cls < 0 or kind_of(ld64(&it.word)) != LIVE or version_of(it) == 0 or (it.hash ^ w) >> 48 or bucket_of(s, it.hash) != b:
         return False
     room = s.chunk_bytes[cls]
-    if it.key_bytes == 0 or it.key_bytes > MAX_KEY or value_offset(it.key_bytes) > room:
+    klen = ld16r(&it.key_bytes)
+    vlen = ld32r(&it.value_bytes)
+    if klen == 0 or klen > MAX_KEY or value_offset(klen) > room:
         return False
-    if it.hash != siphash13(<uint8_t*>it + 48, it.key_bytes, s.k0, s.k1):
+    if it.hash != siphash13(<uint8_t*>it + 48, klen, s.k0, s.k1):
         return False
-    if it.flags & FLAG_BIG:
-        big_shape(s, it.key_bytes, it.value_bytes, &big)
-        if big.head_bytes > room or it.value_bytes > s.max_value_bytes:
+    if ld8r(&it.flags) & FLAG_BIG:
+        big_shape(s, klen, vlen, &big)
+        if big.head_bytes > room or vlen > s.max_value_bytes:
             return False
         for i in range(big.n_pages):
-            if not big_owns(s, addr, (<uint32_t*>(<uint8_t*>it + value_offset(it.key_bytes)))[i]):
+            if not big_owns(s, addr, ld32r(&(<uint32_t*>(<uint8_t*>it + value_offset(klen)))[i])):
                 return False
         return True
-    return value_offset(it.key_bytes) + it.value_bytes <= room
+    return value_offset(klen) + vlen <= room
 
 
 cdef inline bint page_sound(seg_t* s, uint64_t p) noexcept nogil:
@@ -898,8 +902,8 @@ def repair(Table table not None):
                             cleared += 1
                             continue
                         it = item_at(s, c.slot[j] & ADDR_MASK)
-                        if it.cas > st.seq:
-                            st64(&st.seq, it.cas)
+                        if version_of(it) > st.seq:
+                            st64(&st.seq, version_of(it))
                         n += it.epoch == epoch
                     if not chain_next(s, &c):
                         break

@@ -124,6 +124,11 @@ cdef inline uint64_t count_without(seg_t* s, uint64_t count, uint64_t addr) noex
         return count - 1
     return count
 
+cdef inline uint64_t version_of(item_t* it) noexcept nogil:
+    """0 if none is that high, nor any row's in a store: what is damaged takes no stripe's versions with it, or the next would begin at 0 again."""
+    cdef uint64_t version = ld64(&it.cas)
+    return version if version >> 63 == 0 else 0
+
 # ---- stripes ----------------------------------------------------------------------------------------------------------------
 
 cdef inline void stripe_repair(seg_t* s, stripe_t* st) noexcept nogil:
@@ -144,8 +149,8 @@ cdef inline void stripe_repair(seg_t* s, stripe_t* st) noexcept nogil:
         #! stripe repair: LIVE
         if not it.flags & FLAG_CLAIM:
             log_repaired(s, RECORD_REF, st - s.stripes, it.cas, it, page_room(s, n))
-        if it.cas > st.seq:
-            st64(&st.seq, it.cas)
+        if version_of(it) > st.seq:
+            st64(&st.seq, version_of(it))
         st64(&st.count, st.count_next)
         add64(&s.row.repairs[REPAIRED_FINISHED], 1)
     elif o and reachable(s, o) != NULL:                     # undo: it was not
@@ -155,7 +160,7 @@ cdef inline void stripe_repair(seg_t* s, stripe_t* st) noexcept nogil:
             st64(&it.word, word_of(LIVE, 0))
         #! stripe repair: undone
         if op == OP_TOUCH:                                  # above both: a reader may have the version that was to be
-            version = max(st.seq, it.cas) + 1
+            version = max(st.seq, version_of(it)) + 1
             st64(&it.cas, version)
             #! stripe repair: counted up
             log_repaired(s, RECORD_REF, st - s.stripes, version, it, page_room(s, o))

@@ -27,7 +27,7 @@ from libc.stdint cimport uint32_t, uint64_t
 from shmcache.core.atomics cimport add64, cas64, ld32, ld64, st32, st64
 from shmcache.core.big cimport big_free_item_pages, big_lists
 from shmcache.core.bucket cimport bucket_of, bump, overflow_push_locked, overflow_take, reachable, slot_naming, \
-    stripe_of, stripe_release, stripe_take
+    stripe_of, stripe_release, stripe_take, version_of
 from shmcache.core.layout cimport REPAIRED_CHUNK, REPAIRED_OVERFLOW, REPAIRED_PAGE, class_t, item_t, overflow_t, page_t, seg_t, stripe_t
 from shmcache.core.lock cimport lock_release, within
 from shmcache.core.slab cimport avail_push_locked, chunk_class, chunk_push_locked, class_release, class_take, in_slab, \
@@ -63,8 +63,8 @@ cdef inline bint settle_chunk(seg_t* s, uint64_t addr, uint64_t until_ns) noexce
     if ld64(&it.word) == w and ld64(&it.hash) == h and slot_naming(s, b, addr) != NULL:
         if kind != RETIRED:                                 # R2
             bump(s, b)
-            if it.cas > st.seq:
-                st64(&st.seq, it.cas)
+            if version_of(it) > st.seq:
+                st64(&st.seq, version_of(it))
         st64(&it.word, word_of(LIVE, 0))                    # R2, R3: a slot names it and this process holds that stripe
         #! settle: LIVE
         add64(&s.row.settled, 1)

@@ -7,6 +7,7 @@
 #   rule P: a chunk is written only by one who has proof that it is one: a slot names it and I hold that stripe; or its word
 #   carries my token; or I hold its class lock and its page row says ACTIVE or DRAINING of that class
 #   rule C: a word that names somebody else is changed only by compare-and-swap from the value on which I decided
+#   FREE is FREE whatever token its word has: a flipped bit there costs nothing
 #   a page is published ACTIVE by one store after all its words are FREE; it leaves its class only when, under the class
 #   lock, all its words are FREE
 #   a page's class is stored under the lock of that class, before the page is ACTIVE; it stands there till another one is. So who
@@ -412,7 +413,7 @@ cdef inline int publish_page(seg_t* s, uint64_t p, uint32_t cls, uint64_t until_
 cdef inline bint batched(seg_t* s, uint32_t cls) noexcept nogil:
     return cls < BATCH_CLASSES and s.chunk_bytes[cls] <= 1024
 
-cdef inline bint keep(seg_t* s, uint64_t* slot, uint64_t addr) noexcept nogil:
+cdef inline bint keep(seg_t* s, uint64_t* slot, uint64_t addr, uint32_t cls) noexcept nogil:
     """Put a RESERVED(this process) chunk into an empty slot of the row, as KEPT. False: another thread was faster.
 
     The word decides, the slot is a note: a KEPT chunk is its owner's who makes it RESERVED by compare-and-swap, or a drainer's
@@ -420,12 +421,18 @@ cdef inline bint keep(seg_t* s, uint64_t* slot, uint64_t addr) noexcept nogil:
     RESERVED(dead), R1; a slot that names a chunk which is not KEPT by its process means nothing.
     """
     cdef uint64_t* word = &item_at(s, addr).word
+    cdef uint32_t index = 0
     st64(word, word_of(KEPT, s.me[0]))
     #! keep: KEPT
     if cas64(slot, 0, addr):
         #! keep: noted
         return True
-    return not cas64(word, word_of(KEPT, s.me[0]), word_of(RESERVED, s.me[0]))     # a drainer had it: done with, too
+    if not cas64(word, word_of(KEPT, s.me[0]), word_of(RESERVED, s.me[0])):
+        return True                 # a drainer had it: done with, too
+    if chunk_class(s, addr, &index) == <int>cls:
+        return False
+    chunk_unlist(s, addr)           # a drainer had it, its page was cut anew, and another thread has just kept what begins there now
+    return True
 
 cdef inline bint take_kept(seg_t* s, uint64_t addr, uint32_t cls) noexcept nogil:
     """What a slot of the row named: is it still this process's? Then it is RESERVED now."""
@@ -444,7 +451,7 @@ cdef inline bint batch_put(seg_t* s, uint32_t cls, uint64_t addr) noexcept nogil
     cdef int i
     if batched(s, cls):
         for i in range(BATCH_SLOTS):
-            if ld64(&s.row.batch[cls][i]) == 0 and keep(s, &s.row.batch[cls][i], addr):
+            if ld64(&s.row.batch[cls][i]) == 0 and keep(s, &s.row.batch[cls][i], addr, cls):
                 return True
     return False
 
@@ -503,10 +510,10 @@ cdef inline int chunk_get(seg_t* s, uint32_t cls, uint64_t until_ns, uint64_t* a
     class_release(s, cls)
     return OK if addr[0] else NO_ROOM
 
-cdef inline bint park(seg_t* s, uint64_t addr) noexcept nogil:
+cdef inline bint park(seg_t* s, uint32_t cls, uint64_t addr) noexcept nogil:
     cdef int i
     for i in range(PARKED_SLOTS):
-        if ld64(&s.row.parked[i]) == 0 and keep(s, &s.row.parked[i], addr):
+        if ld64(&s.row.parked[i]) == 0 and keep(s, &s.row.parked[i], addr, cls):
             return True
     return False
 
@@ -546,17 +553,17 @@ cdef inline void parked_flush(seg_t* s, uint64_t until_ns) noexcept nogil:
         if class_take(s, cls, until_ns) == OK:
             chunk_push_locked(s, cls, addr)
             class_release(s, cls)
-        elif not park(s, addr):
+        elif not park(s, cls, addr):
             chunk_unlist(s, addr)
 
-cdef inline void chunk_park(seg_t* s, uint64_t addr) noexcept nogil:
+cdef inline void chunk_park(seg_t* s, uint32_t cls, uint64_t addr) noexcept nogil:
     """The class lock is busy: keep the chunk until it is not."""
     st64(&item_at(s, addr).word, word_of(RESERVED, s.me[0]))
     #! parked: to be put
-    if park(s, addr):
+    if park(s, cls, addr):
         return
     parked_flush(s, 0)
-    if not park(s, addr):
+    if not park(s, cls, addr):
         chunk_unlist(s, addr)
 
 cdef inline void chunk_free_list(seg_t* s, uint32_t cls, uint64_t addr, uint64_t until_ns) noexcept nogil:
@@ -566,7 +573,7 @@ cdef inline void chunk_free_list(seg_t* s, uint32_t cls, uint64_t addr, uint64_t
         unpark_locked(s, cls)
         class_release(s, cls)
     else:
-        chunk_park(s, addr)
+        chunk_park(s, cls, addr)
 
 cdef inline void chunk_free(seg_t* s, uint32_t cls, uint64_t addr, uint64_t until_ns) noexcept nogil:
     """Free this process's chunk, which no slot names: into the batch, else the class's list, else parked."""

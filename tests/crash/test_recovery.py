@@ -336,3 +336,21 @@ def test_pages_of_a_head_that_is_freed_go_before_another_item_lives_there(make):
     assert not (seg.pages["head"][pages] == head).any()
     assert cache.verify() == []
     del seg, item
+
+
+def test_a_damaged_version_takes_no_stripes_versions_with_it(make):
+    """A touch was not finished, and its item's version is the highest number there is: the next is not 0, below all that were given out."""
+    cache = make("4M", stripes=1)
+    cache.set(b"k", 1)
+    cache.set(b"other", 1)
+    seg = cache.views(writable=True)
+    seq = int(seg.stripes["seq"][0])
+    slot = int(seg.buckets["slot"][seg.buckets["slot"] != 0][0])
+    item = np.ndarray((1,), seg.items(0).dtype, buffer=seg.bytes, offset=(slot & ADDR) * 16)
+    item["cas"] = (1 << 64) - 1
+    seg.stripes["old"][0] = 4 << 56 | slot & ADDR
+    seg.stripes["word"][0] = DEAD
+    cache.set(b"new", 1)
+    assert int(seg.stripes["seq"][0]) == seq + 2 and int(item["cas"][0]) == seq + 1
+    assert cache.stats()["takeovers"] == 1 and cache.verify() == []
+    del seg, item
