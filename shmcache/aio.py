@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 from shmcache import cache as cache_module
 from shmcache import errors, flight, segment
 from shmcache.core import _claims, _core
-from shmcache.threads import Job, Threads, wake
+from shmcache.threads import Job, Threads
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Generator, Iterable, Mapping
@@ -304,7 +304,7 @@ class Cache:
         woken: asyncio.Future[None] = loop.create_future()
         waiting = self._waiting.setdefault(name, [])
         waiting.append(woken)
-        timer = loop.call_later(wait, wake, woken)
+        timer = loop.call_later(wait, _claims.wake, woken)
         try:
             await woken
         finally:
@@ -320,4 +320,4 @@ class Cache:
             loop = asyncio._get_running_loop()  # not theirs, if a task is collected in another thread or after its loop
             for woken in waiting:
                 if woken.get_loop() is loop:
-                    wake(woken)
+                    _claims.wake(woken)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from shmcache import errors
 from shmcache.core import _core
-from shmcache.core._claims import Turn
+from shmcache.core._claims import Turn, wake
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -159,8 +159,3 @@ def hangs(writes: bool) -> errors.StoreUnavailable:
     error = errors.StoreUnavailable("the store has not answered in its time: its call goes on in a thread, and it may be done later")
     error.unsettled = writes
     return error
-
-
-def wake(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)

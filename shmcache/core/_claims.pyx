@@ -303,6 +303,12 @@ cdef class Closing:
         self.generator.close()
 
 
+def wake(future):
+    """Let the task go on that awaits it. In one step: an event loop drops what a handler raises in its callbacks, and the task would wait on."""
+    if not future.done():
+        future.set_result(None)
+
+
 cdef class Turn:
     """Of a call that a thread makes, for steps that a task goes through: who goes on with them. Each method is one step, between whose parts
     neither a thread nor a handler comes."""

@@ -841,6 +841,35 @@ def test_a_handler_that_raises_while_a_call_is_left(front, store, ends):
     assert run(main()) > 3
 
 
+@pytest.mark.parametrize("what", ["a call", "a wait"])
+def test_what_a_handler_raises_in_the_loop_leaves_no_task_waiting(front, store, what):
+    """An event loop drops it where it runs a callback."""
+    cache = front(timeout=60)
+
+    async def main():
+        n, struck = 0, True
+        while struck:
+            n += 1
+            version = cache.sync.claim("k", 60) if what == "a wait" else 0
+            task = asyncio.create_task(cache.set("k", n) if what == "a call" else cache.get_or_set("k", int))
+            did = strike_at(n, [(threads.__file__, "wake"), (shmcache.aio.__file__, "_pause")])
+            try:
+                await asyncio.sleep(0.01)
+                sys.settrace(None)
+                if version:
+                    cache.sync.unclaim("k", version)
+                async with asyncio.timeout(SOON):
+                    await task
+            except Struck:
+                pass
+            finally:
+                sys.settrace(None)
+            struck = did()
+            await cache.delete("k")
+
+    run(main())
+
+
 def test_a_handler_that_raises_in_a_lock(awaited):  # noqa: F811
     cache = awaited()
 
