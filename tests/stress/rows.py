@@ -28,7 +28,6 @@ class History:
         store = shmcache.SQLStore(url, table)
         store.load_many([b"k"])  # makes the table
         store.close()
-        self.table = table
         self.engine = sa.create_engine(url.replace("postgresql:", "postgresql+psycopg:"), poolclass=sa.NullPool)
         with self.engine.begin() as c:
             for statement in STATEMENTS[url.partition(":")[0]]:
@@ -41,11 +40,6 @@ class History:
             if found:
                 c.exec_driver_sql(f"DELETE FROM history WHERE n <= {found[-1][0]}")
         return [(bytes(key), None if value is None else bytes(value), version) for _, key, value, version in found]
-
-    def age(self, version: int) -> None:
-        """No row has a higher version from now on."""
-        with self.engine.begin() as c:
-            c.exec_driver_sql(f"UPDATE {self.table} SET version = {version} WHERE version > {version}")
 
     def close(self) -> None:
         self.engine.dispose()
