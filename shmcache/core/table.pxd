@@ -464,6 +464,7 @@ cdef inline int collect_pages(seg_t* s, put_t* op, uint64_t until_ns) noexcept n
     cdef uint32_t got = 0
     cdef uint64_t p = 0
     cdef int rc, failures = 0
+    cdef bint busy = False      # since the last page: not all that could be had was looked at, so it is not said that there is no room
     if unlikely(s.holder != 0) and s.holder == pthread_self():     # stripes before big: the wrong way round, so not for long
         until_ns = within(until_ns, INNER_NS)
     rc = lock_take(s, &s.header.big.lock, until_ns)
@@ -486,8 +487,10 @@ cdef inline int collect_pages(seg_t* s, put_t* op, uint64_t until_ns) noexcept n
             #! big: page listed
             got += 1
             failures = 0
+            busy = False
             continue
         failures += 1
+        busy |= rc == BUSY
         if rc == INTR or failures > 64 or (rc == BUSY and until_ns == 0) or (failures > 2 and (until_ns == 0 or late(s, until_ns))):
             break
         if settle_pages(s, s.n_pages, until_ns) == INTR:
@@ -497,7 +500,7 @@ cdef inline int collect_pages(seg_t* s, put_t* op, uint64_t until_ns) noexcept n
     if got == op.big.n_pages:
         return OK
     big_free_pages(s, op.chunk, op.key_bytes, got, until_ns)
-    return BUSY if until_ns == 0 and rc != INTR else rc
+    return BUSY if (busy or until_ns == 0) and rc != INTR else rc
 
 cdef inline int reserve(seg_t* s, put_t* op, uint64_t until_ns) noexcept nogil:
     """Steps 1 and 2: a chunk (and pages) of this process's, filled."""
@@ -505,6 +508,7 @@ cdef inline int reserve(seg_t* s, put_t* op, uint64_t until_ns) noexcept nogil:
     cdef uint64_t addr = 0
     cdef item_t* it
     cdef int rc, i
+    cdef bint busy = False
     op.is_big = need > s.chunk_bytes[s.n_classes - 1]
     if op.is_big:
         big_shape(s, op.key_bytes, op.value_bytes, &op.big)
@@ -516,10 +520,11 @@ cdef inline int reserve(seg_t* s, put_t* op, uint64_t until_ns) noexcept nogil:
     for i in range(LARGER):
         if rc == OK or rc == INTR or until_ns == 0 or op.cls + 1 == <int>s.n_classes:
             break
+        busy |= rc == BUSY
         op.cls += 1             # a stopped process holds the class's lock, and nothing in it can be evicted: a larger chunk will do
         rc = take_room(s, op.cls, until_ns, &addr)
     if rc != OK:
-        return rc
+        return BUSY if busy and rc == NO_ROOM else rc
     op.chunk = addr
     prefetch_item(s, op.hash)   # of the key's old item, which is looked at next; its bucket was asked for first
     #! put: reserved
