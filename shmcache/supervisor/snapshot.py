@@ -591,11 +591,12 @@ def newest_of(folder: Path) -> int:
 def _begin(folder: Path, given: datadir.GivenOut, policy: int) -> tuple[int, int]:
     """(base, highest) of a segment that is restored: what is added to its versions, and up to which row's version all are given out.
 
-    Written back, by the clock, too: what was stored from here while this directory was not used is newer than what is restored.
+    Written back, by the clock, too: what was stored from here while this directory was not used is newer than what is restored. One above all, at
+    least: 0 above the base is a segment that is not restored.
     """
     bases, highest = zip(*_given_out_of_heads(folder), strict=True)
     newest = max(given.newest, *highest)
-    return min(bases), max(newest, datadir.clock()) if policy == segment.WRITE_BACK else newest + VERSIONS_AHEAD
+    return min(bases), max(newest + 1, datadir.clock()) if policy == segment.WRITE_BACK else newest + VERSIONS_AHEAD
 
 
 def _settle(cache: Cache, folder: Path, newest: int, given: datadir.GivenOut) -> None:

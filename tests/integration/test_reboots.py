@@ -326,6 +326,16 @@ def test_what_may_have_been_given_out():
     assert (120, 1001) in given.skipped and (10_000, 10_501) not in given.skipped  # the narrowest are forgotten
 
 
+def test_a_life_that_gave_out_nothing_is_restored_by_a_clock_that_is_behind(machine, monkeypatch):
+    machine.logged()
+    machine.cache.set("k", 1)
+    monkeypatch.setattr(datadir, "clock", lambda: 1)
+    machine.reboot()
+    assert machine.cache["k"] == 1 and not machine.cache.durability()["generations_missing"]
+    machine.flush()
+    assert machine.row(b"k") == 1
+
+
 # ---- versions stay at the clock, and are noted before they are given out ---------------------------------------------------------------
 
 
