@@ -202,7 +202,7 @@ def planned(rng: random.Random, log: str, life: int, events: list[str], share: f
     alone = event in (None, "damaged", "removed", "lost", "copy", "full")
     ends = (0, 12, 1, 1) if event in ("switch", "start-empty") else (3 if life and alone and event != "full" else 0, 6, 2, 2)
     return Plan(
-        log=log, end=rng.choices(("restore", "first", "later", "whenever"), ends)[0], at=rng.random(), mood=rng.choices((None, DOWN, UP), (3, 3 if event in ("lost", "copy", "worker") else 1, 1))[0],
+        log=log, end=rng.choices(("restore", "first", "later", "whenever"), ends)[0], at=rng.random(), mood=rng.choices((None, DOWN, UP), (3, 9 if event in ("lost", "copy", "worker") else 1, 1))[0],
         supervisors=sorted((rng.uniform(0, 3), rng.choice((0, rng.uniform(0, 1.5)))) for _ in range(rng.choices((0, 1, 2), (7, 2, 1))[0] * alone)),
         workers_first=rng.random() < (0.7 if log == "everysec" else 0.3), event=event, advice=rng.random() < 0.5,
         copied=life == 1 or rng.random() < 0.3, clock_back=rng.choices((0, 3600, 30 * 86400), (7, 1, 1))[0] if alone else 0, every=rng.uniform(0.3, 2.0),
@@ -561,9 +561,9 @@ class Series:
         self.end(self.supervisor)
         self.begin_worker(fill, self.items, self.numbers, self.wrong)
         if not cache.durability()["restoring"]:  # too late
+            plan.event = None
             self.supervise(plan)
             return cache
-        self.count("start-empty: restoring")
         self.restores = None
         self.numbers.floor[BALLAST] = 0  # what is the cache's own, and not there yet, does not come any more
         for name in files.whole():
@@ -691,7 +691,7 @@ class Series:
             self.report["lives_ended_in_restore"] += restoring != 0
             self.report["lives_without_a_snapshot"] += whole_ms == 0
             self.report["logged"][plan.log] += 1
-            if plan.event:
+            if plan.event and plan.event not in ("switch", "full"):
                 self.count(plan.event)
         self.look_at_rows()
         self.look_at_files(plan, segment)
@@ -784,7 +784,7 @@ class Series:
                 restored = now
                 self.restore_takes = max(0.2, now - began)
                 if plan.end == "quick":
-                    end = now + 0.3 * plan.at
+                    end = now + plan.at * (1 if plan.advice else 0.3)
             if not full and self.numbers.floor[BALLAST]:
                 full = now
                 if plan.end == "whenever":
@@ -792,16 +792,19 @@ class Series:
                 if plan.event in ("switch", "full"):
                     event_at = now + self.rng.uniform(0, 2)
             if now > event_at and plan.event == "full" and self.disk.of_its_own:
+                self.count("full")
                 event_at, event_till = float("inf"), now + self.rng.uniform(0.5, 3)
                 end = max(end, event_till + 1)
             if now > event_at and plan.event == "switch":
                 if former is None:
+                    self.count("switch")
                     former = self.files
                     self.switch(cache, plan, self.new_files())
                     event_at = time.monotonic() + self.rng.uniform(0, 2) if plan.advice else float("inf")
                     if plan.end == "whenever":
                         end = time.monotonic() + plan.at
                 else:
+                    self.count("switch: back")
                     self.switch(cache, plan, former)
                     event_at = float("inf")
             if now < event_till < float("inf"):
@@ -947,7 +950,7 @@ class Series:
             quick = "quick" in self.events and rng.random() < (0.3 if len(set(self.events)) > 5 else 0.6)
             newer = plan.event in ("lost", "copy", "worker")  # what is written then is newer than what was stored in the lives before it
             if quick:
-                for _ in range(rng.randint(1, 2) if newer else rng.randint(2, 5)):
+                for _ in range(1 if newer else rng.randint(2, 5)):
                     self.restart(plan, rng, UP if newer else rng.choice((DOWN, None)), newer or rng.random() < 0.3)
             if not self.wrong:
                 self.live(plan)
