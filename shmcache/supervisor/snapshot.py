@@ -591,8 +591,8 @@ def newest_of(folder: Path) -> int:
 def _begin(folder: Path, given: datadir.GivenOut, policy: int) -> tuple[int, int]:
     """(base, highest) of a segment that is restored: what is added to its versions, and up to which row's version all are given out.
 
-    Written back, by the clock, too: what was stored from here while this directory was not used is newer than what is restored. One above all, at
-    least: 0 above the base is a segment that is not restored.
+    Written back, by the clock, too: what was stored from here while this directory was not used is newer than what is restored.
+    One above all, at least: 0 above the base is a segment that is not restored.
     """
     bases, highest = zip(*_given_out_of_heads(folder), strict=True)
     newest = max(given.newest, *highest)
