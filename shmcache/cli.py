@@ -419,6 +419,9 @@ def _say_restored(report: dict[str, Any], as_json: bool, to: Any = None) -> None
         print(f"shmcache: {line}", file=sys.stderr)
     for line in report["damaged"]:
         print(f"shmcache: passed over, and kept: {line}", file=sys.stderr)
+    if report["unnoted"]:
+        print(f"shmcache: that this was restored from there could not be noted there: {report['unnoted']}. Before it is, no log and no "
+              "snapshot is begun there", file=sys.stderr)  # fmt: skip
     if report["clock_back_s"]:
         print(f"shmcache: the wall clock is {report['clock_back_s']:.0f} s behind the snapshot: lives count from there", file=sys.stderr)
     if as_json:
@@ -503,11 +506,14 @@ def _live_or_restored(args: argparse.Namespace, folder: Path | None) -> shmcache
         elif not datadir.is_of(args.name, folder):
             what = (
                 f"{args.name} was there already, created by somebody else, or restored from another directory: nothing is restored into "
-                f"it, and what is in {folder} and not of it is kept. To have that back: end all, unlink the segment, move the snapshots "
-                "and logs that it has written there since out of the directory, and start this first"
+                f"it, and what is in {folder} and not of it is kept. To have that back, without what is in the segment: end all, "
+                "unlink it, move the snapshots and logs that it has written there since out of the directory, and start this first"
             )
             if args.log != "off":  # what would be acknowledged there, a restore could not tell from the earlier segment's
-                raise errors.ForeignDataDir(f"{what}. To go on without it: move it away, or use another directory for the log")
+                raise errors.ForeignDataDir(
+                    f"{what}. To go on with the segment, which loses nothing of it: move all snapshots and logs out of the directory, or "
+                    "use another directory"
+                )
             print(f"shmcache: {what}", file=sys.stderr)
     elif args.start_empty:
         snapshot.end_restore(args.name)  # the files were set aside by a process that was killed then

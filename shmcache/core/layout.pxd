@@ -10,7 +10,7 @@
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 cdef enum:
-    LAYOUT_VERSION = 8      # bump = attach refuses older segments, every host starts cold
+    LAYOUT_VERSION = 9      # bump = attach refuses older segments, every host starts cold
     SLOTS = 7               # of a bucket
     OV_SLOTS = 6            # of an overflow bucket; its last word says whose it is
     GRANULE = 16            # bytes; unit of an address
@@ -163,7 +163,8 @@ ctypedef struct header_t:   # 4,096 bytes. Written at creation only, where nothi
     uint32_t log_bell       # a futex
     uint32_t pad5
     uint64_t snapshot_begun_ms  # wall clock, when the one began that is being written; 0: none is, unless its writer died. Writer: who writes it
-    uint64_t pad6
+    uint64_t unnoted        # what the newest files were of the directory from which this was restored, as long as that is not noted there; 0: it is, or was not
+                            # restored (datadir.py). Writer: who restores, and the supervisor
     # write-back: dirty.pxd. The first four are written at creation only
     uint64_t dirty_off      # a bit for each 128 bytes of slab memory
     uint64_t dirty_bytes
@@ -177,7 +178,11 @@ ctypedef struct header_t:   # 4,096 bytes. Written at creation only, where nothi
     uint64_t flush_failed_ms    # wall clock, since when the store fails; 0: it does not. Writer: the supervisor
     uint64_t flush_refused  # dirty items that the store refused at the last pass. Writer: the supervisor
     uint64_t oldest_dirty_ms    # wall clock, when what was the oldest dirty item at the last pass was found dirty; 0: none. Writer: the supervisor
-    uint64_t pad9[259]
+    uint64_t pad9[3]
+    # the log's file, which is to be there when the log goes on: appendlog.py
+    uint64_t log_number     # of the newest that was begun; 0: none was, and nobody has emptied the rings. Writer: the supervisor
+    uint64_t log_bytes      # that it has at least: all that has left the rings is in them, or in earlier files. Writer: the supervisor
+    uint64_t pad11[254]
 
 # ---- process rows ---------------------------------------------------------------------------------------------------
 

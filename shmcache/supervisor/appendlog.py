@@ -223,6 +223,7 @@ class AppendLog:
             self.end_sync()
             self.writer.records(b"")  # says that what is before it was synced: damage there is no torn end
             os.fsync(self.file.fileno())
+        datadir.note_first(self.cache, self.folder)
         number = self.number + 1
         while True:
             path = self.folder / fmt.log_name(number)
@@ -311,7 +312,7 @@ def is_whole(cache: Cache, folder: Path) -> bool:
     life = datadir.life(cache)
     if not int(header["log_epoch"]):  # nobody has emptied the rings yet
         with contextlib.suppress(errors.DamagedFile):
-            return not int(header["restored_seq"]) or life in datadir.lives(folder)
+            return not int(header["restored_seq"]) or datadir.is_from(cache, folder)
         return False
     # else it is whole if it went on here, and nothing was missed since: neither here nor because it went on elsewhere. A copy of its last
     # file may lack what came since

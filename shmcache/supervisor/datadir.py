@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import itertools
 import os
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -104,13 +106,17 @@ def is_blank(folder: Path) -> bool:
 
 
 def is_of(name: str, folder: Path) -> bool:
-    """Are the newest readable files there of the live segment, or of those from which it was restored? Raises: NewerFormat, OSError."""
+    """Are the newest readable files there of the live segment, or did they lie there when it was restored from there? Raises: NewerFormat,
+    OSError."""
     with cache_module.attach(name) as cache:
+        if is_unnoted(cache, folder):
+            return True
         mine = life(cache)
-    noted: dict[int, set[int]] = {}
+    noted, passed = Noted(), Noted()
     with contextlib.suppress(errors.DamagedFile):  # then only its own are known to be
-        noted = lives(folder)
-    return all(life_of(head) in noted.get(mine, set()) | {mine} for of_kind in heads(folder) for head in of_kind[-1:])
+        noted, passed = notes(folder)
+    of_it = noted.get(mine, set()) | passed.get(mine, set()) | {mine}
+    return all(life_of(head) in of_it for of_kind in heads(folder) for head in of_kind[-1:])
 
 
 def set_aside(folder: Path) -> Path:
@@ -137,8 +143,15 @@ def set_aside(folder: Path) -> Path:
 # been restored. So from whose files a life was restored is noted here, before anybody attaches, in a log of no records: HEAD has "lives",
 # (life, those that are in it and have files here) of each. Only what was restored from this directory is noted in it: one that was restored
 # from a copy does not have what these files have got since.
-# What is not noted is not known: such a file is kept.
-# Crash: before the rename the former note stands, and the segment is not settled; behind it the next restore notes its own.
+# What is not noted is not known: such a file is kept. "passed" has those whose files lay here, too, and are not in it: a supervisor that is
+# started again knows by it that nobody else was here since, though the newest file that can be read may be of one of them.
+# No room for the note: the segment is restored all the same, and has in header.unnoted what the newest files here are. That is true of this
+# directory until the first file of this life is begun, and of no copy from another time. The note comes before that file: note_first().
+# Crash: header.unnoted, and the former note, stand until the rename; behind it the note is there, and note_first() finds it.
+
+Noted = dict[int, set[int]]  # a life -> others
+_unnoted: dict[tuple[int, Path], set[int]] = {}  # of a life that this process has restored from there: those that are in it, not noted yet
+_noting = threading.Lock()  # the log's thread and the snapshot's
 
 
 def life(cache: Cache) -> int:
@@ -151,27 +164,74 @@ def life_of(head: dict[str, Any]) -> int | None:
     return of if isinstance(of, int) else None
 
 
-def lives(folder: Path) -> dict[int, set[int]]:
+def lives(folder: Path) -> Noted:
     """What is noted: of a life that was restored from here, those that are in it. Raises: DamagedFile, NewerFormat, OSError."""
+    return notes(folder)[0]
+
+
+def notes(folder: Path) -> tuple[Noted, Noted]:
+    """(lives(), of such a life those that were passed over). Raises: DamagedFile, NewerFormat, OSError."""
     path = folder / LIVES_NAME
     try:
         with fmt.Reader(path, "log") as reader:
-            return {int(one): {int(other) for other in others} for one, others in reader.head["lives"]}
+            both = reader.head["lives"], reader.head.get("passed", [])
+            noted, passed = ({int(one): {int(other) for other in others} for one, others in of} for of in both)
+            return noted, passed
     except FileNotFoundError:
-        return {}
+        return {}, {}
     except (KeyError, TypeError, ValueError) as e:
         raise errors.DamagedFile(str(path), 0, f"it lacks what it has to have ({type(e).__name__}: {e})") from None
 
 
-def note_life(folder: Path, name: str, life: int, restored_from: set[int]) -> None:
-    """This life has what files of these had, here. Raises: NewerFormat, OSError; UnsupportedValue: there are too many lives."""
-    noted: dict[int, set[int]] = {}
-    with contextlib.suppress(errors.DamagedFile):  # what stood there is not known any more
-        noted = lives(folder)
-    here = {life_of(head) for of_kind in heads(folder) for head in of_kind}
-    noted[life] = restored_from.union(*(noted.get(one, set()) for one in restored_from))
-    of = [(one, sorted(others & here)) for one, others in noted.items() if one in here or one == life]
-    _replace(folder / LIVES_NAME, {"name": name, "created_ms": int(time.time() * 1000), "lives": of})
+def note_life(cache: Cache, folder: Path, restored_from: set[int]) -> None:
+    """The segment has what files of these lives had, here. Raises: NewerFormat; OSError, UnsupportedValue (there are too many lives): it is
+    not noted yet."""
+    _unnoted[life(cache), folder] = restored_from
+    cache.views(writable=True).header["unnoted"] = _newest(folder)
+    note_first(cache, folder)
+
+
+def note_first(cache: Cache, folder: Path) -> None:
+    """Before the first file of the segment is begun here: what could not be noted when it was restored. By another process than that which
+    restored it only that it was: which lives are in it is not known then. Raises: as note_life()."""
+    mine = life(cache)
+    with _noting:
+        if (mine, folder) not in _unnoted and not is_unnoted(cache, folder):
+            return
+        noted, passed = Noted(), Noted()
+        with contextlib.suppress(errors.DamagedFile):  # what stood there is not known any more
+            noted, passed = notes(folder)
+        if (mine, folder) in _unnoted or mine not in noted:
+            here = {one for of_kind in heads(folder) for head in of_kind if (one := life_of(head)) is not None}
+            restored_from = _unnoted.get((mine, folder), set())
+            noted[mine] = restored_from.union(*(noted.get(one, set()) for one in restored_from))
+            passed[mine] = here - noted[mine]
+            head: dict[str, Any] = {"name": cache.name, "created_ms": int(time.time() * 1000)}
+            for key, of in (("lives", noted), ("passed", passed)):
+                head[key] = [(one, sorted(others & here)) for one, others in of.items() if one in here or one == mine]
+            _replace(folder / LIVES_NAME, head)
+        _unnoted.pop((mine, folder), None)
+        cache.views(writable=True).header["unnoted"] = 0
+
+
+def is_unnoted(cache: Cache, folder: Path) -> bool:
+    """Was it restored from what is here, and that could not be noted?"""
+    unnoted = int(cache.segment.header["unnoted"])
+    return unnoted != 0 and unnoted == _newest(folder)
+
+
+def is_from(cache: Cache, folder: Path) -> bool:
+    """Was it restored from here? Raises: DamagedFile, NewerFormat, OSError."""
+    return is_unnoted(cache, folder) or life(cache) in lives(folder)
+
+
+def _newest(folder: Path) -> int:
+    """What the newest readable files here are, in 64 bits, never 0."""
+    found = []
+    for kind, of_kind in zip(fmt.MAGIC, fmt.listing(folder), strict=True):
+        readable = ((h, path.stat().st_size) for _, path in reversed(of_kind) if (h := head(path, kind)))  # type: ignore[arg-type]
+        found.append(next(readable, None))
+    return int.from_bytes(hashlib.blake2b(repr(found).encode(), digest_size=8).digest(), "little") | 1
 
 
 # ---- which versions have been given out -------------------------------------------------------------------------------------------------

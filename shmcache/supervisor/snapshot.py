@@ -144,6 +144,7 @@ def _write(
     log: AppendLog | None,
 ) -> dict[str, Any]:
     datadir.check_owner(folder, cache.name)
+    datadir.note_first(cache, folder)
     snapshots, logs = fmt.listing(folder)
     for left in folder.glob("snapshot-*.shmcache.tmp"):
         if fmt.number_of(left.stem, "snapshot") is not None and left.is_file():
@@ -415,7 +416,7 @@ def restore(
     segment is logged from the first moment. log_buffer_if_none: log_buffer, if it had none.
     Returns: {"snapshot" (None: log only), "items", "stored", "present", "expired", "dropped", "copies" (of what the store has: to be
     loaded again), "log_records", "seconds", "clock_back_s", "cleared", "damaged" (newer files that are not whole), "cut" (torn ends of log
-    files), "gaps" (operations that the log lacks)}.
+    files), "gaps" (operations that the log lacks), "unnoted" (why it could not be noted that this was restored from there)}.
     Raises: NoSnapshot: none is whole, and there is no log from the first write on; DamagedFile: of the log, whose place is named; NoRoom:
     for what the store has not got. ForeignDataDir, NewerFormat; InvalidConfig: no zstandard; SegmentExists and the rest of create();
     StripeBusy, OSError. Whatever is raised, the segment is unlinked, unless workers were let in already. BeingRestored: another process
@@ -473,15 +474,20 @@ def _fill(
     epoch = max(tail.epoch, found.epoch if found else 0)
     if found and tail.keys:
         found.check(lambda payload: tail.see(payload, ahead), progress)
-    gaps = tail.gaps
-    if cache.durability()["generations_missing"]:
+    gaps, unnoted = tail.gaps, ""
+    first = cache.durability()["generations_missing"]
+    if first:
         _settle(cache, folder, max(tail.newest, found.newest + ahead if found else 0), given)
-        gaps += _note_life(cache, folder, [*([found.life] if found else []), *logs.lives])
-    elif datadir.life(cache) not in datadir.lives(folder):
+    elif not datadir.is_from(cache, folder):
         raise errors.ForeignDataDir(
-            f"workers use {cache.name!r} already, and its restore was not begun from {folder}, as far as is noted there: complete it from "
-            "the directory from which it was begun; or end all, unlink the segment, and restore it from here"
+            f"workers use {cache.name!r} already, and its restore was not begun from {folder}, as far as is noted: complete it from the "
+            "directory from which it was begun. Or, to go on with what is in it, move the snapshots and logs out of this directory, and "
+            "start the supervisor with --start-empty. Or, without what workers wrote since: end all, unlink the segment, and restore it "
+            "from here"
         )
+    if first or datadir.is_unnoted(cache, folder):
+        more, unnoted = _note_life(cache, folder, [*([found.life] if found else []), *logs.lives])
+        gaps += more
     # if the wall clock was set back since, lives do not become longer than they were
     created_ms = max(logs.created_ms, found.created_ms if found else 0)
     clock_back_ms = max(0, created_ms - int(time.time() * 1000))
@@ -504,7 +510,7 @@ def _fill(
         "snapshot": str(found.path) if found else None, "items": items, "stored": into.stored, "present": into.present,
         "expired": into.expired, "dropped": into.dropped, "copies": into.copies,
         "log_records": tail.records, "clock_back_s": clock_back_ms / 1000,
-        "cleared": into.cleared, "damaged": damaged, "cut": logs.cut, "gaps": gaps,
+        "cleared": into.cleared, "damaged": damaged, "cut": logs.cut, "gaps": gaps, "unnoted": unnoted,
     }  # fmt: skip
 
 
@@ -619,16 +625,20 @@ def _settle(cache: Cache, folder: Path, newest: int, given: datadir.GivenOut) ->
         datadir.note_given_out(folder, cache.name, given.more(base + begins))
 
 
-def _note_life(cache: Cache, folder: Path, restored_from: list[int | None]) -> int:
-    """Of whose files this life is, in their order, before anybody attaches. A full disk is no reason to refuse: what is not noted is kept,
-    and said. Returns: of how many of them it is not known that they had what the first had, so that something may be missing between."""
+def _note_life(cache: Cache, folder: Path, restored_from: list[int | None]) -> tuple[int, str]:
+    """Of whose files this life is, in their order. A full disk is no reason to refuse: it is noted before the first file of this life.
+    Returns: of how many of them it is not known that they had what the first had, so that something may be missing between; why it is not
+    noted yet."""
     noted: dict[int, set[int]] = {}
     with contextlib.suppress(errors.DamagedFile):
         noted = datadir.lives(folder)
     lives = {life for life in restored_from if life is not None}
-    with contextlib.suppress(OSError, errors.UnsupportedValue):
-        datadir.note_life(folder, cache.name, datadir.life(cache), lives)
-    return sum(life != restored_from[0] and restored_from[0] not in noted.get(life, set()) for life in lives)
+    unnoted = ""
+    try:
+        datadir.note_life(cache, folder, lives)
+    except (OSError, errors.UnsupportedValue) as e:
+        unnoted = str(e)
+    return sum(life != restored_from[0] and restored_from[0] not in noted.get(life, set()) for life in lives), unnoted
 
 
 def _create_or_complete(

@@ -18,7 +18,7 @@ import shmcache
 from shmcache import errors, segment
 from shmcache.supervisor import datadir, snapshot
 from shmcache.supervisor import format as fmt
-from shmcache.supervisor.appendlog import AppendLog
+from shmcache.supervisor.appendlog import POLICIES, AppendLog
 from shmcache.supervisor.loop import Supervisor
 
 LIMIT = 6  # seconds, of any wait
@@ -589,35 +589,152 @@ def test_without_the_note_of_lives_nothing_of_others_goes(name, taken, damage):
     shmcache.unlink(name)
 
 
-def test_a_full_disk_is_no_reason_not_to_restore(name, taken, monkeypatch):
-    lived(name, taken, 1)
-    was = names(taken)
+@contextlib.contextmanager
+def full_disk():
+    """For the directory's notes."""
 
     def full(path, head):
         raise OSError(errno.ENOSPC, "full")
 
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datadir, "_replace", full)
-        _, cache = restored(name, taken)
+        yield
+
+
+@pytest.mark.parametrize("process", ["the same", "another"])
+def test_a_full_disk_is_no_reason_not_to_restore(name, taken, process):
+    lived(name, taken, 1)
+    was = names(taken)
+    with full_disk():
+        report, cache = restored(name, taken)
+        assert "full" in report["unnoted"]
     with cache:
         assert cache["n"] == 1
+        if process == "another":
+            datadir._unnoted.clear()
         report = snapshot.write(cache, taken, keep=1)
-        assert names(taken) >= was and len(report["kept"]) == len(was)
+        if process == "another":  # does not know from which files
+            assert names(taken) >= was and len(report["kept"]) == len(was)
+        else:
+            assert not names(taken) & was and report["kept"] == []
     shmcache.unlink(name)
 
 
-def killed_in_a_restore(name, folder):
-    """When workers are in, and all but its last step is done."""
+@pytest.mark.parametrize("first", ["log", "snapshot"])
+@pytest.mark.parametrize("process", ["the same", "another"])
+def test_no_file_of_a_life_is_begun_before_the_life_is_noted(name, taken, first, process):
+    """Else its own supervisor, started again, would take them for another segment's."""
+    lived(name, taken, 1)
+    was = names(taken)
+    with full_disk():
+        _, cache = restored(name, taken)
+        with cache:
+            log = AppendLog(cache, taken, "always")
+            with pytest.raises(errors.LogFull):
+                cache.set("n", 2)
+            with pytest.raises(OSError, match="full"):
+                snapshot.write(cache, taken)
+            log.close()
+            assert names(taken) == was
+    if process == "another":
+        datadir._unnoted.clear()
+    assert datadir.is_of(name, taken)
+    with shmcache.attach(name) as cache:
+        if first == "log":
+            log = AppendLog(cache, taken, "always")
+            cache.set("n", "acknowledged")
+            log.close()
+        else:
+            snapshot.write(cache, taken)
+        assert datadir.is_of(name, taken) and names(taken) > was
+        assert datadir.life(cache) in datadir.lives(taken)
+    shmcache.unlink(name)
+    report, cache = restored(name, taken)
+    with cache:
+        assert cache["n"] == ("acknowledged" if first == "log" else 1)
+        assert process == "another" or report["gaps"] == 0
+    shmcache.unlink(name)
+
+
+@pytest.mark.parametrize("since", ["a life", "a record"])
+def test_what_could_not_be_noted_is_true_of_no_other_directory(name, folder, tmp_path, since):
+    backup, copy = tmp_path / "backup", tmp_path / "copy"
+    with datadir.take(folder):
+        lived(name, folder, 1)
+        snapshot.restore(name, folder)
+        with shmcache.attach(name) as cache:
+            log = AppendLog(cache, folder, "always")
+            shutil.copytree(folder, backup)
+            cache.set("n", "since")
+            log.close()
+        shmcache.unlink(name)
+        if since == "a life":
+            lived(name, folder, "since")
+    with datadir.take(backup), full_disk():
+        snapshot.restore(name, backup)
+    shutil.copytree(backup, copy)
+    assert datadir.is_of(name, backup) and not datadir.is_of(name, folder)
+    assert datadir.is_of(name, copy), "the same is in it"
+    with shmcache.attach(name) as cache, datadir.take(folder):
+        snapshot.write(cache, folder)
+        assert datadir.life(cache) not in datadir.lives(folder)
+        log = AppendLog(cache, backup, "always")
+        log.close()
+        assert datadir.is_of(name, backup) and not datadir.is_of(name, copy)
+    shmcache.unlink(name)
+
+
+@pytest.mark.parametrize("damage", [flip_in_end, cut])
+def test_a_segment_goes_on_behind_a_snapshot_that_was_passed_over(name, folder, damage):
+    """The newest file whose beginning can be read is of a life that is not in it."""
+    with datadir.take(folder):
+        lived(name, folder, "former", log=False)
+        lived(name, folder, "passed over", log=False)
+    damage(folder / fmt.snapshot_name(2))
+    args = ("--size", "8M", "--data-dir", folder, "--log", "always", "--snapshot-every", 1000)
+    with datadir.take(folder):
+        snapshot.restore(name, folder, log_policy=3, log_buffer="64K")
+        with shmcache.attach(name) as cache:
+            log = AppendLog(cache, folder, "always")
+            cache.set("n", "acknowledged")
+            log.close()
+            assert datadir.is_of(name, folder)
+            report = snapshot.write(cache, folder, keep=1)
+            assert any(fmt.snapshot_name(2) in line for line in report["kept"]), "it is not in it all the same"
+        (folder / fmt.snapshot_name(report["number"])).unlink()
+    with supervising(name, *args), shmcache.attach(name) as cache:
+        assert cache["n"] == "acknowledged"
+    shmcache.unlink(name)
+
+
+def test_a_note_without_those_that_were_passed_over_is_read(name, taken):
+    lived(name, taken, 1)
+    snapshot.restore(name, taken)
+    path = taken / datadir.LIVES_NAME
+    head = datadir.head(path, "log")
+    del head["passed"]
+    datadir._replace(path, head)
+    assert datadir.is_of(name, taken)
+    assert list(datadir.lives(taken)) == [life for life, _ in head["lives"]]
+    shmcache.unlink(name)
+
+
+def killed_in_a_restore(name, folder, full=False, log="always"):
+    """When workers are in, and all but its last step is done. full: it could not note of what the segment is restored."""
     code = f"""
 import os
 from pathlib import Path
 from shmcache.core import _stream
-from shmcache.supervisor import snapshot
+from shmcache.supervisor import datadir, snapshot
+def full(path, head):
+    raise OSError(28, "full")
+if {full}:
+    datadir._replace = full
 class Killed(_stream.Restore):
     def finish(self):
         os._exit(9)
 _stream.Restore = Killed
-snapshot.restore({name!r}, Path({str(folder)!r}), log_policy=3)
+snapshot.restore({name!r}, Path({str(folder)!r}), log_policy={POLICIES[log]})
 """
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
 
@@ -636,6 +753,46 @@ def test_a_restore_is_completed_where_it_was_begun_only(name, folder, tmp_path):
         assert cache["n"] == 1 and cache.durability()["restoring"]
         snapshot.restore(name, backup)
         assert not cache.durability()["restoring"]
+    shmcache.unlink(name)
+
+
+def test_a_restore_that_could_not_be_noted_is_completed_where_it_was_begun_only(name, folder, tmp_path):
+    with datadir.take(folder):
+        lived(name, folder, 1)
+    backup = tmp_path / "backup"
+    shutil.copytree(folder, backup)
+    with datadir.take(folder):
+        lived(name, folder, 2)
+    killed_in_a_restore(name, backup, full=True, log="everysec")
+    with shmcache.attach(name) as cache:
+        cache.set("since", 1)
+        with datadir.take(folder), pytest.raises(errors.ForeignDataDir, match="--start-empty"):
+            snapshot.restore(name, folder)
+        with datadir.take(backup):
+            assert snapshot.restore(name, backup)["unnoted"] == ""
+            assert not cache.durability()["restoring"] and datadir.life(cache) in datadir.lives(backup)
+            assert cache["n"] == 1 and cache["since"] == 1
+    shmcache.unlink(name)
+
+
+def test_what_the_refusal_to_complete_a_restore_says_keeps_what_workers_wrote(name, folder, tmp_path):
+    with datadir.take(folder):
+        lived(name, folder, 1)
+    backup = tmp_path / "backup"
+    shutil.copytree(folder, backup)
+    with datadir.take(folder):
+        lived(name, folder, 2)
+    killed_in_a_restore(name, backup)
+    shutil.rmtree(backup)
+    args = ("--size", "8M", "--data-dir", folder, "--log", "always")
+    with shmcache.attach(name) as cache:
+        out = subprocess.run(supervise(name, *args), capture_output=True, text=True, check=False, timeout=LIMIT)
+        assert out.returncode == 1 and "--start-empty" in out.stderr
+        for path in names(folder):
+            (folder / path).rename(tmp_path / path)
+        with supervising(name, *args, "--start-empty"):
+            cache.set("since", 1)
+        assert cache["n"] == 1 and not cache.durability()["restoring"]
     shmcache.unlink(name)
 
 

@@ -259,3 +259,36 @@ def test_a_supervisor_starts_on_a_full_disk(name, disk):
             disk.fill()
     with datadir.take(disk.path / "data") as folder, restored(name, folder) as after:
         assert after["k"] == 3
+
+
+def test_a_supervisor_goes_on_whose_segment_was_restored_on_a_full_disk(name, disk):
+    """Then there is room for the log, and not for a snapshot: started again, it is where it was."""
+    argv = [sys.executable, "-m", "shmcache.cli", "supervise", name, "--size", "16M", "--data-dir", disk.path / "data"]
+    for full in ("", "restored", "again"):
+        with subprocess.Popen([*argv, "--log", "always" if full else "off"], stderr=subprocess.PIPE, text=True) as process:
+            try:
+                while not (line := process.stderr.readline()).startswith("supervising"):
+                    assert line, f"it ended: {full}"
+                with shmcache.attach(name) as cache:
+                    if full == "restored":
+                        with pytest.raises(errors.LogFull):
+                            cache.set("k", 2)
+                        os.truncate(disk.filler, disk.filler.stat().st_size - (1200 << 10))
+                        until(lambda: not cache.durability()["log_failed"])
+                        cache.set("k", 3)
+                    elif full == "again":
+                        assert cache["k"] == 3
+                        disk.empty()
+                    else:
+                        for i in range(300):
+                            cache.set(f"ballast {i}", os.urandom(5000))
+                if not full:
+                    process.terminate()
+                    process.wait(LIMIT)
+            finally:
+                process.kill()
+        if not full:
+            shmcache.unlink(name)
+            disk.fill()
+    with datadir.take(disk.path / "data") as folder, restored(name, folder) as after:
+        assert after["k"] == 3
