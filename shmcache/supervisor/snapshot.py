@@ -419,8 +419,8 @@ def restore(
     files), "gaps" (operations that the log lacks), "unnoted" (why it could not be noted that this was restored from there)}.
     Raises: NoSnapshot: none is whole, and there is no log from the first write on; DamagedFile: of the log, whose place is named; NoRoom:
     for what the store has not got. ForeignDataDir, NewerFormat; InvalidConfig: no zstandard; SegmentExists and the rest of create();
-    StripeBusy, OSError. Whatever is raised, the segment is unlinked, unless workers were let in already. BeingRestored: another process
-    restores it; that is not disturbed.
+    StripeBusy, OSError. SegmentNotFound: somebody unlinked it meanwhile. Whatever is raised, the segment is unlinked, unless workers were
+    let in already. BeingRestored: another process restores it; that is not disturbed.
     """
     began = time.monotonic()
     datadir.check_owner(folder, name)
@@ -438,6 +438,11 @@ def restore(
     with _create_or_complete(name, folder, candidates, logs, given, options) as cache:
         try:
             report = _fill(cache, folder, candidates, logs, given, damaged, progress)
+            if cache.unlinked:
+                raise errors.SegmentNotFound(
+                    f"somebody unlinked {name!r} while it was restored. No file was changed; what has that name now is another segment: "
+                    "look at it, unlink it, and restore again"
+                )
         except BaseException:  # whatever it is, memory or a disk that is full, too: nobody is to wait for what will not come
             if cache.durability()["generations_missing"] and not cache.unlinked:  # nobody is in it
                 segment.unlink(name)

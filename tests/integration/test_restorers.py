@@ -231,6 +231,25 @@ def test_a_restore_that_is_killed_as_it_begins_again(machine, other, at):
     assert machine.cache.get("k") == "newer"
 
 
+def test_a_restore_whose_segment_is_unlinked_meanwhile_does_not_pass_for_another(machine, monkeypatch):
+    machine.cache.set("k", "restored")
+    machine.snapshot()
+    machine.killed()
+    put_all = snapshot._put_all
+
+    def unlinked(*args):
+        put_all(*args)
+        shmcache.unlink(machine.name)
+        machine.cache = shmcache.create(machine.name, "8M")
+        machine.cache.set("k", "a worker's")
+
+    monkeypatch.setattr(snapshot, "_put_all", unlinked)
+    with pytest.raises(errors.SegmentNotFound, match="restore again"):
+        snapshot.restore(machine.name, machine.folder)
+    with shmcache.attach(machine.name) as cache:
+        assert cache["k"] == "a worker's"
+
+
 def test_a_segment_that_takes_the_name_meanwhile_stays(machine, other, monkeypatch):
     """Somebody unlinks what was left, and creates another, while the restore is about to begin again."""
     killed_while_it_restores(machine, machine.folder)
