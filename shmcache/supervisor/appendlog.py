@@ -84,6 +84,7 @@ class AppendLog:
         else:
             mark(cache, log_failed_ms=0)
         mark(cache, log_policy=POLICIES[policy], log_epoch=self.base_epoch)
+        self.header: Any = cache.views(writable=True).header  # for what is stored in each turn
         self.thread = threading.Thread(target=self.run, name="log", daemon=True)
         self.thread.start()
 
@@ -113,6 +114,7 @@ class AppendLog:
         self.stopping = True
         self.end.set()
         self.thread.join()
+        self.header = None
         if self.file is not None:
             self.file.close()
 
@@ -160,6 +162,7 @@ class AppendLog:
                 self.on_gap()
             self.unsynced = self.unsynced or got
             if got and self.policy != "always":
+                self.say_bytes()
                 self.drain.drained()
             due = time.monotonic() - self.synced_at >= SYNC_EVERY
             self.end_sync(wait=False)
@@ -208,6 +211,7 @@ class AppendLog:
             self.unsynced = True
             raise
         self.writer.synced(sync.n_bytes)
+        self.say_bytes()
         self.drain.durable()
         self.synced_gaps = sync.gaps
         mark(self.cache, log_epoch=sync.epoch)
@@ -243,6 +247,7 @@ class AppendLog:
                 "segment_created_ms": int(self.cache.segment.header["created_ms"]), "settings": self.cache.mapping.settings(),
                 "newest": int(self.cache.segment.stripes["seq"].max()), "epoch": int(self.cache.segment.header["epoch"]),
                 "log_gaps": int(self.cache.segment.header["log_gaps"]), "file": identity(file.fileno()),
+                "former": [int(self.cache.segment.header["log_number"]), int(self.cache.segment.header["log_bytes"])],
             }  # fmt: skip
             writer = fmt.Writer(file, "log", head, compress=self.compress)
             os.fsync(file.fileno())
@@ -256,6 +261,11 @@ class AppendLog:
         if self.file is not None:
             self.file.close()
         self.file, self.writer, self.number = file, writer, number
+        mark(self.cache, log_number=number, log_bytes=writer.bytes_written)
+
+    def say_bytes(self) -> None:
+        """Before anything leaves the rings, or is acknowledged: the file has it, and no older copy of the file does."""
+        self.header["log_bytes"] = self.writer.bytes_written
 
     def let_go(self, path: Path) -> None:
         """Remove a file in which there is no record, if the disk does."""
@@ -310,17 +320,24 @@ def is_whole(cache: Cache, folder: Path) -> bool:
     if not int(header["log_policy"]):  # nothing is in the rings, not even what was deleted
         return not len(cache) and not any(fmt.listing(folder))
     life = datadir.life(cache)
-    if not int(header["log_epoch"]):  # nobody has emptied the rings yet
+    number = int(header["log_number"])
+    if not number:  # nobody has emptied the rings yet
         with contextlib.suppress(errors.DamagedFile):
             return not int(header["restored_seq"]) or datadir.is_from(cache, folder)
         return False
-    # else it is whole if it went on here, and nothing was missed since: neither here nor because it went on elsewhere. A copy of its last
-    # file may lack what came since
-    for _, path in reversed(fmt.listing(folder)[1]):
-        if head := datadir.head(path, "log"):
-            found = datadir.life_of(head), head.get("log_gaps"), head.get("file")
-            return found == (life, int(header["log_gaps"]), identity(path))
-    return False
+    # else it is whole if it went on here, and nothing was missed since: neither here nor because it went on elsewhere. The newest file is
+    # there, and each has all that has left the rings: a copy may lack what came since, also one that was put back in a file's place. Behind
+    # the newest is at most what was begun in vain
+    logs = [(n, path, head) for n, path in fmt.listing(folder)[1] if (head := datadir.head(path, "log"))]
+    own = [(n, path, head) for n, path, head in logs if datadir.life_of(head) == life]
+    has = {**dict(head.get("former", (0, 0)) for _, _, head in own), number: int(header["log_bytes"])}
+    gaps = int(header["log_gaps"])
+    went_on = [(head.get("log_gaps"), head.get("file")) == (gaps, identity(path)) for n, path, head in own if n == number]
+    return (
+        went_on == [True]
+        and all(path.stat().st_size >= has.get(n, 0) for n, path, _ in own)
+        and not any(n > number for n, _, head in logs if datadir.life_of(head) != life)
+    )
 
 
 def identity(file: int | Path) -> list[int]:

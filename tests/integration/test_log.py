@@ -875,6 +875,87 @@ def test_a_log_that_goes_on_in_a_copy_says_what_it_lacks(make, tmp_path, moved):
             assert after.get("since") == (1 if moved else None) and report["gaps"] == (not moved)
 
 
+def put_back_in_place(folder, copy):
+    for path in copy.iterdir():
+        shutil.copyfile(path, folder / path.name)  # into the file that is there
+
+
+def put_back_as_others(folder, copy):
+    """A file system may give a new file the inode of one that has gone."""
+    for _, path in fmt.listing(folder)[1]:
+        path.unlink()
+    for path in copy.iterdir():
+        shutil.copyfile(path, folder / path.name)
+
+
+def newest_removed(folder, copy):
+    fmt.listing(folder)[1][-1][1].unlink()
+
+
+def newest_cut(folder, copy):
+    path = fmt.listing(folder)[1][-1][1]
+    os.truncate(path, path.stat().st_size - 1)
+
+
+@pytest.mark.parametrize("happens", [None, put_back_in_place, put_back_as_others, newest_removed, newest_cut])
+@pytest.mark.parametrize("rotated", [False, True])
+def test_a_log_that_goes_on_behind_an_older_copy_says_what_it_lacks(make, folder, tmp_path, monkeypatch, happens, rotated):
+    cache = make("16M", log_buffer="64K", max_processes=16)
+    if happens is put_back_as_others:
+        monkeypatch.setattr(appendlog, "identity", lambda file: [1, 2])
+    for _ in range(2):  # two files at least
+        log = AppendLog(cache, folder, "always")
+        cache.set("before", 1)
+        log.close()
+    log = AppendLog(cache, folder, "always")
+    shutil.copytree(folder, tmp_path / "copy")
+    cache.set("since", 1)
+    if rotated:
+        log.rotate()
+    log.close()
+    assert appendlog.is_whole(cache, folder)
+    if happens:
+        happens(folder, tmp_path / "copy")
+    assert appendlog.is_whole(cache, folder) == (happens is None)
+    gaps = cache.durability()["log_gaps"]
+    Supervisor(cache, folder=folder, log="always").close()
+    assert cache.durability()["log_gaps"] == gaps + (happens is not None)
+
+
+@pytest.mark.parametrize("policy", ["no", "everysec", "always"])
+def test_what_has_left_the_rings_is_in_the_file_as_the_segment_says(make, folder, policy):
+    """Also what is not synced yet: an older copy of the file has less."""
+    cache = make("16M", log_buffer="64K", max_processes=16)
+    log = AppendLog(cache, folder, policy)
+    try:
+        for n in range(3):
+            path = folder / fmt.log_name(log.number)
+            size_bytes = path.stat().st_size
+            assert int(cache.segment.header["log_number"]) == log.number
+            cache.set("k", n)
+            until(lambda size_bytes=size_bytes, path=path: path.stat().st_size > size_bytes)
+            until(lambda path=path: int(cache.segment.header["log_bytes"]) == path.stat().st_size)
+            if n == 1:
+                log.rotate()
+    finally:
+        log.close()
+    assert int(cache.segment.header["log_bytes"]) == path.stat().st_size
+
+
+@pytest.mark.parametrize("by", ["it", "another"])
+def test_a_file_that_was_begun_in_vain_is_no_reason_for_a_gap(make, name, folder, by):
+    """Its supervisor was killed when it was begun. One that another segment began is."""
+    cache = make("16M", log_buffer="64K", max_processes=16)
+    AppendLog(cache, folder, "always").close()
+    head = datadir.head(fmt.listing(folder)[1][-1][1], "log")
+    if by == "another":
+        head["segment_created_ms"] -= 1
+    with os.fdopen(datadir.create(folder / fmt.log_name(2)), "wb", buffering=0) as file:
+        fmt.Writer(file, "log", head | {"number": 2})
+    datadir.create(folder / fmt.log_name(3))
+    assert appendlog.is_whole(cache, folder) == (by == "it")
+
+
 def test_a_log_of_what_was_restored_from_another_directory_says_what_it_lacks(make, tmp_path):
     cache = make("16M", log_buffer="64K", max_processes=16)
     with datadir.take(tmp_path / "a") as first, datadir.take(tmp_path / "b") as second:
