@@ -46,7 +46,8 @@ ROOM = 1 << 20  # bytes that the disk must have before a log that could not be w
 class AppendLog:
     """Args: policy: "no", "everysec" or "always". on_gap: called when a snapshot is needed. open_file: for tests with a disk of their own.
     One whose first file cannot be begun has failed, and goes on as any other.
-    Raises: UsageError: the segment has no rings; OSError: the directory cannot be read.
+    Raises: UsageError: the segment has no rings; ForeignDataDir; StripeBusy: it cannot be adopted (datadir.py); NewerFormat, OSError: the
+    directory cannot be read.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class AppendLog:
         self.file: Any = None
         self.writer: fmt.Writer
         datadir.check_owner(folder, cache.name)
+        datadir.adopt(cache, folder)
         for _, path in fmt.listing(folder)[1][-1:]:  # what the one before has written must not be lost behind what is synced from now on
             with contextlib.suppress(errors.DamagedFile):  # it is no file
                 datadir.sync_file(path)

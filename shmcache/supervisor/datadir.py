@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from shmcache import cache as cache_module
-from shmcache import errors
-from shmcache.core import _core
+from shmcache import errors, segment
+from shmcache.core import _core, _dirty
 from shmcache.supervisor import format as fmt
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ def set_aside(folder: Path) -> Path:
 
 Noted = dict[int, set[int]]  # a life -> others
 _unnoted: dict[tuple[int, Path], set[int]] = {}  # of a life that this process has restored from there: those that are in it, not noted yet
-_noting = threading.Lock()  # the log's thread and the snapshot's
+_noting = threading.RLock()  # the threads of the log, of the snapshot, and of what is stored
 
 
 def life(cache: Cache) -> int:
@@ -244,15 +244,17 @@ def _newest(folder: Path) -> int:
 #      a version, no stripe has a write in each, and `newest` is at most BLOCK ahead of the clock (more(), below), which has passed when the
 #      next life begins. What is newer by its version was then written later also where this file does not know of both: the directory was
 #      lost, or an older copy of it was put back, or a worker was first.
-#   4  Where the clock was set back, a segment that a worker begins may be below it: adopted, it goes above it (writeback.py).
+#   4  Where the clock was set back, a segment that a worker begins may be below it: adopted, it goes above it (adopt(), below).
 # `skipped` are ranges that a life has left out, since a row was there already. A row of a version in one of these, or above newest, was
 # stored by no segment of this directory.
 # Crash: before the rename the former file stands, and nothing above it has been given out; behind it some versions are never given out.
 # No room for it: the former file stands. What is not above that is stored, the rest waits.
+# The file is lost, or damaged, and snapshots or logs are there: as much as UNSAID above their beginnings may have been given out.
 
 BLOCK = 1 << 20  # versions: a millisecond of the clock
-UNSAID = 1 << 40  # above `newest` of a note without a floor
+UNSAID = 1 << 40  # above `newest` of a note without a floor, and above the files without a note
 LONG_BLOCK = 1 << 30  # a second: how far ahead it goes where the clock is already
+HIGHEST = (1 << 63) - (1 << 40)  # of a row's version: a column of 64 bits has no higher ones, and a life has so many to go on
 
 
 def clock() -> int:
@@ -283,7 +285,7 @@ class GivenOut(NamedTuple):
 
 
 def given_out(folder: Path) -> GivenOut:
-    """What is noted; nothing, if nothing is. Raises: DamagedFile, NewerFormat, OSError."""
+    """What is noted. Raises: DamagedFile, NewerFormat, OSError."""
     path = folder / VERSIONS_NAME
     try:
         with fmt.Reader(path, "log") as reader:
@@ -292,9 +294,43 @@ def given_out(folder: Path) -> GivenOut:
                 return GivenOut(newest + UNSAID, skipped, newest)
             return GivenOut(newest, skipped, int(reader.head["floor"]), int(reader.head["segment_created_ms"]))
     except FileNotFoundError:
-        return GivenOut()
+        return unsaid(folder)
     except (KeyError, TypeError, ValueError) as e:
         raise errors.DamagedFile(str(path), 0, f"it lacks what it has to have ({type(e).__name__}: {e})") from None
+
+
+def unsaid(folder: Path) -> GivenOut:
+    """Where no note says it: nothing, if no file is there either."""
+    newest = 0
+    with contextlib.suppress(errors.DamagedFile):  # a restore names it
+        newest = max((highest for _, highest in given_out_of_heads(folder)), default=0)
+    return GivenOut(newest + UNSAID, (), newest) if newest else GivenOut()
+
+
+def given_out_of_heads(folder: Path) -> Iterator[tuple[int, int]]:
+    """(what is added to its versions to get rows', the highest row's version) when each file was begun. Raises: DamagedFile."""
+    for head in (head for of_kind in heads(folder) for head in of_kind):
+        highest, _, settings, _ = of_head(folder, head)
+        base = base_of(folder, settings)
+        yield base, base + highest
+
+
+def of_head(path: Path, head: dict[str, Any]) -> tuple[int, int, dict[str, int], int]:
+    try:
+        return int(head["newest"]), int(head["created_ms"]), dict(head["settings"]), int(head["epoch"])
+    except (KeyError, TypeError, ValueError) as e:
+        raise errors.DamagedFile(str(path), 0, f"HEAD lacks what it has to have ({type(e).__name__}: {e})") from None
+
+
+def base_of(path: Path, settings: dict[str, int]) -> int:
+    """What is added to the versions of this file to get their rows'."""
+    try:
+        base = int(settings.get("version_base", 0))
+    except (TypeError, ValueError) as e:
+        raise errors.DamagedFile(str(path), 0, f"its version_base is none ({type(e).__name__}: {e})") from None
+    if not 0 <= base < HIGHEST:
+        raise errors.DamagedFile(str(path), 0, f"its version_base is {base}")
+    return base
 
 
 def note_given_out(folder: Path, name: str, given: GivenOut) -> None:
@@ -303,7 +339,49 @@ def note_given_out(folder: Path, name: str, given: GivenOut) -> None:
         "name": name, "created_ms": int(time.time() * 1000), "newest": given.newest, "skipped": given.skipped, "floor": given.floor,
         "segment_created_ms": given.segment,
     }  # fmt: skip
-    _replace(folder / VERSIONS_NAME, head)
+    with _noting:
+        _replace(folder / VERSIONS_NAME, head)
+
+
+# A segment that GivenOut does not name was begun by a process that did not know of it: by a worker that was first. (A restore names its
+# own.) Rows from before are older than all that was written in it, whatever the clock says. So it is adopted before anything of it is
+# stored, or is in a file of the directory: by WriteBack, AppendLog and snapshot.write, each for itself.
+#   1  the stripes' sequences go above all that may have been given out: what is written from now on has a higher version
+#   2  so do the dirty items that were written in it; what was restored into it keeps its versions, by which it is older
+#   3  GivenOut names it, on the disk; if there is no room for that, the next adopts it again, and finds 1 and 2 done
+# Crash before 3: adopted again. A stripe that cannot be had: nothing is begun, and StripeBusy says why.
+#     adopt vs set        behind 1 it has a higher version; before, 2 finds it, for its stripe was taken after it
+#     adopt vs clear, delete      a tombstone is written as any value; what is dirty no clear() takes away
+#     adopt vs note_given_out of another thread       one waits for the other (_noting). Noted first: it names the segment, and stays.
+#                         Adopted first: what is noted next has more
+
+
+def adopt(cache: Cache, folder: Path | None) -> GivenOut:
+    """Before anything of a segment that is written back is stored, or in a file of this directory. Returns: what may have been given out,
+    as this segment knows of it, whose versions are above. Raises: StripeBusy; NewerFormat, OSError: the note cannot be read."""
+    own, base = life(cache), int(cache.segment.header["version_base"])
+    before = base + int(cache.segment.header["restored_seq"])  # of rows of earlier lives none has a higher version
+    if folder is None or cache.mapping.settings()["policy"] != segment.WRITE_BACK:
+        return GivenOut(before, (), before, own)
+    with _noting:
+        try:
+            given = given_out(folder)
+        except errors.DamagedFile:
+            given = unsaid(folder)
+        if given.segment == own:
+            return given._replace(newest=max(given.newest, before))
+        if given.newest > before:
+            last, dirty = given.newest - base, _dirty.Dirty(cache)
+            if not (dirty.go_above(last) and dirty.renew_all(before - base + 1, last)):
+                raise errors.StripeBusy(
+                    f"items of {cache.name!r} are to get versions above the store's, and a process that does not run holds some: "
+                    "continue or kill it, and try again"
+                )
+        newest = max(given.newest, before)
+        given = given._replace(newest=newest, floor=newest, segment=own)
+        with contextlib.suppress(OSError):
+            note_given_out(folder, cache.name, given)
+        return given
 
 
 def _replace(path: Path, head: dict[str, Any]) -> None:

@@ -59,7 +59,8 @@ class Supervisor:
     directory that was taken (datadir.take), for snapshots every so many seconds, of which the newest `keep` are left. log: "no",
     "everysec" or "always": what is written is logged there, too (appendlog.py). None, "off": it is not. store: of a segment whose policy
     is write-back: what is written is stored there (writeback.py).
-    Raises: SupervisorRunning; UsageError: the segment was created without a log_buffer; OSError.
+    Raises: SupervisorRunning; UsageError: the segment was created without a log_buffer; StripeBusy: it cannot be adopted (datadir.py);
+    NewerFormat, OSError.
     """
 
     def __init__(

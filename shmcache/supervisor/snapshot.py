@@ -75,7 +75,6 @@ NICE_UNTHROTTLED = 2  # and of a process that does nothing else: workers keep wh
 EPOCHS_AHEAD = 1 << 16  # no segment is cleared so often within one log file
 EPOCHS = 1 << 32  # that there are: of 65,535 restores one behind the other, or as many clears
 VERSIONS_AHEAD = 1 << 40  # no stripe has so many writes in a life: where no row has a version, and nobody notes what was given out
-HIGHEST = (1 << 63) - VERSIONS_AHEAD  # of a row's version: a column of 64 bits has no higher ones
 
 Progress = Callable[[int, int], None]  # (done, of so many), in stripes or bytes
 
@@ -115,8 +114,8 @@ def write(
     Args: keep: so many of the newest are left. compress: with zstd. throttled: within SHARE of a core, for a thread beside workers that
     want both; stop: set by another thread, ends it.
     Returns: {"path", "number", "items", "bytes", "seconds", "damaged"} (damaged: values left out since their pages are not their own).
-    Raises: UsageError: the segment is being restored; ForeignDataDir; SnapshotStopped; InvalidConfig: no zstandard; StripeBusy; OSError:
-    the file cannot be written. Then nothing but a temporary file is left, if that.
+    Raises: UsageError: the segment is being restored; ForeignDataDir, NewerFormat; SnapshotStopped; InvalidConfig: no zstandard;
+    StripeBusy; OSError: the file cannot be written. Then nothing but a temporary file is left, if that.
     """
     began, began_ms = time.monotonic(), int(time.time() * 1000)
     stop = stop or threading.Event()
@@ -144,6 +143,7 @@ def _write(
     log: AppendLog | None,
 ) -> dict[str, Any]:
     datadir.check_owner(folder, cache.name)
+    datadir.adopt(cache, folder)
     datadir.note_first(cache, folder)
     snapshots, logs = fmt.listing(folder)
     for left in folder.glob("snapshot-*.shmcache.tmp"):
@@ -298,9 +298,9 @@ class Found:
         self.path = path
         with fmt.Reader(path, "snapshot") as reader:
             head, self.size_bytes = reader.head, reader.size_bytes
-        self.newest, self.created_ms, self.settings, self.head_epoch = _of_head(path, head)
+        self.newest, self.created_ms, self.settings, self.head_epoch = datadir.of_head(path, head)
         self.life = datadir.life_of(head)
-        self.base = _base(path, self.settings)
+        self.base = datadir.base_of(path, self.settings)
         self.ahead = 0  # of the segment's base: relate()
         try:
             self.mode, self.group = int(head["mode"]), int(head["group"])
@@ -331,24 +331,6 @@ def relate(cache: Cache, path: Path, base: int) -> int:
             f"{path} is not of those from which {cache.name!r} was begun to be restored: unlink the segment, and restore it again"
         )
     return base - own
-
-
-def _of_head(path: Path, head: dict[str, Any]) -> tuple[int, int, dict[str, int], int]:
-    try:
-        return int(head["newest"]), int(head["created_ms"]), dict(head["settings"]), int(head["epoch"])
-    except (KeyError, TypeError, ValueError) as e:
-        raise errors.DamagedFile(str(path), 0, f"HEAD lacks what it has to have ({type(e).__name__}: {e})") from None
-
-
-def _base(path: Path, settings: dict[str, int]) -> int:
-    """What is added to the versions of this file to get their rows'."""
-    try:
-        base = int(settings.get("version_base", 0))
-    except (TypeError, ValueError) as e:
-        raise errors.DamagedFile(str(path), 0, f"its version_base is none ({type(e).__name__}: {e})") from None
-    if not 0 <= base < HIGHEST:
-        raise errors.DamagedFile(str(path), 0, f"its version_base is {base}")
-    return base
 
 
 def find(folder: Path) -> tuple[list[Found], list[str]]:
@@ -386,9 +368,9 @@ class Logs:
                     continue
                 if reader.head.get("name") != name:
                     raise errors.ForeignDataDir(f"{path} is of the segment {reader.head.get('name')!r}, not {name!r}: move it away")
-                newest, self.created_ms, self.settings, epoch = _of_head(path, reader.head)
+                newest, self.created_ms, self.settings, epoch = datadir.of_head(path, reader.head)
                 self.lives.append(datadir.life_of(reader.head))
-                self.bases[path] = _base(path, self.settings)
+                self.bases[path] = datadir.base_of(path, self.settings)
                 self.newest, self.epoch = max(self.newest, self.bases[path] + newest), max(self.epoch, epoch)
 
     def relate(self, cache: Cache) -> None:
@@ -430,11 +412,11 @@ def restore(
         raise errors.NoSnapshot(_none_whole(folder, damaged))
     if log_buffer_if_none and not (candidates[0].settings if candidates else logs.settings)["ring_bytes"]:
         options.setdefault("log_buffer", log_buffer_if_none)
-    given = datadir.GivenOut()
     try:
         given = datadir.given_out(folder)
     except errors.DamagedFile as e:
         damaged.append(str(e))
+        given = datadir.unsaid(folder)
     with _create_or_complete(name, folder, candidates, logs, given, options) as cache:
         try:
             report = _fill(cache, folder, candidates, logs, given, damaged, progress)
@@ -586,26 +568,13 @@ def base_of_empty(folder: Path) -> int | None:
     return None
 
 
-def _given_out_of_heads(folder: Path) -> Iterator[tuple[int, int]]:
-    """(what is added to its versions to get rows', the highest row's version) when each file was begun."""
-    for head in (head for of_kind in datadir.heads(folder) for head in of_kind):
-        highest, _, settings, _ = _of_head(folder, head)
-        base = _base(folder, settings)
-        yield base, base + highest
-
-
-def newest_of(folder: Path) -> int:
-    """The highest row's version that the files' beginnings know of. Raises: DamagedFile."""
-    return max((highest for _, highest in _given_out_of_heads(folder)), default=0)
-
-
 def _begin(folder: Path, given: datadir.GivenOut, policy: int) -> tuple[int, int]:
     """(base, highest) of a segment that is restored: what is added to its versions, and up to which row's version all are given out.
 
     Written back, by the clock, too: what was stored from here while this directory was not used is newer than what is restored.
     One above all, at least: 0 above the base is a segment that is not restored.
     """
-    bases, highest = zip(*_given_out_of_heads(folder), strict=True)
+    bases, highest = zip(*datadir.given_out_of_heads(folder), strict=True)
     newest = max(given.newest, *highest)
     return min(bases), max(newest + 1, datadir.clock()) if policy == segment.WRITE_BACK else newest + VERSIONS_AHEAD
 
@@ -620,7 +589,7 @@ def _settle(cache: Cache, folder: Path, newest: int, given: datadir.GivenOut) ->
     ahead = 0 if cache.mapping.settings()["policy"] == segment.WRITE_BACK else VERSIONS_AHEAD
     own = datadir.life(cache)
     begins = max(begins, newest + ahead, 0 if given.segment == own else given.newest - base)  # with another directory than at first
-    if base + begins >= HIGHEST:
+    if base + begins >= datadir.HIGHEST:
         raise errors.DamagedFile(str(folder), 0, f"a version there is {newest}, which no segment has ever given out")
     mark(cache, restored_seq=begins)
     seq = cache.views(writable=True).stripes["seq"]

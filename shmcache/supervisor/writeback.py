@@ -24,16 +24,6 @@ version, and one is no later than the other.
 
 No row gets a version above GivenOut.newest, which is on the disk (datadir.py). A pass begins with raising it, if less than half a block is
 left, and a batch leaves out what is above it still: the disk is full, or the pass was long. That waits, as for a store that fails.
-
-A segment that GivenOut does not name was begun by a process that did not know of it: by a worker that was first. (A restore names its own.)
-Rows from before are older than all that was written in it, whatever the clock says. So before anything of it is stored, or is in a file of
-the directory (Supervisor makes WriteBack before its log and its snapshots), it is adopted:
-    1  the stripes' sequences go above all that may have been given out: what is written from now on has a higher version
-    2  so do the dirty items that were written in it; what was restored into it keeps its versions, by which it is older
-    3  GivenOut names it, before the first row of it is stored
-Crash before 3: adopted again. A stripe that cannot be had: the supervisor does not begin, and StripeBusy says why.
-    adopt vs set        behind 1 it has a higher version; before, 2 finds it, for its stripe was taken after it
-    adopt vs clear, delete      a tombstone is written as any value; what is dirty no clear() takes away
 """
 
 from __future__ import annotations
@@ -48,7 +38,7 @@ from typing import TYPE_CHECKING, Any
 from shmcache import codec, errors
 from shmcache.core import _core, _dirty
 from shmcache.policy import check, policy_of
-from shmcache.supervisor import datadir, snapshot
+from shmcache.supervisor import datadir
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -73,7 +63,8 @@ class WriteBack:
     """The thread. Args: cache: a handle of its own on a segment whose policy is write-back. store: its to use; closed by its maker.
     folder: the segment's data directory, if it has one.
 
-    Raises: InvalidConfig: the store takes no versions. StripeBusy: a process that does not run holds what is to be adopted. OSError.
+    Raises: InvalidConfig: the store takes no versions. StripeBusy: a process that does not run holds what is to be adopted (datadir.py).
+    NewerFormat, OSError.
     """
 
     def __init__(self, cache: Cache, store: Store, folder: Path | None = None) -> None:
@@ -83,10 +74,9 @@ class WriteBack:
         self.cache, self.store, self.policy = cache, store, policy
         self.dirty = _dirty.Dirty(cache)
         self.folder = folder
-        header = cache.segment.header
-        self.base = int(header["version_base"])
-        self.before = self.base + int(header["restored_seq"])  # of rows of earlier lives none has a higher version
-        self.given = self._adopted(datadir.life(cache))
+        self.given = datadir.adopt(cache, folder)  # while no view is kept, since it may raise: the handle could not be closed then
+        self.base = int(cache.segment.header["version_base"])
+        self.before = self.base + int(cache.segment.header["restored_seq"])  # of rows of earlier lives none has a higher version
         self.unnoted: OSError | None = None  # why what is above given.newest waits
         self.header = cache.views(writable=True).header
         self.renewed = False  # items have new versions, and another pass is to be made
@@ -102,26 +92,6 @@ class WriteBack:
         self.behind = self.older = self.waiting = False
         self.thread = threading.Thread(target=self.run, name="writeback", daemon=True)
         self.thread.start()
-
-    def _adopted(self, segment: int) -> datadir.GivenOut:
-        """What was given out, as this segment knows of it, whose versions are above."""
-        given = datadir.GivenOut()
-        if self.folder is not None:
-            try:
-                given = datadir.given_out(self.folder)
-            except errors.DamagedFile:  # the restore has named it
-                with contextlib.suppress(errors.DamagedFile):
-                    given = given._replace(newest=snapshot.newest_of(self.folder))
-        if given.segment != segment:
-            if given.newest > self.before:
-                last = given.newest - self.base
-                if not (self.dirty.go_above(last) and self.dirty.renew_all(self.before - self.base + 1, last)):
-                    raise errors.StripeBusy(
-                        f"items of {self.cache.name!r} are to get versions above the store's, and a process that does not run holds some: "
-                        "continue or kill it, and try again"
-                    )
-            given = given._replace(segment=segment, floor=max(given.newest, self.before))
-        return given._replace(newest=max(given.newest, self.before))
 
     def look(self) -> None:
         """Called often: begin a pass if somebody waits for it, or there is much to store."""

@@ -17,11 +17,13 @@ import pytest
 
 import shmcache
 from shmcache import cache as cache_module
-from shmcache import errors, segment
+from shmcache import cli, errors, segment
 from shmcache.core import _dirty
 from shmcache.supervisor import datadir, snapshot, writeback
 from shmcache.supervisor import format as fmt
 from shmcache.supervisor.appendlog import AppendLog
+from shmcache.supervisor.loop import Supervisor
+from tests.integration.test_lock_limit import stopped_holder
 from tests.integration.test_store import DictStore
 
 BACK = shmcache.Policy("back", flush_every=0.01, timeout=5.0)
@@ -453,6 +455,186 @@ def test_what_cannot_be_adopted_is_not_stored(machine, monkeypatch):
     assert machine.row(b"k") == 2
 
 
+def by_admin(machine, cache):
+    cache.set("k", "newer")
+    assert cli.admin(["snapshot", machine.name, "--data-dir", str(machine.folder)]) == 0
+
+
+def by_a_supervisor(machine, cache):
+    """Nobody stores."""
+    cache.set("k", "newer")
+    supervisor = Supervisor(cache, folder=machine.folder)
+    supervisor.write()
+    supervisor.close()
+
+
+def by_its_log(machine, cache):
+    supervisor = Supervisor(cache, folder=machine.folder, log="always")
+    cache.set("k", "newer")
+    supervisor.close()
+
+
+@pytest.mark.parametrize("saved", [by_admin, by_a_supervisor, by_its_log])
+def test_what_a_worker_wrote_that_was_first_is_adopted_by_what_saves_it(name, tmp_path, saved):
+    """It is in a file of the directory, and was acknowledged after all rows, while the clock was an hour behind."""
+    machine = Machine(name, tmp_path)
+    try:
+        machine.snapshot()
+        machine.cache.set("k", "before")
+        machine.flush()
+        machine.killed()
+        machine.created(3_600_000 << 20)
+        with shmcache.attach(name) as cache:
+            saved(machine, cache)
+        machine.reboot()
+        machine.flush()
+        assert machine.row(b"k") == machine.cache["k"] == "newer"
+    finally:
+        machine.killed()
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("saved", [Machine.snapshot, Machine.logged])
+def test_what_cannot_be_adopted_is_in_no_file(machine, folder, monkeypatch, saved):
+    machine.cache.set("k", 1)
+    machine.flush()
+    machine.killed()
+    machine.created(1 << 50)
+    machine.cache.set("k", 2)
+    before = files_of(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(_dirty, "Dirty", lambda cache: Mock(go_above=lambda version: False))
+        with pytest.raises(errors.StripeBusy, match="does not run"):
+            saved(machine)
+    assert files_of(folder) == before
+    with monkeypatch.context() as patch:
+        patch.setattr(datadir, "given_out", Mock(side_effect=errors.NewerFormat("versions", 2, 1)))
+        with pytest.raises(errors.NewerFormat):
+            saved(machine)
+    assert files_of(folder) == before
+    machine.snapshot()
+    machine.reboot()
+    machine.flush()
+    assert machine.row(b"k") == 2
+
+
+STORE = "tests.integration.test_store:DictStore"
+ADMIN = [sys.executable, "-c", "import sys; from shmcache import cli; sys.exit(cli.admin(sys.argv[1:]))"]
+SUPERVISE = [sys.executable, "-m", "shmcache.cli"]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [[*ADMIN, "snapshot"], [*SUPERVISE, "supervise", "--log", "always"], [*SUPERVISE, "supervise", "--store", STORE]],
+    ids=["snapshot", "log", "store"],
+)
+def test_who_is_to_adopt_what_a_stopped_process_holds_is_told(name, tmp_path, command):
+    machine = Machine(name, tmp_path)
+    try:
+        machine.cache.set("k", 1)
+        machine.flush()
+        machine.killed()
+        machine.cache = shmcache.create(name, "8M", log_buffer="64K", max_processes=16, policy=BACK, store=machine.store, lock_limit=0.05)
+        machine.cache.views(writable=True).header["version_base"] -= 1 << 50
+        machine.cache.set("k", 2)
+        before = files_of(tmp_path)
+        with stopped_holder(machine.cache):
+            ended = subprocess.run([*command, name, "--data-dir", str(tmp_path)], capture_output=True, text=True, timeout=60, check=False)
+        assert ended.returncode == 1 and "a process that does not run holds some: continue or kill it" in ended.stderr
+        assert files_of(tmp_path) == before | {"lock": b""}
+    finally:
+        machine.killed()
+
+
+def test_what_is_not_written_back_has_no_versions_to_be_above(name, folder):
+    with shmcache.create(name, "8M") as cache:
+        snapshot.write(cache, folder)
+        assert not (folder / datadir.VERSIONS_NAME).exists()
+    shmcache.unlink(name)
+
+
+def test_what_is_adopted_on_a_full_disk_is_noted_by_the_next(machine, folder, full):
+    machine.cache.set("k", 1)
+    machine.flush()
+    noted = datadir.given_out(folder)
+    machine.killed()
+    machine.created(1 << 50)
+    machine.cache.set("k", 2)
+    full.set()
+    machine.snapshot()
+    assert datadir.given_out(folder) == noted
+    version = machine.cache.gets("k")[1]
+    assert version + int(machine.cache.segment.header["version_base"]) > noted.newest
+    full.clear()
+    machine.snapshot()
+    assert datadir.given_out(folder).segment == datadir.life(machine.cache)
+    assert machine.cache.gets("k")[1] == version
+
+
+def test_a_note_of_another_thread_stays_when_a_segment_is_adopted(machine, folder, monkeypatch):
+    """One that stores notes more, now that the disk has room, while a snapshot is about to note what it knows."""
+    machine.cache.set("k", 1)
+    machine.flush()
+    machine.killed()
+    machine.created(1 << 50)
+    given = datadir.given_out(folder)
+    given = given._replace(newest=given.newest + 1000, segment=datadir.life(machine.cache))
+    thread = threading.Thread(target=datadir.note_given_out, args=(folder, machine.name, given))
+    adopted = _dirty.Dirty
+
+    def beside(cache):
+        thread.start()
+        thread.join(0.1)
+        assert thread.is_alive()
+        return adopted(cache)
+
+    monkeypatch.setattr(_dirty, "Dirty", beside)
+    datadir.adopt(machine.cache, folder)
+    thread.join()
+    assert datadir.given_out(folder) == given
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_where_the_note_is_lost_rows_from_behind_the_files_stay(machine, folder, monkeypatch, capfd, damaged):
+    """And the clock was set back since: nothing but the files says what was given out."""
+    machine.cache.set("k", 1)
+    machine.snapshot()
+    machine.cache.set("k", 2)
+    machine.flush()
+    path = folder / datadir.VERSIONS_NAME
+    if damaged:
+        path.write_bytes(path.read_bytes()[:-1])
+    else:
+        path.unlink()
+    monkeypatch.setattr(datadir, "clock", lambda: 1)
+    machine.reboot()
+    machine.flush()
+    assert machine.row(b"k") == machine.cache["k"] == 2
+    assert "older than their rows" in capfd.readouterr().err
+    machine.cache.set("k", 3)
+    machine.flush()
+    assert machine.row(b"k") == 3
+
+
+def test_a_worker_was_first_where_the_note_is_lost(machine, folder):
+    machine.cache.set("k", 1)
+    machine.snapshot()
+    machine.flush()
+    machine.cache.set("k", 2)
+    machine.flush()
+    (folder / datadir.VERSIONS_NAME).unlink()
+    machine.killed()
+    machine.created(1 << 50)
+    machine.cache.set("k", 3)
+    machine.snapshot()
+    machine.reboot()
+    machine.flush()
+    assert machine.row(b"k") == 3
+
+
 def test_everything_is_adopted_beside_writers(machine):
     stop = threading.Event()
     keys = [b"%d" % i for i in range(300)]
@@ -540,14 +722,15 @@ def test_no_row_has_a_version_that_was_not_noted(machine, folder, monkeypatch):
 
 def test_a_note_of_the_first_versions_of_shmcache_says_less_than_was_given_out(machine, folder):
     """They noted where a life began: what it gave out then is above."""
+    machine.cache.set("k", 1)
+    machine.snapshot()
     begun = 1 << 61
     path = folder / datadir.VERSIONS_NAME
+    path.unlink()
     with os.fdopen(datadir.create(path), "wb", buffering=0) as file:
         fmt.Writer(file, "log", {"name": machine.name, "created_ms": 1, "newest": begun, "skipped": ((3, 5),)})
     given = datadir.given_out(folder)
     assert given.may_have(begun + (1 << 39)) and not given.may_have(4)
-    machine.cache.set("k", 1)
-    machine.snapshot()
     machine.store.store_many({b"k": (0, None)}, versions={b"k": begun + (1 << 39)})
     machine.reboot()
     machine.flush()
