@@ -1219,7 +1219,8 @@ cdef class Table:
         return self.read(key, default, &version)
 
     def gets(self, key):
-        """(value, version) for cas(); (None, 0) if the key is not there. A version is never used twice for one key."""
+        """(value, version) for cas(); (None, 0) if the key is not there. A version is never used twice for one key. While a touch() or an
+        incr() is under way it may be the one from before that: a cas() with it is refused."""
         cdef uint64_t version = 0
         cdef int state
         value = self.read_taking(key, 0, &version, &state)

@@ -9,7 +9,8 @@ The specification (`step`): a register that holds nothing or a value, the value'
 vanish before that time only if `may_vanish`, and then never comes back. Versions only grow; each change of the value or its time gives
 the key a new one. Whether a value's time is over an operation may judge at any instant between its call and its answer, not only at the
 one at which it takes effect, but not behind that one: a cas that found the value in time succeeds, though a reader misses it before the new
-one is there; a reader that was asked before the value was given more time, and answers behind its former end, does not miss it.
+one is there; a reader that was asked before the value was given more time, and answers behind its former end, does not miss it. A touch gives the time
+before the version: while it is under way gets() may answer the version from before it, with which a cas is then refused.
 
 The search (`check`) goes through the calls and answers in the order of time, with the set of all states that the register may be in, each
 together with those calls under way that have taken effect already: "just-in-time linearization" (Lowe, "Testing for linearizability",
@@ -65,6 +66,8 @@ class State(NamedTuple):
     version: int = 0  # 0: above `least`
     least: int = 0  # every version from now on is above
     expires: tuple[int, int] = (NEVER, NEVER)  # ns: not before the first, surely behind the second
+    former: int = 0  # by a touch: the version before it, which is seen until `until` at the latest; 0: one above `least`
+    until: int = 0
 
 
 def held(state: State, value: int, op: Op) -> State:
@@ -110,8 +113,11 @@ def step(state: State, op: Op, may_vanish: bool, now: int) -> Iterator[State]:
         elif op.counter:
             if not state.version or op.version <= state.version:
                 yield state
-        elif may_have_version(state, op.version):
-            yield state._replace(version=op.version)
+        else:
+            if may_have_version(state, op.version):
+                yield state._replace(version=op.version)
+            if op.called <= state.until and (op.version == state.former or (state.former == state.version == 0 and op.version > state.least)):
+                yield state._replace(former=op.version, least=max(state.least, op.version))
     elif kind == ADD:
         if op.done and absent:
             yield held(state, op.value, op)
@@ -132,8 +138,11 @@ def step(state: State, op: Op, may_vanish: bool, now: int) -> Iterator[State]:
                 yield left
             if present and not (state.version and same):
                 yield state
-    elif op.done and present:  # REPLACE, DELETE, TOUCH
-        yield gone(state) if kind == DELETE else held(state, state.value if kind == TOUCH else op.value, op)
+    elif kind == TOUCH and op.done:
+        if present:
+            yield held(state, state.value, op)._replace(former=state.version, until=op.returned)
+    elif op.done and present:  # REPLACE, DELETE
+        yield gone(state) if kind == DELETE else held(state, op.value, op)
     elif not op.done and absent:  # and INCR
         yield left
 

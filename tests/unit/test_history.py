@@ -33,6 +33,10 @@ LINEARIZABLE = {
     "expires while asked": [op(0, 1, SET, A, ttl_ms=100), op(9, 11, GET, A), op(9, 12, GET, 0)],
     "a cas in time, read behind it": [op(0, 1, SET, A, ttl_ms=100), op(2, 3, GETS, A, version=7), op(9, 15, CAS, B, seen=A, version=7), op(12, 13, GET), op(16, 17, GET, B)],
     "touched in time": [op(0, 1, SET, A, ttl_ms=100), op(2, 3, TOUCH, ttl_ms=1000), op(50, 51, GET, A)],
+    "a time comes before its version": [
+        op(0, 1, SET, A, ttl_ms=100), op(2, 30, TOUCH), op(3, 4, GETS, A, version=7), op(20, 21, GETS, A, version=7),
+        op(5, 31, CAS, B, seen=A, version=7, done=False), op(32, 33, GETS, A, version=8),
+    ],
     "a failed write may have been done": [op(0, 1, SET, A), op(2, 3, SET, B, unsure=True), op(4, 5, GET, B)],
     "or not": [op(0, 1, SET, A), op(2, 3, SET, B, unsure=True), op(4, 5, GET, A)],
     "a number comes before its version": [op(0, 1, SET, 16), op(2, 3, GETS, 16, version=7, counter=True), op(4, 9, INCR, 17), op(5, 6, GETS, 17, version=7, counter=True)],
@@ -64,6 +68,13 @@ NOT_LINEARIZABLE = {
     "given after its time": [op(0, 1, SET, A, ttl_ms=100), op(13, 14, GET, A)],
     "gone before its time": [op(0, 1, SET, A, ttl_ms=1000), op(2, 3, GET, 0)],
     "a cas behind its time": [op(0, 1, SET, A, ttl_ms=100), op(2, 3, GETS, A, version=7), op(13, 15, CAS, B, seen=A, version=7)],
+    "the version from before a touch that has returned": [
+        op(0, 1, SET, A), op(2, 3, GETS, A, version=7), op(4, 5, TOUCH), op(6, 7, GETS, A, version=7),
+    ],
+    "a cas with it": [
+        op(0, 1, SET, A, ttl_ms=100), op(2, 3, GETS, A, version=7), op(4, 30, TOUCH), op(20, 21, GETS, A, version=7),
+        op(31, 32, CAS, B, seen=A, version=7),
+    ],
     "missed though it was persisted in time": [op(0, 1, SET, A, ttl_ms=100), op(3, 15, GET), op(4, 5, TOUCH), op(16, 17, GET, A)],
     "expired though it was touched": [op(0, 1, SET, A, ttl_ms=100), op(2, 3, TOUCH), op(50, 51, GET, 0)],
     "back after its time": [op(0, 1, SET, A, ttl_ms=100), op(9, 12, GET, 0), op(13, 14, TOUCH)],
