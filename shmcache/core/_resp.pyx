@@ -38,12 +38,19 @@ from shmcache.core.table cimport (
 from shmcache.core.token cimport ABSENT, BUSY, EXISTS, INTR, NO_ROOM, NO_STORE, OK, OVERFLOW, mono_ns, wall_ms
 
 import threading
-from os import urandom
+from os import register_at_fork, urandom
 
 from shmcache import errors
 from shmcache.core._core import WouldWait
 
 HOLDING = threading.Lock()      # one thread of a process holds several stripes at a time
+
+def _after_fork_in_child():
+    """The thread that had it may not be there."""
+    global HOLDING
+    HOLDING = threading.Lock()
+
+register_at_fork(after_in_child=_after_fork_in_child)
 
 cdef extern from "sys/socket.h" nogil:
     ssize_t send(int fd, const void* buf, size_t n, int flags)
@@ -174,7 +181,8 @@ cdef class Executor:
     cdef readonly int64_t tick_ms       # the segment's clock at the last tick(): as fine as idle times have to be
     cdef public int64_t paused_until    # ms, monotonic: CLIENT PAUSE
     cdef public bint paused_writes_only
-    cdef list holding                   # numbers of the stripes that hold() took,
+    cdef object lock                    # HOLDING, as it was when
+    cdef list holding                   # hold() took stripes of these numbers,
     cdef uint64_t holder                # and with which token: a fork child has none of them
     cdef bint was_impatient             # before
     cdef readonly int db                # whose keys are meant
@@ -383,14 +391,15 @@ cdef class Executor:
         cdef uint64_t until = 0
         cdef int rc = OK
         cdef bint were_pinned = self.pinned is not None
+        cdef object lock = HOLDING
         self.table.room_in_log(s, self.mapping, log_bytes)
-        if not HOLDING.acquire(not self.table.impatient):
+        if not lock.acquire(not self.table.impatient):
             raise WouldWait
         try:
             self.table.ready()          # a signal's handler may have forked: no lock is taken with a token of 0
             self.pin()
         except BaseException:
-            HOLDING.release()
+            lock.release()
             raise
         for k in range(len(stripes)):
             i = stripes[k]
@@ -415,6 +424,7 @@ cdef class Executor:
             s.holder = pthread_self()
             self.holder = s.me[0]
             self.holding = stripes
+            self.lock = lock
             #! hold: held
             self.was_impatient = self.table.impatient
             self.table.impatient = False
@@ -424,7 +434,7 @@ cdef class Executor:
             i = stripes[k]
             stripe_release(s, &s.stripes[i])
             #! hold: a stripe given back
-        HOLDING.release()
+        lock.release()
         if not were_pinned:
             self.pinned = None
         if self.table.impatient:
@@ -447,7 +457,7 @@ cdef class Executor:
         self.holding = None
         self.pinned = None
         self.table.impatient = self.was_impatient
-        HOLDING.release()
+        self.lock.release()
 
     @property
     def holds(self):

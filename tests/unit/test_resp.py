@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import random
 import re
+import signal
+import threading
 
 import pytest
 from hypothesis import given, settings
@@ -490,3 +492,31 @@ def test_a_fork_child_holds_stripes_by_a_token_of_its_own(two_stripes):
         assert not int(stripes["word"][0])
 
     elsewhere(child)
+
+
+def test_a_fork_child_does_not_wait_for_a_thread_that_held_stripes_in_its_parent(two_stripes):
+    cache, executor, held, others = two_stripes
+    holding, forked = threading.Event(), threading.Event()
+
+    def beside():
+        executor.hold(held[:1])
+        holding.set()
+        forked.wait()
+        executor.release()
+
+    def child():
+        signal.alarm(20)
+        mine = _resp.Executor(cache, {}, impatient=False)
+        mine.hold(others[:1])
+        mine.release()
+
+    thread = threading.Thread(target=beside)
+    thread.start()
+    holding.wait()
+    try:
+        elsewhere(child)
+    finally:
+        forked.set()
+        thread.join()
+    executor.hold(held[:1])
+    executor.release()
