@@ -219,7 +219,7 @@ cdef class Marks:
     cdef Table table
     cdef dict held                  # key: Held
     cdef public bint known
-    cdef uint64_t began             # ns: when the first was put; 0: none was
+    cdef uint64_t began             # ns: when the first was begun to be put; 0: none was
 
     def __cinit__(self, Table table not None):
         self.table = table
@@ -229,6 +229,7 @@ cdef class Marks:
     def put(self, bytes key not None, double seconds, bint alone=False, uint64_t version=0):
         """Table.mark(), noted."""
         cdef Held mark = Held(self.table)
+        cdef uint64_t began = mono_ns()     # its time counts from here: it may have to wait for the stripe
         mark.key = key
         self.held[key] = mark
         try:
@@ -236,7 +237,7 @@ cdef class Marks:
         finally:
             if mark.version:
                 marked.setdefault(key, []).append(mark)
-                self.began = self.began or mono_ns()
+                self.began = self.began or began
             else:
                 del self.held[key]
         return told

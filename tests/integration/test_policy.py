@@ -20,7 +20,7 @@ import pytest
 
 import shmcache
 from shmcache import errors
-from shmcache.core import _dirty
+from shmcache.core import _claims, _dirty, _resp
 from shmcache.stores import Entry
 from shmcache.supervisor import writeback
 from tests.integration.test_flight import claimer, pass_time
@@ -723,6 +723,31 @@ def test_a_change_whose_mark_is_over_when_it_comes_to_store_is_not_made(over, ho
     assert isinstance(got[0], errors.StoreUnavailable)
     assert "too late" in str(got[0])
     assert stored(cache, "n") == {b"n": Entry(1)}
+
+
+def test_a_marks_time_counts_from_before_its_wait_for_the_stripe(over, hooked):
+    """The store's call that comes behind it is to be over while the mark stands."""
+    cache = over(hooked)
+    executor = _resp.Executor(cache, {}, impatient=False)
+    held, begun = threading.Event(), threading.Event()
+
+    def beside():
+        executor.hold([b"n"])
+        held.set()
+        begun.wait()
+        time.sleep(0.3)
+        executor.release()
+
+    thread, _ = in_thread(beside)
+    assert held.wait(60)
+    before = time.monotonic()
+    begun.set()
+    with _claims.Marks(cache) as marks:
+        marks.put(b"n", 60.0)
+        waited = time.monotonic() - before
+        assert marks.age > waited * 0.9
+    assert waited > 0.2
+    thread.join()
 
 
 @pytest.mark.parametrize("other", ["set", "delete", "invalidate", "clear", "incr"])
