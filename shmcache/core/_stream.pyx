@@ -107,6 +107,9 @@ cdef int copy_chain(seg_t* s, uint64_t b, uint32_t stripe, copy_t* c) noexcept n
                     continue
             elif offset + r.value_bytes > room:
                 continue
+            if r.version >> 63:             # damaged (bucket.pxd, version_of): nothing could be restored from a file with it. verify() names it
+                damaged += 1
+                continue
             for k in range(n_seen):         # a damaged chain can lead round and round
                 if seen[k] == addr:
                     break

@@ -147,10 +147,11 @@ cdef inline void stripe_repair(seg_t* s, stripe_t* st) noexcept nogil:
         #! stripe repair: version
         st64(&it.word, word_of(LIVE, 0))
         #! stripe repair: LIVE
-        if not it.flags & FLAG_CLAIM:
-            log_repaired(s, RECORD_REF, st - s.stripes, it.cas, it, page_room(s, n))
-        if version_of(it) > st.seq:
-            st64(&st.seq, version_of(it))
+        version = version_of(it)
+        if version and not it.flags & FLAG_CLAIM:
+            log_repaired(s, RECORD_REF, st - s.stripes, version, it, page_room(s, n))
+        if version > st.seq:
+            st64(&st.seq, version)
         st64(&st.count, st.count_next)
         add64(&s.row.repairs[REPAIRED_FINISHED], 1)
     elif o and reachable(s, o) != NULL:                     # undo: it was not

@@ -18,6 +18,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import shmcache
@@ -495,6 +496,23 @@ def test_snapshots_of_a_segment_that_was_not_restored_stay(make, restored, folde
     for _ in range(3):
         snapshot.write(cache, folder)
     assert len(fmt.listing(folder)[0]) == 2
+
+
+def test_an_item_whose_version_is_damaged_keeps_no_other_from_being_restored(make, restored, folder):
+    cache = make("8M")
+    cache.set_many({b"k%d" % i: i for i in range(50)})
+    segment = cache.views(writable=True)
+    address = int(segment.buckets["slot"][segment.buckets["slot"] != 0][0]) & (1 << 48) - 1
+    item = np.ndarray((1,), segment.items(0).dtype, buffer=segment.bytes, offset=address * 16)
+    item["cas"] |= np.uint64(1 << 63)
+    del item, segment
+    assert any("I8" in line for line in cache.verify())
+    assert snapshot.write(cache, folder)["damaged"] == 1
+    cache.close()
+    _, cache = restored(folder)
+    assert len(cache) == 49
+    cache.set("new", 1)
+    assert cache.gets("new")[1] < 1 << 62
 
 
 def test_a_damaged_one_is_named_and_the_one_before_is_used(make, restored, folder):
