@@ -23,7 +23,7 @@ from shmcache.core import _core, _resp, _text
 from shmcache.core._claims import Claims, Marks
 from shmcache.sidecar.commands.table import OF_CACHE, TABLE, WRITE, Error, keys_in
 from shmcache.sidecar.commands.transactions import discard_transaction
-from shmcache.stored import BATCH, MISSING, StoredCache, told
+from shmcache.stored import BATCH, MISSING, StoredCache
 from shmcache.stores import Entry
 from shmcache.through import ThroughCache
 
@@ -241,16 +241,14 @@ class Trial:
                 raise errors.StoreUnavailable("what this command has written was evicted too soon: nothing was changed; try again")
 
     def store(self) -> None:
-        """New values first: of a RENAME that is cut off both keys are there, not none."""
-        told(self.marks, self.write)
-
-    def write(self) -> None:
-        cache, timeout = self.cache, self.cache.policy.timeout
+        """New values first: of a RENAME that is cut off both keys are there, not none. No call begins for which the marks would not stand
+        long enough."""
+        cache = self.cache
         kept = list(self.kept.items())
         for i in range(0, len(kept), BATCH):
-            cache._call(cache.store.store_many, {name: tuple(entry) for name, entry in kept[i : i + BATCH]}, timeout=timeout)
+            cache._ask(cache.store.store_many, {name: tuple(entry) for name, entry in kept[i : i + BATCH]}, self.marks)()
         for i in range(0, len(self.gone), BATCH):
-            cache._call(cache.store.delete_many, self.gone[i : i + BATCH], timeout=timeout)
+            cache._ask(cache.store.delete_many, self.gone[i : i + BATCH], self.marks)()
         if self.kept or self.gone:
             cache.count_store(writes=len(self.kept) + len(self.gone))
 

@@ -16,7 +16,7 @@ from shmcache.sidecar import backed, serving
 from shmcache.stores import Entry
 from shmcache.supervisor import writeback
 from tests.integration.service import LIMIT, running, until
-from tests.integration.test_policy import POLICIES, Hooked, Unsettled
+from tests.integration.test_policy import POLICIES, Gate, Hooked, Unsettled
 from tests.integration.test_store import DictStore
 
 
@@ -309,6 +309,33 @@ def test_who_writes_a_key_that_another_writes_waits_for_him(front, mode):
             client.incr("n")
         go.set()
     assert found == [42] and rows(cache, b"n") == {b"n": 42} and client.incr("n") == 43
+
+
+@pytest.mark.parametrize("mode", ["through", "around"])
+@pytest.mark.parametrize("words", [("INCR", "k"), ("RENAME", "k", "other")])
+def test_a_command_whose_marks_are_over_when_it_comes_to_store_changes_nothing(front, monkeypatch, mode, words):
+    """A sidecar that was stopped behind its load, say: somebody else has counted meanwhile."""
+    monkeypatch.setattr(shmcache.stored, "GRACE", 0.1)
+    store = Hooked()
+    store.store_many({b"k": (1, None)})
+    cache, client = front(store, mode, timeout=0.1)
+    gate, said = Gate(store, "load", "after"), []
+
+    def ask():
+        try:
+            said.append(client.execute_command(*words))
+        except redis.ResponseError as e:
+            said.append(str(e))
+
+    asks = threading.Thread(target=ask)
+    asks.start()
+    assert gate.reached.wait(LIMIT)
+    until(lambda: not cache.claim_version("k"))
+    assert cache.incr("k") == 2
+    gate.opened.set()
+    asks.join(LIMIT)
+    assert "too late" in said[0]
+    assert rows(cache, b"k", b"other") == {b"k": 2}
 
 
 @pytest.mark.parametrize("line", ["INCR n", "APPEND n x", "SET n x XX", "DEL n", "EXPIRE n 10", "RENAME n m", "SETNX n 1", "GETDEL n"])
