@@ -483,6 +483,7 @@ def _live_or_restored(args: argparse.Namespace, folder: Path | None) -> shmcache
 
     if args.start_empty and (args.size is None or folder is None):
         raise errors.UsageError("--start-empty needs --data-dir, and --size: of the segment that is created then")
+    base = None if folder is None else snapshot.base_of_empty(folder)  # a note of a newer format is refused before anything is moved
     created: dict[str, Any] = {"huge_pages": args.huge_pages}
     if args.log_buffer:
         created["log_buffer"] = args.log_buffer
@@ -522,7 +523,6 @@ def _live_or_restored(args: argparse.Namespace, folder: Path | None) -> shmcache
     policy = args.policy or ("through" if args.store else None)
     if args.size is None:
         return shmcache.attach(args.name)
-    base = None if folder is None else snapshot.base_of_empty(folder)
     return shmcache.cache.open_logged(args.name, args.size, appendlog.POLICIES[args.log], policy=policy, version_base=base, **created)
 
 

@@ -325,7 +325,7 @@ def layout():
             ("dirty", <size_t>&h.dirty, "<u8", 1), ("flushes_asked", <size_t>&h.flushes_asked, "<u8", 1),
             ("flushes_ended", <size_t>&h.flushes_ended, "<u8", 1), ("flushed_ms", <size_t>&h.flushed_ms, "<u8", 1),
             ("flush_failed_ms", <size_t>&h.flush_failed_ms, "<u8", 1), ("flush_refused", <size_t>&h.flush_refused, "<u8", 1),
-            ("oldest_dirty_ms", <size_t>&h.oldest_dirty_ms, "<u8", 1), ("log_number", <size_t>&h.log_number, "<u8", 1),
+            ("oldest_dirty_ms", <size_t>&h.oldest_dirty_ms, "<u8", 1), ("restored_from", <size_t>&h.restored_from, "<u8", 1), ("log_number", <size_t>&h.log_number, "<u8", 1),
             ("log_bytes", <size_t>&h.log_bytes, "<u8", 1)]),
         "ring": (sizeof(ring_t), [
             ("head", <size_t>&g.head, "<u8", 1), ("drained", <size_t>&g.drained, "<u8", 1), ("durable", <size_t>&g.durable, "<u8", 1),

@@ -178,7 +178,8 @@ ctypedef struct header_t:   # 4,096 bytes. Written at creation only, where nothi
     uint64_t flush_failed_ms    # wall clock, since when the store fails; 0: it does not. Writer: the supervisor
     uint64_t flush_refused  # dirty items that the store refused at the last pass. Writer: the supervisor
     uint64_t oldest_dirty_ms    # wall clock, when what was the oldest dirty item at the last pass was found dirty; 0: none. Writer: the supervisor
-    uint64_t pad9[3]
+    uint64_t restored_from  # what the newest files were of the directory from which this was restored; 0: it was not. Writer: who restores
+    uint64_t pad9[2]
     # the log's file, which is to be there when the log goes on: appendlog.py
     uint64_t log_number     # of the newest that was begun; 0: none was, and nobody has emptied the rings. Writer: the supervisor
     uint64_t log_bytes      # that it has at least: all that has left the rings is in them, or in earlier files. Writer: the supervisor

@@ -324,9 +324,7 @@ def is_whole(cache: Cache, folder: Path) -> bool:
     life = datadir.life(cache)
     number = int(header["log_number"])
     if not number:  # nobody has emptied the rings yet
-        with contextlib.suppress(errors.DamagedFile):
-            return not int(header["restored_seq"]) or datadir.is_from(cache, folder)
-        return False
+        return not int(header["restored_seq"]) or datadir.has_what_it_was_restored_from(cache, folder)
     # else it is whole if it went on here, and nothing was missed since: neither here nor because it went on elsewhere. The newest file is
     # there, and each has all that has left the rings: a copy may lack what came since, also one that was put back in a file's place. Behind
     # the newest is at most what was begun in vain

@@ -122,7 +122,8 @@ def is_of(name: str, folder: Path) -> bool:
 def set_aside(folder: Path) -> Path:
     """Move all snapshots and log files of a directory that was taken into a new one within it, which only people look into: that one.
 
-    Crash: what is left is refused as all of it was, for the newest snapshot goes behind the others, then the logs, the earliest first.
+    Crash: what is left is refused as all of it was, for the newest snapshot goes behind the others, then the logs, the earliest first; then
+    what says of whose lives they are.
     """
     snapshots, logs = fmt.listing(folder)
     for n in itertools.count(1):
@@ -132,6 +133,8 @@ def set_aside(folder: Path) -> Path:
             break
     for _, path in (*snapshots, *logs):
         path.rename(aside / path.name)
+    with contextlib.suppress(FileNotFoundError):  # it speaks of these
+        (folder / LIVES_NAME).rename(aside / LIVES_NAME)
     sync_folder(aside)
     sync_folder(folder)
     return aside
@@ -187,7 +190,9 @@ def note_life(cache: Cache, folder: Path, restored_from: set[int]) -> None:
     """The segment has what files of these lives had, here. Raises: NewerFormat; OSError, UnsupportedValue (there are too many lives): it is
     not noted yet."""
     _unnoted[life(cache), folder] = restored_from
-    cache.views(writable=True).header["unnoted"] = _newest(folder)
+    header = cache.views(writable=True).header
+    header["restored_from"] = header["unnoted"] = _newest(cache, folder)
+    del header
     note_first(cache, folder)
 
 
@@ -217,7 +222,7 @@ def note_first(cache: Cache, folder: Path) -> None:
 def is_unnoted(cache: Cache, folder: Path) -> bool:
     """Was it restored from what is here, and that could not be noted?"""
     unnoted = int(cache.segment.header["unnoted"])
-    return unnoted != 0 and unnoted == _newest(folder)
+    return unnoted != 0 and unnoted == _newest(cache, folder)
 
 
 def is_from(cache: Cache, folder: Path) -> bool:
@@ -225,12 +230,17 @@ def is_from(cache: Cache, folder: Path) -> bool:
     return is_unnoted(cache, folder) or life(cache) in lives(folder)
 
 
-def _newest(folder: Path) -> int:
-    """What the newest readable files here are, in 64 bits, never 0."""
-    found = []
+def has_what_it_was_restored_from(cache: Cache, folder: Path) -> bool:
+    """And nothing newer, but files of its own."""
+    return int(cache.segment.header["restored_from"]) == _newest(cache, folder)
+
+
+def _newest(cache: Cache, folder: Path) -> int:
+    """What the newest readable files here are that are not the segment's own, in 64 bits, never 0."""
+    found, mine = [], life(cache)
     for kind, of_kind in zip(fmt.MAGIC, fmt.listing(folder), strict=True):
         readable = ((h, path.stat().st_size) for _, path in reversed(of_kind) if (h := head(path, kind)))  # type: ignore[arg-type]
-        found.append(next(readable, None))
+        found.append(next((one for one in readable if life_of(one[0]) != mine), None))
     return int.from_bytes(hashlib.blake2b(repr(found).encode(), digest_size=8).digest(), "little") | 1
 
 

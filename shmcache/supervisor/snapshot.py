@@ -360,6 +360,7 @@ class Logs:
         self.created_ms = 0
         self.settings: dict[str, int] = {}
         self.lives: list[int | None] = []
+        self.restored = False  # the life of the first file was: what it was restored from is not in these
         self.bases: dict[Path, int] = {}
         self.ahead: dict[Path, int] = {}  # of the segment's base: relate()
         for path in self.paths:
@@ -369,6 +370,8 @@ class Logs:
                 if reader.head.get("name") != name:
                     raise errors.ForeignDataDir(f"{path} is of the segment {reader.head.get('name')!r}, not {name!r}: move it away")
                 newest, self.created_ms, self.settings, epoch = datadir.of_head(path, reader.head)
+                if not self.lives:
+                    self.restored = epoch >= EPOCHS_AHEAD
                 self.lives.append(datadir.life_of(reader.head))
                 self.bases[path] = datadir.base_of(path, self.settings)
                 self.newest, self.epoch = max(self.newest, self.bases[path] + newest), max(self.epoch, epoch)
@@ -408,7 +411,7 @@ def restore(
     datadir.check_owner(folder, name)
     candidates, damaged = find(folder)
     logs = Logs(name, folder, candidates[0].log_from, candidates[0].logged) if candidates else Logs(name, folder, 1, False)
-    if not candidates and not logs.settings:
+    if not candidates and (not logs.settings or (damaged and logs.restored)):
         raise errors.NoSnapshot(_none_whole(folder, damaged))
     if log_buffer_if_none and not (candidates[0].settings if candidates else logs.settings)["ring_bytes"]:
         options.setdefault("log_buffer", log_buffer_if_none)
@@ -461,7 +464,7 @@ def _fill(
     epoch = max(tail.epoch, found.epoch if found else 0)
     if found and tail.keys:
         found.check(lambda payload: tail.see(payload, ahead), progress)
-    gaps, unnoted = tail.gaps, ""
+    gaps, unnoted = tail.gaps or int(found is None and logs.restored), ""
     first = cache.durability()["generations_missing"]
     if first:
         _settle(cache, folder, max(tail.newest, found.newest + ahead if found else 0), given)

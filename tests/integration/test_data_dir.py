@@ -18,7 +18,7 @@ import shmcache
 from shmcache import errors, segment
 from shmcache.supervisor import datadir, snapshot
 from shmcache.supervisor import format as fmt
-from shmcache.supervisor.appendlog import POLICIES, AppendLog
+from shmcache.supervisor.appendlog import POLICIES, AppendLog, is_whole
 from shmcache.supervisor.loop import Supervisor
 
 LIMIT = 6  # seconds, of any wait
@@ -705,6 +705,79 @@ def test_a_segment_goes_on_behind_a_snapshot_that_was_passed_over(name, folder, 
     with supervising(name, *args), shmcache.attach(name) as cache:
         assert cache["n"] == "acknowledged"
     shmcache.unlink(name)
+
+
+@pytest.mark.parametrize("damage", [flip_in_head, flip_in_end, None])
+def test_the_log_of_a_restored_life_is_not_all_there_was(name, taken, damage):
+    """A log's file 1 may begin behind a restore: from a snapshot of a life that was not logged."""
+    lived(name, taken, "in the snapshot only", log=False)
+    snapshot.restore(name, taken, log_policy=3, log_buffer="64K")
+    with shmcache.attach(name) as cache:
+        log = AppendLog(cache, taken, "always")
+        cache.set("new", 1)
+        log.close()
+    shmcache.unlink(name)
+    path = taken / fmt.snapshot_name(1)
+    if damage:
+        damage(path)
+        with pytest.raises(errors.NoSnapshot):
+            snapshot.restore(name, taken)
+        assert not os.path.exists(segment.check_name(name))
+    else:
+        path.unlink()
+        assert snapshot.restore(name, taken)["gaps"] >= 1
+        shmcache.unlink(name)
+
+
+def test_a_log_is_whole_behind_a_restore_only_with_what_was_restored(name, taken, tmp_path):
+    lived(name, taken, "older", log=False)
+    older, aside = tmp_path / "older", tmp_path / "aside"
+    shutil.copytree(taken, older)
+    lived(name, taken, "newer", log=False)
+    snapshot.restore(name, taken, log_policy=3, log_buffer="64K")
+    with shmcache.attach(name) as cache:
+        assert is_whole(cache, taken)
+        files = [path for of_kind in fmt.listing(taken) for _, path in of_kind]
+        aside.mkdir()
+        for path in files:
+            path.rename(aside / path.name)
+        assert not is_whole(cache, taken), "they were moved out"
+        for _, path in fmt.listing(older)[0]:
+            shutil.copy2(path, taken)
+        assert not is_whole(cache, taken), "an older copy was put back"
+        for path in files:
+            shutil.copy2(aside / path.name, path)
+        assert is_whole(cache, taken)
+        log = AppendLog(cache, taken, "always")
+        log.close()
+        assert is_whole(cache, taken)
+    shmcache.unlink(name)
+
+
+@pytest.mark.parametrize("note", [datadir.VERSIONS_NAME, datadir.LIVES_NAME])
+def test_to_start_empty_beside_a_note_of_a_newer_format(name, folder, note):
+    """Refused before anything is moved; or it begins, and so does the next."""
+    with datadir.take(folder) as taken:
+        lived(name, taken, 1)
+        snapshot.restore(name, taken)
+        shmcache.unlink(name)
+        if note == datadir.VERSIONS_NAME:
+            datadir.note_given_out(taken, name, datadir.GivenOut(1))
+    newer(folder / note)
+    before = state(folder)
+    args = ("--size", "32M", "--data-dir", folder, "--log", "always")
+    refused(name, *args)
+    if note == datadir.VERSIONS_NAME:
+        refused(name, *args, "--start-empty")
+        assert state(folder) == before
+        return
+    with supervising(name, *args, "--start-empty"), shmcache.attach(name) as cache:
+        cache.set("k", 1)
+    with supervising(name, *args), shmcache.attach(name) as cache:
+        assert cache["k"] == 1
+    shmcache.unlink(name)
+    with supervising(name, *args), shmcache.attach(name) as cache:
+        assert cache["k"] == 1
 
 
 def test_a_note_without_those_that_were_passed_over_is_read(name, taken):

@@ -23,7 +23,7 @@ OFFSETS = {
     "overflow_list 528 overflow_n_free 536 overflow_cursor 544 big_word 632 big_stalled 640 big_list 656 big_n_free 664 "
     "big_cursor 672 config 760 ring_bytes 1848 log_policy 1856 log_gaps 1864 log_healed 1872 log_failed_ms 1880 log_asleep 1888 log_epoch 1896 log_bell 1904 snapshot_begun_ms 1912 unnoted 1920 "
     "dirty_off 1928 dirty_bytes 1936 dirty_limit 1944 version_base 1952 dirty 1968 flushes_asked 1976 flushes_ended 1984 "
-    "flushed_ms 1992 flush_failed_ms 2000 flush_refused 2008 oldest_dirty_ms 2016 log_number 2048 log_bytes 2056",
+    "flushed_ms 1992 flush_failed_ms 2000 flush_refused 2008 oldest_dirty_ms 2016 restored_from 2024 log_number 2048 log_bytes 2056",
     "row": "gen 0 pid 8 started_ms 16 gen_check 24 home 32 home_check 40 hits 64 misses 72 sets 80 deletes 88 expired 96 evictions 104 inline_evictions 112 "
     "chain_evictions 120 retries 128 lock_waits 136 takeovers 144 settled 152 pages_moved 160 stalls 168 max_wait_ns 176 unlisted 184 "
     "repairs 192 hazard 256 parked 320 batch 448 store_loads 960 store_found 968 store_writes 976 store_errors 984 locks_lost 992",
