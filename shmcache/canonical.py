@@ -42,7 +42,9 @@ OWN_ATTRIBUTES = ("__wrapped__", "_memoized", "cache_key", "forget", "cache_para
 DISPATCHING = ("__wrapped__", "register", "dispatch", "registry", "_clear_cache")
 MAPS = ("_mmap", "filename", "offset", "mode")  # where the items of a memmap are
 DISPATCHES = functools.singledispatch(len).__code__  # type: ignore[attr-defined]
-LEAVES_OUT = ("collections", "datetime", "decimal", "fractions", "pathlib")  # reduced without a subclass's attributes
+# reduced without a subclass's attributes, without its slots
+LEAVES_OUT = ("collections", "datetime", "decimal", "fractions", "ipaddress", "pathlib", "random")
+LEAVES_OUT_SLOTS = (*LEAVES_OUT, "builtins", "functools")
 
 
 def canonical(value: Any, any_object: bool) -> bytes:
@@ -84,7 +86,8 @@ class Walk:
             return self._array(b"a" if kind is numpy.ndarray else b"n", numpy.asarray(value))
         arrays = () if numpy is None else (numpy.ndarray, numpy.generic)
         if numpy is not None and self._any_object and isinstance(value, arrays) and reduced_by(kind) in arrays:
-            return b"A" + self.bytes_of(found_as(kind)) + self._array(b"a", numpy.asarray(value)) + self._attributes(value, *MAPS)
+            own = self._attributes(value, *MAPS) + self._slots(value, reduced_by(kind))
+            return b"A" + self.bytes_of(found_as(kind)) + self._array(b"a", numpy.asarray(value)) + own
         packer = packers().get(kind)
         if packer is not None:
             try:
@@ -124,7 +127,8 @@ class Walk:
                 raise codec.refuse(array, "an array of objects would have to be pickled")
             return tag + self.bytes_of(("O", array.shape, array.ravel().tolist()))
         if array.dtype.names:  # field by field: between them there may be bytes that mean nothing
-            head = tag + self.bytes_of((array.dtype.names, array.shape, array.dtype.type))
+            titles = tuple(title for _, _, *title in (array.dtype.fields[name] for name in array.dtype.names))
+            head = tag + self.bytes_of((array.dtype.names, array.shape, array.dtype.type, titles))
             return head + b"".join([self._array(b"a", array[name]) for name in array.dtype.names])
         kind = array.dtype.type  # of another package, whose dtypes may all be called V2
         dtype = array.dtype.str if kind.__module__ == "numpy" else (array.dtype.str, found_as(kind))
@@ -161,6 +165,19 @@ class Walk:
                 of = getattr(value, "__qualname__", None) or type(value).__qualname__
                 raise errors.UnsupportedValue(f"the attribute {name!r} of {of}: {e}") from None
         return b"o%d:" % len(made) + b"".join(made) if made else b""
+
+    def _slots(self, value: Any, base: type) -> bytes:
+        """Of those that its class has beyond this one of its bases, and that have a value."""
+        mro = type(value).__mro__
+        made = {}
+        for kind in mro[: mro.index(base)]:
+            for name, member in vars(kind).items():
+                if isinstance(member, types.MemberDescriptorType):
+                    try:
+                        made[kind.__qualname__, name] = member.__get__(value)
+                    except AttributeError:  # it has no value
+                        pass
+        return b"s" + self._dict(b"d", made.items()) if made else b""
 
     def _function(self, function: types.FunctionType) -> bytes:
         memoized = vars(function).get("_memoized")
@@ -206,8 +223,13 @@ class Walk:
         call = getattr(kind, "__call__", None)  # noqa: B004
         if type(call) is types.FunctionType:  # it is used as a function: its code counts
             head += self.bytes_of(call)
-        if state is None and (by := reduced_by(kind)) is not kind and by.__module__ in LEAVES_OUT:
-            head += self._attributes(value)
+        if (by := reduced_by(kind)) is not kind and by is not object:
+            package = by.__module__.partition(".")[0]
+            if package in LEAVES_OUT:
+                own = getattr(value, "__dict__", ())
+                head += self._attributes(value, *(name for name in own if isinstance(getattr(kind, name, None), functools.cached_property)))
+            if package in LEAVES_OUT_SLOTS:
+                head += self._slots(value, by)
         ordered = not isinstance(value, dict) or isinstance(value, OrderedDict)
         return head + self._items(b"l", items or ()) + (self._items(b"l", pairs or ()) if ordered else self._dict(b"d", pairs or ()))
 

@@ -7,10 +7,14 @@ import dataclasses
 import datetime as dt
 import decimal
 import enum
+import fractions
 import functools
+import ipaddress
 import math
 import os
+import pathlib
 import pickle
+import random
 import subprocess
 import sys
 import threading
@@ -215,7 +219,8 @@ class Day(dt.datetime):
 
 
 def with_attributes(value, **attributes):
-    vars(value).update(attributes)
+    for name, attribute in attributes.items():
+        setattr(value, name, attribute)
     return value
 
 
@@ -260,6 +265,73 @@ def test_what_tells_two_values_apart_beside_what_they_hold():
     assert pickled(dispatching(str, int)) == pickled(dispatching(int, str))
     assert pickled(filled(Ordered, *PAIRS)) == pickled(filled(Ordered, *PAIRS))
     assert pickled(with_attributes(lambdas(1)[0], m=2)) == pickled(with_attributes(with_attributes(lambdas(0)[0], m=2), n=1))
+
+
+class WithSlots:
+    """Of each class a subclass that pickle reduces as its base: what it has beyond that is in a slot."""
+
+    class Decimal(decimal.Decimal):
+        __slots__ = ("n",)
+
+    class Fraction(fractions.Fraction):
+        __slots__ = ("n",)
+
+    class Time(dt.datetime):
+        __slots__ = ("n",)
+
+    class Counter(collections.Counter):
+        __slots__ = ("n",)
+
+    class Path(pathlib.PurePosixPath):
+        __slots__ = ("n",)
+
+    class Partial(functools.partial):
+        __slots__ = ("n",)
+
+    class Error(ValueError):
+        __slots__ = ("n",)
+
+    class Array(np.ndarray):
+        __slots__ = ("n",)
+
+    class Address(ipaddress.IPv4Address):
+        __slots__ = ("n",)
+
+
+class Network(ipaddress.IPv4Network):
+    pass
+
+
+class Plain(pathlib.PurePosixPath):
+    pass
+
+
+class Seeded(random.Random):
+    pass
+
+
+@pytest.mark.parametrize("make", [
+    lambda: WithSlots.Decimal(1), lambda: WithSlots.Fraction(1, 3), lambda: WithSlots.Time(2026, 1, 1), lambda: WithSlots.Counter("a"), lambda: WithSlots.Path("/a"),
+    lambda: WithSlots.Partial(len), lambda: WithSlots.Error("a"), lambda: np.arange(3).view(WithSlots.Array), lambda: WithSlots.Address("1.2.3.4"),
+    lambda: Network("1.2.3.0/24"), lambda: Plain("/a"), lambda: Seeded(1),
+])  # fmt: skip
+def test_what_a_subclass_has_beyond_what_is_reduced(make):
+    made = [pickled(make()), *[pickled(with_attributes(make(), n=n)) for n in (1, 2)]]
+    assert len(set(made)) == 3
+    assert made == [pickled(make()), *[pickled(with_attributes(make(), n=n)) for n in (1, 2)]]
+
+
+def test_what_was_computed_of_it_meanwhile_does_not_count():
+    one, two = Network("1.2.3.0/24"), Network("1.2.3.0/24")
+    assert one.broadcast_address and str(one) and hash(Plain("/a"))
+    assert pickled(one) == pickled(two)
+    path = Plain("/a")
+    assert path.parts and str(path) and pickled(path) == pickled(Plain("/a"))
+
+
+def test_the_titles_of_fields_count():
+    made = [np.zeros(1, np.dtype({"names": ["a"], "formats": ["<i4"], "titles": [title]})) for title in ("t", "u")]
+    assert len({pickled(value) for value in (*made, np.zeros(1, [("a", "<i4")]))}) == 3
 
 
 def test_how_an_array_of_a_subclass_lies_does_not_count(tmp_path):
