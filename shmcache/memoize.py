@@ -6,7 +6,7 @@ defined again, and the functions of two programs do not share results, and a fun
 calls and the globals that it reads are not part of it. `name` replaces all that.
 
 What a function closes over, and its attributes, count as they are when the function is memoized; or when it is first called, if a variable
-that it closes over has no value yet, or if it is one of singledispatch, of which what is registered by then counts.
+that it closes over has no value yet. Of one of singledispatch counts what is registered at the call.
 """
 
 from __future__ import annotations
@@ -53,17 +53,23 @@ def memoize(
         check(function)
         called = getattr(function, "__qualname__", type(function).__qualname__)
         identity: bytes | None = b""
+        registered: dict[type, Any] | None = None  # of one of singledispatch, when it was identified
         if prefix is None:
             module = module_name(function.__module__, getattr(function, "__globals__", {}))
             begins = PREFIX + f"{module}.{called}".encode("utf-8", "backslashreplace")[:SHOWN_BYTES] + b"\x00"
-            identity = None if waits_for_values(function) or is_dispatched(function) else identified(function, called)
+            if is_dispatched(function):
+                registered, identity = {}, None
+            else:
+                identity = None if waits_for_values(function) else identified(function, called)
         else:
             begins = prefix
             note_name(cache.name, begins, function, called)
         arguments = Arguments(function, called, any_object)
 
         def cache_key(*args: Any, **kwargs: Any) -> bytes:
-            nonlocal identity
+            nonlocal identity, registered
+            if registered is not None and registered != function.registry:  # type: ignore[attr-defined]
+                registered, identity = dict(function.registry), None  # type: ignore[attr-defined]
             if identity is None:
                 identity = identified(function, called)
             digest = blake2b(identity, digest_size=DIGEST_BYTES, person=b"memoize", salt=salt)

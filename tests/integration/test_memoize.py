@@ -75,6 +75,10 @@ def test_a_function_of_singledispatch(cache):
         return memoized
 
     assert [made(int)(1), made(str)(1), made(int)(1), made(int)("a"), made(str)("a")] == ["int", "any", "int", "any", "str"]
+    late = made(list)
+    assert late(2.5) == "any"
+    late.register(float, lambda x: "float")  # behind its first call
+    assert [late(2.5), made(list)(2.5), late(2.5)] == ["float", "any", "float"]
 
 
 def test_closures_whose_variable_comes_later(cache):
