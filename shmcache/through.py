@@ -128,8 +128,8 @@ class ThroughCache(StoredCache):
     def _mark(self, marks: Marks, name: bytes, deadline: float, alone: bool, version: int = 0) -> Steps[int]:
         """Put a mark on a key: its version, 0 if another's was there, -1: the key has not this version.
 
-        Raises: StoreUnavailable: who has the key for himself, or (alone, or seven at a time) whoever writes it, takes too long; UsageError:
-        that one does not go on while this call waits.
+        Raises: StoreUnavailable: the caller that has the key alone, or (alone, or seven at a time) a caller that writes it, takes too long;
+        UsageError: that caller does not go on while this call waits.
         """
         while True:
             mark, overlapped = marks.put(name, self._age, alone, version)

@@ -10,8 +10,8 @@
 #   FREE is FREE whatever token its word has: a flipped bit there costs nothing
 #   a page is published ACTIVE by one store after all its words are FREE; it leaves its class only when, under the class
 #   lock, all its words are FREE
-#   a page's class is stored under the lock of that class, before the page is ACTIVE; it stands there till another one is. So who
-#   has the lock and loads the word first, and finds it ACTIVE or DRAINING, and then the class, and finds it his, has a page of
+#   a page's class is stored under the lock of that class, before the page is ACTIVE; it stands there until another one is. So who
+#   has the lock and loads the word first, and finds it ACTIVE or DRAINING, and then the class, and finds the lock's, has a page of
 #   the class. The other way round it may be one that was just leaving by the first load, and by the second is another class's:
 #   its list was rebuilt with links every so many bytes, which are not where its chunks are, but within their values
 #

@@ -1123,7 +1123,7 @@ cdef inline bint nothing_counted(seg_t* s, uint32_t epoch, uint64_t* written) no
     cdef uint64_t busy, count
     written[0] = 0
     for i in range(s.n_stripes):
-        written[0] += ld64(&s.stripes[i].seq)       # first: who has written since is counted, or is seen to be at it
+        written[0] += ld64(&s.stripes[i].seq)       # first: a write that came since is counted, or is seen under way
         busy = ld64(&s.stripes[i].new)      # then: an item may be in its slot and not yet counted, and is counted before new is cleared
         count = ld64(&s.stripes[i].count)
         if busy or (count >> 32 == epoch and <uint32_t>count):

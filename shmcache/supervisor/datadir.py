@@ -42,7 +42,7 @@ def take(folder: str | os.PathLike[str]) -> Iterator[Path]:
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not (path / LOCK_NAME).exists():  # or it was taken before, and this was done
         for folder in made or [path]:
-            with contextlib.suppress(PermissionError):  # another's, who has made this one, and lets nobody look into it
+            with contextlib.suppress(PermissionError):  # another process, of another user, has made this one and lets nobody look into it
                 sync_folder(folder.parent)
     fd = os.open(path / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:

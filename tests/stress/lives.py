@@ -731,7 +731,7 @@ class Series:
             self.copies.append(self.files.copied(self.disk.path / f"copy-{self.places}"))
 
     def keep(self) -> None:
-        """What there is before a life: for whoever looks for the mistake."""
+        """What there is before a life: for a person who looks for the mistake."""
         before = self.disk.path / "before"
         shutil.rmtree(before, ignore_errors=True)
         before.mkdir()
