@@ -7,7 +7,7 @@ Values that differ have different bytes. Nothing decodes them: a key is made of 
     types       1, 1.0 and True are three values, "a" and b"a" are two
     numbers     0.0 and -0.0 differ, and so do Decimal("1.0") and Decimal("1.00"): a function can tell. Every nan is the same
     arrays      the dtype (with its byte order and its metadata), the shape and the items count; the order in memory does not. Of a
-                subclass of numpy's that does not reduce itself the class and the attributes count, too
+                subclass that does not reduce itself, and of a masked array, the class and the attributes (the mask is one) count, too
     classes     are their module and qualified name, and must be found there
     functions   are their module, qualified name, code, defaults, attributes, and what they close over; one of singledispatch is what is
                 registered with it
@@ -41,6 +41,7 @@ packers = functools.cache(codec.packers)
 OWN_ATTRIBUTES = ("__wrapped__", "_memoized", "cache_key", "forget", "cache_parameters")
 DISPATCHING = ("__wrapped__", "register", "dispatch", "registry", "_clear_cache")
 MAPS = ("_mmap", "filename", "offset", "mode")  # where the items of a memmap are
+MASKS = ("_sharedmask",)  # is a masked array's mask a view of another's?
 DISPATCHES = functools.singledispatch(len).__code__  # type: ignore[attr-defined]
 # reduced without a subclass's attributes, without its slots
 LEAVES_OUT = ("collections", "datetime", "decimal", "fractions", "ipaddress", "pathlib", "random")
@@ -82,12 +83,13 @@ class Walk:
         if kind is set or kind is frozenset:
             return self._set(b"u" if kind is set else b"z", value)
         numpy = sys.modules.get("numpy")
-        if numpy is not None and (kind is numpy.ndarray or (isinstance(value, numpy.generic) and kind.__module__ == "numpy")):
-            return self._array(b"a" if kind is numpy.ndarray else b"n", numpy.asarray(value))
-        arrays = () if numpy is None else (numpy.ndarray, numpy.generic)
-        if numpy is not None and self._any_object and isinstance(value, arrays) and reduced_by(kind) in arrays:
-            own = self._attributes(value, *MAPS) + self._slots(value, reduced_by(kind))
-            return b"A" + self.bytes_of(found_as(kind)) + self._array(b"a", numpy.asarray(value)) + own
+        if numpy is not None and issubclass(kind, (numpy.ndarray, numpy.generic)):
+            if kind is numpy.ndarray or (kind.__module__ == "numpy" and issubclass(kind, numpy.generic)):
+                return self._array(b"a" if kind is numpy.ndarray else b"n", numpy.asarray(value))
+            if self._any_object and package(by := reduced_by(kind)) == "numpy":
+                left_out = MAPS if issubclass(kind, numpy.memmap) else MASKS if by is not numpy.ndarray else ()
+                own = self._attributes(value, *left_out) + self._slots(value, by)
+                return b"A" + self.bytes_of(found_as(kind)) + self._array(b"a", numpy.asarray(value)) + own
         packer = packers().get(kind)
         if packer is not None:
             try:
@@ -122,14 +124,15 @@ class Walk:
     def _array(self, tag: bytes, array: Any) -> bytes:
         if array.dtype.metadata:
             tag += b"@" + self.bytes_of(dict(array.dtype.metadata))
-        if array.dtype.hasobject:
-            if not self._any_object:
-                raise codec.refuse(array, "an array of objects would have to be pickled")
-            return tag + self.bytes_of(("O", array.shape, array.ravel().tolist()))
         if array.dtype.names:  # field by field: between them there may be bytes that mean nothing
             titles = tuple(title for _, _, *title in (array.dtype.fields[name] for name in array.dtype.names))
             head = tag + self.bytes_of((array.dtype.names, array.shape, array.dtype.type, titles))
             return head + b"".join([self._array(b"a", array[name]) for name in array.dtype.names])
+        if array.dtype.hasobject:
+            if not self._any_object:
+                raise codec.refuse(array, "an array of objects would have to be pickled")
+            dtype = "O" if array.dtype.char == "O" else array.dtype  # else of numpy's strings, which have parameters
+            return tag + self.bytes_of((dtype, array.shape, array.ravel().tolist()))
         kind = array.dtype.type  # of another package, whose dtypes may all be called V2
         dtype = array.dtype.str if kind.__module__ == "numpy" else (array.dtype.str, found_as(kind))
         return tag + self.bytes_of((dtype, array.shape, array.tobytes()))
@@ -224,11 +227,10 @@ class Walk:
         if type(call) is types.FunctionType:  # it is used as a function: its code counts
             head += self.bytes_of(call)
         if (by := reduced_by(kind)) is not kind and by is not object:
-            package = by.__module__.partition(".")[0]
-            if package in LEAVES_OUT:
+            if package(by) in LEAVES_OUT:
                 own = getattr(value, "__dict__", ())
                 head += self._attributes(value, *(name for name in own if isinstance(getattr(kind, name, None), functools.cached_property)))
-            if package in LEAVES_OUT_SLOTS:
+            if package(by) in LEAVES_OUT_SLOTS:
                 head += self._slots(value, by)
         ordered = not isinstance(value, dict) or isinstance(value, OrderedDict)
         return head + self._items(b"l", items or ()) + (self._items(b"l", pairs or ()) if ordered else self._dict(b"d", pairs or ()))
@@ -237,6 +239,10 @@ class Walk:
 def reduced_by(kind: type) -> type:
     """The class that says what pickle sees of this one's objects."""
     return next(base for base in kind.__mro__ if "__reduce_ex__" in vars(base) or "__reduce__" in vars(base))
+
+
+def package(kind: type) -> str:
+    return kind.__module__.partition(".")[0]
 
 
 def is_dispatched(function: Any) -> bool:

@@ -334,6 +334,63 @@ def test_the_titles_of_fields_count():
     assert len({pickled(value) for value in (*made, np.zeros(1, [("a", "<i4")]))}) == 3
 
 
+class Masked(np.ma.MaskedArray):
+    def __array_finalize__(self, obj):
+        super().__array_finalize__(obj)
+        self.unit = getattr(obj, "unit", None)
+
+
+class Samples(np.ndarray):
+    pass
+
+
+def masked(values=(1, 2, 3), mask=(0, 1, 0), **more):
+    return np.ma.array(values, mask=mask, **more)
+
+
+def with_info(array, info):
+    array._optinfo["info"] = info
+    return array
+
+
+def of_fields(*fields):
+    return np.array([(None, 1)], list(fields))
+
+
+@pytest.mark.parametrize("make", [
+    lambda: [with_attributes(np.ma.array([1, 2]).view(Masked), unit=unit) for unit in ("m", "ft")],
+    lambda: [with_attributes(np.ma.array([1, 2]).view(Masked), n=n) for n in (1, 2)],
+    lambda: [with_info(masked(), info) for info in (1, 2)],
+    lambda: [masked(), masked(mask=(1, 0, 0)), masked(mask=False), np.ma.array([1, 2, 3]), masked((1, 2, 4)), masked(hard_mask=True), masked(fill_value=7), np.arange(1, 4)],
+    lambda: [masked((None, "a", "b"), dtype=object), masked((None, "a", "c"), dtype=object), masked((None, "a", "b"), dtype=object, fill_value="x")],
+    lambda: [np.ma.array(np.array([1, 2]).view(Samples)), np.ma.array([1, 2]), np.ma.masked],
+    lambda: [masked(dtype=np.dtype("i8", metadata={"unit": unit})) for unit in ("m", "ft")],
+    lambda: [with_attributes(np.arange(3).view(Samples), **{name: n}) for name in ("offset", "mode", "filename") for n in (1, 2)],
+    lambda: [with_attributes(np.rec.array([(1, 2)], names="a,b").view(np.recarray), n=n) for n in (1, 2)],
+    lambda: [of_fields(("a", "O"), ("b", "i4")), of_fields(("a", "O"), ("b", "i8")), of_fields(("a", "O"), ("c", "i4")), np.array([(None, 1), 2], object)[:1]],
+])  # fmt: skip
+def test_what_tells_two_arrays_apart_beside_their_items(make):
+    made = [pickled(value) for value in make()]
+    assert len(set(made)) == len(made)
+    assert made == [pickled(value) for value in make()]
+
+
+@pytest.mark.skipif(not hasattr(np.dtypes, "StringDType"), reason="numpy 2 has it")
+def test_arrays_of_numpys_strings():
+    def made():
+        strings = [np.dtypes.StringDType(), np.dtypes.StringDType(coerce=False), np.dtypes.StringDType(na_object=None), object]
+        return [pickled(np.array([text], dtype)) for dtype in strings for text in ("a" * 50, "b" * 50)]
+
+    assert made() == made()
+    assert len(set(made())) == 8
+
+
+def test_a_masked_array_is_not_where_its_objects_are():
+    one, two = [np.ma.array([["a", text], ("b", 1)], dtype=object) for text in ("".join("xyz"), "".join(["xy", "z"]))]
+    assert pickled(one) == pickled(two)
+    assert pickled(masked()) == pickled(masked().copy())
+
+
 def test_how_an_array_of_a_subclass_lies_does_not_count(tmp_path):
     array = np.arange(6).reshape(2, 3)
     assert pickled(array.view(Feet)) == pickled(np.asfortranarray(array).view(Feet))
