@@ -14,6 +14,13 @@ which heals it. While it fails, `always` refuses writers (header.log_failed_ms).
 records, not just for its first bytes: else the log would go on, admit a write and fail again, and each of those writers would wait ten
 seconds. A file that was begun in vain is removed; one that the disk does not let go stays, with nothing or a HEAD in it, and the next has
 the next number. That is begun only when the disk has taken a write and a sync of the former one, or each try would leave a file.
+
+The segment says which file is the newest, and how much is in it (header.log_number, log_bytes), by which is_whole() tells later whether
+anything is missing. Crash of the supervisor:
+    behind a file's HEAD            the file before is the newest still, and nothing is in this one
+    between the stores of name()    one of the two files has 0 bytes at least; what the one before has stands in this one's HEAD, too
+    in fail()                       what has left the rings for a file that goes is a gap first, then the file before is the newest again,
+                                    then it goes
 """
 
 from __future__ import annotations
@@ -45,6 +52,7 @@ ROOM = 1 << 20  # bytes that the disk must have before a log that could not be w
 
 class AppendLog:
     """Args: policy: "no", "everysec" or "always". on_gap: called when a snapshot is needed. open_file: for tests with a disk of their own.
+    whole: False: what is there already is a gap (is_whole).
     One whose first file cannot be begun has failed, and goes on as any other.
     Raises: UsageError: the segment has no rings; ForeignDataDir; StripeBusy: it cannot be adopted (datadir.py); NewerFormat, OSError: the
     directory cannot be read.
@@ -52,7 +60,7 @@ class AppendLog:
 
     def __init__(
         self, cache: Cache, folder: Path, policy: str, on_gap: Callable[[], None] = lambda: None, compress: bool = False,
-        open_file: Callable[[Path], Any] = lambda path: os.fdopen(datadir.create(path), "wb", buffering=0),
+        open_file: Callable[[Path], Any] = lambda path: os.fdopen(datadir.create(path), "wb", buffering=0), whole: bool = True,
     ) -> None:
         self.cache, self.folder, self.policy, self.on_gap = cache, folder, policy, on_gap
         self.compress, self.open_file = compress, open_file
@@ -66,6 +74,7 @@ class AppendLog:
         self.synced_at = time.monotonic()
         self.failed = False
         self.retry_at = 0.0
+        self.former = 0, 0  # header.log_number and log_bytes before this file was begun
         self.left: Path | None = None  # a file that was begun in vain, and that the disk did not let go
         self.stopping = False
         self.end = threading.Event()
@@ -79,6 +88,8 @@ class AppendLog:
             with contextlib.suppress(errors.DamagedFile):  # it is no file
                 datadir.sync_file(path)
         self.number = datadir.last_log_number(folder)
+        if not whole:  # said when nothing refuses it any more, and before the first file
+            _stream.count_gap(cache)
         try:
             self.begin_file()
         except OSError as e:
@@ -230,6 +241,9 @@ class AppendLog:
             self.writer.records(b"")  # says that what is before it was synced: damage there is no torn end
             os.fsync(self.file.fileno())
         datadir.note_first(self.cache, self.folder)
+        header = self.cache.segment.header
+        former = int(header["log_number"]), int(header["log_bytes"])
+        del header  # or the handle cannot be closed while an exception holds this frame
         number = self.number + 1
         while True:
             path = self.folder / fmt.log_name(number)
@@ -249,7 +263,7 @@ class AppendLog:
                 "segment_created_ms": int(self.cache.segment.header["created_ms"]), "settings": self.cache.mapping.settings(),
                 "newest": int(self.cache.segment.stripes["seq"].max()), "epoch": int(self.cache.segment.header["epoch"]),
                 "log_gaps": int(self.cache.segment.header["log_gaps"]), "file": identity(file.fileno()),
-                "former": [int(self.cache.segment.header["log_number"]), int(self.cache.segment.header["log_bytes"])],
+                "former": former,
             }  # fmt: skip
             writer = fmt.Writer(file, "log", head, compress=self.compress)
             os.fsync(file.fileno())
@@ -262,8 +276,14 @@ class AppendLog:
             raise
         if self.file is not None:
             self.file.close()
-        self.file, self.writer, self.number = file, writer, number
-        mark(self.cache, log_number=number, log_bytes=writer.bytes_written)
+        self.file, self.writer, self.number, self.former = file, writer, number, former
+        self.name(number, writer.bytes_written)
+
+    def name(self, number: int, n_bytes: int) -> None:
+        """The newest file, and how much it has at least."""
+        mark(self.cache, log_bytes=0)
+        mark(self.cache, log_number=number)
+        mark(self.cache, log_bytes=n_bytes)
 
     def say_bytes(self) -> None:
         """Before anything leaves the rings, or is acknowledged: the file has it, and no older copy of the file does."""
@@ -294,11 +314,12 @@ class AppendLog:
             with contextlib.suppress(OSError):
                 self.file.close()
             self.file = None
-            if self.failed:  # nothing has got into it
-                self.let_go(self.folder / fmt.log_name(self.number))
-                self.number -= 1
             if self.policy != "always" and self.unsynced:
                 _stream.count_gap(self.cache)
+            if self.failed:  # nothing has got into it that is not said to be missing
+                self.name(*self.former)
+                self.let_go(self.folder / fmt.log_name(self.number))
+                self.number -= 1
         self.failed = True
         self.unsynced = False
         self.epoch, self.gaps = self.base_epoch, self.synced_gaps
@@ -330,7 +351,11 @@ def is_whole(cache: Cache, folder: Path) -> bool:
     # the newest is at most what was begun in vain
     logs = [(n, path, head) for n, path in fmt.listing(folder)[1] if (head := datadir.head(path, "log"))]
     own = [(n, path, head) for n, path, head in logs if datadir.life_of(head) == life]
-    has = {**dict(head.get("former", (0, 0)) for _, _, head in own), number: int(header["log_bytes"])}
+    has = {number: int(header["log_bytes"])}
+    for n, _, head in own:
+        former, n_bytes = head.get("former", (0, 0))
+        if former < n:  # else it was in another directory
+            has[former] = max(has.get(former, 0), n_bytes)
     gaps = int(header["log_gaps"])
     went_on = [(head.get("log_gaps"), head.get("file")) == (gaps, identity(path)) for n, path, head in own if n == number]
     return (

@@ -115,9 +115,8 @@ class Supervisor:
                 self.want_snapshot()
             return
         assert self.folder is not None
-        if not appendlog.is_whole(self.cache, self.folder):
-            _stream.count_gap(self.cache)  # what is there already
-        self.log = AppendLog(self.cache, self.folder, policy, self.want_snapshot, self.compress)
+        whole = appendlog.is_whole(self.cache, self.folder)
+        self.log = AppendLog(self.cache, self.folder, policy, self.want_snapshot, self.compress, whole=whole)
         self.want_snapshot()
 
     def want_snapshot(self) -> None:

@@ -38,7 +38,8 @@ Rotation lets a file go only if what is in it is known to be in the live segment
     of a life that is in it (datadir)    in its turn, if it is whole: else it was passed over at the restore
     of any other                         stays, and is said
     snapshot that cannot be read         stays, and is said
-    log file of the live segment         goes when no snapshot before which it was begun is left, of those that count
+    log file of the live segment         goes when no snapshot before which it was begun is left, of those that count; but not the newest
+                                         that is written to, if it is logged: by that the next log knows that nothing is missing
     of a life that is in it              the same, if no snapshot stays that may need it
     of any other                         stays, and is said
     log file that cannot be read         stays, and is said
@@ -182,6 +183,7 @@ def _rotate(
     except (errors.DamagedFile, errors.NewerFormat) as e:
         faults.append(str(e))
     known = noted.get(mine, set()) | {mine}
+    newest = int(cache.segment.header["log_number"]) if int(cache.segment.header["log_policy"]) else 0
     staying: set[int | None] = set()  # lives of snapshots that stay; None: of any
     for _, path in reversed(snapshots):
         head = datadir.head(path, "snapshot")
@@ -206,7 +208,8 @@ def _rotate(
                 faults.append(str(e))
                 continue
             if nothing or life == mine:
-                path.unlink(missing_ok=True)
+                if number != newest:
+                    path.unlink(missing_ok=True)
             elif life not in known:
                 faults.append(_of_another(path, cache.name))
             elif not staying or (life in noted and None not in staying and not staying & (noted[life] | {life})):

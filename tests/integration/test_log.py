@@ -235,6 +235,7 @@ def test_numbers_of_log_files_are_never_used_again(logged, folder):
     for _ in range(3):
         log.rotate()
     log.close()
+    appendlog.mark(cache, log_policy=0)  # a supervisor without a log was there
     for _ in range(3):
         snapshot.write(cache, folder)
     assert fmt.listing(folder)[1] == []
@@ -954,6 +955,147 @@ def test_a_file_that_was_begun_in_vain_is_no_reason_for_a_gap(make, name, folder
         fmt.Writer(file, "log", head | {"number": 2})
     datadir.create(folder / fmt.log_name(3))
     assert appendlog.is_whole(cache, folder) == (by == "it")
+
+
+class Killed(BaseException):
+    """The process is gone: it cleans nothing up."""
+
+
+@pytest.mark.parametrize("stores", range(4))
+@pytest.mark.parametrize("happens", [None, put_back_in_place])
+def test_a_supervisor_is_killed_while_it_says_which_file_is_the_newest(make, folder, tmp_path, monkeypatch, stores, happens):
+    """Behind any of its stores nothing is missing, and an older copy of the file before lacks something still."""
+    cache = make("16M", log_buffer="64K", max_processes=16)
+    log = AppendLog(cache, folder, "always")
+    shutil.copytree(folder, tmp_path / "copy")
+    cache.set("k", b"v" * 10_000)
+    log.close()
+    left, mark = [stores], appendlog.mark
+
+    def killed(cache, **words):
+        for word, value in words.items():
+            if word in ("log_number", "log_bytes"):
+                if not left[0]:
+                    raise Killed
+                left[0] -= 1
+            mark(cache, **{word: value})
+
+    with monkeypatch.context() as patch, contextlib.suppress(Killed):
+        patch.setattr(appendlog, "mark", killed)
+        AppendLog(cache, folder, "always").close()
+    assert len(fmt.listing(folder)[1]) == 2
+    if happens:
+        happens(folder, tmp_path / "copy")
+    assert appendlog.is_whole(cache, folder) == (happens is None)
+
+
+@pytest.mark.parametrize("policy", ["everysec", "always"])
+@pytest.mark.parametrize("what", ["write", "sync", "write, then sync"])
+def test_a_log_that_fails_again_goes_on_where_it_was(make, folder, monkeypatch, policy, what):
+    """The file that it began when it had failed already is removed, and is not the newest any more. If what had left the rings was in it,
+    that is a gap by then."""
+    cache = make("16M", log_buffer="64K", max_processes=16)
+    monkeypatch.setattr(appendlog, "RETRY", 0.01)
+    broken, seen, let_go = [""], [], AppendLog.let_go
+
+    def fails(what, real):
+        def call(*args):
+            if broken[0] == what:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return real(*args)
+
+        return call
+
+    def removed(log, path):
+        let_go(log, path)
+        said = cache.durability()
+        seen.append((said["log_gaps"] == 0, said["log_waiting_bytes"] > 0, appendlog.is_whole(cache, folder)))  # if it were killed here
+
+    monkeypatch.setattr(fmt.Writer, "records", fails("write", fmt.Writer.records))
+    monkeypatch.setattr(appendlog.Sync, "finish", fails("sync", appendlog.Sync.finish))
+    monkeypatch.setattr(AppendLog, "let_go", removed)
+    log = AppendLog(cache, folder, policy)
+    try:
+        cache.set("before", 1)
+        log.sync()
+        broken[0] = what.split(",")[0]
+        worker = mp.get_context("fork").Process(target=lambda: shmcache.attach(cache.name).set("during", 1), daemon=True)
+        worker.start()
+        until(lambda: len(seen) > 2)
+        if what == "write, then sync":
+            broken[0], n = "sync", len(seen)
+            until(lambda: len(seen) > n + 2)
+        broken[0] = ""
+        until(lambda: not cache.durability()["log_failed"])
+        worker.join(LIMIT)
+        assert worker.exitcode == 0
+    finally:
+        log.close()
+    assert all(no_gap == waiting == whole for no_gap, waiting, whole in seen), seen
+    report, after = restored(cache.name, folder)
+    with after:
+        lost = policy == "everysec" and what != "write"
+        assert (report["gaps"] > 0) == lost and (after.get("during") == 1 or lost)
+
+
+@pytest.mark.parametrize("refused", [errors.StripeBusy, errors.ForeignDataDir, errors.NewerFormat])
+def test_a_log_that_is_refused_lacks_nothing_where_it_was(make, folder, tmp_path, monkeypatch, refused):
+    cache = make("16M", log_buffer="64K", max_processes=16)
+    Supervisor(cache, folder=folder, log="always").close()
+    with datadir.take(tmp_path / "other") as other, monkeypatch.context() as patch:
+
+        def refuse(*args):
+            raise refused("not here")
+
+        patch.setattr(datadir, "adopt", refuse)
+        with pytest.raises(refused):
+            Supervisor(cache, folder=other, log="always")
+    assert appendlog.is_whole(cache, folder) and cache.durability()["log_gaps"] == 0
+
+
+@pytest.mark.parametrize("by", ["hand", "the supervisor"])
+def test_the_file_by_which_a_log_is_known_to_be_whole_stays(make, folder, by):
+    """A snapshot that is written while no supervisor runs has all of it."""
+    cache = make("16M", log_buffer="64K", max_processes=16)
+    for n in range(2):
+        log = AppendLog(cache, folder, "always")
+        cache.set("n", n)
+        if by == "the supervisor":
+            snapshot.write(cache, folder, keep=1, log=log)
+        log.close()
+        if by == "hand":
+            snapshot.write(cache, folder, keep=1)
+        assert len(fmt.listing(folder)[1]) == 1 and appendlog.is_whole(cache, folder)
+    Supervisor(cache, folder=folder, log="always").close()
+    report, after = restored(cache.name, folder)
+    with after:
+        assert after["n"] == 1 and report["gaps"] == 0
+
+
+def test_nothing_is_removed_beside_a_supervisor_that_is_stopped(name, tmp_path):
+    """What it has acknowledged is in the file that it writes."""
+    data = tmp_path / "data"
+    argv = [sys.executable, "-m", "shmcache.cli", "supervise", name, "--size", "16M", "--data-dir", data, "--log", "always"]
+    with subprocess.Popen(argv, stderr=subprocess.PIPE, text=True) as supervisor:
+        try:
+            assert "supervising" in supervisor.stderr.readline()
+            with shmcache.attach(name) as cache:
+                cache.set("acknowledged", 1)
+                until(lambda: cache.durability()["snapshot_age_s"] is not None)  # it writes no file meanwhile
+                cache.set("acknowledged", 2)
+            supervisor.send_signal(signal.SIGSTOP)
+            before = {path.name: path.read_bytes() for path in data.iterdir()}
+            out = subprocess.run([sys.executable, "-c", "import sys; from shmcache.cli import admin; sys.exit(admin())", "snapshot", name,
+                                  "--data-dir", data, "--keep", "1"], capture_output=True, text=True, check=False, timeout=LIMIT)  # fmt: skip
+            assert out.returncode == 1 and "used by another process" in out.stderr
+            assert {path.name: path.read_bytes() for path in data.iterdir()} == before
+        finally:
+            supervisor.kill()
+    with datadir.take(data) as folder:
+        report, after = restored(name, folder)
+        with after:
+            assert after["acknowledged"] == 2 and report["gaps"] == 0
+    shmcache.unlink(name)
 
 
 def test_a_log_of_what_was_restored_from_another_directory_says_what_it_lacks(make, tmp_path):
