@@ -11,8 +11,8 @@ Values that differ have different bytes. Nothing decodes them: a key is made of 
     classes     are their module and qualified name, and must be found there
     functions   are their module, qualified name, code, defaults, attributes, and what they close over; one of singledispatch is what is
                 registered with it
-    objects     are a class and a state, as pickle sees them; and the code of `__call__`, if there is one. Of a subclass of a standard class
-                that reduces itself without its attributes (Counter, Decimal, datetime) these count, too
+    objects     are a class and a state, as pickle sees them; and the code of `__call__`, if there is one. If a standard class says what
+                pickle sees (Counter, Decimal, UUID, a frozen dataclass), attributes and slots of its subclass count, too
 
 Functions and objects are only taken where any_object is true. The code of a function is the compiler's, without its place in the file; each
 version of Python makes its own. `__main__` is the program: the name of its module if it was started by `-m`, else its file.
@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import copyreg
 import functools
+import operator
 import os
 import struct
 import sys
@@ -43,9 +44,7 @@ DISPATCHING = ("__wrapped__", "register", "dispatch", "registry", "_clear_cache"
 MAPS = ("_mmap", "filename", "offset", "mode")  # where the items of a memmap are
 MASKS = ("_sharedmask",)  # is a masked array's mask a view of another's?
 DISPATCHES = functools.singledispatch(len).__code__  # type: ignore[attr-defined]
-# reduced without a subclass's attributes, without its slots
-LEAVES_OUT = ("collections", "datetime", "decimal", "fractions", "ipaddress", "pathlib", "random")
-LEAVES_OUT_SLOTS = (*LEAVES_OUT, "builtins", "functools")
+NAMED = ("enum", "logging")  # objects of these are what is known by their name
 
 
 def canonical(value: Any, any_object: bool) -> bytes:
@@ -171,13 +170,12 @@ class Walk:
 
     def _slots(self, value: Any, base: type) -> bytes:
         """Of those that its class has beyond this one of its bases, and that have a value."""
-        mro = type(value).__mro__
         made = {}
-        for kind in mro[: mro.index(base)]:
-            for name, member in vars(kind).items():
+        for i, kind in enumerate(type(value).__mro__):
+            for name, member in () if kind in base.__mro__ else vars(kind).items():
                 if isinstance(member, types.MemberDescriptorType):
                     try:
-                        made[kind.__qualname__, name] = member.__get__(value)
+                        made[i, name] = member.__get__(value)
                     except AttributeError:  # it has no value
                         pass
         return b"s" + self._dict(b"d", made.items()) if made else b""
@@ -209,31 +207,50 @@ class Walk:
         return b"".join(made)
 
     def _reduced(self, value: Any) -> bytes:
-        kind = type(value)
+        kind, by = type(value), reduced_by(type(value))
         try:
             reduce = copyreg.dispatch_table.get(kind)
             made = reduce(value) if reduce is not None else value.__reduce_ex__(4)
+            if isinstance(made, str):
+                return b"g" + self.bytes_of(found_as(value, made))
+            function, arguments, state, items, pairs, set_state = (*made, None, None, None, None)[: max(6, len(made))]
+            items, pairs = list(items or ()), [(key, x) for key, x in pairs or ()]
+            if by is object and reduce is None and from_python(getattr(kind.__getstate__, "__module__", None)):
+                state = object.__getstate__(value)  # UUID's, and that of a dataclass, leave out what a subclass has
         except (errors.ShmcacheError, RecursionError):
             raise
         except Exception as e:  # __reduce__ is anybody's code
             raise errors.UnsupportedValue(f"no key can be made of this {kind.__qualname__} ({e})") from e
-        if isinstance(made, str):
-            return b"g" + self.bytes_of(found_as(value, made))
-        function, arguments, state, items, pairs = (*made, None, None, None)[:5]
-        if isinstance(value, (set, frozenset)):  # of which it has made a list, in no order
-            return b"r" + self.bytes_of(found_as(kind)) + self._set(b"u", value) + self.bytes_of(state)
-        head = b"r" + self.bytes_of(found_as(function)) + self.bytes_of(arguments) + self.bytes_of(state)
+        head = b"r" + self._constructor(function) + self._arguments(value, arguments) + self.bytes_of(state)
+        if set_state is not None:
+            head += self.bytes_of(set_state)
         call = getattr(kind, "__call__", None)  # noqa: B004
         if type(call) is types.FunctionType:  # it is used as a function: its code counts
             head += self.bytes_of(call)
-        if (by := reduced_by(kind)) is not kind and by is not object:
-            if package(by) in LEAVES_OUT:
-                own = getattr(value, "__dict__", ())
-                head += self._attributes(value, *(name for name in own if isinstance(getattr(kind, name, None), functools.cached_property)))
-            if package(by) in LEAVES_OUT_SLOTS:
-                head += self._slots(value, by)
-        ordered = not isinstance(value, dict) or isinstance(value, OrderedDict)
-        return head + self._items(b"l", items or ()) + (self._items(b"l", pairs or ()) if ordered else self._dict(b"d", pairs or ()))
+        if by is not kind and by is not object and from_python(by.__module__) and package(by) not in NAMED:
+            own = getattr(value, "__dict__", ())
+            head += self._attributes(value, *(name for name in own if isinstance(getattr(kind, name, None), functools.cached_property)))
+            head += self._slots(value, by)
+        ordered = not issubclass(kind, dict) or issubclass(kind, OrderedDict)
+        return head + self._items(b"l", items) + (self._items(b"l", pairs) if ordered else self._dict(b"d", pairs))
+
+    def _constructor(self, function: Any) -> bytes:
+        try:
+            return self.bytes_of(found_as(function))
+        except errors.UnsupportedValue:
+            if isinstance(function, type):
+                raise
+            return self.bytes_of(function)  # a method of a class, which is another object each time
+
+    def _arguments(self, value: Any, arguments: Any) -> bytes:
+        """Of what makes this value. A set has made a list of its items, in no order."""
+        if not issubclass(type(value), (set, frozenset)) or type(arguments) is not tuple:
+            return self.bytes_of(arguments)
+        made = []
+        for argument in arguments:
+            items = type(argument) is list and len(argument) == len(value) and all(map(operator.is_, argument, value))
+            made.append(self._set(b"u", argument) if items else self.bytes_of(argument))
+        return b"t%d:" % len(made) + b"".join(made)
 
 
 def reduced_by(kind: type) -> type:
@@ -243,6 +260,11 @@ def reduced_by(kind: type) -> type:
 
 def package(kind: type) -> str:
     return kind.__module__.partition(".")[0]
+
+
+def from_python(module: str | None) -> bool:
+    """Is it a module of Python's own?"""
+    return module is not None and module.partition(".")[0] in sys.stdlib_module_names
 
 
 def is_dispatched(function: Any) -> bool:

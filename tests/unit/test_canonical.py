@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import collections.abc
 import dataclasses
 import datetime as dt
@@ -18,6 +19,7 @@ import random
 import subprocess
 import sys
 import threading
+import types
 import uuid
 import zoneinfo
 
@@ -103,6 +105,11 @@ def test_values_that_differ_have_different_bytes(a, b):
 class Colour(enum.Enum):
     RED = "red"
     BLUE = "blue"
+
+
+class Access(enum.Flag):
+    READ = 1
+    WRITE = 2
 
 
 Point = collections.namedtuple("Point", "x y")
@@ -297,6 +304,37 @@ class WithSlots:
     class Address(ipaddress.IPv4Address):
         __slots__ = ("n",)
 
+    class Id(uuid.UUID):
+        __slots__ = ("n",)
+
+    class Items(array.array):
+        __slots__ = ("n",)
+
+    class Queue(collections.deque):
+        __slots__ = ("n",)
+
+    class Names(types.SimpleNamespace):
+        __slots__ = ("n",)
+
+    class Mixin:
+        __slots__ = ("n",)
+
+    @dataclasses.dataclass(frozen=True, slots=True)
+    class Frozen(Mixin):
+        x: int
+
+
+class FrozenToo(WithSlots.Frozen):
+    pass
+
+
+class Id(uuid.UUID):
+    pass
+
+
+class Zone(zoneinfo.ZoneInfo):
+    pass
+
 
 class Network(ipaddress.IPv4Network):
     pass
@@ -313,12 +351,77 @@ class Seeded(random.Random):
 @pytest.mark.parametrize("make", [
     lambda: WithSlots.Decimal(1), lambda: WithSlots.Fraction(1, 3), lambda: WithSlots.Time(2026, 1, 1), lambda: WithSlots.Counter("a"), lambda: WithSlots.Path("/a"),
     lambda: WithSlots.Partial(len), lambda: WithSlots.Error("a"), lambda: np.arange(3).view(WithSlots.Array), lambda: WithSlots.Address("1.2.3.4"),
-    lambda: Network("1.2.3.0/24"), lambda: Plain("/a"), lambda: Seeded(1),
+    lambda: Network("1.2.3.0/24"), lambda: Plain("/a"), lambda: Seeded(1), lambda: WithSlots.Id(int=1), lambda: WithSlots.Items("i"), lambda: WithSlots.Queue("a"),
+    lambda: WithSlots.Names(), lambda: WithSlots.Frozen(1), lambda: FrozenToo(1), lambda: Id(int=1),
+    lambda: Zone.no_cache("Europe/Berlin"),
 ])  # fmt: skip
 def test_what_a_subclass_has_beyond_what_is_reduced(make):
-    made = [pickled(make()), *[pickled(with_attributes(make(), n=n)) for n in (1, 2)]]
-    assert len(set(made)) == 3
-    assert made == [pickled(make()), *[pickled(with_attributes(make(), n=n)) for n in (1, 2)]]
+    def all_of_it():
+        made = [make(), make(), make()]
+        for n in (1, 2):
+            object.__setattr__(made[n], "n", n)
+        return [pickled(value) for value in made]
+
+    assert all_of_it() == all_of_it()
+    assert len(set(all_of_it())) == 3
+
+
+class Tagged(set):
+    """Of a `__reduce__` of its own, with its items in the order of their hashes."""
+
+    def __init__(self, items, tag):
+        super().__init__(items)
+        self.tag = tag
+
+    def __reduce__(self):
+        return type(self), (list(self), self.tag)
+
+
+class Reducing:
+    """Reduced to what it is given."""
+
+    def __init__(self, reduced):
+        self.reduced = reduced
+
+    @classmethod
+    def of(cls, reduced):
+        return cls(reduced)
+
+    @classmethod
+    def other(cls, reduced):
+        return cls(reduced)
+
+    def __reduce__(self):
+        return self.reduced
+
+
+def one_setter(value, state):
+    pass
+
+
+def another_setter(value, state):
+    value.state = state
+
+
+def test_all_that_reduce_says_counts():
+    assert pickled(Tagged("ab", 1)) == pickled(Tagged("ba", 1)) != pickled(Tagged("ab", 2))
+    assert len({pickled(value) for value in (Tagged("ab", 1), Tagged("a", 1), Tagged((), []), Bag("ab"), Bag("a"))}) == 5
+    reduced = [(make, (n,), *more) for make in (Reducing.of, Reducing.other, Reducing) for n in (1, 2)
+               for more in ((), ({"a": 1},), ({"a": 1}, None, None, one_setter), ({"a": 1}, None, None, another_setter), (None, iter([1])))]  # fmt: skip
+    assert len({pickled(Reducing(x)) for x in reduced}) == len(reduced)
+    assert pickled(zoneinfo.ZoneInfo("Europe/Berlin")) != pickled(zoneinfo.ZoneInfo("UTC"))
+
+
+@pytest.mark.parametrize("reduced", [None, 5, (), (int,), (int, (), None, 5), (int, (), None, None, [1]), (int, (), 1, (), (), None, 1), "nowhere"])
+def test_what_reduce_may_not_say(reduced):
+    with pytest.raises(errors.UnsupportedValue, match="no key can be made"):
+        pickled(Reducing(reduced))
+
+
+def test_a_member_of_an_enum_is_its_name():
+    before = pickled(Access.READ)
+    assert ~Access.READ is Access.WRITE  # which is noted in the member
+    assert pickled(Access.READ) == before != pickled(Access.READ | Access.WRITE)
 
 
 def test_what_was_computed_of_it_meanwhile_does_not_count():
@@ -482,7 +585,7 @@ def test_what_nobody_finds():
 CODE = """
 import collections, sys
 from shmcache.canonical import canonical, code_digest
-from tests.unit.test_canonical import Bag, Row, ring
+from tests.unit.test_canonical import Bag, Row, Tagged, ring
 
 def f(x):
     def inner(y):
@@ -491,7 +594,7 @@ def f(x):
 
 words = [f"word {i}" for i in range(20)]
 values = [set(words), frozenset(words), {w: {w, "a", "b"} for w in set(words)}, {frozenset(words), frozenset("abc")}, [set("abcdef")] * 3]
-objects = [Bag(words), Row("k", set(words)), ring(*words), dict.fromkeys(set(words)), f, {f: set(words)}]
+objects = [Bag(words), Tagged(words, 1), Row("k", set(words)), ring(*words), dict.fromkeys(set(words)), f, {f: set(words)}]
 print([canonical(v, False) for v in values], [canonical(v, True) for v in objects], code_digest(f.__code__))
 """
 
