@@ -426,7 +426,8 @@ def create_restored(
     """Create a segment of this epoch into which core._stream.Restore then puts items of versions up to restored_seq. was: settings() of the
     segment that they come from, for arguments that are not given, and for what is added to versions in the store. instead_of: the segment
     of this name, in which nobody is (segment.create). The others, and what is raised, as of create()."""
-    assert restored_seq > 0
+    if restored_seq <= 0:  # by that it would be a segment into which nothing is restored
+        raise errors.InvalidConfig(f"restored_seq is 1 at least, not {restored_seq}")
     options = {k: was[k] for k in ("default_ttl_ms", "max_value_bytes", "stripes", "max_processes", "lock_limit_ms", "ring_bytes")}
     options |= {k: was[k] for k in ("policy", "config", "dirty_limit", "version_base") if k in was}
     options |= _options(default_ttl, max_value, stripes, max_processes, lock_limit, log_buffer)

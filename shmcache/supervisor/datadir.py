@@ -327,9 +327,12 @@ def given_out_of_heads(folder: Path) -> Iterator[tuple[int, int]]:
 
 def of_head(path: Path, head: dict[str, Any]) -> tuple[int, int, dict[str, int], int]:
     try:
-        return int(head["newest"]), int(head["created_ms"]), dict(head["settings"]), int(head["epoch"])
+        newest, created_ms, settings, epoch = int(head["newest"]), int(head["created_ms"]), dict(head["settings"]), int(head["epoch"])
     except (KeyError, TypeError, ValueError) as e:
         raise errors.DamagedFile(str(path), 0, f"HEAD lacks what it has to have ({type(e).__name__}: {e})") from None
+    if not 0 <= newest < HIGHEST:
+        raise errors.DamagedFile(str(path), 0, f"the newest version in it is {newest}")
+    return newest, created_ms, settings, epoch
 
 
 def base_of(path: Path, settings: dict[str, int]) -> int:

@@ -227,6 +227,31 @@ def test_a_newer_file_is_never_passed_over(make, name, folder):
     assert "newer version" in refused(name, "--size", "8M", "--data-dir", folder)
 
 
+@pytest.mark.parametrize("optimized", [[], ["-O"]], ids=["", "-O"])
+@pytest.mark.parametrize("newest", [-1, -(1 << 41), 1 << 63])
+@pytest.mark.parametrize("kind", ["snapshot", "log"])
+def test_a_beginning_that_no_segment_has_written_is_refused(make, name, folder, kind, newest, optimized):
+    """A version below all others would make a segment that looks as if nothing were to be restored into it."""
+    cache = make("8M", max_processes=16, log_buffer="64K")
+    with datadir.take(folder):
+        if kind == "log":
+            AppendLog(cache, folder, "always").close()
+        else:
+            snapshot.write(cache, folder)
+    shmcache.unlink(cache.name)
+    path = next(path for of_kind in fmt.listing(folder) for _, path in of_kind)
+    head = datadir.head(path, kind) | {"name": name, "newest": newest}
+    path.unlink()
+    with os.fdopen(datadir.create(path), "wb", buffering=0) as file:
+        writer = fmt.Writer(file, kind, head)
+        if kind == "snapshot":
+            writer.end({"items": 0, "n_stripes": 1, "floors": bytes(8), "newest": 0, "epoch": 1})
+    argv = supervise(name, "--data-dir", folder, "--size", "8M", *([] if kind == "snapshot" else ["--log", "always"]))
+    out = subprocess.run([argv[0], *optimized, *argv[1:]], capture_output=True, text=True, check=False, timeout=LIMIT)
+    assert out.returncode == 1 and str(path) in out.stderr and "Traceback" not in out.stderr
+    assert not os.path.exists(segment.check_name(name))
+
+
 def test_a_foreign_directory_is_refused_whatever_is_said(make, name, folder):
     two_snapshots(make, folder)
     assert "another directory" in refused(name + "b", "--size", "8M", "--data-dir", folder, "--start-empty")

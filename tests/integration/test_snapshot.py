@@ -23,7 +23,7 @@ import pytest
 
 import shmcache
 from shmcache import cache as cache_module
-from shmcache import codec, errors
+from shmcache import codec, errors, segment
 from shmcache.core import _core, _stream
 from shmcache.supervisor import datadir, dump, snapshot
 from shmcache.supervisor import format as fmt
@@ -128,6 +128,23 @@ def test_the_hottest_fit_into_less(make, restored, folder):
     assert report["stored"] + report["dropped"] == report["items"]
     there = len(cache.get_many(hot))
     assert there > 0.99 * len(hot)  # but for chains that found no overflow bucket
+
+
+@pytest.mark.parametrize("optimized", [[], ["-O"]], ids=["", "-O"])
+@pytest.mark.parametrize("restored_seq", [0, -1])
+def test_what_is_restored_has_versions(make, name, restored_seq, optimized):
+    """Without, it would be a segment into which nothing is restored: workers would be let in at once."""
+    make("8M")
+    code = f"""
+from shmcache import attach, cache, errors
+try:
+    cache.create_restored({(name + "b")!r}, {restored_seq}, 1, attach({name!r}).mapping.settings())
+except errors.InvalidConfig as e:
+    print(e)
+"""
+    out = subprocess.run([sys.executable, *optimized, "-c", code], capture_output=True, text=True, check=False, timeout=LIMIT)
+    assert str(restored_seq) in out.stdout, out.stderr
+    assert not os.path.exists(segment.check_name(name + "b"))
 
 
 def test_lives_go_on_while_the_segment_is_not_there(make, restored, folder, monkeypatch):
