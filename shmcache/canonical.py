@@ -98,7 +98,7 @@ class Walk:
                     raise
             else:
                 return b"x%d:" % number + self.bytes_of(content)
-        if isinstance(value, type):
+        if issubclass(kind, type):
             return b"c" + self.bytes_of(found_as(value))
         if not self._any_object:
             raise codec.refuse(value, f"no key can be made of a {kind.__module__}.{kind.__qualname__}")
@@ -141,7 +141,10 @@ class Walk:
     def _object(self, value: Any) -> bytes:
         if isinstance(value, _core.Table):
             return b"k" + self.bytes_of(value.name)
-        if isinstance(value, types.ModuleType):
+        if issubclass(type(value), types.ModuleType):
+            loaded: Any = sys.modules.get(value.__name__)
+            if loaded is not value:
+                raise errors.UnsupportedValue(f"no key can be made of the module {value.__name__}: it is not the one loaded by that name")
             return b"m" + self.bytes_of(module_name(value.__name__, vars(value)))
         met = self._met.get(id(value))
         if met is not None:
@@ -157,16 +160,14 @@ class Walk:
 
     def _attributes(self, value: Any, *but: str) -> bytes:
         """Of what has some."""
-        made = []
-        for name, attribute in sorted(getattr(value, "__dict__", {}).items()):
-            if name in but:
-                continue
+        made, own = [], getattr(value, "__dict__", {})
+        for of_name, name, attribute in sorted([(self._alone(name), name, x) for name, x in own.items() if name not in but], key=_first):
             try:
-                made.append(_str(name) + self.bytes_of(attribute))
+                made.append(of_name + self.bytes_of(attribute))
             except errors.UnsupportedValue as e:
                 of = getattr(value, "__qualname__", None) or type(value).__qualname__
                 raise errors.UnsupportedValue(f"the attribute {name!r} of {of}: {e}") from None
-        return b"o%d:" % len(made) + b"".join(made) if made else b""
+        return b"o%d:" % len(made) + b"".join(made)
 
     def _slots(self, value: Any, base: type) -> bytes:
         """Of those that its class has beyond this one of its bases, and that have a value."""
@@ -189,7 +190,8 @@ class Walk:
             return b"D" + self.bytes_of((where, dict(vars(function)["registry"]))) + self._attributes(function, *DISPATCHING)
         defaults = (function.__defaults__, function.__kwdefaults__)
         head = b"p" + self.bytes_of((where, code_digest(function.__code__), defaults))
-        return head + self._cells(function) + self._attributes(function, *OWN_ATTRIBUTES)
+        left_out = OWN_ATTRIBUTES if memoized is not None else OWN_ATTRIBUTES[:1]
+        return head + self._cells(function) + self._attributes(function, *left_out)
 
     def _cells(self, function: types.FunctionType) -> bytes:
         """What a function closes over."""
@@ -280,7 +282,7 @@ def found_as(value: Any, called: str | None = None) -> tuple[str, str]:
     found: Any = module
     for part in qualname.split("."):
         found = getattr(found, part, None)
-    if module is None or found is not value:
+    if module is None or (found is not value and getattr(types, qualname, None) is not value):  # the second: NoneType
         raise errors.UnsupportedValue(f"no key can be made of {qualname}: it is not found by that name in its module")
     return module_name(name, vars(module)), qualname
 
@@ -313,8 +315,8 @@ def _constant(constant: Any) -> bytes:
     return b"h" + code_digest(constant) if isinstance(constant, types.CodeType) else canonical(constant, True)
 
 
-def _first(pair: tuple[bytes, Any]) -> bytes:
-    return pair[0]
+def _first(made: tuple[bytes, ...]) -> bytes:
+    return made[0]
 
 
 _NAN = struct.pack("<d", float("nan"))

@@ -159,7 +159,7 @@ DIFFERENT = [
     uuid.UUID(int=1), 1 << 80, -(1 << 80), 1 << 20000,
     np.array([1, 2]), np.array([[1, 2]]), np.array([1, 2], "<i4"), np.array([1, 2], ">i4"), np.array([1.0, 2.0]), np.array([1, 2])[:0], np.array(1),
     np.array(["a", "b"]), np.array([(1, 2.0)], [("a", "<i4"), ("b", "<f8")]), np.array([(1, 2.0)], [("a", "<i4"), ("c", "<f8")]),
-    np.array(["2026-01-02"], "M8[D]"), np.array(["2026-01-02"], "M8[s]"), int, bool, str, Colour, Point,
+    np.array(["2026-01-02"], "M8[D]"), np.array(["2026-01-02"], "M8[s]"), type(None), int, bool, str, Colour, Point,
 ]  # fmt: skip
 OBJECTS = [
     Colour.RED, Colour.BLUE, Point(1, 2), Point(2, 1), Name("a"), Name("b"), Bag("ab"), Bag("a"), Row("a"), Row("a", "x"), Slotted(1, 2), Slotted(2, 1),
@@ -510,6 +510,46 @@ def test_an_attribute_of_which_no_key_can_be_made():
     for value in (MORE[0], MORE[4], MORE[10]):
         with pytest.raises(errors.UnsupportedValue):
             plain(value)
+
+
+def test_attributes_of_a_function_that_are_called_as_a_memoized_ones():
+    made = [with_attributes(lambdas(1)[0], **{name: n}) for name in ("forget", "cache_key", "cache_parameters") for n in (1, 2)]
+    vars(made[0])[1] = 2  # a name that is no str
+    assert len({pickled(function) for function in (*made, lambdas(1)[0])}) == 7
+
+
+def test_whether_a_memoized_function_or_its_wrapper_has_an_attribute():
+    def memoized(function):
+        def wrapper():
+            pass
+
+        return with_attributes(wrapper, _memoized=(wrapper, function))
+
+    outer, inner = memoized(lambda: 1), memoized(with_attributes(lambda: 1, n=1))
+    assert pickled(with_attributes(outer, n=1)) != pickled(inner)
+
+
+def test_a_module_that_is_not_the_one_of_its_name():
+    for module in (types.ModuleType("os"), types.ModuleType("nowhere")):
+        with pytest.raises(errors.UnsupportedValue, match="of the module"):
+            pickled(module)
+
+
+class Proxy:
+    """Says that it is of another class, as proxies do."""
+
+    def __init__(self, of):
+        self._of = of
+
+    __class__ = property(lambda self: type(self._of))
+
+
+def test_a_proxy_is_what_it_is_itself():
+    made = []
+    for of in (int, os, {1}, {1: 2}, np.arange(3), np.float64(1)):
+        assert isinstance(Proxy(of), type(of))
+        made.append(pickled(Proxy(of)))
+    assert len(set(made)) == len(made)
 
 
 def test_a_function_whose_attribute_is_itself():
