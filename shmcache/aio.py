@@ -14,6 +14,7 @@ Until then the keys that it writes are held: another write of them, here or in a
 Race table, of a call in a thread: whose the steps are is decided by core/_claims.pyx: Turn, Driving
     cancel vs begin          cancel first: the call is never made, its marks and claims are given back. Begin first: as it runs
     too late vs begin        too late first: the call is never made, its task gets StoreUnavailable. Begin first: as it runs
+    a handler raises in a callback of the loop, which drops it      those of this module are compiled, and wake their task first
     the store does not return      its task gets StoreUnavailable, and leaves the call as if it were cancelled; the thread stays in it
     cancel vs end            cancel first: the thread goes through the rest. End first: the task does, and is cancelled then
     the loop is closed       its callbacks do not run: the thread goes through the rest
@@ -284,16 +285,12 @@ class Cache:
                             answer = await answer
                         continue
                     driving.job = job = Job(steps, asked)
-                    late = asyncio.get_running_loop().call_later(asked.latest - _core.monotonic(), self._threads.call_off, job)
                     try:
                         self._threads.begin(job)
-                        await job.ended
-                    except BaseException:
-                        self._threads.forget(job)
-                        raise
+                        await job.wait()
                     finally:
-                        late.cancel()
-                        job.ended.cancel()  # nobody waits for it any more
+                        if not job.over:
+                            self._threads.forget(job)
                     answer, failed = job.take()
         finally:
             self._wake(name)

@@ -60,15 +60,6 @@ class Threads:
         with self._lock, contextlib.suppress(ValueError):  # a thread has it in its hands, and sees that, too
             self._jobs.remove(job)
 
-    def call_off(self, job: Job) -> None:
-        """It is too late for a call that has not begun: StoreUnavailable in its task. One that has begun gets its patience. Called in its
-        loop."""
-        if job.call_off():
-            wake(job.ended)
-            self.forget(job)
-        elif not job.ended.done():
-            job.loop.call_later(job.patience, job.give_up)
-
     def _work(self) -> None:
         with self._lock:
             if self._n >= MOST:
@@ -93,20 +84,20 @@ class Threads:
 
 
 class Job(Turn):
-    """A call in a thread, for steps that a task goes through. Await `ended`, then take(); `with` core/_claims.pyx: Driving.
+    """A call in a thread, for steps that a task goes through. Await wait(), then take(); `with` core/_claims.pyx: Driving.
 
     A task that leaves a call that has begun leaves the rest of the steps to the thread: they are told how it ended, and begin nothing more.
     """
 
     def __init__(self, steps: Generator[Any, Any, Any], call: Any) -> None:
-        """call: with `keys`, which it writes, and `patience` (stored.py: Call)."""
-        self._steps, self._call, self.keys, self.patience = steps, call, call.keys, call.patience
+        """call: with `keys`, which it writes, `latest` and `patience` (stored.py: Call)."""
+        self._steps, self._call, self.keys = steps, call, call.keys
         self.loop = asyncio.get_running_loop()
         self._context = contextvars.copy_context()
         self.caller = _core.caller_number()
         self._answer: Any = None
         self._failed: BaseException | None = None
-        self.ended: asyncio.Future[None] = self.loop.create_future()
+        self.ended = self.loop.create_future()
 
     def run(self) -> None:
         """In a thread."""
@@ -125,17 +116,25 @@ class Job(Turn):
             if self.take_over():
                 self.go_through()
 
+    async def wait(self) -> None:
+        """Until it has ended, or is called off: at its `latest` if it has not begun. Raises: StoreUnavailable: its patience after that the
+        store has not returned."""
+        left = self._call.latest - _core.monotonic()
+        timers = [self.loop.call_later(left, self.call_off), self.loop.call_later(left + self._call.patience, self.give_up)]
+        try:
+            await self.ended
+        finally:
+            for timer in timers:
+                timer.cancel()
+        if self.hangs:
+            raise hangs(bool(self.keys))
+
     def take(self) -> tuple[Any, BaseException | None]:
         """What the call returned, or raised; StoreUnavailable: it was called off."""
         self.taken_back()
         answer, failed = self._answer, self._failed
         self._answer = self._failed = None
         return answer, too_late() if self.called_off else failed
-
-    def give_up(self) -> None:
-        """The store does not return: its task leaves the call. Called in its loop."""
-        if not self.over and not self.ended.done():
-            self.ended.set_exception(hangs(bool(self.keys)))
 
     def go_through(self) -> None:
         """The rest of the steps, for a task that has left."""

@@ -305,19 +305,25 @@ cdef class Closing:
 
 
 def wake(future):
-    """Let the task go on that awaits it. In one step: an event loop drops what a handler raises in its callbacks, and the task would wait on."""
+    """Let the task go on that awaits it. In one step: an event loop drops what a handler raises in its callbacks, and the task would wait on.
+    What one raises within asyncio's call_soon(), which set_result() calls, is asyncio's own to lose, as with each of its futures."""
     if not future.done():
         future.set_result(None)
 
 
 cdef class Turn:
     """Of a call that a thread makes, for steps that a task goes through: who goes on with them. Each method is one step, between whose parts
-    neither a thread nor a handler comes."""
+    neither a thread nor a handler comes.
+
+    ended: the future that the task awaits.
+    """
+    cdef public object ended
     cdef bint begun
     cdef readonly bint over
     cdef bint taken
     cdef bint left                  # the task has, or the thread has taken its place
     cdef readonly bint called_off
+    cdef readonly bint hangs
 
     def begin(self):
         """False: the call is not to be made any more."""
@@ -332,11 +338,16 @@ cdef class Turn:
         return self.left
 
     def call_off(self):
-        """False: it has begun, or was left."""
-        if self.begun or self.left:
-            return False
-        self.called_off = True
-        return True
+        """It is too late to begin: one that has not begun is never made, and its task is told. Called by its loop."""
+        if not self.begun and not self.left:
+            self.called_off = True
+            wake(self.ended)
+
+    def give_up(self):
+        """It has had its time: its task is told, and leaves it. Called by its loop."""
+        if not self.over and not self.called_off:
+            self.hangs = True
+            wake(self.ended)
 
     def taken_back(self):
         """The task has been told how it ended, and goes on."""

@@ -778,7 +778,7 @@ def test_a_handler_that_raises_while_a_call_begins(awaited, store, monkeypatch, 
             if warm:
                 await cache.set("warm", n)
             struck[:] = [False]
-            did = strike_at(n, [(shmcache.aio.__file__, "_driven"), (threads.__file__, "begin"), (threading.__file__, "start")])
+            did = strike_at(n, [(shmcache.aio.__file__, "_driven"), *((threads.__file__, f) for f in ("begin", "wait")), (threading.__file__, "start")])
             try:
                 await cache.set("k", "interrupted")
             except Struck:
@@ -815,7 +815,7 @@ def test_a_handler_that_raises_while_a_call_is_left(front, store, ends):
                 while cache._threads._idle < cache._threads._n:
                     time.sleep(0.0001)  # and the loop does not run: its task is not told
             first.cancel()
-            leaving = [(shmcache.aio.__file__, "_driven")] + [(threads.__file__, name) for name in ("leave", "forget", "take", "go_through")]
+            leaving = [(shmcache.aio.__file__, "_driven")] + [(threads.__file__, name) for name in ("leave", "wait", "forget", "take", "go_through")]
             did = strike_at(n, leaving)
             try:
                 await first
@@ -1072,3 +1072,38 @@ def test_a_flush_that_fails_says_so(awaited, store):  # noqa: F811
 
     with flushing(cache.sync, store):
         run(main())
+
+
+@pytest.mark.parametrize("what", ["a call that gets no thread", "a call of a store that hangs"])
+def test_what_a_handler_raises_in_the_loop_leaves_no_task_without_an_end(front, store, monkeypatch, what):
+    """The call is told that it is too late, or that the store has not answered, all the same."""
+    monkeypatch.setattr(threads, "MOST", 1)
+    monkeypatch.setattr(shmcache.stored, "GRACE", 0.02)
+    cache = front(timeout=0.02)
+    ours = [(threads.__file__, name) for name in vars(threads.Threads) | vars(threads.Job)]
+
+    async def main():
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
+        n, struck = 0, True
+        while struck:
+            n += 1
+            gate = Gate(store, "load")
+            tasks = [asyncio.create_task(cache.get("hangs"))]
+            await reached(gate)
+            if what == "a call that gets no thread":
+                tasks.append(asyncio.create_task(cache.get("k")))
+                await asyncio.sleep(0)
+            did = strike_at(n, ours)
+            try:
+                done, waiting = await asyncio.wait(tasks, timeout=SOON)
+            finally:
+                sys.settrace(None)
+            assert not waiting, f"for ever, at {n}"
+            assert all(isinstance(task.exception(), (Struck, errors.StoreUnavailable)) for task in done)
+            struck = did()
+            gate.opened.set()
+            while cache._threads._idle < cache._threads._n or cache._threads._jobs:
+                await asyncio.sleep(0.001)
+        return n
+
+    assert run(main()) > 3
