@@ -9,7 +9,6 @@ from __future__ import annotations
 from shmcache import errors, flight, segment
 from shmcache.codec import BYTES, INT, STR, check_codec, get_codec
 from shmcache.core import _core
-from shmcache.namespace import Namespace, generation, renew
 from shmcache.segment import Segment
 
 TYPE_CHECKING = False  # see segment.py
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from shmcache.core._claims import Lock
+    from shmcache.namespace import Namespace
     from shmcache.policy import Policy
     from shmcache.stores import Store
 
@@ -63,6 +63,8 @@ class Cache(_core.Table):
         return named
 
     def _new_generation(self, key: bytes) -> bytes:
+        from shmcache.namespace import generation
+
         return generation(self, key)
 
     def get_or_set(
@@ -126,6 +128,8 @@ class Cache(_core.Table):
         What is being computed with one of them (get_or_set, a lease) is not found either; what a set stores after it stays.
         Raises: InvalidTag.
         """
+        from shmcache.namespace import renew
+
         keys = [self._tag_key(tag) for tag in tags]  # all are checked before the first is renewed
         for key in keys:
             renew(self, key)
@@ -163,6 +167,8 @@ class Cache(_core.Table):
 
     def namespace(self, name: bytes | str) -> Namespace:
         """A part of the cache with keys of its own, and an O(1) clear() of its own."""
+        from shmcache.namespace import Namespace
+
         return Namespace(self, name)
 
     @property

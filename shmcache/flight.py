@@ -159,7 +159,7 @@ def get_or_set(cache: Cache, key: bytes | str, factory: Callable[[], Any], lease
 
 def run(steps: Generator[Any, Any, T], factory: Callable[[], Any] | None = None) -> T:
     """Go through the steps in this thread: what they return."""
-    pause = waits(None)
+    pause: Any = None
     answer: Any = None
     failed: BaseException | None = None
     with claims().Closing(steps):
@@ -177,12 +177,12 @@ def run(steps: Generator[Any, Any, T], factory: Callable[[], Any] | None = None)
             if here and waits_in_vain():
                 answer = True
             elif here or asked is WAIT:
-                next(pause)
+                next(pause := pause or waits(None))
             elif asked is COMPUTE:
                 assert factory is not None
                 answer = factory()
             else:
-                pause = waits(None)
+                pause = None
                 try:
                     answer = asked()
                 except BaseException as e:

@@ -55,27 +55,32 @@ class Call(Generic[T]):
     Raises: StoreUnavailable: it begins later than `latest` (monotonic), when the claims and marks that stand for it might end before it.
     """
 
-    __slots__ = ("_call", "_marks", "keys", "latest", "patience")
+    __slots__ = ("_cache", "_call", "_marks", "_what", "latest", "patience")
 
-    def __init__(self, call: Callable[[], T], latest: float, patience: float, keys: Iterable[bytes], marks: Marks | None) -> None:
-        self._call, self.latest, self.patience, self.keys, self._marks = call, latest, patience, keys, marks
+    def __init__(self, cache: StoredCache, call: Callable[..., T], what: Any, latest: float, patience: float, marks: Marks | None) -> None:
+        self._cache, self._call, self._what, self.latest, self.patience, self._marks = cache, call, what, latest, patience, marks
+
+    @property
+    def keys(self) -> list[bytes]:
+        return [] if self._marks is None else [*self._what]
 
     def __call__(self) -> T:
         if _core.monotonic() > self.latest:
             raise errors.StoreUnavailable("this call of the store came to its turn too late: it was not made; try again")
-        return self._call() if self._marks is None else told(self._marks, self._call)
-
-
-def told(marks: Marks, write: Callable[[], T]) -> T:
-    """Let the store do what the marks are for, and note if it is known how that ended."""
-    marks.known = False
-    try:
-        answer = write()
-    except errors.ShmcacheError as e:
-        marks.known = knows(e)
-        raise
-    marks.known = True
-    return answer
+        cache, marks = self._cache, self._marks
+        if marks is not None:
+            marks.known = False
+        try:
+            answer = self._call(self._what, timeout=cache.policy.timeout)
+        except BaseException as e:
+            if not cache.closed:
+                cache.count_store(errors=1)
+            if marks is not None:
+                marks.known = isinstance(e, errors.ShmcacheError) and knows(e)
+            raise
+        if marks is not None:
+            marks.known = True
+        return answer
 
 
 class StoredCache(Cache):
@@ -149,7 +154,7 @@ class StoredCache(Cache):
         patience = self.policy.timeout + GRACE / 2
         left = patience if marks is None else min(patience, self._age - self.policy.timeout - marks.age)
         latest = _core.monotonic() + left
-        return Call(lambda: self._call(call, what, timeout=self.policy.timeout), latest, patience, () if marks is None else [*what], marks)
+        return Call(self, call, what, latest, patience, marks)
 
     def _refreshed(self, name: bytes, stale: Any, seen: int) -> Steps[Any]:
         """A stale copy, of which one caller at a time loads another. MISSING: the store has none."""
@@ -234,15 +239,6 @@ class StoredCache(Cache):
             return self.fill_claim(name, entry.value, version, entry.ttl, head, self.policy.stale_ttl or None, 0, refresh)
         except (errors.UnsupportedValue, errors.ValueTooLarge, errors.InvalidTTL, errors.CapacityError):
             return False  # who asked gets it all the same
-
-    def _call(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """A call of the store, counted if it fails."""
-        try:
-            return call(*args, **kwargs)
-        except BaseException:
-            if not self.closed:
-                self.count_store(errors=1)
-            raise
 
     @waiting
     def get_many(self, keys: Iterable[Key]) -> Steps[dict[Any, Any]]:

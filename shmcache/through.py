@@ -117,14 +117,13 @@ class ThroughCache(StoredCache):
         versions: dict[bytes, int] = {}  # 0: overlapped
         with Marks(self) as marks:
             for name in sorted(values):
-                versions[name] = yield from steps(self._mark, marks, name, deadline, alone=False)
+                versions[name] = yield from self._mark(marks, name, deadline, alone=False)
             yield from self._store(values, ttl, marks)
             if self._fills and ttl != 0:
                 for name, value in encoded.items():
                     if value is not DELETE and self._filled(name, Entry(value, ttl), versions[name], heads[name]):
                         marks.drop(name)
 
-    @waiting
     def _mark(self, marks: Marks, name: bytes, deadline: float, alone: bool, version: int = 0) -> Steps[int]:
         """Put a mark on a key: its version, 0 if another's was there, -1: the key has not this version.
 
@@ -145,9 +144,14 @@ class ThroughCache(StoredCache):
                     "this call waits: nothing was changed; await shmcache.aio's methods in tasks, and let no store write through its cache"
                 )
 
+    @waiting
+    def _mark_alone(self, marks: Marks, name: bytes, deadline: float) -> Steps[int]:
+        """_mark(), for a command of the sidecar's."""
+        return (yield from self._mark(marks, name, deadline, alone=True))
+
     def _store(self, values: dict[bytes, Any], ttl: float | None, marks: Marks) -> Steps[None]:
-        gone = [name for name, value in values.items() if value is DELETE or ttl == 0]
-        kept = {name: (value, ttl) for name, value in values.items() if name not in gone} if len(gone) < len(values) else {}
+        kept = {} if ttl == 0 else {name: (value, ttl) for name, value in values.items() if value is not DELETE}
+        gone = [name for name in values if name not in kept] if len(kept) < len(values) else []
         if gone:
             yield self._ask(self.store.delete_many, gone, marks)
         if kept:
@@ -161,7 +165,7 @@ class ThroughCache(StoredCache):
         name = _core.key_bytes(key)
         deadline = _core.monotonic() + self.policy.timeout
         with Marks(self) as marks:
-            mark = yield from steps(self._mark, marks, name, deadline, True, version)
+            mark = yield from self._mark(marks, name, deadline, True, version)
             if mark < 0:
                 return MISSING
             head = self._head(name)

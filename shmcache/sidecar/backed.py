@@ -207,7 +207,7 @@ class Trial:
         self.heads = {name: cache._head(name) for name in self.names}
         deadline = _core.monotonic() + cache.policy.timeout
         for name in self.names:
-            self.versions[name] = cache._mark(self.marks, name, deadline, alone=True)
+            self.versions[name] = cache._mark_alone(self.marks, name, deadline)
         if self.plan.read:
             self.was = cache._loaded([name for name in self.names if name in self.plan.read], Claims(cache))
         self.copies.put(self.was)
