@@ -53,25 +53,26 @@ def memoize(
         check(function)
         called = getattr(function, "__qualname__", type(function).__qualname__)
         identity: bytes | None = b""
-        registered: dict[type, Any] | None = None  # of one of singledispatch, when it was identified
+        dispatches = prefix is None and is_dispatched(function)
         if prefix is None:
             module = module_name(function.__module__, getattr(function, "__globals__", {}))
             begins = PREFIX + f"{module}.{called}".encode("utf-8", "backslashreplace")[:SHOWN_BYTES] + b"\x00"
-            if is_dispatched(function):
-                registered, identity = {}, None
-            else:
-                identity = None if waits_for_values(function) else identified(function, called)
+            identity = None if dispatches or waits_for_values(function) else identified(function, called)
         else:
             begins = prefix
             note_name(cache.name, begins, function, called)
         arguments = Arguments(function, called, any_object)
+        # What was registered with one of singledispatch, and its identity then. They are one: a thread that identified it before another
+        # thread registered more may leave both, never the old identity beside the new registrations. The next call finds that they differ.
+        known: tuple[Any, bytes | None] = (None, identity)
 
         def cache_key(*args: Any, **kwargs: Any) -> bytes:
-            nonlocal identity, registered
-            if registered is not None and registered != function.registry:  # type: ignore[attr-defined]
-                registered, identity = dict(function.registry), None  # type: ignore[attr-defined]
-            if identity is None:
+            nonlocal known
+            registered, identity = known
+            if identity is None or (dispatches and registered != function.registry):  # type: ignore[attr-defined]
+                registered = dict(function.registry) if dispatches else None  # type: ignore[attr-defined]
                 identity = identified(function, called)
+                known = registered, identity
             digest = blake2b(identity, digest_size=DIGEST_BYTES, person=b"memoize", salt=salt)
             digest.update(arguments.bytes_of(args, kwargs))
             return begins + digest.digest()

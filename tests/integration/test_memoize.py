@@ -17,7 +17,7 @@ import warnings
 import pytest
 
 import shmcache
-from shmcache import errors
+from shmcache import errors, memoize
 from tests.integration.test_policy import Hooked
 
 
@@ -79,6 +79,34 @@ def test_a_function_of_singledispatch(cache):
     assert late(2.5) == "any"
     late.register(float, lambda x: "float")  # behind its first call
     assert [late(2.5), made(list)(2.5), late(2.5)] == ["float", "any", "float"]
+
+
+def test_registering_while_another_thread_calls(cache, monkeypatch):
+    identify, entered, go = memoize.identified, threading.Event(), threading.Event()
+
+    def slow(function, called):
+        made = identify(function, called)
+        if threading.current_thread() is not threading.main_thread():
+            entered.set()
+            assert go.wait(60)
+        return made
+
+    monkeypatch.setattr(memoize, "identified", slow)
+
+    @cache.memoize()
+    @functools.singledispatch
+    def of(x):
+        return "any"
+
+    thread = threading.Thread(target=of, args=(2.5,))
+    thread.start()
+    assert entered.wait(60)
+    before = of.cache_key(2.5)
+    of.register(float, lambda x: "float")
+    after = of.cache_key(2.5)
+    go.set()
+    thread.join()
+    assert before != after == of.cache_key(2.5)
 
 
 def test_closures_whose_variable_comes_later(cache):
