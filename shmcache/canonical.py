@@ -2,7 +2,7 @@
 Values that differ have different bytes. Nothing decodes them: a key is made of their digest.
 
     order       a dict, a set and a frozenset have none: their items are sorted by their bytes. A list and an OrderedDict have one, and so
-                have their subclasses
+                have their subclasses. What a `__reduce__` of its own lists in the order of a set has another key in each process
     sharing     plain data that is there twice counts as two equal values. Pickle tells these apart, by whether a str happens to be interned
     types       1, 1.0 and True are three values, "a" and b"a" are two
     numbers     0.0 and -0.0 differ, and so do Decimal("1.0") and Decimal("1.00"): a function can tell. Every nan is the same
@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import copyreg
 import functools
-import operator
 import os
 import struct
 import sys
@@ -223,7 +222,10 @@ class Walk:
             raise
         except Exception as e:  # __reduce__ is anybody's code
             raise errors.UnsupportedValue(f"no key can be made of this {kind.__qualname__} ({e})") from e
-        head = b"r" + self._constructor(function) + self._arguments(value, arguments) + self.bytes_of(state)
+        if reduce is None and by in (set, frozenset):  # of which it has made a list, in no order
+            head = b"r" + self._constructor(function) + self._set(b"u", value) + self.bytes_of(state)
+        else:
+            head = b"r" + self._constructor(function) + self.bytes_of(arguments) + self.bytes_of(state)
         if set_state is not None:
             head += self.bytes_of(set_state)
         call = getattr(kind, "__call__", None)  # noqa: B004
@@ -243,16 +245,6 @@ class Walk:
             if isinstance(function, type):
                 raise
             return self.bytes_of(function)  # a method of a class, which is another object each time
-
-    def _arguments(self, value: Any, arguments: Any) -> bytes:
-        """Of what makes this value. A set has made a list of its items, in no order."""
-        if not issubclass(type(value), (set, frozenset)) or type(arguments) is not tuple:
-            return self.bytes_of(arguments)
-        made = []
-        for argument in arguments:
-            items = type(argument) is list and len(argument) == len(value) and all(map(operator.is_, argument, value))
-            made.append(self._set(b"u", argument) if items else self.bytes_of(argument))
-        return b"t%d:" % len(made) + b"".join(made)
 
 
 def reduced_by(kind: type) -> type:
