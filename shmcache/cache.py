@@ -397,22 +397,27 @@ def open(
 
 
 def open_logged(
-    name: str, size: int | str | None, log_policy: int, *, huge_pages: bool = False, log_buffer: int | str | None = None,
-    policy: Policy | str | None = None, version_base: int | None = None,
+    name: str, size: int | str | None, log_policy: int, *, create: bool = True, huge_pages: bool = False,
+    log_buffer: int | str | None = None, policy: Policy | str | None = None, version_base: int | None = None,
 ) -> Cache:
     """open(), for who is about to log it: one that is created is logged from the first moment, so that no write is acknowledged before.
-    version_base: of one that is created (header_t)."""
+    create: False: it is to be there. version_base: of one that is created (header_t)."""
     options = _options(None, None, None, None, None, log_buffer) | _policy_options(policy, None, None)
     new = {"huge_pages": huge_pages, "log_policy": log_policy, "version_base": version_base}
-    return _attached_or_created(name, size, options, new, {})
+    return _attached_or_created(name, size, options, new if create else None, {})
 
 
-def _attached_or_created(name: str, size: int | str | None, options: dict[str, Any], new: dict[str, Any], how: dict[str, Any]) -> Cache:
+def _attached_or_created(
+    name: str, size: int | str | None, options: dict[str, Any], new: dict[str, Any] | None, how: dict[str, Any]
+) -> Cache:
+    """new: of one that is created; None: none is."""
     size_bytes = None if size is None else segment.parse_size(size)
     for _ in range(100):  # only against somebody who creates and unlinks all the while
         try:
             cache = attach(name, **how)
         except errors.SegmentNotFound:
+            if new is None:
+                raise
             try:
                 mapping = segment.create(name, size_bytes or segment.parse_size(DEFAULT_SIZE), **new, **options)
                 return _handle(mapping, how.get("codec", "msgpack"), {}, how.get("store"), how.get("tags"))

@@ -478,7 +478,11 @@ def _whole(name: str) -> bool:
 
 
 def _live_or_restored(args: argparse.Namespace, folder: Path | None) -> shmcache.Cache:
-    """The segment: the live one; else restored from the data directory, if anything is there; else created, if there is a size."""
+    """The segment: the live one; else restored from the data directory, if anything is there; else created, if there is a size.
+
+    Where something is there, none is created, and whose the files are is asked of the handle that is returned: by its name it could be
+    another, which somebody has put there since.
+    """
     from shmcache.supervisor import appendlog, datadir, format, snapshot
 
     if args.start_empty and (args.size is None or folder is None):
@@ -488,14 +492,15 @@ def _live_or_restored(args: argparse.Namespace, folder: Path | None) -> shmcache
     if args.log_buffer:
         created["log_buffer"] = args.log_buffer
     buffer = None if args.log == "off" else _log_buffer(segment.parse_size(args.size or shmcache.cache.DEFAULT_SIZE))
-    if folder is not None and any(format.listing(folder)):
+    is_there = folder is not None and any(format.listing(folder))
+    if folder is not None and is_there:
         if not _whole(args.name):
             try:
                 options = {**created, "log_policy": appendlog.POLICIES[args.log], **({} if args.size is None else {"size": args.size})}
                 _say_restored(snapshot.restore(args.name, folder, log_buffer_if_none=buffer, **options), False, sys.stderr)
             except (errors.NoSnapshot, errors.DamagedFile, errors.NewerFormat) as e:
                 if datadir.is_blank(folder):  # who began the log was killed before anything was in it
-                    pass
+                    is_there = False
                 elif not args.start_empty:
                     print(f"shmcache: nothing was changed in {folder}. --start-empty sets aside what is there, and begins without it",
                           file=sys.stderr)  # fmt: skip
@@ -503,27 +508,40 @@ def _live_or_restored(args: argparse.Namespace, folder: Path | None) -> shmcache
                 else:
                     print(f"shmcache: {e}\nshmcache: {args.name} starts empty; what was there is in {datadir.set_aside(folder)}",
                           file=sys.stderr)  # fmt: skip
+                    is_there = False
                     snapshot.end_restore(args.name)
-        elif not datadir.is_of(args.name, folder):
-            what = (
-                f"{args.name} was there already, created by somebody else, or restored from another directory: nothing is restored into "
-                f"it, and what is in {folder} and not of it is kept. To have that back, without what is in the segment: end all, "
-                "unlink it, move the snapshots and logs that it has written there since out of the directory, and start this first"
-            )
-            if args.log != "off":  # what would be acknowledged there, a restore could not tell from the earlier segment's
-                raise errors.ForeignDataDir(
-                    f"{what}. To go on with the segment, which loses nothing of it: move all snapshots and logs out of the directory, or "
-                    "use another directory"
-                )
-            print(f"shmcache: {what}", file=sys.stderr)
     elif args.start_empty:
         snapshot.end_restore(args.name)  # the files were set aside by a process that was killed then
     if buffer:
         created.setdefault("log_buffer", buffer)
     policy = args.policy or ("through" if args.store else None)
     if args.size is None:
-        return shmcache.attach(args.name)
-    return shmcache.cache.open_logged(args.name, args.size, appendlog.POLICIES[args.log], policy=policy, version_base=base, **created)
+        cache = shmcache.attach(args.name)
+    else:
+        created |= {"policy": policy, "version_base": base}
+        cache = shmcache.cache.open_logged(args.name, args.size, appendlog.POLICIES[args.log], create=not is_there, **created)
+    try:
+        if folder is not None and is_there and not datadir.is_of(cache, folder):
+            _say_whose(args, folder)
+    except BaseException:
+        cache.close()
+        raise
+    return cache
+
+
+def _say_whose(args: argparse.Namespace, folder: Path) -> None:
+    """Raises: ForeignDataDir, if it is to be logged there."""
+    what = (
+        f"{args.name} was there already, created by somebody else, or restored from another directory: nothing is restored into "
+        f"it, and what is in {folder} and not of it is kept. To have that back, without what is in the segment: end all, "
+        "unlink it, move the snapshots and logs that it has written there since out of the directory, and start this first"
+    )
+    if args.log != "off":  # what would be acknowledged there, a restore could not tell from the earlier segment's
+        raise errors.ForeignDataDir(
+            f"{what}. To go on with the segment, which loses nothing of it: move all snapshots and logs out of the directory, or "
+            "use another directory"
+        )
+    print(f"shmcache: {what}", file=sys.stderr)
 
 
 def do_supervise(args: argparse.Namespace) -> int:

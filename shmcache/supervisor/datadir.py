@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from shmcache import cache as cache_module
 from shmcache import errors, segment
 from shmcache.core import _core, _dirty
 from shmcache.supervisor import format as fmt
@@ -105,13 +104,12 @@ def is_blank(folder: Path) -> bool:
     return not snapshots
 
 
-def is_of(name: str, folder: Path) -> bool:
-    """Are the newest readable files there of the live segment, or did they lie there when it was restored from there? Raises: NewerFormat,
+def is_of(cache: Cache, folder: Path) -> bool:
+    """Are the newest readable files there of this segment, or did they lie there when it was restored from there? Raises: NewerFormat,
     OSError."""
-    with cache_module.attach(name) as cache:
-        if is_unnoted(cache, folder):
-            return True
-        mine = life(cache)
+    if is_unnoted(cache, folder):
+        return True
+    mine = life(cache)
     noted, passed = Noted(), Noted()
     with contextlib.suppress(errors.DamagedFile):  # then only its own are known to be
         noted, passed = notes(folder)

@@ -15,7 +15,8 @@ import time
 import pytest
 
 import shmcache
-from shmcache import errors, segment
+from shmcache import cache as cache_module
+from shmcache import cli, errors, segment
 from shmcache.supervisor import datadir, snapshot
 from shmcache.supervisor import format as fmt
 from shmcache.supervisor.appendlog import POLICIES, AppendLog, is_whole
@@ -458,6 +459,11 @@ def lived(name, folder, value, log=True):
     shmcache.unlink(name)
 
 
+def is_of(name, folder):
+    with shmcache.attach(name) as cache:
+        return datadir.is_of(cache, folder)
+
+
 def names(folder):
     return {path.name for of_kind in fmt.listing(folder) for _, path in of_kind}
 
@@ -557,13 +563,13 @@ def test_what_was_restored_from_a_copy_does_not_have_what_came_since(name, folde
     was = names(folder)
     with datadir.take(backup):
         snapshot.restore(name, backup)
-        assert datadir.is_of(name, backup)
+        assert is_of(name, backup)
     with shmcache.attach(name) as cache:
         assert cache["n"] in (1, 2)
         out = subprocess.run(supervise(name, *args), capture_output=True, text=True, check=False, timeout=LIMIT)
         assert out.returncode == 1 and "another directory" in out.stderr and "Traceback" not in out.stderr
         with datadir.take(folder):
-            assert not datadir.is_of(name, folder)
+            assert not is_of(name, folder)
             for _ in range(3):
                 report = snapshot.write(cache, folder, keep=1)
             assert names(folder) >= was and report["kept"] != []
@@ -663,7 +669,7 @@ def test_no_file_of_a_life_is_begun_before_the_life_is_noted(name, taken, first,
             assert names(taken) == was
     if process == "another":
         datadir._unnoted.clear()
-    assert datadir.is_of(name, taken)
+    assert is_of(name, taken)
     with shmcache.attach(name) as cache:
         if first == "log":
             log = AppendLog(cache, taken, "always")
@@ -671,7 +677,7 @@ def test_no_file_of_a_life_is_begun_before_the_life_is_noted(name, taken, first,
             log.close()
         else:
             snapshot.write(cache, taken)
-        assert datadir.is_of(name, taken) and names(taken) > was
+        assert is_of(name, taken) and names(taken) > was
         assert datadir.life(cache) in datadir.lives(taken)
     shmcache.unlink(name)
     report, cache = restored(name, taken)
@@ -698,14 +704,46 @@ def test_what_could_not_be_noted_is_true_of_no_other_directory(name, folder, tmp
     with datadir.take(backup), full_disk():
         snapshot.restore(name, backup)
     shutil.copytree(backup, copy)
-    assert datadir.is_of(name, backup) and not datadir.is_of(name, folder)
-    assert datadir.is_of(name, copy), "the same is in it"
+    assert is_of(name, backup) and not is_of(name, folder)
+    assert is_of(name, copy), "the same is in it"
     with shmcache.attach(name) as cache, datadir.take(folder):
         snapshot.write(cache, folder)
         assert datadir.life(cache) not in datadir.lives(folder)
         log = AppendLog(cache, backup, "always")
         log.close()
-        assert datadir.is_of(name, backup) and not datadir.is_of(name, copy)
+        assert is_of(name, backup) and not is_of(name, copy)
+    shmcache.unlink(name)
+
+
+@pytest.mark.parametrize("live", [False, True])
+@pytest.mark.parametrize("by", ["nobody", "a worker"])
+def test_a_segment_that_goes_at_the_start_is_not_replaced_by_another(name, folder, monkeypatch, live, by):
+    """Unlinked when it was restored, or found to be the directory's: nothing begins empty beside the files, and no other segment is logged
+    there."""
+    with datadir.take(folder):
+        lived(name, folder, "acknowledged")
+        if live:
+            snapshot.restore(name, folder)
+    was, real = names(folder), cache_module.open_logged
+
+    def gone(*args, **options):
+        shmcache.unlink(name)
+        if by == "a worker":
+            shmcache.create(name, "32M", log_buffer="64K").close()
+        return real(*args, **options)
+
+    monkeypatch.setattr(cache_module, "open_logged", gone)
+    args = cli.parser().parse_args(["supervise", name, "--size", "32M", "--data-dir", str(folder), "--log", "always"])
+    with datadir.take(folder), pytest.raises(errors.SegmentNotFound if by == "nobody" else errors.ForeignDataDir):
+        cli._live_or_restored(args, folder)
+    assert names(folder) == was
+    assert os.path.exists(segment.check_name(name)) == (by == "a worker")
+    with contextlib.suppress(shmcache.SegmentNotFound):
+        shmcache.unlink(name)
+    with datadir.take(folder):
+        _, cache = restored(name, folder)
+    with cache:
+        assert cache["n"] == "acknowledged"
     shmcache.unlink(name)
 
 
@@ -723,7 +761,7 @@ def test_a_segment_goes_on_behind_a_snapshot_that_was_passed_over(name, folder, 
             log = AppendLog(cache, folder, "always")
             cache.set("n", "acknowledged")
             log.close()
-            assert datadir.is_of(name, folder)
+            assert is_of(name, folder)
             report = snapshot.write(cache, folder, keep=1)
             assert any(fmt.snapshot_name(2) in line for line in report["kept"]), "it is not in it all the same"
         (folder / fmt.snapshot_name(report["number"])).unlink()
@@ -812,7 +850,7 @@ def test_a_note_without_those_that_were_passed_over_is_read(name, taken):
     head = datadir.head(path, "log")
     del head["passed"]
     datadir._replace(path, head)
-    assert datadir.is_of(name, taken)
+    assert is_of(name, taken)
     assert list(datadir.lives(taken)) == [life for life, _ in head["lives"]]
     shmcache.unlink(name)
 

@@ -502,7 +502,7 @@ def test_snapshots_of_a_segment_that_was_not_restored_stay(make, restored, folde
         snapshot.write(cache, folder)
     shmcache.unlink(name)
     with shmcache.create(name, "8M") as other:  # by a worker that was faster than who restores
-        assert not datadir.is_of(name, folder)
+        assert not datadir.is_of(other, folder)
         for _ in range(3):
             snapshot.write(other, folder)
     assert [n for n, _ in fmt.listing(folder)[0]] == [1, 2, 4, 5]
