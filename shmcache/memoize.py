@@ -6,7 +6,8 @@ defined again, and the functions of two programs do not share results, and a fun
 calls and the globals that it reads are not part of it. `name` replaces all that.
 
 What a function closes over, and its attributes, count as they are when the function is memoized; or when it is first called, if a variable
-that it closes over has no value yet. Of one of singledispatch counts what is registered at the call.
+that it closes over has no value yet. Of one of singledispatch counts what is registered at the call. An argument that is left out counts as
+its default is at the call.
 """
 
 from __future__ import annotations
@@ -197,10 +198,17 @@ class Arguments:
             return canonical(value, self._any_object)
         except errors.UnsupportedValue as e:
             if self._is_default(name, value):
-                return b"-"  # it is part of what the function is
+                return b"-" + self._of_default(value)
             raise errors.UnsupportedValue(
                 f"{self._called}: of {name!r} no key can be made: {e}. Or memoize a function of what it takes of it (an id, say)"
             ) from e
+
+    def _of_default(self, value: Any) -> bytes:
+        """As it is now. If no key can be made of it (a connection), then the function has a name=, and that it is the default counts."""
+        try:
+            return canonical(value, True)
+        except errors.UnsupportedValue:
+            return b"-"
 
     def _is_default(self, name: str, value: Any) -> bool:
         function = self._function

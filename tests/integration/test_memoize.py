@@ -344,6 +344,24 @@ class Users:
         return f"{self.table} {user_id}"
 
 
+@pytest.mark.parametrize("named", [None, "with a table"])
+def test_a_default_that_is_changed_counts_as_it_is_at_the_call(cache, named):
+    users = Users("users")
+
+    @cache.memoize(name=named)
+    def f(x, of=users):
+        return of.name(x)
+
+    assert f(1) == "users 1"
+    users.table = "admins"
+    assert f(1) == "admins 1"
+    f.__wrapped__.__defaults__ = (Users("nobody"),)
+    assert f(1) == "nobody 1"
+    users.table = "users"
+    f.__wrapped__.__defaults__ = (users,)
+    assert f(1) == "users 1"
+
+
 def test_a_method(cache):
     class Shop(Users):
         name = cache.memoize()(Users.name)
