@@ -56,7 +56,7 @@ def memoize(
         identity: bytes | None = b""
         dispatches = prefix is None and is_dispatched(function)
         if prefix is None:
-            module = module_name(function.__module__, getattr(function, "__globals__", {}))
+            module = module_name(getattr(function, "__module__", None), getattr(function, "__globals__", {}))
             begins = PREFIX + f"{module}.{called}".encode("utf-8", "backslashreplace")[:SHOWN_BYTES] + b"\x00"
             identity = None if dispatches or waits_for_values(function) else identified(function, called)
         else:

@@ -434,9 +434,10 @@ def test_what_is_called_and_is_no_function(cache):
     def add(a, b):
         return a + b
 
-    made = [functools.partial(add, 1), functools.partial(add, 2), functools.partial(max, 3), Callable(7), Callable(8), [1, 2].count, math.sqrt, "a".join]
+    made = [functools.partial(add, 1), functools.partial(add, 2), functools.partial(max, 3), Callable(7), Callable(8), [1, 2].count, math.sqrt,
+            (3).__add__, "a".join, str.upper]  # fmt: skip
     memoized = [cache.memoize()(f) for f in made]
-    assert [f(("4",) if f is memoized[-1] else 4) for f in memoized * 2] == [5, 6, 4, 11, 12, 0, 2.0, "4"] * 2
+    assert [f("4" if f in memoized[-2:] else 4) for f in memoized * 2] == [5, 6, 4, 11, 12, 0, 2.0, 7, "4", "4"] * 2
     assert apart(memoized, 1)
     assert apart([cache.memoize()(Callable(n)) for n in range(3)], 1)
 
