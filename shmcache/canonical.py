@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from typing import Any
 
+    Registrations = list[tuple[Any, dict[type, Any]]]
+
 packers = functools.cache(codec.packers)
 # Attributes of functions that say nothing else: what is wrapped is closed over, or not called
 OWN_ATTRIBUTES = ("__wrapped__", "_memoized", "cache_key", "forget", "cache_parameters")
@@ -51,8 +53,21 @@ def canonical(value: Any, any_object: bool) -> bytes:
     leaf = _LEAVES.get(type(value))
     if leaf is not None:
         return leaf(value)
+    return walked(value, Walk(any_object))
+
+
+def identity(function: Any) -> tuple[bytes, Registrations]:
+    """The canonical bytes of a function, and what was registered with each function of singledispatch that is part of it.
+
+    Raises: UnsupportedValue.
+    """
+    walk = Walk(True)
+    return walked(function, walk), walk.registrations
+
+
+def walked(value: Any, walk: Walk) -> bytes:
     try:
-        return Walk(any_object).bytes_of(value)
+        return walk.bytes_of(value)
     except RecursionError:
         raise codec.refuse(value, "this value is nested too deeply, or refers to itself") from None
 
@@ -60,8 +75,9 @@ def canonical(value: Any, any_object: bool) -> bytes:
 class Walk:
     """One value's way to its bytes."""
 
-    def __init__(self, any_object: bool) -> None:
+    def __init__(self, any_object: bool, registrations: Registrations | None = None) -> None:
         self._any_object = any_object
+        self.registrations: Registrations = [] if registrations is None else registrations
         # Objects and functions that were met, by id, with their number: the second time that stands for them. They are kept, or another
         # could get the id of one that is gone.
         self._met: dict[int, tuple[int, Any]] = {}
@@ -109,7 +125,7 @@ class Walk:
 
     def _alone(self, value: Any) -> bytes:
         """Of what is sorted: it refers to nothing beside it, for its place is not known yet."""
-        return Walk(self._any_object).bytes_of(value) if self._any_object else self.bytes_of(value)
+        return Walk(self._any_object, self.registrations).bytes_of(value) if self._any_object else self.bytes_of(value)
 
     def _set(self, tag: bytes, values: Iterable[Any]) -> bytes:
         made = sorted([self._alone(value) for value in values])
@@ -186,7 +202,9 @@ class Walk:
             return b"w" + self.bytes_of(memoized[1]) + self._attributes(function, *OWN_ATTRIBUTES)
         where = (module_name(function.__module__, function.__globals__), function.__qualname__)
         if is_dispatched(function):  # its cache of what it has dispatched is no part of it
-            return b"D" + self.bytes_of((where, dict(vars(function)["registry"]))) + self._attributes(function, *DISPATCHING)
+            registered = dict(vars(function)["registry"])
+            self.registrations.append((function, registered))
+            return b"D" + self.bytes_of((where, registered)) + self._attributes(function, *DISPATCHING)
         defaults = (function.__defaults__, function.__kwdefaults__)
         head = b"p" + self.bytes_of((where, code_digest(function.__code__), defaults))
         left_out = OWN_ATTRIBUTES if memoized is not None else OWN_ATTRIBUTES[:1]
@@ -218,6 +236,10 @@ class Walk:
             items, pairs = list(items or ()), [(key, x) for key, x in pairs or ()]
             if by is object and reduce is None and from_python(getattr(kind.__getstate__, "__module__", None)):
                 state = object.__getstate__(value)  # UUID's, and that of a dataclass, leave out what a subclass has
+            elif by is functools.partial:  # None until somebody asks for its attributes, as functools.wraps does
+                state = (*state[:3], state[3] or None)
+            elif issubclass(kind, BaseException) and package(by) == "builtins":  # likewise
+                state = state or None
         except (errors.ShmcacheError, RecursionError):
             raise
         except Exception as e:  # __reduce__ is anybody's code

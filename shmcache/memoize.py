@@ -6,8 +6,8 @@ defined again, and the functions of two programs do not share results, and a fun
 calls and the globals that it reads are not part of it. `name` replaces all that.
 
 What a function closes over, and its attributes, count as they are when the function is memoized; or when it is first called, if a variable
-that it closes over has no value yet. Of one of singledispatch counts what is registered at the call. An argument that is left out counts as
-its default is at the call.
+that it closes over has no value yet. Of a function of singledispatch, in itself or in another, counts what is registered at the call. An
+argument that is left out counts as its default is at the call.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import warnings
 from hashlib import blake2b
 
 from shmcache import codec, errors
-from shmcache.canonical import canonical, code_digest, is_dispatched, module_name
+from shmcache.canonical import canonical, code_digest, identity, module_name
 from shmcache.core import _core
 from shmcache.flight import MISSING, Terms, get_or_set
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from shmcache.cache import Cache
+    from shmcache.canonical import Registrations
 
 PREFIX = b"\x00memo\x00"
 DIGEST_BYTES = 20
@@ -53,28 +54,25 @@ def memoize(
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         check(function)
         called = getattr(function, "__qualname__", type(function).__qualname__)
-        identity: bytes | None = b""
-        dispatches = prefix is None and is_dispatched(function)
+        # What tells the function from all others, and what was registered with those of singledispatch in it then. They are one: of two
+        # threads that register and call, one may leave both of earlier, never the old identity beside the new registrations. The next call
+        # finds that they differ.
+        known: tuple[bytes, Registrations] | None = b"", []
         if prefix is None:
             module = module_name(getattr(function, "__module__", None), getattr(function, "__globals__", {}))
             begins = PREFIX + f"{module}.{called}".encode("utf-8", "backslashreplace")[:SHOWN_BYTES] + b"\x00"
-            identity = None if dispatches or waits_for_values(function) else identified(function, called)
+            known = None if waits_for_values(function) else identified(function, called)
         else:
             begins = prefix
             note_name(cache.name, begins, function, called)
         arguments = Arguments(function, called, any_object)
-        # What was registered with one of singledispatch, and its identity then. They are one: a thread that identified it before another
-        # thread registered more may leave both, never the old identity beside the new registrations. The next call finds that they differ.
-        known: tuple[Any, bytes | None] = (None, identity)
 
         def cache_key(*args: Any, **kwargs: Any) -> bytes:
             nonlocal known
-            registered, identity = known
-            if identity is None or (dispatches and registered != function.registry):  # type: ignore[attr-defined]
-                registered = dict(function.registry) if dispatches else None  # type: ignore[attr-defined]
-                identity = identified(function, called)
-                known = registered, identity
-            digest = blake2b(identity, digest_size=DIGEST_BYTES, person=b"memoize", salt=salt)
+            found = known
+            if found is None or (found[1] and any(registered != of.registry for of, registered in found[1])):
+                known = found = identified(function, called)
+            digest = blake2b(found[0], digest_size=DIGEST_BYTES, person=b"memoize", salt=salt)
             digest.update(arguments.bytes_of(args, kwargs))
             return begins + digest.digest()
 
@@ -112,10 +110,10 @@ def check(function: Any) -> None:
         )
 
 
-def identified(function: Callable[..., Any], called: str) -> bytes:
+def identified(function: Callable[..., Any], called: str) -> tuple[bytes, Registrations]:
     """What tells a function from all others. Raises: UnsupportedValue."""
     try:
-        return canonical(function, True)
+        return identity(function)
     except errors.UnsupportedValue as e:
         raise errors.UnsupportedValue(f"memoize cannot tell {called} from other functions: {e}; or name it yourself, by name=") from e
 

@@ -81,6 +81,37 @@ def test_a_function_of_singledispatch(cache):
     assert [late(2.5), made(list)(2.5), late(2.5)] == ["float", "any", "float"]
 
 
+def holding(value):
+    return lambda x: value
+
+
+class Dispatching:
+    @functools.singledispatchmethod
+    def of(self, x):
+        return "any"
+
+
+@pytest.mark.parametrize("around", [
+    lambda of: functools.partial(of), lambda of: lambda x: of(x), lambda of: lambda x, f=of: f(x), lambda of: functools.lru_cache(lambda x: of(x)),
+    lambda of: holding({"of": [{(of,)}]}),
+])  # fmt: skip
+def test_what_is_registered_with_a_function_that_another_has(cache, around):
+    of = functools.singledispatch(lambda x: "any")
+    memoized = cache.memoize()(around(of))
+    before = memoized.cache_key(2.5)
+    assert memoized.cache_key(2.5) == before
+    of.register(float, lambda x: "float")
+    assert memoized.cache_key(2.5) != before
+    assert memoized.cache_key(2.5) == memoized.cache_key(2.5) == cache.memoize()(around(of)).cache_key(2.5)
+
+
+def test_what_is_registered_with_a_method(cache):
+    memoized = cache.memoize()(Dispatching().of)
+    assert memoized(2.5) == "any"
+    Dispatching.of.register(float, lambda self, x: "float")
+    assert memoized(2.5) == "float"
+
+
 def test_registering_while_another_thread_calls(cache, monkeypatch):
     identify, entered, go = memoize.identified, threading.Event(), threading.Event()
 
@@ -98,6 +129,7 @@ def test_registering_while_another_thread_calls(cache, monkeypatch):
     def of(x):
         return "any"
 
+    of.register(int, lambda x: "int")
     thread = threading.Thread(target=of, args=(2.5,))
     thread.start()
     assert entered.wait(60)

@@ -430,6 +430,10 @@ def test_what_was_computed_of_it_meanwhile_does_not_count():
     one, two = Network("1.2.3.0/24"), Network("1.2.3.0/24")
     assert one.broadcast_address and str(one) and hash(Plain("/a"))
     assert pickled(one) == pickled(two)
+    for value in (functools.partial(len), WithSlots.Partial(len), ValueError(1), OSError(1), ImportError(1), Bag("a"), bytearray(b"a"), Ordered(), Name("a")):
+        before = pickled(value)
+        assert not getattr(value, "__dict__", None)  # which makes some keep an empty one from now on
+        assert pickled(value) == before
     path = Plain("/a")
     assert path.parts and str(path) and pickled(path) == pickled(Plain("/a"))
 
