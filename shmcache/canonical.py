@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from typing import Any
 
-    Registrations = list[tuple[Any, dict[type, Any]]]
+    Identity = tuple[bytes, bool, list[tuple[Any, dict[type, Any]]]]
 
 packers = functools.cache(codec.packers)
 # Attributes of functions that say nothing else: what is wrapped is closed over, or not called
@@ -56,13 +56,11 @@ def canonical(value: Any, any_object: bool) -> bytes:
     return walked(value, Walk(any_object))
 
 
-def identity(function: Any) -> tuple[bytes, Registrations]:
-    """The canonical bytes of a function, and what was registered with each function of singledispatch that is part of it.
-
-    Raises: UnsupportedValue.
-    """
+def identity(function: Any) -> Identity:
+    """The canonical bytes of a function, and what may change them: does a variable that it closes over, or that a function in it does, have
+    no value yet? What was registered with each function of singledispatch in it? Raises: UnsupportedValue."""
     walk = Walk(True)
-    return walked(function, walk), walk.registrations
+    return walked(function, walk), walk.waits, walk.registrations
 
 
 def walked(value: Any, walk: Walk) -> bytes:
@@ -75,9 +73,11 @@ def walked(value: Any, walk: Walk) -> bytes:
 class Walk:
     """One value's way to its bytes."""
 
-    def __init__(self, any_object: bool, registrations: Registrations | None = None) -> None:
+    def __init__(self, any_object: bool, whole: Walk | None = None) -> None:
         self._any_object = any_object
-        self.registrations: Registrations = [] if registrations is None else registrations
+        self._whole = whole or self  # the walk that this one is part of
+        self.waits = False
+        self.registrations: list[tuple[Any, dict[type, Any]]] = []
         # Objects and functions that were met, by id, with their number: the second time that stands for them. They are kept, or another
         # could get the id of one that is gone.
         self._met: dict[int, tuple[int, Any]] = {}
@@ -125,7 +125,7 @@ class Walk:
 
     def _alone(self, value: Any) -> bytes:
         """Of what is sorted: it refers to nothing beside it, for its place is not known yet."""
-        return Walk(self._any_object, self.registrations).bytes_of(value) if self._any_object else self.bytes_of(value)
+        return Walk(self._any_object, self._whole).bytes_of(value) if self._any_object else self.bytes_of(value)
 
     def _set(self, tag: bytes, values: Iterable[Any]) -> bytes:
         made = sorted([self._alone(value) for value in values])
@@ -203,7 +203,7 @@ class Walk:
         where = (module_name(function.__module__, function.__globals__), function.__qualname__)
         if is_dispatched(function):  # its cache of what it has dispatched is no part of it
             registered = dict(vars(function)["registry"])
-            self.registrations.append((function, registered))
+            self._whole.registrations.append((function, registered))
             return b"D" + self.bytes_of((where, registered)) + self._attributes(function, *DISPATCHING)
         defaults = (function.__defaults__, function.__kwdefaults__)
         head = b"p" + self.bytes_of((where, code_digest(function.__code__), defaults))
@@ -217,6 +217,7 @@ class Walk:
             try:
                 value = cell.cell_contents
             except ValueError:  # it has no value yet
+                self._whole.waits = True
                 made.append(b"e")
                 continue
             try:

@@ -6,8 +6,8 @@ defined again, and the functions of two programs do not share results, and a fun
 calls and the globals that it reads are not part of it. `name` replaces all that.
 
 What a function closes over, and its attributes, count as they are when the function is memoized; or when it is first called, if a variable
-that it closes over has no value yet. Of a function of singledispatch, in itself or in another, counts what is registered at the call. An
-argument that is left out counts as its default is at the call.
+that it closes over, or that a function in it does, has no value yet. Of a function of singledispatch, in itself or in another, counts what
+is registered at the call. An argument that is left out counts as its default is at the call.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from shmcache.cache import Cache
-    from shmcache.canonical import Registrations
+    from shmcache.canonical import Identity
 
 PREFIX = b"\x00memo\x00"
 DIGEST_BYTES = 20
@@ -54,14 +54,14 @@ def memoize(
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         check(function)
         called = getattr(function, "__qualname__", type(function).__qualname__)
-        # What tells the function from all others, and what was registered with those of singledispatch in it then. They are one: of two
-        # threads that register and call, one may leave both of earlier, never the old identity beside the new registrations. The next call
-        # finds that they differ.
-        known: tuple[bytes, Registrations] | None = b"", []
+        # What tells the function from all others, and what that depends on. They are one: of two threads that register with a function of
+        # singledispatch and call, one may leave both of earlier, never the old identity beside the new registrations. The next call finds
+        # that they differ.
+        known: Identity = b"", False, []
         if prefix is None:
             module = module_name(getattr(function, "__module__", None), getattr(function, "__globals__", {}))
             begins = PREFIX + f"{module}.{called}".encode("utf-8", "backslashreplace")[:SHOWN_BYTES] + b"\x00"
-            known = None if waits_for_values(function) else identified(function, called)
+            known = identified(function, called)
         else:
             begins = prefix
             note_name(cache.name, begins, function, called)
@@ -69,10 +69,11 @@ def memoize(
 
         def cache_key(*args: Any, **kwargs: Any) -> bytes:
             nonlocal known
-            found = known
-            if found is None or (found[1] and any(registered != of.registry for of, registered in found[1])):
-                known = found = identified(function, called)
-            digest = blake2b(found[0], digest_size=DIGEST_BYTES, person=b"memoize", salt=salt)
+            made, waits, registrations = known
+            if waits or (registrations and any(registered != of.registry for of, registered in registrations)):
+                known = identified(function, called)
+                made = known[0]
+            digest = blake2b(made, digest_size=DIGEST_BYTES, person=b"memoize", salt=salt)
             digest.update(arguments.bytes_of(args, kwargs))
             return begins + digest.digest()
 
@@ -110,22 +111,12 @@ def check(function: Any) -> None:
         )
 
 
-def identified(function: Callable[..., Any], called: str) -> tuple[bytes, Registrations]:
+def identified(function: Callable[..., Any], called: str) -> Identity:
     """What tells a function from all others. Raises: UnsupportedValue."""
     try:
         return identity(function)
     except errors.UnsupportedValue as e:
         raise errors.UnsupportedValue(f"memoize cannot tell {called} from other functions: {e}; or name it yourself, by name=") from e
-
-
-def waits_for_values(function: Callable[..., Any]) -> bool:
-    """Is a variable that it closes over still without a value, as its own name is where it calls itself?"""
-    for cell in getattr(function, "__closure__", None) or ():
-        try:
-            cell.cell_contents  # noqa: B018
-        except ValueError:
-            return True
-    return False
 
 
 def note_name(segment: str, name: bytes, function: Callable[..., Any], called: str) -> None:

@@ -153,6 +153,25 @@ def test_closures_whose_variable_comes_later(cache):
     assert [adder(n)(1) for n in (1, 2, 1, 2)] == [2, 3, 2, 3]
 
 
+def among(function):
+    functions = {function}
+    return lambda x: next(iter(functions))(x)
+
+
+def test_functions_in_a_closure_whose_variable_comes_later(cache):
+    def made(n, around):
+        def inner(x):
+            return x + later
+
+        memoized = cache.memoize()(around(inner))
+        later = n
+        return memoized
+
+    for around in (functools.singledispatch, functools.partial, lambda f: lambda x: f(x), among):
+        assert [made(n, around)(1) for n in (1, 2, 1, 2)] == [2, 3, 2, 3]
+        cache.clear()
+
+
 def test_closures_over_functions(cache):
     def twice(f):
         return cache.memoize()(lambda x: f(f(x)))
