@@ -39,8 +39,9 @@ if TYPE_CHECKING:
     Identity = tuple[bytes, bool, list[tuple[Any, dict[type, Any]]]]
 
 packers = functools.cache(codec.packers)
-# Attributes of functions that say nothing else: what is wrapped is closed over, or not called
-OWN_ATTRIBUTES = ("__wrapped__", "_memoized", "cache_key", "forget", "cache_parameters")
+# Attributes of functions that say nothing else
+MEMOIZED = ("_memoized", "cache_key", "forget")  # functools.wraps hands them on
+OWN_ATTRIBUTES = (*MEMOIZED, "__wrapped__", "cache_parameters")
 DISPATCHING = ("__wrapped__", "register", "dispatch", "registry", "_clear_cache")
 MAPS = ("_mmap", "filename", "offset", "mode")  # where the items of a memmap are
 MASKS = ("_sharedmask",)  # is a masked array's mask a view of another's?
@@ -207,7 +208,7 @@ class Walk:
             return b"D" + self.bytes_of((where, registered)) + self._attributes(function, *DISPATCHING)
         defaults = (function.__defaults__, function.__kwdefaults__)
         head = b"p" + self.bytes_of((where, code_digest(function.__code__), defaults))
-        left_out = OWN_ATTRIBUTES if memoized is not None else OWN_ATTRIBUTES[:1]
+        left_out = MEMOIZED if memoized is not None else ()
         return head + self._cells(function) + self._attributes(function, *left_out)
 
     def _cells(self, function: types.FunctionType) -> bytes:

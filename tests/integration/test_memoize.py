@@ -158,6 +158,23 @@ def among(function):
     return lambda x: next(iter(functions))(x)
 
 
+def test_a_decorator_that_only_calls_what_it_wraps_by_its_attribute(cache):
+    def shouting(f):
+        @functools.wraps(f)
+        def inner(x):
+            return inner.__wrapped__(x).upper()
+
+        return inner
+
+    def made(text):
+        return lambda x: text + x
+
+    for around in (shouting, lambda f: shouting(cache.memoize()(f)), lambda f: shouting(functools.lru_cache(f))):
+        memoized = [cache.memoize()(around(made(text))) for text in "aba"]
+        assert [f("c") for f in memoized] == ["AC", "BC", "AC"]
+        assert memoized[0].cache_key("c") == memoized[2].cache_key("c")
+
+
 def test_functions_in_a_closure_whose_variable_comes_later(cache):
     def made(n, around):
         def inner(x):
