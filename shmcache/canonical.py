@@ -9,8 +9,8 @@ Values that differ have different bytes. Nothing decodes them: a key is made of 
     arrays      the dtype (with its byte order and its metadata), the shape and the items count; the order in memory does not. Of a
                 subclass that does not reduce itself, and of a masked array, the class and the attributes (the mask is one) count, too
     classes     are their module and qualified name, and must be found there
-    functions   are their module, qualified name, code, defaults, attributes, and what they close over; one of singledispatch is what is
-                registered with it
+    functions   are their module, qualified name, code, defaults, annotations, attributes, and what they close over; one of singledispatch
+                is what is registered with it
     objects     are a class and a state, as pickle sees them; and the code of `__call__`, if there is one. If a standard class says what
                 pickle sees (Counter, Decimal, UUID, a frozen dataclass), attributes and slots of its subclass count, too
 
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 packers = functools.cache(codec.packers)
 # Attributes of functions that say nothing else
 MEMOIZED = ("_memoized", "cache_key", "forget")  # functools.wraps hands them on
-OWN_ATTRIBUTES = (*MEMOIZED, "__wrapped__", "cache_parameters")
+OWN_ATTRIBUTES = (*MEMOIZED, "__wrapped__", "__annotations__", "cache_parameters")
 DISPATCHING = ("__wrapped__", "register", "dispatch", "registry", "_clear_cache")
 MAPS = ("_mmap", "filename", "offset", "mode")  # where the items of a memmap are
 MASKS = ("_sharedmask",)  # is a masked array's mask a view of another's?
@@ -209,7 +209,21 @@ class Walk:
         defaults = (function.__defaults__, function.__kwdefaults__)
         head = b"p" + self.bytes_of((where, code_digest(function.__code__), defaults))
         left_out = MEMOIZED if memoized is not None else ()
-        return head + self._cells(function) + self._attributes(function, *left_out)
+        return head + self._annotations(function) + self._cells(function) + self._attributes(function, *left_out)
+
+    def _annotations(self, function: types.FunctionType) -> bytes:
+        """Decorators read them. One of which no key can be made, a class of a function's own, does not count: a function is not refused for
+        what hardly any uses."""
+        made = []
+        try:
+            for name, annotation in sorted(function.__annotations__.items()):
+                try:
+                    made.append(_str(name) + Walk(True, self._whole).bytes_of(annotation))
+                except errors.UnsupportedValue:
+                    made.append(_str(name) + b"?")
+        except NameError:  # Python 3.14 evaluates them now, and one is of something that is only there for a type checker
+            return b"?"
+        return b"l%d:" % len(made) + b"".join(made)
 
     def _cells(self, function: types.FunctionType) -> bytes:
         """What a function closes over."""

@@ -1,9 +1,9 @@
 """A function's results, kept by its arguments and computed once per host.
 
 The key of a result is a digest of what the function is and of its arguments (canonical.py). A function is its module, its qualified name,
-its code, its defaults, its attributes and what it closes over. So two lambdas, the closures that one function makes, a function that is
-defined again, and the functions of two programs do not share results, and a function whose code was changed starts without any. What it
-calls and the globals that it reads are not part of it. `name` replaces all that.
+its code, its defaults, its annotations, its attributes and what it closes over. So two lambdas, the closures that one function makes, a
+function that is defined again, and the functions of two programs do not share results, and a function whose code was changed starts without
+any. What it calls and the globals that it reads are not part of it. `name` replaces all that.
 
 What a function closes over, and its attributes, count as they are when the function is memoized; or when it is first called, if a variable
 that it closes over, or that a function in it does, has no value yet. Of a function of singledispatch, in itself or in another, counts what

@@ -175,6 +175,30 @@ def test_a_decorator_that_only_calls_what_it_wraps_by_its_attribute(cache):
         assert memoized[0].cache_key("c") == memoized[2].cache_key("c")
 
 
+def test_a_decorator_that_reads_annotations(cache):
+    class Local(str):
+        pass
+
+    def converting(f):
+        def inner(x):
+            return f.__annotations__["x"](x)
+
+        return inner
+
+    def made(kind, result=None):
+        def f(x):
+            return x
+
+        f.__annotations__ = {"x": kind, "return": result}
+        return cache.memoize()(converting(f))
+
+    assert [made(kind)("1") for kind in (int, str, float, int)] == [1, "1", 1.0, 1]
+    assert made(int, Local)("2") == 2
+    assert made(str, Local)("2") == "2"
+    assert made(int, Local).cache_key("2") == made(int, Local).cache_key("2")
+    assert cache.memoize()(functools.lru_cache(made(int, Local).__wrapped__))("2") == 2
+
+
 def test_functions_in_a_closure_whose_variable_comes_later(cache):
     def made(n, around):
         def inner(x):
