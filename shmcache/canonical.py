@@ -252,7 +252,7 @@ class Walk:
             items, pairs = list(items or ()), [(key, x) for key, x in pairs or ()]
             if by is object and reduce is None and from_python(getattr(kind.__getstate__, "__module__", None)):
                 state = object.__getstate__(value)  # UUID's, and that of a dataclass, leave out what a subclass has
-            elif by is functools.partial:  # None until somebody asks for its attributes, as functools.wraps does
+            elif by is functools.partial and reduce is None:  # None until somebody asks for its attributes, as functools.wraps does
                 state = (*state[:3], state[3] or None)
             elif issubclass(kind, BaseException) and package(by) == "builtins":  # likewise
                 state = state or None

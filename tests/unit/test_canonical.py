@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import collections.abc
+import copyreg
 import dataclasses
 import datetime as dt
 import decimal
@@ -412,6 +413,12 @@ def test_all_that_reduce_says_counts():
                for more in ((), ({"a": 1},), ({"a": 1}, None, None, one_setter), ({"a": 1}, None, None, another_setter), (None, iter([1])))]  # fmt: skip
     assert len({pickled(Reducing(x)) for x in reduced}) == len(reduced)
     assert pickled(zoneinfo.ZoneInfo("Europe/Berlin")) != pickled(zoneinfo.ZoneInfo("UTC"))
+
+
+def test_what_copyreg_says_counts(monkeypatch):
+    for kind, one, two in ((WithSlots.Partial, functools.partial(int), functools.partial(str)), (Bag, "ab", "ac"), (Row, "a", "b"), (Id, "1" * 32, "2" * 32)):
+        monkeypatch.setitem(copyreg.dispatch_table, kind, lambda value, kind=kind: (kind, (str(value),)))
+        assert len({pickled(kind(one)), pickled(kind(two)), pickled(kind(one))}) == 2
 
 
 @pytest.mark.parametrize("reduced", [None, 5, (), (int,), (int, (), None, 5), (int, (), None, None, [1]), (int, (), 1, (), (), None, 1), "nowhere"])
