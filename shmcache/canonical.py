@@ -6,8 +6,9 @@ Values that differ have different bytes. Nothing decodes them: a key is made of 
     sharing     plain data that is there twice counts as two equal values. Pickle tells these apart, by whether a str happens to be interned
     types       1, 1.0 and True are three values, "a" and b"a" are two
     numbers     0.0 and -0.0 differ, and so do Decimal("1.0") and Decimal("1.00"): a function can tell. Every nan is the same
-    arrays      the dtype (with its byte order and its metadata), the shape and the items count; the order in memory does not. Of a
-                subclass that does not reduce itself, and of a masked array, the class and the attributes (the mask is one) count, too
+    arrays      the dtype (with its byte order, its metadata and where its fields are), the shape and the items count; the order in
+                memory does not. Of a subclass that does not reduce itself, and of a masked array, the class and the attributes (the
+                mask is one) count, too
     classes     are their module and qualified name, and must be found there
     functions   are their module, qualified name, code, defaults, annotations, attributes, and what they close over; one of singledispatch
                 is what is registered with it
@@ -139,9 +140,10 @@ class Walk:
     def _array(self, tag: bytes, array: Any) -> bytes:
         if array.dtype.metadata:
             tag += b"@" + self.bytes_of(dict(array.dtype.metadata))
-        if array.dtype.names:  # field by field: between them there may be bytes that mean nothing
-            titles = tuple(title for _, _, *title in (array.dtype.fields[name] for name in array.dtype.names))
-            head = tag + self.bytes_of((array.dtype.names, array.shape, array.dtype.type, titles))
+        if array.dtype.names is not None:  # field by field: between them there may be bytes that mean nothing
+            places = tuple(place for _, *place in (array.dtype.fields[name] for name in array.dtype.names))  # offsets, titles
+            layout = (array.dtype.itemsize, array.dtype.isalignedstruct, places)
+            head = tag + self.bytes_of((array.dtype.names, array.shape, array.dtype.type, layout))
             return head + b"".join([self._array(b"a", array[name]) for name in array.dtype.names])
         if array.dtype.hasobject:
             if not self._any_object:

@@ -450,6 +450,22 @@ def test_the_titles_of_fields_count():
     assert len({pickled(value) for value in (*made, np.zeros(1, [("a", "<i4")]))}) == 3
 
 
+def structured(**layout):
+    return np.zeros(2, np.dtype({"names": ["a", "b"], "formats": ["<i4", "<i4"], **layout}))
+
+
+def test_how_the_items_of_a_structured_array_are_laid_out_counts():
+    """A function can tell by nbytes, or by a view as bytes."""
+    layouts = [{}, {"itemsize": 12}, {"offsets": [0, 8]}, {"offsets": [0, 8], "itemsize": 16}, {"offsets": [4, 8]}, {"offsets": [4, 0]}, {"aligned": True}]
+    made = [pickled(structured(**layout)) for layout in layouts]
+    nested = [pickled(np.zeros(2, [("n", structured(**layout).dtype)])) for layout in layouts]
+    none = [pickled(np.zeros(2, dtype)) for dtype in ([], "V0", {"names": [], "formats": [], "itemsize": 4}, "V4")]
+    scalars = [pickled(structured(**layout)[0]) for layout in layouts]
+    every = made + nested + none + scalars
+    assert [i for i, one in enumerate(every) if every.count(one) > 1] == []
+    assert made == [plain(structured(**layout)) for layout in layouts]
+
+
 class Masked(np.ma.MaskedArray):
     def __array_finalize__(self, obj):
         super().__array_finalize__(obj)
