@@ -101,11 +101,11 @@ class Walk:
         numpy = sys.modules.get("numpy")
         if numpy is not None and issubclass(kind, (numpy.ndarray, numpy.generic)):
             if kind is numpy.ndarray or (kind.__module__ == "numpy" and issubclass(kind, numpy.generic)):
-                return self._array(b"a" if kind is numpy.ndarray else b"n", numpy.asarray(value))
+                return self._array(b"a" if kind is numpy.ndarray else b"n", value)
             if self._any_object and package(by := reduced_by(kind)) == "numpy":
                 left_out = MAPS if issubclass(kind, numpy.memmap) else MASKS if by is not numpy.ndarray else ()
                 own = self._attributes(value, *left_out) + self._slots(value, by)
-                return b"A" + self.bytes_of(found_as(kind)) + self._array(b"a", numpy.asarray(value)) + own
+                return b"A" + self.bytes_of(found_as(kind)) + self._array(b"a", value) + own
         packer = packers().get(kind)
         if packer is not None:
             try:
@@ -137,7 +137,11 @@ class Walk:
         made = sorted([(self._alone(key), value) for key, value in items], key=_first)
         return b"%c%d:" % (tag, len(made)) + b"".join([key + self.bytes_of(value) for key, value in made])
 
-    def _array(self, tag: bytes, array: Any) -> bytes:
+    def _array(self, tag: bytes, value: Any) -> bytes:
+        """Of an array, or one of numpy's scalars."""
+        if issubclass(type(value), (str, bytes)):  # an array would lose the NULs at its end
+            return tag + self.bytes_of(str.__str__(value) if issubclass(type(value), str) else bytes(value))
+        array = sys.modules["numpy"].asarray(value)
         if array.dtype.metadata:
             tag += b"@" + self.bytes_of(dict(array.dtype.metadata))
         if array.dtype.names is not None:  # field by field: between them there may be bytes that mean nothing

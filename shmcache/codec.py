@@ -275,6 +275,8 @@ def _numpy_packer(value: Any) -> Callable[[Any], tuple[int, Any]] | None:
     if type(value) is numpy.ndarray:
         return _pack_array
     if isinstance(value, numpy.generic) and type(value).__module__ == "numpy":
+        if isinstance(value, (numpy.str_, numpy.bytes_)) and len(value.item()) < len(value):
+            raise errors.UnsupportedValue("numpy loses the NULs at the end of its strings, pickled or not: use a plain str or bytes")
         return lambda v: (NPSCALAR, _pack_array(numpy.asarray(v))[1])
     return None
 

@@ -450,6 +450,25 @@ def test_the_titles_of_fields_count():
     assert len({pickled(value) for value in (*made, np.zeros(1, [("a", "<i4")]))}) == 3
 
 
+class Label(np.str_):
+    pass
+
+
+class Raw(np.bytes_):
+    pass
+
+
+def test_a_nul_at_the_end_of_numpys_strings_counts():
+    """An array of them has none, for it pads with it."""
+    texts = ["", "\0", "\0\0", "a", "a\0", "\ud800", "\ud800\0"]
+    raws = [text.encode("utf-8", "surrogatepass") for text in texts]
+    values = [*map(np.str_, texts), *map(np.bytes_, raws), np.array("a"), "a", b"a"]
+    subclasses = [*map(Label, texts), *map(Raw, raws)]
+    for made in ([plain(value) for value in values], [pickled(value) for value in values + subclasses]):
+        assert len(set(made)) == len(made)
+    assert plain(values[1]) == plain(np.str_("\0")) == pickled(values[1])
+
+
 def structured(**layout):
     return np.zeros(2, np.dtype({"names": ["a", "b"], "formats": ["<i4", "<i4"], **layout}))
 

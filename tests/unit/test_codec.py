@@ -115,7 +115,7 @@ def tower(kind):
 REFUSED = [
     Color.RED, [Color.RED], Point(1, 2), {"p": Point(1, 2)}, Text("x"), {Text("k"): 1}, Dict(a=1), memoryview(b"x"), bytearray(b"abc"), [1, bytearray()], {"a": [{1: memoryview(b"x")}]}, (bytearray(),), {memoryview(b"k"): 1}, object(), len, Text,
     defaultdict(list), Counter("a"), deque([1]), dt.datetime(2026, 1, 1, tzinfo=OwnZone()), range(3),
-    np.array([object()]), np.ma.array([1]), np.zeros(1, dtype=[("a", "O")]), loop(), tower(list), tower(tuple),
+    np.array([object()]), np.ma.array([1]), np.zeros(1, dtype=[("a", "O")]), np.str_("a\0"), [np.bytes_(b"\0")], loop(), tower(list), tower(tuple),
 ]  # fmt: skip
 
 
