@@ -13,7 +13,8 @@ Values that differ have different bytes. Nothing decodes them: a key is made of 
     functions   are their module, qualified name, code, defaults, annotations, attributes, and what they close over; one of singledispatch
                 is what is registered with it
     objects     are a class and a state, as pickle sees them; and the code of `__call__`, if there is one. If a standard class says what
-                pickle sees (Counter, Decimal, UUID, a frozen dataclass), attributes and slots of its subclass count, too
+                pickle sees (Counter, Decimal, UUID, a frozen dataclass), attributes and slots of its subclass count, too. A proxy,
+                which pickle sees as what it stands for, is refused
 
 Functions and objects are only taken where any_object is true. The code of a function is the compiler's, without its place in the file; each
 version of Python makes its own. `__main__` is the program: the name of its module if it was started by `-m`, else its file.
@@ -161,7 +162,7 @@ class Walk:
     # ---- of any object ----
 
     def _object(self, value: Any) -> bytes:
-        if isinstance(value, _core.Table):
+        if issubclass(type(value), _core.Table):
             return b"k" + self.bytes_of(value.name)
         if issubclass(type(value), types.ModuleType):
             loaded: Any = sys.modules.get(value.__name__)
@@ -251,6 +252,8 @@ class Walk:
         kind, by = type(value), reduced_by(type(value))
         try:
             reduce = copyreg.dispatch_table.get(kind)
+            if reduce is None and getattr(value.__reduce_ex__, "__self__", value) is not value:
+                raise ReferenceError("it is a proxy: use the object that it stands for")
             made = reduce(value) if reduce is not None else value.__reduce_ex__(4)
             if isinstance(made, str):
                 return b"g" + self.bytes_of(found_as(value, made))

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import warnings
+import weakref
 
 import pytest
 
@@ -665,6 +666,11 @@ def test_a_closure_over_a_cache_and_a_module(cache, make, name):
             assert made(other, math)(1) == made(other, math)(1)
         finally:
             shmcache.unlink(other.name)
+
+
+def test_a_proxy_of_a_cache_is_not_the_cache(cache):
+    with pytest.raises(errors.UnsupportedValue, match="a proxy: use the object"):
+        cache.memoize()(repr)(weakref.proxy(cache))
 
 
 def test_two_functions_under_one_name_are_warned_of(cache):

@@ -23,6 +23,7 @@ import sys
 import threading
 import types
 import uuid
+import weakref
 import zoneinfo
 
 import numpy as np
@@ -583,6 +584,14 @@ def test_a_module_that_is_not_the_one_of_its_name():
             pickled(module)
 
 
+class Calling:
+    def __init__(self, n):
+        self.n = n
+
+    def __call__(self):
+        return self.n
+
+
 class Proxy:
     """Says that it is of another class, as proxies do."""
 
@@ -598,6 +607,26 @@ def test_a_proxy_is_what_it_is_itself():
         assert isinstance(Proxy(of), type(of))
         made.append(pickled(Proxy(of)))
     assert len(set(made)) == len(made)
+
+
+class Forwarding:
+    """Has all attributes of another object."""
+
+    def __init__(self, of):
+        object.__setattr__(self, "of", of)
+
+    def __getattribute__(self, name):
+        return getattr(object.__getattribute__(self, "of"), name)
+
+
+def test_a_proxy_is_not_what_it_stands_for():
+    for of in (Node("a"), Row("a"), Bag("a"), np.arange(3), lambdas(1)[0], Calling(1)):
+        for proxy in (weakref.proxy(of), Forwarding(of)):
+            with pytest.raises(errors.UnsupportedValue, match="a proxy: use the object"):
+                pickled([proxy])
+    gone = weakref.proxy(Node("a"))
+    with pytest.raises(errors.UnsupportedValue, match="no key can be made"):
+        pickled(gone)
 
 
 def test_a_function_whose_attribute_is_itself():
