@@ -264,6 +264,10 @@ def _zone(zone: Any) -> Any:
         return [offset.days * 86400 + offset.seconds, offset.microseconds, name[0] if name else None]
     zoneinfo = sys.modules.get("zoneinfo")
     if zoneinfo is not None and type(zone) is zoneinfo.ZoneInfo and zone.key is not None:
+        try:
+            zone.__reduce__()
+        except Exception as e:  # PicklingError: its data are a file's, whatever it is called
+            raise errors.UnsupportedValue(f"the time zone {zone.key} is not the one of that name ({e}): convert the time to UTC") from None
         return zone.key
     raise refuse(zone, f"a time zone of type {type(zone).__qualname__} would not come back as it is")
 

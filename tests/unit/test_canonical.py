@@ -33,6 +33,7 @@ from hypothesis import strategies as st
 
 from shmcache import errors
 from shmcache.canonical import canonical, code_digest
+from tests.unit.test_codec import other_zone
 
 
 def plain(value):
@@ -457,6 +458,18 @@ class Label(np.str_):
 
 class Raw(np.bytes_):
     pass
+
+
+def test_a_time_zone_that_has_its_data_from_a_file_is_not_the_one_of_its_name():
+    for zone in (other_zone("UTC"), other_zone(None)):
+        for value in (zone, dt.datetime(2026, 1, 1, tzinfo=zone), dt.time(1, tzinfo=zone)):
+            for made in (plain, pickled):
+                with pytest.raises(errors.UnsupportedValue):
+                    made(value)
+    for name in ("UTC", "Europe/Berlin"):
+        assert other_zone(name).utcoffset(dt.datetime(2026, 1, 1)) != zoneinfo.ZoneInfo(name).utcoffset(dt.datetime(2026, 1, 1))
+        now = dt.datetime(2026, 1, 1, tzinfo=zoneinfo.ZoneInfo(name))
+        assert plain(now) == pickled(now) == plain(now.replace(tzinfo=zoneinfo.ZoneInfo.no_cache(name)))
 
 
 def test_a_nul_at_the_end_of_numpys_strings_counts():

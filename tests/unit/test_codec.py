@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import datetime as dt
 import enum
+import io
 import math
 import pickle
+import struct
 import subprocess
 import sys
 import uuid
@@ -112,9 +114,16 @@ def tower(kind):
     return value
 
 
+def other_zone(name):
+    """A time zone of that name, with the data of another."""
+    data = struct.pack(">4sc15x6l", b"TZif", b"\0", 0, 0, 0, 0, 1, 4) + struct.pack(">lbb4s", 9 * 3600, 0, 0, b"ABC\0")
+    return ZoneInfo.from_file(io.BytesIO(data), key=name)
+
+
 REFUSED = [
     Color.RED, [Color.RED], Point(1, 2), {"p": Point(1, 2)}, Text("x"), {Text("k"): 1}, Dict(a=1), memoryview(b"x"), bytearray(b"abc"), [1, bytearray()], {"a": [{1: memoryview(b"x")}]}, (bytearray(),), {memoryview(b"k"): 1}, object(), len, Text,
     defaultdict(list), Counter("a"), deque([1]), dt.datetime(2026, 1, 1, tzinfo=OwnZone()), range(3),
+    dt.datetime(2026, 1, 1, tzinfo=other_zone("UTC")), [dt.time(1, tzinfo=other_zone("UTC"))], dt.time(1, tzinfo=other_zone(None)),
     np.array([object()]), np.ma.array([1]), np.zeros(1, dtype=[("a", "O")]), np.str_("a\0"), [np.bytes_(b"\0")], loop(), tower(list), tower(tuple),
 ]  # fmt: skip
 
