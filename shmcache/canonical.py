@@ -12,7 +12,7 @@ Values that differ have different bytes. Nothing decodes them: a key is made of 
     classes     are their module and qualified name, and must be found there
     functions   are their module, qualified name, code, defaults, annotations, attributes, and what they close over; one of singledispatch
                 is what is registered with it
-    objects     are a class and a state, as pickle sees them; and the code of `__call__`, if there is one. If a standard class says what
+    objects     are a class and a state, as pickle sees them; and what their class has as `__call__`. If a standard class says what
                 pickle sees (Counter, Decimal, UUID, a frozen dataclass), attributes and slots of its subclass count, too. A proxy,
                 which pickle sees as what it stands for, is refused
 
@@ -275,15 +275,24 @@ class Walk:
             head = b"r" + self._constructor(function) + self.bytes_of(arguments) + self.bytes_of(state)
         if set_state is not None:
             head += self.bytes_of(set_state)
-        call = getattr(kind, "__call__", None)  # noqa: B004
-        if type(call) is types.FunctionType:  # it is used as a function: its code counts
-            head += self.bytes_of(call)
+        head += self._call(kind)
         if by is not kind and by is not object and from_python(by.__module__) and package(by) not in NAMED:
             own = getattr(value, "__dict__", ())
             head += self._attributes(value, *(name for name in own if isinstance(getattr(kind, name, None), functools.cached_property)))
             head += self._slots(value, by)
         ordered = not issubclass(kind, dict) or issubclass(kind, OrderedDict)
         return head + self._items(b"l", items) + (self._items(b"l", pairs) if ordered else self._dict(b"d", pairs))
+
+    def _call(self, kind: type) -> bytes:
+        """Of what objects of this class are called by, if it is not the compiled one of a class: they are used as functions."""
+        base = next((base for base in kind.__mro__ if "__call__" in vars(base)), None)
+        call = None if base is None else kind.__call__
+        if call is None or (type(call) is types.WrapperDescriptorType and call.__objclass__ is base):
+            return b""
+        try:
+            return self.bytes_of(call)
+        except errors.UnsupportedValue as e:
+            raise errors.UnsupportedValue(f"the __call__ of {kind.__qualname__}: {e}") from None
 
     def _constructor(self, function: Any) -> bytes:
         try:

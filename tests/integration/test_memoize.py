@@ -606,6 +606,52 @@ def test_an_object_whose_class_was_changed_is_another_function(cache, monkeypatc
     assert apart([before, after], 1)
 
 
+def by(how, n):
+    """What adds n, of one code where it is no function."""
+    return {
+        "function": lambda: eval(f"lambda self, x: x + {n}"),
+        "lru_cache": lambda: functools.lru_cache(eval(f"lambda self, x: x + {n}")),
+        "partial": lambda: functools.partial(lambda n, x: x + n, n),
+        "partialmethod": lambda: functools.partialmethod(lambda self, n, x: x + n, n),
+        "staticmethod": lambda: staticmethod(eval(f"lambda x: x + {n}")),
+        "classmethod": lambda: classmethod(eval(f"lambda cls, x: x + {n}")),
+        "singledispatchmethod": lambda: functools.singledispatchmethod(eval(f"lambda self, x: x + {n}")),
+        "object": lambda: Callable(n),
+        "method": lambda: Callable(n).__call__,
+        "builtin": lambda: n.__add__,
+    }[how]()
+
+
+class Base:
+    def __call__(self, x):
+        return x
+
+
+class Inheriting(Base):
+    pass
+
+
+@pytest.mark.parametrize("inherited", [False, True])
+@pytest.mark.parametrize("how", ["function", "lru_cache", "partial", "partialmethod", "staticmethod", "classmethod", "singledispatchmethod", "object", "method", "builtin"])
+def test_whatever_a_class_is_called_by_counts(cache, monkeypatch, how, inherited):
+    made = []
+    for n in (1, 2, 1):
+        monkeypatch.setattr(Base if inherited else Inheriting, "__call__", by(how, n), raising=False)
+        memoized = cache.memoize()(Inheriting())
+        assert memoized(10) == 10 + n
+        made.append(memoized.cache_key(10))
+    assert made[0] != made[1] != made[2] == made[0]
+
+
+def test_a_class_that_is_called_by_what_no_key_can_be_made_of(cache, monkeypatch):
+    monkeypatch.setattr(Inheriting, "__call__", threading.Lock().acquire, raising=False)
+    with pytest.raises(errors.UnsupportedValue, match=r"the __call__ of Inheriting: .*name="):
+        cache.memoize()(Inheriting())
+    monkeypatch.setattr(Inheriting, "__call__", None)
+    uncalled = Inheriting()
+    assert cache.memoize()(lambda x: (uncalled, x)[1])(1) == 1
+
+
 async def coroutine_function():
     pass
 
