@@ -81,6 +81,7 @@ class Walk:
         self._whole = whole or self  # the walk that this one is part of
         self.waits = False
         self.registrations: list[tuple[Any, dict[type, Any]]] = []
+        self.annotating: dict[types.FunctionType, int] = {}  # whose annotations are being read
         # Objects and functions that were met, by id, with their number: the second time that stands for them. They are kept, or another
         # could get the id of one that is gone.
         self._met: dict[int, tuple[int, Any]] = {}
@@ -219,18 +220,27 @@ class Walk:
         return head + self._annotations(function) + self._cells(function) + self._attributes(function, *left_out)
 
     def _annotations(self, function: types.FunctionType) -> bytes:
-        """Decorators read them. One of which no key can be made, a class of a function's own, does not count: a function is not refused for
-        what hardly any uses."""
-        made = []
+        """Decorators read them. One of which no key can be made, a class of a function's own or what refers to itself, does not count: a
+        function is not refused for what hardly any uses."""
+        annotating = self._whole.annotating
+        if function in annotating:  # one of its annotations refers to it
+            return b"^%d:" % annotating[function]
+        annotating[function] = len(annotating)
         try:
-            for name, annotation in sorted(function.__annotations__.items()):
-                try:
-                    made.append(_str(name) + Walk(True, self._whole).bytes_of(annotation))
-                except errors.UnsupportedValue:
-                    made.append(_str(name) + b"?")
+            made = [self._annotation(*item) for item in function.__annotations__.items()]
         except NameError:  # Python 3.14 evaluates them now, and one is of something that is only there for a type checker
             return b"?"
-        return b"l%d:" % len(made) + b"".join(made)
+        finally:
+            del annotating[function]
+        return b"l%d:" % len(made) + b"".join(sorted(made))
+
+    def _annotation(self, name: Any, annotation: Any) -> bytes:
+        made = b""
+        try:
+            made = self._alone(name)
+            return made + self._alone(annotation)
+        except (errors.UnsupportedValue, RecursionError):
+            return made + b"?"
 
     def _cells(self, function: types.FunctionType) -> bytes:
         """What a function closes over."""

@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import threading
+import typing
 import warnings
 import weakref
 
@@ -200,6 +201,50 @@ def test_a_decorator_that_reads_annotations(cache):
     local = lambda x: x  # noqa: E731
     local.__annotations__ = {"x": Local}
     assert cache.memoize()(functools.lru_cache(local))("2") == "2"
+
+
+def annotated(n, **annotations):
+    function = eval(f"lambda x: x + {n}")
+    function.__annotations__ = annotations
+    return function
+
+
+def of_itself(n, kind):
+    function = annotated(n)
+    function.__annotations__ = {"x": typing.Annotated[kind, function], "y": [{"of": function}], "z": {function}}
+    return function
+
+
+def of_each_other(n, kind):
+    functions = [annotated(i) for i in (n, 7, 8)]
+    for function in functions:
+        function.__annotations__ = {str(i): [kind, other] for i, other in enumerate(functions)}
+    return functions[0]
+
+
+def endless(n, kind):
+    loop = {"kind": kind}
+    loop["loop"] = loop
+    return annotated(n, x=kind, y=loop, z=[functools.reduce(lambda inner, _: [inner], range(5000), [])])
+
+
+def of_other_names(n, kind):
+    function = annotated(n, x=kind)
+    function.__annotations__ |= {1: int, None: str, (1, "a"): kind, threading.Lock: kind}
+    return function
+
+
+@pytest.mark.parametrize("form", [of_itself, of_each_other, endless, of_other_names])
+def test_annotations_of_any_form(cache, form):
+    made = [cache.memoize()(form(n, kind)) for n in (1, 2) for kind in (int, str)]
+    assert [f(10) for f in made] == [11, 11, 12, 12]
+    assert apart(made, 10)
+    assert made[0].cache_key(10) == cache.memoize()(form(1, int)).cache_key(10)
+
+    def deeper(n):
+        return cache.memoize()(form(1, int)) if n == 0 else deeper(n - 1)
+
+    assert deeper(300).cache_key(10) == made[0].cache_key(10)
 
 
 def test_functions_in_a_closure_whose_variable_comes_later(cache):
