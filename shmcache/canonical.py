@@ -7,8 +7,8 @@ Values that differ have different bytes. Nothing decodes them: a key is made of 
     types       1, 1.0 and True are three values, "a" and b"a" are two
     numbers     0.0 and -0.0 differ, and so do Decimal("1.0") and Decimal("1.00"): a function can tell. Every nan is the same
     arrays      the dtype (with its byte order, its metadata and where its fields are), the shape and the items count; the order in
-                memory does not. Of a subclass that does not reduce itself, and of a masked array, the class and the attributes (the
-                mask is one) count, too
+                memory and what pads do not. Of a subclass that does not reduce itself, and of a masked array, the class and the
+                attributes (the mask is one) count, too
     classes     are their module and qualified name, and must be found there
     functions   are their module, qualified name, code, defaults, annotations, attributes, and what they close over; one of singledispatch
                 is what is registered with it
@@ -158,7 +158,7 @@ class Walk:
             return tag + self.bytes_of((dtype, array.shape, array.ravel().tolist()))
         kind = array.dtype.type  # of another package, whose dtypes may all be called V2
         dtype = array.dtype.str if kind.__module__ == "numpy" else (array.dtype.str, found_as(kind))
-        return tag + self.bytes_of((dtype, array.shape, array.tobytes()))
+        return tag + self.bytes_of((dtype, array.shape, items_of(array)))
 
     # ---- of any object ----
 
@@ -311,6 +311,15 @@ class Walk:
             if isinstance(function, type):
                 raise
             return self.bytes_of(function)  # a method of a class, which is another object each time
+
+
+def items_of(array: Any) -> Any:
+    """The bytes of its items, without what pads them: a long double of x86 has ten bytes that mean something, the others are left over."""
+    numpy = sys.modules["numpy"]
+    if array.dtype.char not in "gG" or numpy.finfo(array.dtype).nmant != 63:
+        return array.tobytes()
+    little = array.astype(array.dtype.newbyteorder("<")).reshape(-1)
+    return little.view("u1").reshape(-1, numpy.dtype("g").itemsize)[:, :10].tobytes()
 
 
 def reduced_by(kind: type) -> type:

@@ -660,6 +660,26 @@ def test_what_is_there_twice_counts_as_two_that_are_equal():
         assert pickled({"a": shared, "b": shared}) == pickled({"b": apart, "a": shared})
 
 
+def of_fields_ab(array):
+    return np.array(list(zip(array, array, strict=True)), [("a", array.dtype), ("b", array.dtype)])
+
+
+@pytest.mark.skipif(np.finfo(np.longdouble).nmant != 63, reason="a long double of x86 is padded")
+@pytest.mark.parametrize("dtype", [np.longdouble, np.clongdouble])
+@pytest.mark.parametrize("order", "<>")
+def test_what_pads_a_long_double_does_not_count(dtype, order):
+    values = np.array([0, -0.0, 1, 2, 1, -1e300, np.inf], np.dtype(dtype).newbyteorder(order))
+    values[4] += np.finfo(np.longdouble).eps  # less than a float can tell
+    padded = values.copy()
+    raw = padded.view("u1").reshape(-1, np.dtype("g").itemsize)
+    (raw[:, 10:] if order == "<" else raw[:, :-10])[...] = 0xAA
+    assert (padded == values).all()
+    for made in (lambda a: a, lambda a: a[::2], lambda a: a.reshape(1, 7), np.asfortranarray, of_fields_ab, lambda a: a[4], lambda a: a.view(Samples), list, np.ma.array):
+        assert pickled(made(padded)) == pickled(made(values))
+    every = [values, values.astype(values.dtype.newbyteorder()), values.astype("c16"), *values, *[values[i : i + 1] for i in range(7)]]
+    assert len({plain(value) for value in every}) == len(every)
+
+
 def test_how_an_array_lies_in_memory_does_not_count():
     array = np.arange(24).reshape(4, 6)
     for other in (np.asfortranarray(array), np.arange(48).reshape(4, 12)[:, ::2] // 2, array[::-1][::-1], array.astype("q"), array.copy().view()):
