@@ -10,12 +10,14 @@ cache's own (threads.py). Rules and claims are those of threads and processes: a
 Cancelled: what waits ends at once. A factory is cancelled. A call of the store that has not begun is never made. One that runs cannot be
 stopped: its task ends at once, the thread then does what is left (fills or ends what was claimed and marked), and begins nothing more.
 Until then the keys that it writes are held: another write of them, here or in any process, waits, so it is the later one in the store, too.
+They are held for as long as their marks stand: a store that does not keep its time (policy.timeout) may be overtaken.
 
 Race table, of a call in a thread: whose the steps are is decided by core/_claims.pyx: Turn, Driving
     cancel vs begin          cancel first: the call is never made, its marks and claims are given back. Begin first: as it runs
     too late vs begin        too late first: the call is never made, its task gets StoreUnavailable. Begin first: as it runs
     a handler raises in a callback of the loop, which drops it      those of this module are compiled, and wake their task first
     the store does not return      its task gets StoreUnavailable, and leaves the call as if it were cancelled; the thread stays in it
+                             (so may the tasks of a process that was stopped for as long: the time is the clock's)
     cancel vs end            cancel first: the thread goes through the rest. End first: the task does, and is cancelled then
     the loop is closed       its callbacks do not run: the thread goes through the rest
     the task is collected    as cancelled

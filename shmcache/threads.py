@@ -147,6 +147,8 @@ class Job(Turn):
                 self._steps.throw(failed)
         except (StopIteration, errors.ShmcacheError):
             return  # through; an error is its task's, which has left. The store's are counted
+        finally:
+            del failed  # its traceback has this frame, and with it the steps and their cache
         self._steps.close()
 
 

@@ -20,6 +20,7 @@ def run(*module_and_args, timeout=600, build=None):
 
 
 def report_of(out):
+    assert "\n{" in out.stdout, out.stdout + out.stderr
     return json.loads(out.stdout[out.stdout.rfind("\n{") + 1 :])  # behind what it says of its findings
 
 
