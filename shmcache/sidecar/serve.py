@@ -25,6 +25,7 @@ from typing import Any
 
 from shmcache import cache as cache_module
 from shmcache import errors
+from shmcache.notices import notice
 from shmcache.sidecar import server
 from shmcache.sidecar.bus import Hub
 
@@ -108,7 +109,7 @@ class Service:
             if not self.stopping:
                 notify("READY=1\nSTATUS=serving " + self.name)
                 if not self.quiet:
-                    print(f"serving {self.name} on {self.places()}", file=sys.stderr, flush=True)
+                    notice(f"serving {self.name} on {self.places()}")
             while not self.stopping:
                 self.watch()
             notify("STOPPING=1")
@@ -202,11 +203,7 @@ class Service:
                     return
                 lived = time.monotonic() - child.began
                 child.wait = 0.0 if lived > STEADY else min(LONGEST_WAIT, max(0.1, 2 * child.wait))
-                print(
-                    f"shmcache: {child.what} of {self.name} ended with {child.process.returncode}: started again",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                notice(f"shmcache: {child.what} of {self.name} ended with {child.process.returncode}: started again")
                 child.process = None
                 if i:
                     self.hub.leave(i - 1)

@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -36,6 +35,7 @@ from typing import TYPE_CHECKING, Any
 
 from shmcache import errors
 from shmcache.core import _core, _stream
+from shmcache.notices import notice
 from shmcache.supervisor import datadir
 from shmcache.supervisor import format as fmt
 
@@ -178,7 +178,7 @@ class AppendLog:
                 self.say_bytes()
                 self.drain.drained()
             due = time.monotonic() - self.synced_at >= SYNC_EVERY
-            self.end_sync(wait=False)
+            self.end_sync(wait=self.stopping)
             if self.failed or (self.unsynced and (self.policy == "always" or self.stopping)):
                 self.sync_now()
             elif self.unsynced and self.policy == "everysec" and due and self.syncing is None:
@@ -231,7 +231,7 @@ class AppendLog:
         if self.failed:
             self.failed = False
             mark(self.cache, log_failed_ms=0)
-            print(f"shmcache: the log of {self.cache.name} goes on in {fmt.log_name(self.number)}", file=sys.stderr, flush=True)
+            notice(f"shmcache: the log of {self.cache.name} goes on in {fmt.log_name(self.number)}")
             self.on_gap()
 
     def begin_file(self) -> None:
@@ -258,14 +258,17 @@ class AppendLog:
             if self.failed:
                 os.posix_fallocate(file.fileno(), 0, ROOM)
                 os.ftruncate(file.fileno(), 0)
+            gaps = int(self.cache.segment.header["log_gaps"])
             head = {
                 "name": self.cache.name, "created_ms": int(time.time() * 1000), "number": number,
                 "segment_created_ms": int(self.cache.segment.header["created_ms"]), "settings": self.cache.mapping.settings(),
                 "newest": int(self.cache.segment.stripes["seq"].max()), "epoch": int(self.cache.segment.header["epoch"]),
-                "log_gaps": int(self.cache.segment.header["log_gaps"]), "file": identity(file.fileno()),
+                "log_gaps": gaps, "file": identity(file.fileno()),
                 "former": former,
             }  # fmt: skip
             writer = fmt.Writer(file, "log", head, compress=self.compress)
+            if gaps != self.gaps:  # on the disk with HEAD: a restore behind a power cut is not to pretend that it has everything
+                writer.records(fmt.pack_record(fmt.GAP, version=gaps - self.gaps))
             os.fsync(file.fileno())
             writer.synced()
             datadir.sync_folder(self.folder)
@@ -278,6 +281,9 @@ class AppendLog:
             self.file.close()
         self.file, self.writer, self.number, self.former = file, writer, number, former
         self.name(number, writer.bytes_written)
+        if gaps != self.gaps:
+            self.gaps = gaps
+            self.on_gap()
 
     def name(self, number: int, n_bytes: int) -> None:
         """The newest file, and how much it has at least."""
@@ -303,19 +309,19 @@ class AppendLog:
 
     def fail(self, error: Exception) -> None:
         """This file is finished. With always nothing of it was promised but what is synced; else a snapshot has to heal it."""
-        if not self.failed:
-            print(f"shmcache: the log of {self.cache.name} cannot be written: {error}", file=sys.stderr, flush=True)
-            mark(self.cache, log_failed_ms=int(time.time() * 1000))
         if self.syncing is not None:
             with contextlib.suppress(OSError):
                 self.syncing.finish()
             self.syncing, self.unsynced = None, True
+        if self.file is not None and self.policy != "always" and self.unsynced:
+            _stream.count_gap(self.cache)  # at once: killed here, nobody else knows
+        if not self.failed:
+            mark(self.cache, log_failed_ms=int(time.time() * 1000))
+            notice(f"shmcache: the log of {self.cache.name} cannot be written: {error}")
         if self.file is not None:
             with contextlib.suppress(OSError):
                 self.file.close()
             self.file = None
-            if self.policy != "always" and self.unsynced:
-                _stream.count_gap(self.cache)
             if self.failed:  # nothing has got into it that is not said to be missing
                 self.name(*self.former)
                 self.let_go(self.folder / fmt.log_name(self.number))
@@ -340,8 +346,8 @@ def try_disk(path: Path) -> None:
 def is_whole(cache: Cache, folder: Path) -> bool:
     """Would a log that is begun in this directory, with what is there and in the rings, have all that was ever written?"""
     header = cache.segment.header
-    if not int(header["log_policy"]):  # nothing is in the rings, not even what was deleted
-        return not len(cache) and not any(fmt.listing(folder))
+    if not int(header["log_policy"]):  # nothing is in the rings; what is written before it is logged, however soon, will not be
+        return False
     life = datadir.life(cache)
     number = int(header["log_number"])
     if not number:  # nobody has emptied the rings yet

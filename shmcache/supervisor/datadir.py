@@ -72,6 +72,13 @@ def head(path: Path, kind: fmt.FileKind) -> dict[str, Any]:
     return {}
 
 
+def with_heads(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Readable files of a directory: snapshots, then logs, each oldest first."""
+    snapshots, logs = fmt.listing(folder)
+    yield from ((path, h) for _, path in snapshots if (h := head(path, "snapshot")))
+    yield from ((path, h) for _, path in logs if (h := head(path, "log")))
+
+
 def heads(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """HEADs of the readable (snapshots, logs) of a directory, oldest first."""
     snapshots, logs = fmt.listing(folder)
@@ -310,17 +317,17 @@ def given_out(folder: Path) -> GivenOut:
 def unsaid(folder: Path) -> GivenOut:
     """Where no note says it: nothing, if no file is there either."""
     newest = 0
-    with contextlib.suppress(errors.DamagedFile):  # a restore names it
-        newest = max((highest for _, highest in given_out_of_heads(folder)), default=0)
+    for path, head in with_heads(folder):
+        with contextlib.suppress(errors.DamagedFile):  # a restore names it
+            newest = max(newest, given_out_of_head(path, head)[1])
     return GivenOut(newest + UNSAID, (), newest) if newest else GivenOut()
 
 
-def given_out_of_heads(folder: Path) -> Iterator[tuple[int, int]]:
-    """(what is added to its versions to get rows', the highest row's version) when each file was begun. Raises: DamagedFile."""
-    for head in (head for of_kind in heads(folder) for head in of_kind):
-        highest, _, settings, _ = of_head(folder, head)
-        base = base_of(folder, settings)
-        yield base, base + highest
+def given_out_of_head(path: Path, head: dict[str, Any]) -> tuple[int, int]:
+    """(what is added to its versions to get rows', the highest row's version) when this file was begun. Raises: DamagedFile."""
+    highest, _, settings, _ = of_head(path, head)
+    base = base_of(path, settings)
+    return base, base + highest
 
 
 def of_head(path: Path, head: dict[str, Any]) -> tuple[int, int, dict[str, int], int]:

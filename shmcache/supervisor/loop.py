@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import threading
 import time
 from pathlib import Path
@@ -27,6 +26,7 @@ import numpy as np
 
 from shmcache import errors
 from shmcache.core import _stream, _sweep
+from shmcache.notices import notice
 from shmcache.supervisor import appendlog, snapshot
 from shmcache.supervisor.appendlog import AppendLog
 from shmcache.supervisor.writeback import WriteBack
@@ -243,16 +243,16 @@ class Supervisor:
                 stop=self.stop_writing if throttled else None, log=self.log,
             )  # fmt: skip
             if self.failure:
-                print(f"shmcache: snapshots of {self.cache.name} go on with {report['path']}", file=sys.stderr, flush=True)
+                notice(f"shmcache: snapshots of {self.cache.name} go on with {report['path']}")
             self.failure, self.retry = "", SNAPSHOT_RETRY
             for line in set(report["kept"]) - self.said:
-                print(f"shmcache: kept: {line}", file=sys.stderr, flush=True)
+                notice(f"shmcache: kept: {line}")
             self.said |= set(report["kept"])
         except errors.SnapshotStopped:
             return  # the last one, which run() writes, is what was asked for
         except (errors.ShmcacheError, OSError) as e:
             if str(e) != self.failure:
-                print(f"shmcache: no snapshot of {self.cache.name}: {e}", file=sys.stderr, flush=True)
+                notice(f"shmcache: no snapshot of {self.cache.name}: {e}")
             self.failure, self.room = str(e), self.disk_room()
             self.retry_at = time.monotonic() + self.retry
             self.retry = min(2 * self.retry, self.every)

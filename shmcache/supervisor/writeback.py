@@ -28,15 +28,14 @@ left, and a batch leaves out what is above it still: the disk is full, or the pa
 
 from __future__ import annotations
 
-import contextlib
 import random
-import sys
 import threading
 import time
 from typing import TYPE_CHECKING, Any
 
 from shmcache import codec, errors
 from shmcache.core import _core, _dirty
+from shmcache.notices import notice
 from shmcache.policy import check, policy_of
 from shmcache.supervisor import datadir
 
@@ -311,8 +310,7 @@ class WriteBack:
             self._say(f"{what} ({type(error).__name__}: {error}); what the store has not got is kept, and tried again")
 
     def _say(self, what: str) -> None:
-        with contextlib.suppress(OSError, ValueError):  # who read it is gone
-            print(f"shmcache: {self.cache.name}: {what}", file=sys.stderr, flush=True)
+        notice(f"shmcache: {self.cache.name}: {what}")
 
     def stop(self) -> None:
         """End the thread; then try for a while to store what is left, and say if something is."""

@@ -253,6 +253,23 @@ def test_a_beginning_that_no_segment_has_written_is_refused(make, name, folder, 
     assert not os.path.exists(segment.check_name(name))
 
 
+def test_one_bad_beginning_hides_no_other(make, folder):
+    """Where no note says what was given out the files do, each for itself."""
+    cache = make("8M", max_processes=16)
+    with datadir.take(folder):
+        for n in range(3):
+            cache.set("k", n)
+            snapshot.write(cache, folder)
+        (folder / datadir.VERSIONS_NAME).unlink(missing_ok=True)
+        given = datadir.given_out(folder)
+        path = fmt.listing(folder)[0][0][1]
+        head = datadir.head(path, "snapshot") | {"newest": -1}
+        path.unlink()
+        with os.fdopen(datadir.create(path), "wb", buffering=0) as file:
+            fmt.Writer(file, "snapshot", head)
+        assert given.newest > 0 and datadir.given_out(folder) == given
+
+
 def test_a_foreign_directory_is_refused_whatever_is_said(make, name, folder):
     two_snapshots(make, folder)
     assert "another directory" in refused(name + "b", "--size", "8M", "--data-dir", folder, "--start-empty")

@@ -832,6 +832,7 @@ def test_a_gap_that_a_failed_file_says_is_said_again(make, folder, policy, monke
 def test_a_log_that_goes_on_in_another_directory_says_what_it_lacks(make, tmp_path, elsewhere):
     """The policy is the same, but what was written before is not there."""
     cache = make("16M", log_buffer="64K", max_processes=16)
+    appendlog.mark(cache, log_policy=appendlog.POLICIES["always"])  # from its first moment, as of one that a supervisor creates
     with datadir.take(tmp_path / "a") as first, datadir.take(tmp_path / "b") as second:
         supervisor = Supervisor(cache, folder=first, log="always")
         assert cache.durability()["log_gaps"] == 0, "it is empty"
@@ -859,6 +860,7 @@ def test_a_log_that_goes_on_in_another_directory_says_what_it_lacks(make, tmp_pa
 def test_a_log_that_goes_on_in_a_copy_says_what_it_lacks(make, tmp_path, moved):
     """It was copied while the supervisor ran, and lacks what came since. A directory that was moved has it."""
     cache = make("16M", log_buffer="64K", max_processes=16)
+    appendlog.mark(cache, log_policy=appendlog.POLICIES["always"])
     with datadir.take(tmp_path / "a") as first:
         supervisor = Supervisor(cache, folder=first, log="always")
         cache.set("before", 1)
@@ -1041,6 +1043,7 @@ def test_a_log_that_fails_again_goes_on_where_it_was(make, folder, monkeypatch, 
 @pytest.mark.parametrize("refused", [errors.StripeBusy, errors.ForeignDataDir, errors.NewerFormat])
 def test_a_log_that_is_refused_lacks_nothing_where_it_was(make, folder, tmp_path, monkeypatch, refused):
     cache = make("16M", log_buffer="64K", max_processes=16)
+    appendlog.mark(cache, log_policy=appendlog.POLICIES["always"])
     Supervisor(cache, folder=folder, log="always").close()
     with datadir.take(tmp_path / "other") as other, monkeypatch.context() as patch:
 
@@ -1119,3 +1122,174 @@ def test_a_log_that_begins_beside_files_of_an_empty_segment_says_what_it_lacks(m
     cache.delete("deleted")
     Supervisor(cache, folder=folder, log="always").close()
     assert cache.durability()["log_gaps"] == 1
+
+
+class Gone:
+    """A standard error of which nobody reads, or on a full disk."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def write(self, text):
+        raise OSError(self.error, os.strerror(self.error))
+
+    flush = write
+
+
+@pytest.mark.parametrize("error", [errno.EPIPE, errno.ENOSPC])
+@pytest.mark.parametrize("what", ["the log", "snapshots"])
+def test_a_supervisor_to_which_nobody_listens_goes_on(make, folder, monkeypatch, what, error):
+    """Also when it has something to say: what it does not write is said in stats(), and it writes again when it can."""
+    cache = make("16M", log_buffer="64K", max_processes=16)
+    monkeypatch.setattr(appendlog, "RETRY", 0.01)
+    fsync, broken = os.fsync, [False]
+
+    def fails(fd):
+        if broken[0]:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", fails)
+    supervisor = Supervisor(cache, folder=folder, log="everysec" if what == "the log" else None)
+    try:
+        monkeypatch.setattr(sys, "stderr", Gone(error))
+        broken[0] = True
+        failed = "log_failed" if what == "the log" else "snapshot_failed"
+        if what == "the log":
+            cache.set("k", 1)
+            until(lambda: cache.durability()[failed])
+        else:
+            supervisor.write()
+            assert cache.durability()[failed]
+        broken[0] = False
+        if what == "the log":
+            until(lambda: not cache.durability()[failed])
+            cache.set("k", 2)
+            supervisor.log.sync()
+        else:
+            supervisor.write()
+            assert not cache.durability()[failed]
+    finally:
+        supervisor.close()
+    _, after = restored(cache.name, folder)
+    with after:
+        assert after.get("k") == (2 if what == "the log" else None)
+
+
+def test_what_a_failed_sync_has_lost_is_a_gap_before_anything_is_said(make, folder, monkeypatch):
+    """Whoever reads standard error may take its time, and the supervisor be killed meanwhile."""
+    cache = make("16M", log_buffer="64K", max_processes=16)
+    monkeypatch.setattr(appendlog, "RETRY", 0.01)
+    seen = []
+    monkeypatch.setattr(appendlog, "notice", lambda text: seen.append((text, cache.durability()["log_gaps"])), raising=False)
+
+    class Disk:
+        def write(self, text):
+            seen.append((text, cache.durability()["log_gaps"]))
+
+        flush = staticmethod(lambda: None)
+
+    monkeypatch.setattr(sys, "stderr", Disk())
+    log = AppendLog(cache, folder, "everysec")
+    try:
+        monkeypatch.setattr(appendlog.Sync, "finish", lambda sync: (_ for _ in ()).throw(OSError(errno.EIO, "lost")))
+        cache.set("k", 1)
+        until(lambda: seen)
+    finally:
+        monkeypatch.undo()
+        log.close()
+    assert "cannot be written" in seen[0][0] and seen[0][1] > 0
+
+
+@pytest.mark.parametrize("policy", ["no", "everysec", "always"])
+def test_a_gap_from_before_a_file_is_on_the_disk_with_its_beginning(make, folder, monkeypatch, policy):
+    """Else the power may go before the first sync, and a restore does not know."""
+    cache = make("16M", log_buffer="64K", max_processes=16)
+    synced, fsync = {}, os.fsync
+
+    def noted(fd):
+        fsync(fd)
+        path = Path(os.readlink(f"/proc/self/fd/{fd}"))
+        if path.is_file():
+            synced.setdefault(path.name, path.read_bytes())
+
+    monkeypatch.setattr(os, "fsync", noted)
+    cache.set("not logged", 1)
+    asked = []
+    AppendLog(cache, folder, policy, lambda: asked.append(1), whole=False).close()
+    monkeypatch.undo()
+    path = folder / fmt.log_name(1)
+    path.write_bytes(synced[path.name])
+    assert [(r.op, r.version) for r in records(folder)] == [(fmt.GAP, 1)] and asked
+
+
+def test_what_is_written_while_a_log_begins_is_said_to_be_missing(make, folder, monkeypatch):
+    """A worker created the segment, which was empty. What it writes before the log takes anything is in no ring."""
+    cache = make("16M", log_buffer="64K", max_processes=16)
+    begin_file = AppendLog.begin_file
+
+    def beside(log):
+        begin_file(log)
+        cache.set("beside", 1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AppendLog, "begin_file", beside)
+        patch.setattr(Supervisor, "want_snapshot", lambda self: setattr(self, "next_snapshot", float("inf")))
+        Supervisor(cache, folder=folder, log="always").close()
+    report, after = restored(cache.name, folder)
+    with after:
+        assert after.get("beside") == 1 or report["gaps"] > 0
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_supervisor_that_ends_waits_for_the_sync_beside(make, folder, monkeypatch, fails):
+    """What the disk has lost then is a gap; and its file is open as long as it is synced."""
+    cache = make("16M", log_buffer="64K", max_processes=16)
+    fsync, begun, go, ended = os.fsync, threading.Event(), threading.Event(), []
+
+    def slow(fd):
+        if isinstance(threading.current_thread(), appendlog.Sync):
+            begun.set()
+            go.wait(LIMIT)
+            if fails:
+                raise OSError(errno.EIO, "lost")
+        fsync(fd)
+
+    log = AppendLog(cache, folder, "everysec")
+    cache.set("a", 1)
+    log.sync()
+    monkeypatch.setattr(os, "fsync", slow)
+    cache.set("b", 1)
+    assert begun.wait(LIMIT)
+    closing = threading.Thread(target=lambda: (log.close(), ended.append(1)))
+    closing.start()
+    closing.join(0.2)
+    assert not ended, "it goes on"
+    go.set()
+    closing.join(LIMIT)
+    assert (cache.durability()["log_gaps"] > 0) == fails and appendlog.is_whole(cache, folder) != fails
+
+
+def test_a_snapshot_by_hand_keeps_what_says_how_much_is_in_the_newest_log(make, folder, tmp_path, monkeypatch):
+    """The supervisor was killed when it had begun the next file, whose beginning says it."""
+    cache = make("16M", log_buffer="64K", max_processes=16)
+    log = AppendLog(cache, folder, "always")
+    shutil.copytree(folder, tmp_path / "copy")
+    cache.set("k", b"v" * 10_000)
+    log.close()
+    mark = appendlog.mark
+
+    def killed(cache, **words):
+        if "log_number" in words:
+            raise Killed
+        mark(cache, **words)
+
+    with monkeypatch.context() as patch, contextlib.suppress(Killed):
+        patch.setattr(appendlog, "mark", killed)
+        AppendLog(cache, folder, "always")
+    snapshot.write(cache, folder, keep=1)
+    assert appendlog.is_whole(cache, folder)
+    put_back_in_place(folder, tmp_path / "copy")
+    for _, path in fmt.listing(folder)[0]:
+        path.unlink()
+    assert not appendlog.is_whole(cache, folder)

@@ -27,9 +27,10 @@ ALLOWED = {  # module -> what of ours it may import
     "back": {"errors", "codec", "core", "flight", "stored"},
     "threads": {"errors", "core"},
     "aio": {"errors", "core", "segment", "cache", "flight", "threads"},
-    "supervisor": {"errors", "codec", "core", "segment", "cache", "policy", "stores", "supervisor"},
+    "supervisor": {"errors", "codec", "core", "segment", "cache", "policy", "stores", "notices", "supervisor"},
     "metrics": set(),
-    "sidecar": {"errors", "core", "cache", "metrics", "policy", "stored", "stores", "through", "supervisor", "sidecar"},
+    "notices": set(),
+    "sidecar": {"errors", "core", "cache", "metrics", "notices", "policy", "stored", "stores", "through", "supervisor", "sidecar"},
     "cli": {"errors", "core", "segment", "policy", "stores", "supervisor", "metrics", "sidecar"},
     "__init__": {"errors", "segment", "cache", "policy", "supervisor", "stores", "aio"},
 }

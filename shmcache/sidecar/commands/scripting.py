@@ -9,12 +9,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import struct
-import sys
 import weakref
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from shmcache.core import _core, _resp
+from shmcache.notices import notice
 from shmcache.sidecar.commands.pubsub import tell_monitors
 from shmcache.sidecar.commands.table import (
     NOT_IN_MULTI_BACKED,
@@ -207,7 +207,7 @@ class Runtime:
         elif what == b"check":
             return b"" if sound(words[0]) else b"no"
         elif what == b"log" and int(words[0]) >= LOG_NOTICE:
-            print("shmcache: a script says:", ascii(words[1][:1024].decode("utf-8", "replace"))[1:-1], file=sys.stderr, flush=True)
+            notice(f"shmcache: a script says: {ascii(words[1][:1024].decode('utf-8', 'replace'))[1:-1]}")
         return b""
 
     def over(self) -> bool:
