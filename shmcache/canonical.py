@@ -48,6 +48,7 @@ DISPATCHING = ("__wrapped__", "register", "dispatch", "registry", "_clear_cache"
 MAPS = ("_mmap", "filename", "offset", "mode")  # where the items of a memmap are
 MASKS = ("_sharedmask",)  # is a masked array's mask a view of another's?
 DISPATCHES = functools.singledispatch(len).__code__  # type: ignore[attr-defined]
+DISPATCH = functools.singledispatch(len).dispatch.__code__
 NAMED = ("enum", "logging")  # objects of these are what is known by their name
 
 
@@ -178,6 +179,8 @@ class Walk:
             return self._function(value)
         if type(value) is types.MethodType:
             return b"b" + self.bytes_of(value.__func__) + self.bytes_of(value.__self__)
+        if type(value) is functools.singledispatchmethod:  # its cache of bound methods is no part of it
+            return b"G" + self._attributes(value, "_method_cache")
         if type(value) is functools._lru_cache_wrapper:  # pickled by its name, which a decorator above it comes before
             return b"q" + self.bytes_of(value.__wrapped__) + self._attributes(value, *OWN_ATTRIBUTES)
         return self._reduced(value)
@@ -210,9 +213,10 @@ class Walk:
         if memoized is not None and memoized[0] is function:  # not another decorator's, which has taken over its attributes
             return b"w" + self.bytes_of(memoized[1]) + self._attributes(function, *OWN_ATTRIBUTES)
         where = (module_name(function.__module__, function.__globals__), function.__qualname__)
-        if is_dispatched(function):  # its cache of what it has dispatched is no part of it
-            registered = dict(vars(function)["registry"])
-            self._whole.registrations.append((function, registered))
+        registry = registry_of(function)
+        if registry is not None:  # its cache of what it has dispatched is no part of it
+            registered = dict(registry)
+            self._whole.registrations.append((registry, registered))
             return b"D" + self.bytes_of((where, registered)) + self._attributes(function, *DISPATCHING)
         defaults = (function.__defaults__, function.__kwdefaults__)
         head = b"p" + self.bytes_of((where, code_digest(function.__code__), defaults))
@@ -336,9 +340,13 @@ def from_python(module: str | None) -> bool:
     return module is not None and module.partition(".")[0] in sys.stdlib_module_names
 
 
-def is_dispatched(function: Any) -> bool:
-    """Has functools.singledispatch made it?"""
-    return getattr(function, "__code__", None) is DISPATCHES
+def registry_of(function: types.FunctionType) -> Any:
+    """What is registered with it now and later, if it is of functools.singledispatch, or the `dispatch` of one that is."""
+    if function.__code__ is DISPATCHES:
+        return vars(function)["registry"]
+    if function.__code__ is DISPATCH:  # a method of Python 3.13 has that alone
+        return dict(zip(DISPATCH.co_freevars, function.__closure__ or (), strict=True))["registry"].cell_contents
+    return None
 
 
 def found_as(value: Any, called: str | None = None) -> tuple[str, str]:

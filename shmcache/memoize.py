@@ -70,7 +70,7 @@ def memoize(
         def cache_key(*args: Any, **kwargs: Any) -> bytes:
             nonlocal known
             made, waits, registrations = known
-            if waits or (registrations and any(registered != of.registry for of, registered in registrations)):
+            if waits or (registrations and any(registered != registry for registry, registered in registrations)):
                 known = identified(function, called)
                 made = known[0]
             digest = blake2b(made, digest_size=DIGEST_BYTES, person=b"memoize", salt=salt)

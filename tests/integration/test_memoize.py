@@ -95,7 +95,7 @@ class Dispatching:
 
 @pytest.mark.parametrize("around", [
     lambda of: functools.partial(of), lambda of: lambda x: of(x), lambda of: lambda x, f=of: f(x), lambda of: functools.lru_cache(lambda x: of(x)),
-    lambda of: holding({"of": [{(of,)}]}),
+    lambda of: holding({"of": [{(of,)}]}), lambda of: holding(of.dispatch), lambda of: lambda x, dispatch=of.dispatch: dispatch(type(x))(x),
 ])  # fmt: skip
 def test_what_is_registered_with_a_function_that_another_has(cache, around):
     of = functools.singledispatch(lambda x: "any")
@@ -110,6 +110,8 @@ def test_what_is_registered_with_a_function_that_another_has(cache, around):
 def test_what_is_registered_with_a_method(cache):
     memoized = cache.memoize()(Dispatching().of)
     assert memoized(2.5) == "any"
+    assert Dispatching().of(1) == "any"  # which it keeps in a cache of its own
+    assert memoized.cache_key(2.5) == cache.memoize()(Dispatching().of).cache_key(2.5)
     Dispatching.of.register(float, lambda self, x: "float")
     assert memoized(2.5) == "float"
 
