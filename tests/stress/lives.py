@@ -661,7 +661,7 @@ class Series:
         self.tamper(plan)
         self.keep()
         self.begin_accounts()
-        if self.files.is_empty() or plan.event == "lost":
+        if self.files.is_empty() or plan.event in ("lost", "copy"):
             plan.clock_back = 0  # with that nobody could know what is newer: supervisor/DECISIONS.md
         begin = {"worker": self.by_worker, "backup": self.by_hand, "other": self.by_another, "two": self.by_two, "start-empty": self.from_nothing}
         self.report["doing"] = str(plan)
