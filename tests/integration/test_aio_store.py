@@ -732,10 +732,10 @@ class Struck(BaseException):
 
 
 def where_handlers_run(code):
-    """Offsets of the bytecodes before which CPython may run a signal's handler: behind calls, and where a function or a loop begins."""
+    """Offsets of the bytecodes before which CPython may run a signal's handler: behind calls, where a function begins, at a jump back."""
     pairs = list(itertools.pairwise(dis.get_instructions(code)))
     behind = {after.offset for before, after in pairs if before.opname.startswith(("CALL", "RESUME"))}
-    return behind | {before.argval for before, _ in pairs if before.opname.startswith("JUMP_BACKWARD")}
+    return behind | {before.offset for before, _ in pairs if before.opname.startswith("JUMP_BACKWARD")}
 
 
 def strike_at(n, ours):
