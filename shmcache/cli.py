@@ -20,6 +20,7 @@ from typing import Any
 
 import shmcache
 from shmcache import errors, metrics, segment, stores
+from shmcache.notices import notice
 
 STUCK = 30.0  # seconds without a heartbeat: the supervisor is stopped
 POLL = 0.02  # seconds between two looks whether a snapshot that was asked for is written
@@ -412,24 +413,24 @@ def do_restore(args: argparse.Namespace) -> int:
     return 0
 
 
-def _say_restored(report: dict[str, Any], as_json: bool, to: Any = None) -> None:
+def _say_restored(report: dict[str, Any], as_json: bool, say: Callable[[str], None] = print) -> None:
     if report["gaps"]:
-        print(f"shmcache: LOG GAP: {report['gaps']:,} operations were never logged; some keys may be older than they were", file=sys.stderr)
+        notice(f"shmcache: LOG GAP: {report['gaps']:,} operations were never logged; some keys may be older than they were")
     for line in report["cut"]:
-        print(f"shmcache: {line}", file=sys.stderr)
+        notice(f"shmcache: {line}")
     for line in report["damaged"]:
-        print(f"shmcache: passed over, and kept: {line}", file=sys.stderr)
+        notice(f"shmcache: passed over, and kept: {line}")
     if report["unnoted"]:
-        print(f"shmcache: that this was restored from there could not be noted there: {report['unnoted']}. Before it is, no log and no "
-              "snapshot is begun there", file=sys.stderr)  # fmt: skip
+        notice(f"shmcache: that this was restored from there could not be noted there: {report['unnoted']}. Before it is, no log and no "
+               "snapshot is begun there")  # fmt: skip
     if report["clock_back_s"]:
-        print(f"shmcache: the wall clock is {report['clock_back_s']:.0f} s behind the snapshot: lives count from there", file=sys.stderr)
+        notice(f"shmcache: the wall clock is {report['clock_back_s']:.0f} s behind the snapshot: lives count from there")
     if as_json:
-        print(json.dumps(report), file=to)
+        say(json.dumps(report))
     else:
         text = "restored {stored:,} items in {seconds:.1f} s from {items:,} of {snapshot} and {log_records:,} log records since ("
         text += "{expired:,} expired, {dropped:,} found no room, {present:,} overtaken, {copies:,} to be loaded again)"
-        print(text.format(**report), file=to)
+        say(text.format(**report))
 
 
 def do_dump(args: argparse.Namespace) -> int:
@@ -497,17 +498,15 @@ def _live_or_restored(args: argparse.Namespace, folder: Path | None) -> shmcache
         if not _whole(args.name):
             try:
                 options = {**created, "log_policy": appendlog.POLICIES[args.log], **({} if args.size is None else {"size": args.size})}
-                _say_restored(snapshot.restore(args.name, folder, log_buffer_if_none=buffer, **options), False, sys.stderr)
+                _say_restored(snapshot.restore(args.name, folder, log_buffer_if_none=buffer, **options), False, notice)
             except (errors.NoSnapshot, errors.DamagedFile, errors.NewerFormat) as e:
                 if datadir.is_blank(folder):  # who began the log was killed before anything was in it
                     is_there = False
                 elif not args.start_empty:
-                    print(f"shmcache: nothing was changed in {folder}. --start-empty sets aside what is there, and begins without it",
-                          file=sys.stderr)  # fmt: skip
+                    notice(f"shmcache: nothing was changed in {folder}. --start-empty sets aside what is there, and begins without it")
                     raise
                 else:
-                    print(f"shmcache: {e}\nshmcache: {args.name} starts empty; what was there is in {datadir.set_aside(folder)}",
-                          file=sys.stderr)  # fmt: skip
+                    notice(f"shmcache: {e}\nshmcache: {args.name} starts empty; what was there is in {datadir.set_aside(folder)}")
                     is_there = False
                     snapshot.end_restore(args.name)
     elif args.start_empty:
@@ -541,7 +540,7 @@ def _say_whose(args: argparse.Namespace, folder: Path) -> None:
             f"{what}. To go on with the segment, which loses nothing of it: move all snapshots and logs out of the directory, or "
             "use another directory"
         )
-    print(f"shmcache: {what}", file=sys.stderr)
+    notice(f"shmcache: {what}")
 
 
 def do_supervise(args: argparse.Namespace) -> int:
@@ -566,7 +565,7 @@ def do_supervise(args: argparse.Namespace) -> int:
     with _data_dir(args) as folder, closing, _live_or_restored(args, folder) as cache:
         writes_back = cache.mapping.settings()["policy"] == segment.WRITE_BACK
         if writes_back and store is None:
-            print(f"shmcache: {args.name} is written back, and nobody stores: say --store", file=sys.stderr, flush=True)
+            notice(f"shmcache: {args.name} is written back, and nobody stores: say --store")
         supervisor = Supervisor(
             cache, args.parent, folder=folder, every=args.snapshot_every, keep=args.keep, compress=args.compress, log=args.log,
             store=store if writes_back else None,
@@ -574,7 +573,7 @@ def do_supervise(args: argparse.Namespace) -> int:
         if asked:
             supervisor.stop()
         if not args.quiet:
-            print(f"supervising {args.name}", file=sys.stderr, flush=True)
+            notice(f"supervising {args.name}")
         supervisor.run()
         supervisor = None
     return 0

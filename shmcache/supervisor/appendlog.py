@@ -283,6 +283,8 @@ class AppendLog:
         self.name(number, writer.bytes_written)
         if gaps != self.gaps:
             self.gaps = gaps
+            if not self.failed:  # else this file goes if it fails, too, and what it says
+                self.synced_gaps = gaps
             self.on_gap()
 
     def name(self, number: int, n_bytes: int) -> None:

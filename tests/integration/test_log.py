@@ -1176,6 +1176,71 @@ def test_a_supervisor_to_which_nobody_listens_goes_on(make, folder, monkeypatch,
         assert after.get("k") == (2 if what == "the log" else None)
 
 
+@pytest.mark.parametrize("stderr", ["gone", "full"])
+def test_a_supervisor_begins_whoever_reads(name, tmp_path, stderr):
+    """Each time: empty; with something to say of a restore."""
+    data = tmp_path / "data"
+    argv = [sys.executable, "-m", "shmcache.cli", "supervise", name, "--size", "16M", "--data-dir", data, "--log", "always"]
+    for n in range(2):
+        reader, writer = os.pipe()
+        if stderr == "gone":
+            os.close(reader)
+        else:
+            os.set_blocking(writer, False)
+            with contextlib.suppress(BlockingIOError):
+                while os.write(writer, b"x" * 4096):
+                    pass
+            os.set_blocking(writer, True)
+        with subprocess.Popen(argv, stderr=writer) as supervisor:
+            os.close(writer)
+            try:
+                until(lambda: supervisor.poll() is not None or is_logged(name))
+                with shmcache.attach(name) as cache:
+                    assert cache.get("n") == (n - 1 if n else None)
+                    cache.set("n", n)
+                supervisor.kill()
+            finally:
+                supervisor.kill()
+                supervisor.wait()
+                if stderr == "full":
+                    os.close(reader)
+        shmcache.unlink(name)
+        with open(fmt.listing(data)[1][-1][1], "ab") as file:
+            file.write(b"a torn end")
+
+
+def is_logged(name):
+    with contextlib.suppress(shmcache.SegmentNotFound, errors.BeingRestored), shmcache.attach(name, wait=False) as cache:
+        return bool(cache.supervisor()["alive"])
+    return False
+
+
+def test_a_gap_that_is_on_the_disk_is_not_said_again(make, folder, monkeypatch):
+    """The file fails before its first sync."""
+    cache = make("16M", log_buffer="64K", max_processes=16)
+    monkeypatch.setattr(appendlog, "RETRY", 0.01)
+    finish, broken = appendlog.Sync.finish, [True]
+
+    def fails(sync):
+        if broken[0]:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        finish(sync)
+
+    monkeypatch.setattr(appendlog.Sync, "finish", fails)
+    cache.set("not logged", 1)
+    log = AppendLog(cache, folder, "always", whole=False)
+    try:
+        worker = mp.get_context("fork").Process(target=lambda: shmcache.attach(cache.name).set("k", 1), daemon=True)
+        worker.start()
+        until(lambda: cache.durability()["log_failed"])
+        broken[0] = False
+        until(lambda: not cache.durability()["log_failed"])
+        worker.join(LIMIT)
+    finally:
+        log.close()
+    assert sum(r.version for r in records(folder) if r.op == fmt.GAP) == cache.durability()["log_gaps"] == 1
+
+
 def test_what_a_failed_sync_has_lost_is_a_gap_before_anything_is_said(make, folder, monkeypatch):
     """Whoever reads standard error may take its time, and the supervisor be killed meanwhile."""
     cache = make("16M", log_buffer="64K", max_processes=16)

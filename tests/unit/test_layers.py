@@ -31,7 +31,7 @@ ALLOWED = {  # module -> what of ours it may import
     "metrics": set(),
     "notices": set(),
     "sidecar": {"errors", "core", "cache", "metrics", "notices", "policy", "stored", "stores", "through", "supervisor", "sidecar"},
-    "cli": {"errors", "core", "segment", "policy", "stores", "supervisor", "metrics", "sidecar"},
+    "cli": {"errors", "core", "segment", "policy", "stores", "supervisor", "metrics", "notices", "sidecar"},
     "__init__": {"errors", "segment", "cache", "policy", "supervisor", "stores", "aio"},
 }
 
