@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 SHM_DIR = "/dev/shm"
+ASIDE = "shmcache-next."  # the same, of one that has no name yet (create)
 PREFIX = "shmcache."  # of the object's name: what `ls /dev/shm` shows, and what sets our objects apart
 MIN_SIZE = 4 << 20
 BIG_PAGES_FROM = 4 << 30  # bytes; from here slab pages have 1 MiB, below 64 KiB (bench: 1 MiB pages cost a small cache 4 points)
@@ -167,9 +168,9 @@ def create(
     Warns: HugePagesRefused.
 
     Raises: InvalidName, InvalidConfig, SegmentExists, SegmentForbidden, SharedMemoryFull.
-    Crash: at any step before the link the object has no name and goes with its creator; after it the segment is whole. instead_of: before
-    the unlink it stands as it was, without items; between unlink and link no segment is there, as after a reboot. Who sees that instant
-    makes one, which takes longer, and finds this.
+    Crash: at any step before the link the object has no name and goes with its creator; after it the segment is whole. instead_of: it has
+    the name, without items, until the new one has: linked aside, then renamed over it. Between these two steps the new one stands aside,
+    with its memory, until the next process that restores takes it away.
     """
     path = check_name(name)
     size_bytes = -(-size_bytes // 4096) * 4096
@@ -194,14 +195,17 @@ def create(
             os.fchown(fd, -1, _gid(group))
         if instead_of is not None:
             instead_of.give_back()
+        if restored_seq:
+            _unlink_aside(name)
         _reserve(fd, size_bytes)
         refused = _core.format_segment(fd, g, chunks, _boot_id(), os.urandom(16), config, huge_pages)
         mapping = _map(fd, path, name)
         if restored_seq:
             mapping.begin_restore()  # before anybody can see that it is being restored
         if instead_of is not None and _has_name(instead_of, path):
-            unlink(name)
-        _link(fd, path, name)
+            _take_name(fd, path, name)
+        else:
+            _link(fd, path, name)
         if refused:
             _warn_of_small_pages(name, refused)
         return mapping
@@ -218,6 +222,19 @@ def _warn_of_small_pages(name: str, refused: int) -> None:
         errors.HugePagesRefused,
         stacklevel=4,
     )
+
+
+def _aside(name: str) -> str:
+    """Where a segment stands that is about to take the place of an abandoned one. It is none yet."""
+    return f"{SHM_DIR}/{ASIDE}{name}"
+
+
+def _unlink_aside(name: str) -> None:
+    """What a process has left there that was killed at that moment."""
+    try:
+        os.unlink(_aside(name))
+    except FileNotFoundError:
+        pass
 
 
 def _has_name(mapping: _core.Mapping, path: str) -> bool:
@@ -237,6 +254,12 @@ def _link(fd: int, path: str, name: str) -> None:
         raise errors.SegmentExists(f"a segment {name!r} exists: attach() or open() it, or unlink() it first") from None
     finally:
         os.close(descriptors)
+
+
+def _take_name(fd: int, path: str, name: str) -> None:
+    """Give the nameless object the name of another, which has it until then."""
+    _link(fd, _aside(name), name)
+    os.rename(_aside(name), path)
 
 
 def _reserve(fd: int, size_bytes: int) -> None:

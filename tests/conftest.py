@@ -19,7 +19,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, and so inhe
 
 
 def objects() -> set[str]:
-    return {p.name for p in Path("/dev/shm").glob("shmcache.*")} | {p.name for p in Path("/dev/shm").glob("sem.shmcache*")}
+    return {p.name for p in Path("/dev/shm").glob("shmcache[.-]*")} | {p.name for p in Path("/dev/shm").glob("sem.shmcache*")}
 
 
 def of_another_run(name: str) -> bool:

@@ -185,6 +185,33 @@ def test_who_begins_again_needs_no_more_memory_and_lets_nobody_in(machine, other
     assert seen[0] < 0.2
 
 
+def test_the_name_is_there_all_the_while(machine, other, monkeypatch):
+    """A worker that looked in an instant without it would create a segment of its own. Killed before it takes the name, it leaves the
+    abandoned one there; the next takes away what stands aside."""
+    killed_while_it_restores(machine, machine.folder)
+    names, link, at = [], os.link, segment.check_name(machine.name)
+
+    def linked(*args, **options):
+        assert os.path.exists(at)
+        link(*args, **options)
+        assert os.path.exists(at)
+        names.append({path for path in os.listdir(segment.SHM_DIR) if path.endswith(machine.name)})
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "link", linked)
+        patch.setattr(os, "rename", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        snapshot.restore(machine.name, machine.folder)
+    assert len(names[0]) == 2
+    with pytest.raises(errors.BeingRestored) as caught:
+        shmcache.attach(machine.name, wait=False)
+    assert caught.value.abandoned
+    monkeypatch.setattr(os, "link", linked)
+    snapshot.restore(machine.name, machine.folder)
+    machine.cache = shmcache.attach(machine.name, store=machine.store)
+    assert machine.cache.get("k") == "newer"
+    assert len({path for path in os.listdir(segment.SHM_DIR) if path.endswith(machine.name)}) == 1
+
+
 def test_a_restore_that_cannot_begin_again_is_begun_by_the_next(machine, other, monkeypatch):
     """The dead one's memory is given back by then."""
     killed_while_it_restores(machine, machine.folder)
@@ -215,17 +242,15 @@ snapshot.restore(sys.argv[1], Path(sys.argv[2]))
 """
 
 
-@pytest.mark.parametrize("at", ["_reserve", "_reserve+", "unlink", "unlink+", "_link+"])
+@pytest.mark.parametrize("at", ["_reserve", "_reserve+", "_take_name", "_link+", "_take_name+"])
 def test_a_restore_that_is_killed_as_it_begins_again(machine, other, at):
-    """Behind what it found as it was, behind no segment at all, or behind its own."""
+    """Behind what it found as it was, beside its own or not, or behind its own."""
     killed_while_it_restores(machine, machine.folder)
     command = [sys.executable, "-c", KILLED_AS_IT_BEGINS_AGAIN, machine.name, str(other), at]
     assert subprocess.run(command, check=False).returncode == 9
-    assert segment_exists(machine.name) == (at != "unlink+")
-    if at != "unlink+":
-        with pytest.raises(errors.BeingRestored) as caught:
-            shmcache.open(machine.name, "8M", wait=False)
-        assert caught.value.abandoned
+    with pytest.raises(errors.BeingRestored) as caught:
+        shmcache.open(machine.name, "8M", wait=False)
+    assert caught.value.abandoned
     snapshot.restore(machine.name, machine.folder)
     machine.cache = shmcache.attach(machine.name, store=machine.store)
     assert machine.cache.get("k") == "newer"
