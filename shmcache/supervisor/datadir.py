@@ -13,7 +13,7 @@ import itertools
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -72,17 +72,21 @@ def head(path: Path, kind: fmt.FileKind) -> dict[str, Any]:
     return {}
 
 
-def with_heads(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+def with_heads(paths: Iterable[tuple[int, Path]], kind: fmt.FileKind) -> list[tuple[Path, dict[str, Any]]]:
+    """Those that can be read, of the files of one kind, as format.listing() has them."""
+    return [(path, h) for _, path in paths if (h := head(path, kind))]
+
+
+def all_with_heads(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
     """Readable files of a directory: snapshots, then logs, each oldest first."""
     snapshots, logs = fmt.listing(folder)
-    yield from ((path, h) for _, path in snapshots if (h := head(path, "snapshot")))
-    yield from ((path, h) for _, path in logs if (h := head(path, "log")))
+    return with_heads(snapshots, "snapshot") + with_heads(logs, "log")
 
 
 def heads(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """HEADs of the readable (snapshots, logs) of a directory, oldest first."""
     snapshots, logs = fmt.listing(folder)
-    return [h for _, path in snapshots if (h := head(path, "snapshot"))], [h for _, path in logs if (h := head(path, "log"))]
+    return [h for _, h in with_heads(snapshots, "snapshot")], [h for _, h in with_heads(logs, "log")]
 
 
 def last_log_number(folder: Path) -> int:
@@ -317,7 +321,7 @@ def given_out(folder: Path) -> GivenOut:
 def unsaid(folder: Path) -> GivenOut:
     """Where no note says it: nothing, if no file is there either."""
     newest = 0
-    for path, head in with_heads(folder):
+    for path, head in all_with_heads(folder):
         with contextlib.suppress(errors.DamagedFile):  # a restore names it
             newest = max(newest, given_out_of_head(path, head)[1])
     return GivenOut(newest + UNSAID, (), newest) if newest else GivenOut()

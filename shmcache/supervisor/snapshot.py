@@ -580,7 +580,7 @@ def _begin(folder: Path, given: datadir.GivenOut, policy: int) -> tuple[int, int
     Written back, by the clock, too: what was stored from here while this directory was not used is newer than what is restored.
     One above all, at least: 0 above the base is a segment that is not restored.
     """
-    bases, highest = zip(*(datadir.given_out_of_head(path, head) for path, head in datadir.with_heads(folder)), strict=True)
+    bases, highest = zip(*(datadir.given_out_of_head(path, head) for path, head in datadir.all_with_heads(folder)), strict=True)
     newest = max(given.newest, *highest)
     return min(bases), max(newest + 1, datadir.clock()) if policy == segment.WRITE_BACK else newest + VERSIONS_AHEAD
 

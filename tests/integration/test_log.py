@@ -57,6 +57,19 @@ def logged(make, folder):
         log.close()
 
 
+def breakable(monkeypatch):
+    """[does fsync fail?], for the test to say."""
+    fsync, broken = os.fsync, [False]
+
+    def fails(fd):
+        if broken[0]:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", fails)
+    return broken
+
+
 def restored(name, folder, **options):
     with contextlib.suppress(shmcache.SegmentNotFound):
         shmcache.unlink(name)
@@ -799,14 +812,7 @@ def test_a_disk_that_neither_syncs_nor_removes_is_not_filled_with_files(make, fo
 def test_a_gap_that_a_failed_file_says_is_said_again(make, folder, policy, monkeypatch):
     cache = make("16M", log_buffer="64K", max_processes=16)
     monkeypatch.setattr(appendlog, "RETRY", 0.05)
-    fsync, broken = os.fsync, [False]
-
-    def fails(fd):
-        if broken[0]:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        fsync(fd)
-
-    monkeypatch.setattr(os, "fsync", fails)
+    broken = breakable(monkeypatch)
     log = AppendLog(cache, folder, policy)
     try:
         cache.set("before", 1)
@@ -1142,14 +1148,7 @@ def test_a_supervisor_to_which_nobody_listens_goes_on(make, folder, monkeypatch,
     """Also when it has something to say: what it does not write is said in stats(), and it writes again when it can."""
     cache = make("16M", log_buffer="64K", max_processes=16)
     monkeypatch.setattr(appendlog, "RETRY", 0.01)
-    fsync, broken = os.fsync, [False]
-
-    def fails(fd):
-        if broken[0]:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        fsync(fd)
-
-    monkeypatch.setattr(os, "fsync", fails)
+    broken = breakable(monkeypatch)
     supervisor = Supervisor(cache, folder=folder, log="everysec" if what == "the log" else None)
     try:
         monkeypatch.setattr(sys, "stderr", Gone(error))
