@@ -372,22 +372,26 @@ cdef inline void ring_supervisor(seg_t* s) noexcept nogil:
 cdef inline int take_room(seg_t* s, uint32_t cls, uint64_t until_ns, uint64_t* addr) noexcept nogil:
     """A chunk of the class, RESERVED(this process): in hand, free, on a new page, or evicted. OK, NO_ROOM, BUSY, INTR.
 
-    until_ns 0: nothing that could sleep; BUSY says to come again with the GIL released.
+    until_ns 0: nothing that could sleep; BUSY says to come again with the GIL released. When it is late: BUSY if anybody was in the way since the
+    call began, else NO_ROOM: a round at least has looked at all there is.
     """
     cdef uint64_t p = 0
     cdef int rc, round_
-    cdef bint turned
+    cdef bint turned, busy = False
     for round_ in range(ROUNDS):
         rc = chunk_get(s, cls, until_ns, addr)
         if rc == OK or rc == INTR or (rc == BUSY and until_ns == 0):
             return rc
+        busy |= rc == BUSY
         if until_ns and round_ and mono_ns() > until_ns:        # after a look at what the last round has made free
-            return BUSY
+            return BUSY if busy else NO_ROOM
         rc = page_from_pool(s, PAGE_CUTTING, 0, until_ns, &p)
+        busy |= rc == BUSY
         if rc == OK:
             rc = give_page(s, p, cls, until_ns)
             if rc == INTR or (rc == BUSY and until_ns == 0):
                 return rc
+            busy |= rc == BUSY
             if rc == OK:
                 continue
         elif rc == INTR or (rc == BUSY and until_ns == 0):
@@ -396,6 +400,7 @@ cdef inline int take_room(seg_t* s, uint32_t cls, uint64_t until_ns, uint64_t* a
         rc = evict_one(s, cls, 0, until_ns if round_ else 0, addr, &turned)
         if rc == INTR:
             return INTR
+        busy |= rc == BUSY
         if rc == OK:
             st64(&item_at(s, addr[0]).word, word_of(RESERVED, s.me[0]))     # inherited: no list, no lock
             #! evict: inherited
@@ -409,6 +414,7 @@ cdef inline int take_room(seg_t* s, uint32_t cls, uint64_t until_ns, uint64_t* a
         if settle_pages(s, 16 if round_ < ROUNDS // 2 else s.n_pages, until_ns) == INTR:
             return INTR
         rc = take_page(s, cls, True, until_ns if round_ else 0, &p)
+        busy |= rc == BUSY
         if rc == OK:
             give_page(s, p, cls, until_ns)
         elif rc == INTR:

@@ -220,6 +220,23 @@ def test_what_the_store_has_not_got_is_not_dropped_for_want_of_room(make, store,
     shmcache.unlink(cache.name)
 
 
+def test_who_is_late_and_met_nobody_is_told_that_there_is_no_room(make, store, folder, monkeypatch):
+    """Not to continue or kill a process: none was in the way."""
+    cache = make("32M", policy=BACK, store=store)
+    for i in range(400):
+        cache.set(f"k{i}", bytes(10_000))
+    snapped(cache, folder)
+    fill = snapshot._fill
+
+    def hurried(cache, *args):
+        cache.lock_limit = 1e-6
+        return fill(cache, *args)
+
+    monkeypatch.setattr(snapshot, "_fill", hurried)
+    with pytest.raises(errors.NoRoom, match="--size"):
+        snapshot.restore(cache.name, folder, size="4M")
+
+
 def test_what_is_dirty_is_restored_whatever_departs_meanwhile(back, store, folder, monkeypatch):
     """Other keys may share its bit; and nothing is stored, so that it could depart, before all is there."""
     cache = back()
