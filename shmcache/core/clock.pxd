@@ -133,13 +133,14 @@ cdef inline uint64_t hand_step(seg_t* s, uint32_t cls, bint* turned) noexcept no
 
 cdef inline int evict_one(seg_t* s, uint32_t cls, uint64_t most, uint64_t until_ns, uint64_t* out, bint* turned) noexcept nogil:
     """Evict by the class's hand, which moves on by at most so many chunks, 0: a whole round: OK with a RETIRED(this process) chunk, or NO_ROOM.
-    BUSY: a stripe was until it was late; another item may do. INTR. Settles the dead's on the way."""
+    BUSY, not NO_ROOM: a living process held the stripe of one at least until it was late; another may do. INTR. Settles the dead's on the way."""
     cdef uint64_t addr, w, lowest = 0
     cdef uint32_t n_live = 0
     cdef uint64_t n
     cdef uint8_t r, lowest_refs = 255
     cdef item_t* it
     cdef int rc
+    cdef bint busy = False
     if most == 0:
         most = min(<uint64_t>ld32(&s.classes[cls].n_pages), s.n_pages) * s.page_chunks[cls] + HAND_STEPS
     for n in range(most):
@@ -159,6 +160,7 @@ cdef inline int evict_one(seg_t* s, uint32_t cls, uint64_t most, uint64_t until_
                     out[0] = addr
                 if rc == OK or rc == INTR or (rc == BUSY and late(s, until_ns)):
                     return rc
+                busy |= rc == BUSY
             else:
                 st8r(refs_of(s, addr), r - 1)
                 if r - 1 < lowest_refs:
@@ -169,13 +171,15 @@ cdef inline int evict_one(seg_t* s, uint32_t cls, uint64_t most, uint64_t until_
         elif kind_of(w) == FREE:
             relist_page(s, page_of(s, addr), cls)
         elif token_of(w) != s.me[0]:
-            settle_chunk(s, addr, until_ns)
-    if lowest == 0:
-        return NO_ROOM
-    rc = evict_chunk(s, lowest, cls, False, until_ns)
-    if rc == OK:
-        out[0] = lowest
-    return rc
+            if not settle_chunk(s, addr, until_ns):
+                busy |= dead(s, token_of(w))        # else it is a write that goes on: nothing to be evicted
+    if lowest != 0:
+        rc = evict_chunk(s, lowest, cls, False, until_ns)
+        if rc == OK:
+            out[0] = lowest
+        if rc != NO_ROOM:
+            return rc
+    return BUSY if busy else NO_ROOM
 
 # ---- pages --------------------------------------------------------------------------------------------------------------------
 
@@ -372,8 +376,8 @@ cdef inline void ring_supervisor(seg_t* s) noexcept nogil:
 cdef inline int take_room(seg_t* s, uint32_t cls, uint64_t until_ns, uint64_t* addr) noexcept nogil:
     """A chunk of the class, RESERVED(this process): in hand, free, on a new page, or evicted. OK, NO_ROOM, BUSY, INTR.
 
-    until_ns 0: nothing that could sleep; BUSY says to come again with the GIL released. When it is late: BUSY if anybody was in the way since the
-    call began, else NO_ROOM: a round at least has looked at all there is.
+    until_ns 0: nothing that could sleep; BUSY says to come again with the GIL released. Else BUSY says that there might have been room, but a living
+    process was in the way. While none is, nothing waits, and all rounds are made however late it is: a caller that was stopped itself learns as much.
     """
     cdef uint64_t p = 0
     cdef int rc, round_
@@ -383,8 +387,8 @@ cdef inline int take_room(seg_t* s, uint32_t cls, uint64_t until_ns, uint64_t* a
         if rc == OK or rc == INTR or (rc == BUSY and until_ns == 0):
             return rc
         busy |= rc == BUSY
-        if until_ns and round_ and mono_ns() > until_ns:        # after a look at what the last round has made free
-            return BUSY if busy else NO_ROOM
+        if busy and until_ns and round_ and mono_ns() > until_ns:       # after a look at what the last round has made free
+            return BUSY
         rc = page_from_pool(s, PAGE_CUTTING, 0, until_ns, &p)
         busy |= rc == BUSY
         if rc == OK:
@@ -400,7 +404,7 @@ cdef inline int take_room(seg_t* s, uint32_t cls, uint64_t until_ns, uint64_t* a
         rc = evict_one(s, cls, 0, until_ns if round_ else 0, addr, &turned)
         if rc == INTR:
             return INTR
-        busy |= rc == BUSY
+        busy |= rc == BUSY and round_ > 0       # in the first round it was not waited for
         if rc == OK:
             st64(&item_at(s, addr[0]).word, word_of(RESERVED, s.me[0]))     # inherited: no list, no lock
             #! evict: inherited
@@ -411,14 +415,16 @@ cdef inline int take_room(seg_t* s, uint32_t cls, uint64_t until_ns, uint64_t* a
                 if take_page(s, cls, False, until_ns, &p) == OK:
                     give_page(s, p, cls, until_ns)
             return OK
-        if settle_pages(s, 16 if round_ < ROUNDS // 2 else s.n_pages, until_ns) == INTR:
+        rc = settle_pages(s, 16 if round_ < ROUNDS // 2 else s.n_pages, until_ns)
+        if rc == INTR:
             return INTR
-        rc = take_page(s, cls, True, until_ns if round_ else 0, &p)
         busy |= rc == BUSY
+        rc = take_page(s, cls, True, until_ns if round_ else 0, &p)
+        busy |= rc == BUSY and round_ > 0
         if rc == OK:
             give_page(s, p, cls, until_ns)
         elif rc == INTR:
             return INTR
         elif until_ns == 0 and round_ > 2:
             return BUSY
-    return NO_ROOM
+    return BUSY if busy else NO_ROOM

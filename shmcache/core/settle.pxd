@@ -32,7 +32,7 @@ from shmcache.core.layout cimport REPAIRED_CHUNK, REPAIRED_OVERFLOW, REPAIRED_PA
 from shmcache.core.lock cimport lock_release, within
 from shmcache.core.slab cimport avail_push_locked, chunk_class, chunk_push_locked, class_release, class_take, in_slab, \
     item_at, page_cls, page_in_class, page_to_pool, pool_push_locked, pool_take, rebuild_page_locked
-from shmcache.core.token cimport INTR, KEPT, LIVE, OK, OV_LINKED, OV_RESERVED, PAGE_ACTIVE, PAGE_BIG, PAGE_CUTTING, PAGE_DRAINING, \
+from shmcache.core.token cimport BUSY, INTR, KEPT, LIVE, OK, OV_LINKED, OV_RESERVED, PAGE_ACTIVE, PAGE_BIG, PAGE_CUTTING, PAGE_DRAINING, \
     RESERVED, RETIRED, dead, kind_of, mono_ns, token_of, word_of
 
 cdef enum:
@@ -154,15 +154,19 @@ cdef inline int settle_page(seg_t* s, uint64_t p, uint64_t until_ns) noexcept no
     return rc
 
 cdef inline int settle_pages(seg_t* s, uint64_t n, uint64_t until_ns) noexcept nogil:
-    """Look at the next n rows of the page table: OK, or INTR. One whose lock is busy for longer than an instant is left, and all are when it is
-    late."""
+    """Look at the next n rows of the page table: OK, INTR, or BUSY: one at least was left whose lock was busy for longer than an instant, and all
+    that come behind it when it was late."""
     cdef uint64_t i, at = add64(&s.header.pages.cursor, n) % s.n_pages
+    cdef int rc
+    cdef bint busy = False
     for i in range(min(n, s.n_pages)):
-        if late(s, until_ns):
+        if busy and late(s, until_ns):
             break
-        if settle_page(s, (at + i) % s.n_pages, within(until_ns, INNER_NS)) == INTR:
+        rc = settle_page(s, (at + i) % s.n_pages, within(until_ns, INNER_NS))
+        if rc == INTR:
             return INTR
-    return OK
+        busy |= rc == BUSY
+    return BUSY if busy else OK
 
 cdef inline void settle_overflow(seg_t* s, uint64_t n, uint64_t until_ns) noexcept nogil:
     """Look at the next n overflow buckets."""

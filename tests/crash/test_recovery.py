@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from shmcache.core import _dirty, _sweep
-from shmcache.errors import DamageError
+from shmcache.errors import CapacityError, DamageError, NoRoom, StripeBusy
 from tests.redis.inprocess import InProcess
 from tests.redis.resp import encode
 
@@ -302,6 +303,56 @@ def test_chunks_freed_while_no_list_is_to_be_had_come_back(make):
         os.kill(holder, signal.SIGKILL)
         os.waitpid(holder, 0)
         del seg
+
+
+@pytest.mark.parametrize("left", ["big value", "chunks of the dead"])
+def test_who_is_in_the_way_is_said(make, left):
+    """All that could be evicted has its stripe in the hand of a living process that does not run: StripeBusy, not that there is no room."""
+    cache = make("4M", lock_limit=0.2)
+    value = bytes(40_000 if left == "big value" else 30_000)
+    before = cache.views().stripes["count"].copy()
+    cache.set(b"n0", value)
+    cache.set(b"n1", value)
+    seg = cache.views(writable=True)
+    stripes = np.flatnonzero(seg.stripes["count"] != before)
+    cls = next(i for i, c in enumerate(cache.stats()["slab_classes"]) if c["live"])
+    if left == "chunks of the dead":
+        pages = np.flatnonzero((seg.pages["cls"] & 0xFFFF) == cls)
+        seg.items(cls)["word"][pages] = RETIRED << 56 | DEAD
+    holder = os.fork()
+    if holder == 0:
+        cache.get(b"x")  # takes a row of its own
+        signal.pause()
+    try:
+        deadline = time.monotonic() + 30
+        while holder not in {p["pid"] for p in cache.processes()}:
+            assert time.monotonic() < deadline
+        row = next(p["row"] for p in cache.processes() if p["pid"] == holder)
+        seg.stripes["word"][stripes] = int(seg.rows["gen"][row]) << 16 | row + 1
+        cache.lock_limit = 0.001
+        claims, i, refused = [], 0, 0
+        while refused < 10:  # in a row; claims are not evicted
+            i += 1
+            try:
+                claims.append(cache.claim(b"claim %d" % i, 1000.0))
+                refused = 0
+            except CapacityError:
+                refused += 1
+        cache.lock_limit = 0.2
+        seg.refs[:] = 0
+        for i in range(3):
+            with pytest.raises(StripeBusy):
+                cache.set(b"new %d" % i, value)
+    finally:
+        os.kill(holder, signal.SIGKILL)
+        os.waitpid(holder, 0)
+    del claims, seg
+    for _ in range(100):  # the hand has passed 32 claims each time
+        with contextlib.suppress(NoRoom):
+            cache.set(b"new", value)
+            break
+    assert cache.get(b"new") == value
+    _sweep.settle(cache)
 
 
 def test_a_value_that_was_made_a_claim_by_damage_is_claimed_over(place):
