@@ -178,11 +178,23 @@ def do_create(args: argparse.Namespace) -> int:
     return 0
 
 
+ASIDE = (  # by its state
+    "not left by a restore of this version and user: nothing needs it, and it can be removed by hand",
+    "a process that restores is about to give it its name",
+    "left by a restore that was killed: unlink NAME removes it, and so does the next restore or create of it",
+)
+
+
+def _listed(name: str) -> dict[str, Any]:
+    """What `list` says of it, if nothing can be known. aside: the name under which it stands there (segment.aside)."""
+    return {"name": name, "size_bytes": None, "items": None, "processes": None, "supervisor": None, "error": None, "aside": None}
+
+
 def do_list(args: argparse.Namespace) -> int:
     found = []
     for path in sorted(Path(segment.SHM_DIR).glob(segment.PREFIX + "*")):
         name = path.name.removeprefix(segment.PREFIX)
-        row: dict[str, Any] = {"name": name, "size_bytes": None, "items": None, "processes": None, "supervisor": None, "error": None}
+        row = _listed(name)
         try:
             row["size_bytes"] = path.stat().st_size
             with shmcache.cache.attach_unsettled(name) as cache:
@@ -192,6 +204,10 @@ def do_list(args: argparse.Namespace) -> int:
         except (errors.ShmcacheError, OSError) as e:
             row["error"] = str(e)
         found.append(row)
+    for entry, name in segment.aside():
+        with contextlib.suppress(FileNotFoundError):  # it has its name by now
+            size_bytes, said = os.lstat(f"{segment.SHM_DIR}/{entry}").st_size, ASIDE[segment.aside_state(entry)]
+            found.append(_listed(name) | {"size_bytes": size_bytes, "aside": entry, "error": f"{entry}: {said}"})
     if args.json:
         print(json.dumps(found))
     elif not found:
@@ -337,8 +353,7 @@ def do_layout(args: argparse.Namespace) -> int:
 
 
 def do_unlink(args: argparse.Namespace) -> int:
-    path = segment.check_name(args.name)
-    if not Path(path).exists():
+    if not Path(segment.check_name(args.name)).exists() and not any(name == args.name for _, name in segment.aside()):
         raise errors.SegmentNotFound(f"there is no segment {args.name!r}")
     _sure(args, f"Remove the segment {args.name} and all that is in it?")
     shmcache.unlink(args.name)

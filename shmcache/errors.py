@@ -123,7 +123,8 @@ class NoRoom(CapacityError):
 
 
 class BeingRestored(CapacityError):
-    """It is not certain yet that the segment can be restored, and nobody is in it.
+    """It is not certain yet that the segment can be restored, and nobody is in it. From unlink(), and from a restore, also: a process is
+    stopped that was about to take the segment's name from it.
 
     Attributes: abandoned: the process that restored it has ended: restore it again, or unlink it. Else try again.
     """

@@ -23,12 +23,13 @@ from shmcache.core import _core
 
 TYPE_CHECKING = False  # typing, re and weakref would be most of what a worker's import costs
 if TYPE_CHECKING:
+    from io import FileIO
     from typing import Any
 
     import numpy as np
 
 SHM_DIR = "/dev/shm"
-ASIDE = "shmcache-next."  # the same, of one that has no name yet (create)
+ASIDE = "shmcache-next."  # the same, of one that has no name yet (_take_name)
 PREFIX = "shmcache."  # of the object's name: what `ls /dev/shm` shows, and what sets our objects apart
 MIN_SIZE = 4 << 20
 BIG_PAGES_FROM = 4 << 30  # bytes; from here slab pages have 1 MiB, below 64 KiB (bench: 1 MiB pages cost a small cache 4 points)
@@ -39,6 +40,7 @@ CONFIG = b"\x80"  # an empty msgpack map
 RESTORE_LIMIT = 60.0  # seconds for which attach() waits until it is certain that a restore will not be refused,
 RESTARTED_IN = 2.0  # and of them for a restorer that has ended: one that is started again at once is there by then
 RESTORE_POLL = 0.01
+NAME_LIMIT = 5.0  # seconds for which one waits for a process that takes a name, or unlinks it: some system calls, if it is not stopped
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _mappings: dict[tuple[int, int], ref[_core.Mapping]] = {}
@@ -167,10 +169,9 @@ def create(
 
     Warns: HugePagesRefused.
 
-    Raises: InvalidName, InvalidConfig, SegmentExists, SegmentForbidden, SharedMemoryFull.
+    Raises: InvalidName, InvalidConfig, SegmentExists, SegmentForbidden, SharedMemoryFull; with instead_of BeingRestored (_hold_name).
     Crash: at any step before the link the object has no name and goes with its creator; after it the segment is whole. instead_of: it has
-    the name, without items, until the new one has: linked aside, then renamed over it. Between these two steps the new one stands aside,
-    with its memory, until the next process that restores takes it away.
+    the name, without items, until the new one has (_take_name).
     """
     path = check_name(name)
     size_bytes = -(-size_bytes // 4096) * 4096
@@ -195,15 +196,14 @@ def create(
             os.fchown(fd, -1, _gid(group))
         if instead_of is not None:
             instead_of.give_back()
-        if restored_seq:
-            _unlink_aside(name)
+        _clear_aside(name)
         _reserve(fd, size_bytes)
         refused = _core.format_segment(fd, g, chunks, _boot_id(), os.urandom(16), config, huge_pages)
         mapping = _map(fd, path, name)
         if restored_seq:
             mapping.begin_restore()  # before anybody can see that it is being restored
-        if instead_of is not None and _has_name(instead_of, path):
-            _take_name(fd, path, name)
+        if instead_of is not None:
+            _take_name(fd, path, name, instead_of)
         else:
             _link(fd, path, name)
         if refused:
@@ -224,25 +224,132 @@ def _warn_of_small_pages(name: str, refused: int) -> None:
     )
 
 
-def _aside(name: str) -> str:
-    """Where a segment stands that is about to take the place of an abandoned one. It is none yet."""
-    return f"{SHM_DIR}/{ASIDE}{name}"
+# ---- a name that changes hands --------------------------------------------------------------------------------------------------
+#
+# A new segment B takes the name of an abandoned one A. B is linked aside, under a name that nobody can guess, and renamed over A: the name
+# is there all the while. A rename replaces whatever has the name. So a process that takes a name away from an object locks the object
+# first (_hold_name), and looks under the lock whether it has the name still.
+#
+# Invariants
+#   N1  a name is taken only from what its lock is held of
+#   N2  B is uncertain, and its restorer's byte is held, before it has any name; no name aside is used twice. So what stands aside is a
+#       living restorer's (_core.unsettled is 1), which removes it itself, or nobody's (2), and then anybody may remove it
+#
+# Race table
+#   unlink vs rename         the lock decides. unlink: A has not got the name any more, so nothing is replaced: B gets the name by a link if
+#                            it is free, else a worker was faster (SegmentExists). rename: unlink looks again and removes B, and the
+#                            restore, which looks at its end, says so
+#   unlink vs unlink         the lock decides; the other finds none, or (unlink_this) another, and leaves it
+#   clearing vs a restorer   it holds its byte: what is its own stays
+#   rm in a shell vs rename  it takes no lock. Behind the link aside and before the look: as unlink. Between the look and the rename, two
+#                            system calls: a segment that was created there is replaced; its users see that it is unlinked
+#
+# Crash, or an exception, which removes what stands aside
+#   before the link aside    B has no name and goes with its maker
+#   before the rename        A has the name; B stands aside, nobody's, with its memory: create() and unlink() of that name remove it
+#   behind the rename        B has the name, as an abandoned one; the next restorer begins again
+#   behind the link of B     it has two names, and the next restorer lets go of the one; then the other is removed as above
 
 
-def _unlink_aside(name: str) -> None:
-    """What a process has left there that was killed at that moment."""
+def aside() -> list[tuple[str, str]]:
+    """(object's name, segment's name) of all that stands aside, and of whatever else has such a name."""
+    found = []
+    for entry in sorted(os.listdir(SHM_DIR)):
+        name, dot, suffix = entry.removeprefix(ASIDE).rpartition(".")
+        if entry.startswith(ASIDE) and dot and len(suffix) == 16:
+            found.append((entry, name))
+    return found
+
+
+def aside_state(entry: str) -> int:
+    """As _core.unsettled. 0: no restore of this layout has left it there, or it is another user's."""
     try:
-        os.unlink(_aside(name))
+        with _look_at(f"{SHM_DIR}/{entry}") as file:
+            return _core.unsettled(file.fileno()) if os.geteuid() in (0, os.fstat(file.fileno()).st_uid) else 0
+    except OSError:
+        return 0
+
+
+def _clear_aside(name: str) -> bool:
+    """Remove what killed restorers of this name have left aside. Was there anything?"""
+    left = [entry for entry, of in aside() if of == name and aside_state(entry) == 2]
+    for entry in left:
+        _remove(f"{SHM_DIR}/{entry}")
+    return bool(left)
+
+
+def _look_at(path: str) -> FileIO:
+    return open(path, "rb", 0, opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK))  # it may be a link, a fifo
+
+
+def _hold_name(path: str, name: str) -> FileIO | None:
+    """What has the name, locked until _let_go. None: nothing has it, or what has it cannot be opened.
+
+    Raises: BeingRestored: another has it locked for NAME_LIMIT seconds.
+    """
+    import fcntl
+
+    until = _core.monotonic() + NAME_LIMIT
+    while True:
+        try:
+            file = _look_at(path)
+        except OSError:
+            return None
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            if _core.monotonic() >= until:
+                raise errors.BeingRestored(
+                    f"a process that is about to unlink the segment {name!r}, or to restore it, does not go on: end it if it is stopped, "
+                    "and try again"
+                ) from None
+            time.sleep(RESTORE_POLL)
+            continue
+        stat = os.fstat(file.fileno())
+        if _identity(path) == (stat.st_dev, stat.st_ino):
+            return file
+        _let_go(file)
+
+
+def _let_go(file: FileIO | None) -> None:
+    import fcntl
+
+    if file is not None:
+        fcntl.flock(file, fcntl.LOCK_UN)  # to close it is not enough: a child that was forked meanwhile has it, too
+        file.close()
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    try:
+        stat = os.lstat(path)
+    except FileNotFoundError:
+        return None
+    return stat.st_dev, stat.st_ino
+
+
+def _take_name(fd: int, path: str, name: str, instead_of: _core.Mapping) -> None:
+    """Give the nameless object the name of another, if that has it still; else the name, if nobody has it."""
+    held = _hold_name(path, name)
+    try:
+        beside = f"{SHM_DIR}/{ASIDE}{name}.{os.urandom(8).hex()}"
+        try:
+            _link(fd, beside, name)
+            if _identity(path) == instead_of.identity:
+                os.rename(beside, path)
+            else:
+                _link(fd, path, name)  # before the other name goes: an object that has lost its last one gets none again
+        finally:
+            _remove(beside)
+    finally:
+        _let_go(held)
+
+
+def _remove(path: str) -> None:
+    try:
+        os.unlink(path)
     except FileNotFoundError:
         pass
-
-
-def _has_name(mapping: _core.Mapping, path: str) -> bool:
-    try:
-        stat = os.stat(path)
-    except FileNotFoundError:
-        return False
-    return (stat.st_dev, stat.st_ino) == mapping.identity
 
 
 def _link(fd: int, path: str, name: str) -> None:
@@ -254,12 +361,6 @@ def _link(fd: int, path: str, name: str) -> None:
         raise errors.SegmentExists(f"a segment {name!r} exists: attach() or open() it, or unlink() it first") from None
     finally:
         os.close(descriptors)
-
-
-def _take_name(fd: int, path: str, name: str) -> None:
-    """Give the nameless object the name of another, which has it until then."""
-    _link(fd, _aside(name), name)
-    os.rename(_aside(name), path)
 
 
 def _reserve(fd: int, size_bytes: int) -> None:
@@ -377,17 +478,34 @@ def _map(fd: int, path: str, name: str) -> _core.Mapping:
 
 
 def unlink(name: str) -> None:
-    """Remove a segment's name. Processes that have it mapped keep it until they close; its memory goes with the last of them.
+    """Remove a segment's name. Processes that have it mapped keep it until they close; its memory goes with the last of them. What killed
+    restores of it have left aside goes, too.
 
-    Raises: InvalidName, SegmentNotFound, SegmentForbidden.
+    Raises: InvalidName, SegmentNotFound, SegmentForbidden; BeingRestored: a process that is stopped has its name in hand.
     """
-    check_name(name)
+    _unlink(name, None)
+
+
+def unlink_this(name: str, mapping: _core.Mapping) -> None:
+    """unlink(), if the name is this segment's still."""
+    _unlink(name, mapping)
+
+
+def _unlink(name: str, only: _core.Mapping | None) -> None:
+    path = check_name(name)
+    held = _hold_name(path, name)
     try:
+        if only is not None and _identity(path) != only.identity:
+            return
         posix_ipc.unlink_shared_memory("/" + PREFIX + name)
     except posix_ipc.ExistentialError:
-        raise errors.SegmentNotFound(f"there is no segment {name!r}") from None
+        if not _clear_aside(name):
+            raise errors.SegmentNotFound(f"there is no segment {name!r}") from None
     except (posix_ipc.PermissionsError, PermissionError):
         raise errors.SegmentForbidden(f"this user may not unlink the segment {name!r}") from None
+    finally:
+        _let_go(held)
+    _clear_aside(name)
 
 
 def _uid(owner: int | str) -> int:

@@ -432,8 +432,8 @@ def restore(
                     "look at it, unlink it, and restore again"
                 )
         except BaseException:  # whatever it is, memory or a disk that is full, too: nobody is to wait for what will not come
-            if cache.durability()["generations_missing"] and not cache.unlinked:  # nobody is in it
-                segment.unlink(name)
+            if cache.durability()["generations_missing"]:  # nobody is in it
+                segment.unlink_this(name, cache.mapping)
             raise
         finally:
             cache.mapping.end_restore()
@@ -535,7 +535,7 @@ def end_restore(name: str) -> None:
     with cache:
         try:
             if cache.durability()["generations_missing"]:
-                segment.unlink(name)
+                segment.unlink_this(name, cache.mapping)
             else:
                 if int(cache.segment.header["log_policy"]):
                     _stream.count_gap(cache)  # what was restored is not in it

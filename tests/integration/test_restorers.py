@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import json
 import os
 import shutil
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -78,6 +81,10 @@ def of_before(machine, tmp_path, name):
         machine.snapshot()
         machine.killed()
         yield folder
+
+
+def asides(machine):
+    return [entry for entry, name in segment.aside() if name == machine.name]
 
 
 def restored_by_another(machine, folder):
@@ -186,8 +193,8 @@ def test_who_begins_again_needs_no_more_memory_and_lets_nobody_in(machine, other
 
 
 def test_the_name_is_there_all_the_while(machine, other, monkeypatch):
-    """A worker that looked in an instant without it would create a segment of its own. Killed before it takes the name, it leaves the
-    abandoned one there; the next takes away what stands aside."""
+    """A worker that looked in an instant without it would create a segment of its own. A restore that is torn off before it takes the name
+    leaves the abandoned one there, and nothing aside."""
     killed_while_it_restores(machine, machine.folder)
     names, link, at = [], os.link, segment.check_name(machine.name)
 
@@ -195,13 +202,14 @@ def test_the_name_is_there_all_the_while(machine, other, monkeypatch):
         assert os.path.exists(at)
         link(*args, **options)
         assert os.path.exists(at)
-        names.append({path for path in os.listdir(segment.SHM_DIR) if path.endswith(machine.name)})
+        names.append(asides(machine))
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(os, "link", linked)
         patch.setattr(os, "rename", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         snapshot.restore(machine.name, machine.folder)
-    assert len(names[0]) == 2
+    assert len(names[0]) == 1
+    assert asides(machine) == []
     with pytest.raises(errors.BeingRestored) as caught:
         shmcache.attach(machine.name, wait=False)
     assert caught.value.abandoned
@@ -209,7 +217,7 @@ def test_the_name_is_there_all_the_while(machine, other, monkeypatch):
     snapshot.restore(machine.name, machine.folder)
     machine.cache = shmcache.attach(machine.name, store=machine.store)
     assert machine.cache.get("k") == "newer"
-    assert len({path for path in os.listdir(segment.SHM_DIR) if path.endswith(machine.name)}) == 1
+    assert asides(machine) == []
 
 
 def test_a_restore_that_cannot_begin_again_is_begun_by_the_next(machine, other, monkeypatch):
@@ -232,26 +240,41 @@ from pathlib import Path
 from shmcache import segment
 from shmcache.supervisor import snapshot
 where, behind = sys.argv[3].removesuffix("+"), sys.argv[3].endswith("+")
-former = getattr(segment, where)
-def killed(*args):
+place, _, what = where.rpartition(".")
+place = os if place else segment
+former = getattr(place, what)
+def killed(*args, **options):
     if behind:
-        former(*args)
+        former(*args, **options)
     os._exit(9)
-setattr(segment, where, killed)
+setattr(place, what, killed)
 snapshot.restore(sys.argv[1], Path(sys.argv[2]))
 """
 
 
-@pytest.mark.parametrize("at", ["_reserve", "_reserve+", "_take_name", "_link+", "_take_name+"])
+def killed_as_it_begins_again(machine, folder, at="os.rename"):
+    """By default the new segment stands aside."""
+    command = [sys.executable, "-c", KILLED_AS_IT_BEGINS_AGAIN, machine.name, str(folder), at]
+    assert subprocess.run(command, check=False).returncode == 9
+
+
+STEPS = {  # of a restore that begins again, and what stands aside then
+    "_clear_aside": 0, "_reserve": 0, "_reserve+": 0, "_take_name": 0, "_hold_name": 0, "_hold_name+": 0, "_link": 0, "os.link": 0,
+    "os.link+": 1, "_link+": 1, "os.rename": 1, "os.rename+": 0, "_remove": 0, "_remove+": 0, "_let_go": 0, "_let_go+": 0, "_take_name+": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("at", STEPS)
 def test_a_restore_that_is_killed_as_it_begins_again(machine, other, at):
     """Behind what it found as it was, beside its own or not, or behind its own."""
     killed_while_it_restores(machine, machine.folder)
-    command = [sys.executable, "-c", KILLED_AS_IT_BEGINS_AGAIN, machine.name, str(other), at]
-    assert subprocess.run(command, check=False).returncode == 9
+    killed_as_it_begins_again(machine, other, at)
+    assert len(asides(machine)) == STEPS[at]
     with pytest.raises(errors.BeingRestored) as caught:
         shmcache.open(machine.name, "8M", wait=False)
     assert caught.value.abandoned
     snapshot.restore(machine.name, machine.folder)
+    assert asides(machine) == []
     machine.cache = shmcache.attach(machine.name, store=machine.store)
     assert machine.cache.get("k") == "newer"
 
@@ -292,6 +315,301 @@ def test_a_segment_that_takes_the_name_meanwhile_stays(machine, other, monkeypat
         snapshot.restore(machine.name, other)
     with shmcache.attach(machine.name) as cache:
         assert cache["k"] == "its own"
+
+
+# ---- a name that changes hands ---------------------------------------------------------------------------------------------------------
+
+
+def a_worker_begins(machine):
+    machine.cache = shmcache.open(machine.name, "8M")
+    machine.cache.set("acknowledged", 1)
+
+
+def test_who_unlinks_while_a_restore_takes_the_name_waits_for_it(machine, other, monkeypatch):
+    """What a worker creates behind that is not replaced."""
+    killed_while_it_restores(machine, machine.folder)
+    rename, threads = os.rename, []
+
+    def meanwhile():
+        shmcache.unlink(machine.name)
+        a_worker_begins(machine)
+
+    def renamed(source, target):
+        if target == segment.check_name(machine.name):
+            threads.append(threading.Thread(target=meanwhile))
+            threads[0].start()
+            threads[0].join(0.3)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", renamed)
+    with contextlib.suppress(errors.SegmentNotFound):  # or it was done before that
+        snapshot.restore(machine.name, other)
+    threads[0].join(LIMIT)
+    assert not machine.cache.unlinked
+    with shmcache.attach(machine.name) as cache:
+        assert cache.get("acknowledged") == 1
+    assert asides(machine) == []
+
+
+def removed_by_hand_when_the_new_one_is_linked(machine, monkeypatch, then):
+    """It takes no lock."""
+    link = os.link
+
+    def linked(source, target, **options):
+        link(source, target, **options)
+        monkeypatch.setattr(os, "link", link)
+        os.unlink(segment.check_name(machine.name))
+        then()
+
+    monkeypatch.setattr(os, "link", linked)
+
+
+def test_what_a_worker_creates_where_an_abandoned_one_was_removed_by_hand_is_not_replaced(machine, other, monkeypatch):
+    killed_while_it_restores(machine, machine.folder)
+    removed_by_hand_when_the_new_one_is_linked(machine, monkeypatch, lambda: a_worker_begins(machine))
+    with pytest.raises(errors.SegmentExists):
+        snapshot.restore(machine.name, other)
+    assert not machine.cache.unlinked
+    with shmcache.attach(machine.name) as cache:
+        assert cache.get("acknowledged") == 1
+    assert asides(machine) == []
+
+
+def test_where_an_abandoned_one_was_removed_by_hand_the_new_one_has_the_name(machine, other, monkeypatch):
+    killed_while_it_restores(machine, machine.folder)
+    removed_by_hand_when_the_new_one_is_linked(machine, monkeypatch, lambda: None)
+    snapshot.restore(machine.name, other)
+    machine.cache = shmcache.attach(machine.name, store=machine.store)
+    assert machine.cache.get("k") == "older"
+    assert asides(machine) == []
+    assert os.stat(segment.check_name(machine.name)).st_nlink == 1
+
+
+KILLED_WITH_TWO_NAMES = """
+import os, sys
+from pathlib import Path
+from shmcache import segment
+from shmcache.supervisor import snapshot
+link = os.link
+def linked(source, target, **options):
+    link(source, target, **options)
+    if target == segment.check_name(sys.argv[1]):
+        os._exit(9)
+    os.unlink(segment.check_name(sys.argv[1]))
+os.link = linked
+snapshot.restore(sys.argv[1], Path(sys.argv[2]))
+"""
+
+
+def test_of_one_that_was_killed_with_two_names_nothing_stays(machine, other):
+    killed_while_it_restores(machine, machine.folder)
+    command = [sys.executable, "-c", KILLED_WITH_TWO_NAMES, machine.name, str(other)]
+    assert subprocess.run(command, check=False).returncode == 9
+    assert os.stat(segment.check_name(machine.name)).st_nlink == 2
+    snapshot.restore(machine.name, machine.folder)
+    with shmcache.attach(machine.name) as cache:
+        assert cache.get("k") == "newer"
+        shmcache.unlink(machine.name)
+        assert cache.unlinked
+    assert asides(machine) == []
+
+
+def gives_up(machine):
+    with pytest.raises(errors.DamagedFile):
+        snapshot.restore(machine.name, machine.folder)
+
+
+@pytest.mark.parametrize("remove", [gives_up, lambda machine: snapshot.end_restore(machine.name)])
+def test_a_restore_that_gives_up_unlinks_no_other_segment(machine, other, monkeypatch, remove):
+    """An operator unlinks its segment, and a worker creates one, between its last look and its unlink."""
+    killed_while_it_restores(machine, machine.folder)
+    unlink, called = shmcache.unlink, []
+
+    def meanwhile(former):
+        def unlinked(*args):
+            if not called:
+                called.append(former)
+                unlink(machine.name)
+                a_worker_begins(machine)
+            former(*args)
+
+        return unlinked
+
+    def damaged(*args):
+        raise errors.DamagedFile("a file", 0, "it was whole")
+
+    monkeypatch.setattr(snapshot, "_put_all", damaged)
+    monkeypatch.setattr(segment, "unlink_this", meanwhile(segment.unlink_this))
+    remove(machine)
+    assert called
+    assert not machine.cache.unlinked
+    with shmcache.attach(machine.name) as cache:
+        assert cache.get("acknowledged") == 1
+
+
+def create_again(machine):
+    os.unlink(segment.check_name(machine.name))
+    shmcache.create(machine.name, "8M").close()
+
+
+def admin(*args):
+    command = "import sys; from shmcache import cli; sys.exit(cli.admin(sys.argv[1:]))"
+    return subprocess.run([sys.executable, "-c", command, *args], capture_output=True, text=True, check=True).stdout
+
+
+REMOVERS = {
+    "unlink": lambda machine: shmcache.unlink(machine.name),
+    "admin unlink": lambda machine: admin("unlink", machine.name, "--yes"),
+    "create": create_again,
+    "restore": lambda machine: snapshot.restore(machine.name, machine.folder),
+    "start empty": lambda machine: snapshot.end_restore(machine.name),
+    "refused": gives_up,
+}
+
+
+@pytest.mark.parametrize("how", REMOVERS)
+@pytest.mark.parametrize("gone", [False, True])
+def test_what_a_killed_restore_left_aside_goes_with_the_next_that_is_done_to_its_name(machine, other, monkeypatch, how, gone):
+    """Nobody is in it, and its memory is taken. gone: nothing has the name any more."""
+    killed_while_it_restores(machine, machine.folder)
+    killed_as_it_begins_again(machine, other)
+    [left] = asides(machine)
+    row = next(row for row in json.loads(admin("list", "--json")) if row["aside"] == left)
+    assert row["name"] == machine.name
+    assert row["size_bytes"] == 8 << 20
+    assert f"{left}: left by a restore that was killed" in admin("list")
+    if gone and how not in ("create", "start empty"):
+        os.unlink(segment.check_name(machine.name))
+    if how == "refused":
+        monkeypatch.setattr(snapshot, "_put_all", lambda *args: (_ for _ in ()).throw(errors.DamagedFile("a file", 0, "it was whole")))
+    REMOVERS[how](machine)
+    assert asides(machine) == []
+
+
+def test_what_a_living_restorer_has_aside_stays(machine, other, monkeypatch):
+    killed_while_it_restores(machine, machine.folder)
+    rename, seen = os.rename, []
+
+    def renamed(source, target):
+        if target == segment.check_name(machine.name):
+            seen.extend(asides(machine))
+            assert not segment._clear_aside(machine.name)
+            assert asides(machine) == seen
+            assert f"{seen[0]}: a process that restores is about to" in admin("list")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", renamed)
+    snapshot.restore(machine.name, other)
+    assert len(seen) == 1
+    machine.cache = shmcache.attach(machine.name, store=machine.store)
+    assert machine.cache.get("k") == "older"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.EIO, "of the kernel's"), MemoryError()])
+def test_a_restore_that_is_torn_off_leaves_nothing_aside(machine, other, monkeypatch, error):
+    killed_while_it_restores(machine, machine.folder)
+    with monkeypatch.context() as patch, pytest.raises(type(error)):
+        patch.setattr(os, "rename", lambda *args: (_ for _ in ()).throw(error))
+        snapshot.restore(machine.name, other)
+    assert asides(machine) == []
+    snapshot.restore(machine.name, machine.folder)
+
+
+def foreign(path):
+    path.touch()
+    os.chown(path, 12345, 12345)
+
+
+SQUATTERS = {
+    "file": lambda path: path.write_bytes(bytes(8192)),
+    "foreign file": foreign,
+    "directory": lambda path: path.mkdir(),
+    "fifo": os.mkfifo,
+    "link": lambda path: path.symlink_to("/dev/null"),
+}
+
+
+@pytest.mark.parametrize("kind", SQUATTERS)
+@pytest.mark.parametrize("abandoned", [False, True])
+def test_what_somebody_puts_aside_forbids_no_restore(machine, other, kind, abandoned):
+    """Any user may write to /dev/shm. What is not left by a restore stays."""
+    if kind == "foreign file" and os.geteuid():
+        pytest.skip("only root can give a file away")
+    paths = [Path(segment.SHM_DIR, segment.ASIDE + machine.name + end) for end in ("", ".0123456789abcdef", ".0123456789abcdef.")]
+    if abandoned:
+        killed_while_it_restores(machine, machine.folder)
+    try:
+        for path in paths:
+            SQUATTERS[kind](path)
+        snapshot.restore(machine.name, other)
+        with shmcache.attach(machine.name) as cache:
+            assert cache.get("k") == "older"
+        assert f"{paths[1].name}: not left by a restore of this version and user" in admin("list")
+        shmcache.unlink(machine.name)
+        assert all(path.lstat() for path in paths)
+    finally:
+        for path in paths:
+            path.rmdir() if kind == "directory" else path.unlink(missing_ok=True)
+
+
+def test_what_another_name_has_aside_stays(machine, other):
+    killed_while_it_restores(machine, machine.folder)
+    killed_as_it_begins_again(machine, other)
+    left = asides(machine)
+    other_name = machine.name.rpartition("-")[0]
+    assert not segment._clear_aside(other_name)
+    assert not segment._clear_aside(f"{machine.name}.{'0' * 16}")
+    assert asides(machine) == left
+    shmcache.unlink(machine.name)
+
+
+def test_what_another_user_has_aside_stays(machine, other):
+    """It looks as if a restore of ours had left it."""
+    if os.geteuid():
+        pytest.skip("only root can become another user")
+    killed_while_it_restores(machine, machine.folder)
+    killed_as_it_begins_again(machine, other)
+    os.unlink(segment.check_name(machine.name))
+    [left] = asides(machine)
+    os.chmod(f"{segment.SHM_DIR}/{left}", 0o666)
+    segment._let_go(segment._hold_name(segment.check_name(machine.name), machine.name))  # what this imports the other user may not read
+
+    def as_another():
+        os.setresuid(12345, 12345, 12345)
+        shmcache.create(machine.name, "8M").close()
+        assert segment.aside_state(left) == 0
+        shmcache.unlink(machine.name)
+        with pytest.raises(errors.SegmentNotFound):
+            shmcache.unlink(machine.name)
+        return asides(machine) == [left]
+
+    assert ended(child(as_another)) == 0
+    shmcache.unlink(machine.name)
+    assert asides(machine) == []
+
+
+def test_who_unlinks_behind_a_stopped_process_is_told_and_a_fork_child_holds_nothing(machine, other, monkeypatch):
+    killed_while_it_restores(machine, machine.folder)
+    path = segment.check_name(machine.name)
+    monkeypatch.setattr(segment, "NAME_LIMIT", 0.1)
+    held = segment._hold_name(path, machine.name)
+    reading, writing = os.pipe()
+    forked = child(lambda: os.read(reading, 1))
+    try:
+        with pytest.raises(errors.BeingRestored, match="end it if it is stopped"):
+            shmcache.unlink(machine.name)
+        with pytest.raises(errors.BeingRestored, match="end it if it is stopped"):
+            snapshot.restore(machine.name, other)
+        assert os.path.exists(path)
+        assert asides(machine) == []
+        segment._let_go(held)
+        shmcache.unlink(machine.name)
+        assert not os.path.exists(path)
+    finally:
+        os.write(writing, b"x")
+        ended(forked)
+        os.close(writing)
+        os.close(reading)
 
 
 # ---- who gets in -----------------------------------------------------------------------------------------------------------------------
