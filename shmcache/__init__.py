@@ -28,7 +28,7 @@ The files, in reading order (arrows point down only; tests/unit/test_layers.py h
                   _core.pyx the edge to Python, _sweep.pyx verify and settling, _stream.pyx items as records,
                   _dirty.pyx what the store has not got, _resp.pyx the Redis protocol, _text.pyx its patterns and numbers
     errors.py     every exception
-    notices.py    what a process that goes on says on standard error
+    notices.py    standard error of a process that goes on
 """
 
 import sys as _sys

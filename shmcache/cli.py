@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import shmcache
-from shmcache import errors, metrics, segment, stores
+from shmcache import errors, metrics, notices, segment, stores
 from shmcache.notices import notice
 
 STUCK = 30.0  # seconds without a heartbeat: the supervisor is stopped
@@ -424,22 +424,22 @@ def do_restore(args: argparse.Namespace) -> int:
     options = {"huge_pages": args.huge_pages, **({} if args.size is None else {"size": args.size})}
     with datadir.take(args.data_dir) as folder, _progress("restoring") as progress:
         report = snapshot.restore(args.name, folder, progress=progress, **options)
-    _say_restored(report, args.json)
+    _say_restored(report, lambda line: print(line, file=sys.stderr), print, args.json)
     return 0
 
 
-def _say_restored(report: dict[str, Any], as_json: bool, say: Callable[[str], None] = print) -> None:
+def _say_restored(report: dict[str, Any], warn: Callable[[str], object], say: Callable[[str], object], as_json: bool = False) -> None:
     if report["gaps"]:
-        notice(f"shmcache: LOG GAP: {report['gaps']:,} operations were never logged; some keys may be older than they were")
+        warn(f"shmcache: LOG GAP: {report['gaps']:,} operations were never logged; some keys may be older than they were")
     for line in report["cut"]:
-        notice(f"shmcache: {line}")
+        warn(f"shmcache: {line}")
     for line in report["damaged"]:
-        notice(f"shmcache: passed over, and kept: {line}")
+        warn(f"shmcache: passed over, and kept: {line}")
     if report["unnoted"]:
-        notice(f"shmcache: that this was restored from there could not be noted there: {report['unnoted']}. Before it is, no log and no "
-               "snapshot is begun there")  # fmt: skip
+        warn(f"shmcache: that this was restored from there could not be noted there: {report['unnoted']}. Before it is, no log and no "
+             "snapshot is begun there")  # fmt: skip
     if report["clock_back_s"]:
-        notice(f"shmcache: the wall clock is {report['clock_back_s']:.0f} s behind the snapshot: lives count from there")
+        warn(f"shmcache: the wall clock is {report['clock_back_s']:.0f} s behind the snapshot: lives count from there")
     if as_json:
         say(json.dumps(report))
     else:
@@ -513,7 +513,7 @@ def _live_or_restored(args: argparse.Namespace, folder: Path | None) -> shmcache
         if not _whole(args.name):
             try:
                 options = {**created, "log_policy": appendlog.POLICIES[args.log], **({} if args.size is None else {"size": args.size})}
-                _say_restored(snapshot.restore(args.name, folder, log_buffer_if_none=buffer, **options), False, notice)
+                _say_restored(snapshot.restore(args.name, folder, log_buffer_if_none=buffer, **options), notice, notice)
             except (errors.NoSnapshot, errors.DamagedFile, errors.NewerFormat) as e:
                 if datadir.is_blank(folder):  # who began the log was killed before anything was in it
                     is_there = False
@@ -810,6 +810,7 @@ def admin(argv: Sequence[str] | None = None) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`shmcache`"""
+    notices.never_wait()
     return _run(parser().parse_args(argv), "shmcache")
 
 

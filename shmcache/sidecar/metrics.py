@@ -23,7 +23,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from shmcache import cache as cache_module
-from shmcache import metrics
+from shmcache import metrics, notices
 from shmcache.metrics import Metric
 from shmcache.sidecar.bus import ANSWER_LIMIT, Member
 
@@ -137,4 +137,5 @@ def stop(servers: list[ThreadingHTTPServer]) -> None:
 
 
 if __name__ == "__main__":
+    notices.never_wait()
     asyncio.run(serve(json.load(sys.stdin)))

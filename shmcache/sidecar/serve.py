@@ -30,7 +30,8 @@ from shmcache.sidecar import server
 from shmcache.sidecar.bus import Hub
 
 START_LIMIT = 60.0  # seconds for a worker to be ready
-STOP_LIMIT = 15.0  # seconds for a worker to drain
+STOP_LIMIT = 15.0  # seconds for a worker to drain; for a supervisor, since it was last seen to hold the segment
+LAST_SNAPSHOT_LIMIT = 3600.0  # seconds for one that holds it
 LONGEST_WAIT = 5.0  # seconds before another start of what dies at once
 STEADY = 5.0  # seconds of life after which a death is the first again
 
@@ -238,11 +239,28 @@ class Service:
             for child in group:
                 if child.process is None:
                     continue
-                try:
-                    child.process.wait(None if child is self.children[0] else STOP_LIMIT)  # its last snapshot may take long
-                except subprocess.TimeoutExpired:
-                    child.process.kill()
-                    child.process.wait()
+                deadline = time.monotonic() + (LAST_SNAPSHOT_LIMIT if child is self.children[0] else STOP_LIMIT)
+                held = True
+                while True:
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        child.process.wait(STOP_LIMIT)
+                        break
+                    held, before = self.supervises(child), held
+                    if time.monotonic() >= deadline or not (held or before):  # one that has just let go of it has its time, too
+                        child.process.kill()
+                        child.process.wait()
+                        break
+
+    def supervises(self, child: Child) -> bool:
+        """Does this process hold the segment? One that does not has not begun, or is through: it has nothing to save."""
+        assert child.process is not None
+        try:
+            with cache_module.attach_unsettled(self.name) as cache:
+                return bool(cache.supervisor()["pid"] == child.process.pid)
+        except (errors.SegmentNotFound, errors.NotASegment, errors.SegmentTruncated):
+            return False
+        except (errors.ShmcacheError, OSError):  # nobody knows
+            return True
 
 
 def reserve(host: str, port: int) -> socket.socket:

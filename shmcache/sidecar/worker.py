@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from shmcache import errors, stores
+from shmcache import errors, notices, stores
 from shmcache.sidecar import acl, bus
 from shmcache.sidecar import server as server_module
 from shmcache.sidecar.server import Server
@@ -72,6 +72,7 @@ def context_of(tls: dict[str, str] | None) -> ssl.SSLContext | None:
 
 
 def main() -> int:
+    notices.never_wait()
     options = json.load(sys.stdin)
 
     def ready() -> None:

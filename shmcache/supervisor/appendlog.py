@@ -72,7 +72,7 @@ class AppendLog:
         self.unsynced = False
         self.syncing: Sync | None = None
         self.synced_at = time.monotonic()
-        self.failed = False
+        self.failed = self.failure_said = False
         self.retry_at = 0.0
         self.former = 0, 0  # header.log_number and log_bytes before this file was begun
         self.left: Path | None = None  # a file that was begun in vain, and that the disk did not let go
@@ -319,7 +319,9 @@ class AppendLog:
             _stream.count_gap(self.cache)  # at once: killed here, nobody else knows
         if not self.failed:
             mark(self.cache, log_failed_ms=int(time.time() * 1000))
-            notice(f"shmcache: the log of {self.cache.name} cannot be written: {error}")
+            self.failure_said = False
+        if not self.failure_said:
+            self.failure_said = notice(f"shmcache: the log of {self.cache.name} cannot be written: {error}")
         if self.file is not None:
             with contextlib.suppress(OSError):
                 self.file.close()

@@ -87,7 +87,7 @@ class Supervisor:
         self.settled_rows: set[tuple[int, int]] = set()
         self.folder, self.every, self.keep, self.compress = folder, every, keep, compress
         self.next_snapshot = time.monotonic() + every
-        self.failure = ""  # of the last snapshot
+        self.failure, self.failure_said = "", False  # of the last snapshot
         self.room = 0  # bytes that the disk had after it
         self.retry, self.retry_at = SNAPSHOT_RETRY, 0.0
         self.writer: threading.Thread | None = None
@@ -245,14 +245,12 @@ class Supervisor:
             if self.failure:
                 notice(f"shmcache: snapshots of {self.cache.name} go on with {report['path']}")
             self.failure, self.retry = "", SNAPSHOT_RETRY
-            for line in set(report["kept"]) - self.said:
-                notice(f"shmcache: kept: {line}")
-            self.said |= set(report["kept"])
+            self.said |= {line for line in set(report["kept"]) - self.said if notice(f"shmcache: kept: {line}")}
         except errors.SnapshotStopped:
             return  # the last one, which run() writes, is what was asked for
         except (errors.ShmcacheError, OSError) as e:
-            if str(e) != self.failure:
-                notice(f"shmcache: no snapshot of {self.cache.name}: {e}")
+            if str(e) != self.failure or not self.failure_said:
+                self.failure_said = notice(f"shmcache: no snapshot of {self.cache.name}: {e}")
             self.failure, self.room = str(e), self.disk_room()
             self.retry_at = time.monotonic() + self.retry
             self.retry = min(2 * self.retry, self.every)

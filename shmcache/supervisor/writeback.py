@@ -89,6 +89,7 @@ class WriteBack:
         self.damaged: bytes | None = None
         # it has been said that versions are below the store's; that what was restored is older than it; that a restore is waited for
         self.behind = self.older = self.waiting = False
+        self.failure_said = True  # a failure that is noted in the header was said by the supervisor before
         self.thread = threading.Thread(target=self.run, name="writeback", daemon=True)
         self.thread.start()
 
@@ -128,8 +129,9 @@ class WriteBack:
         """Store what is dirty now: False if the store failed. What is refused, or was written meanwhile, stays dirty."""
         if self.cache.durability()["generations_missing"]:  # what is dirty is being restored: none of it is to go before all is there
             if not self.waiting:
-                self._say("storing nothing until the restore has put in what the store has not got; if it was killed, run it again")
-            self.waiting = True
+                self.waiting = self._say(
+                    "storing nothing until the restore has put in what the store has not got; if it was killed, run it again"
+                )
             return True
         asked = int(self.header["flushes_asked"])
         find = self.dirty.walk if asked > int(self.header["flushes_ended"]) else self.dirty.find
@@ -144,9 +146,11 @@ class WriteBack:
             items, at = find(at, BATCH)
             # A key is there twice if a write put it into a chunk further on meanwhile; the write is the later one. D1: no two are in a slot
             items = list({item[0]: item for item in items}.values())
-            if self.dirty.damaged != self.damaged:
-                self.damaged = self.dirty.damaged
-                self._say(f"a page of the value of {self.damaged!r} belongs to somebody else: run shmcache-admin verify --repair")
+            damaged = self.dirty.damaged
+            if damaged != self.damaged and self._say(
+                f"a page of the value of {damaged!r} belongs to somebody else: run shmcache-admin verify --repair"
+            ):
+                self.damaged = damaged
             now = _core.monotonic()
             due = [item for item in items if not self._waits(item[0], item[4], now)]
             if any(item[5] > self.given.newest for item in due):
@@ -231,11 +235,10 @@ class WriteBack:
         if behind:
             above = self._go_above(max(newer[item[0]] for item in behind))
             if not self.behind and above:
-                self._say(
+                self.behind = self._say(
                     f"the store has rows of higher versions than this segment's, {behind[0][0]!r} is one; they are overwritten: was the "
                     "clock set back, or does another host write that table?"
                 )
-            self.behind = self.behind or above > 0
             for item in behind if above else ():
                 self.dirty.renew(item[0], item[4], above)
         self.header["flushed_ms"] = int(time.time() * 1000)
@@ -252,8 +255,7 @@ class WriteBack:
         if item[5] > self.before or not (row <= self.before and self.given.may_have(row)):
             return False
         if not self.older:
-            self._say(f"items that were restored are older than their rows in the store, {item[0]!r} is one; the rows stay")
-        self.older = True
+            self.older = self._say(f"items that were restored are older than their rows in the store, {item[0]!r} is one; the rows stay")
         return True
 
     def _newest(self) -> int:
@@ -307,10 +309,13 @@ class WriteBack:
         self.cache.count_store(errors=1)
         if not self.header["flush_failed_ms"]:
             self.header["flush_failed_ms"] = int(time.time() * 1000)
-            self._say(f"{what} ({type(error).__name__}: {error}); what the store has not got is kept, and tried again")
+            self.failure_said = False
+        if not self.failure_said:
+            text = f"{what} ({type(error).__name__}: {error}); what the store has not got is kept, and tried again"
+            self.failure_said = self._say(text)
 
-    def _say(self, what: str) -> None:
-        notice(f"shmcache: {self.cache.name}: {what}")
+    def _say(self, what: str) -> bool:
+        return notice(f"shmcache: {self.cache.name}: {what}")
 
     def stop(self) -> None:
         """End the thread; then try for a while to store what is left, and say if something is."""

@@ -582,6 +582,8 @@ def test_a_segment_that_supervise_creates_is_logged_from_the_first_moment(name, 
 
     monkeypatch.setattr("shmcache.supervisor.loop.Supervisor", Looked)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "stderr", sys.stderr)  # or the command's own would stay
+    monkeypatch.setattr(sys, "__stderr__", sys.__stderr__)
     assert cli.main(["supervise", name, "--quiet", "--size", "16M", "--data-dir", str(tmp_path / "data"), "--log", "always"]) == 0
     assert seen == ["always", None]
     shmcache.unlink(name)
@@ -654,7 +656,7 @@ def test_a_full_disk_is_said_and_got_over(make, folder, policy, monkeypatch, cap
         else:
             cache.set("during", 1)
         until(lambda: cache.durability()["log_failed"])
-        assert "No space left" in capfd.readouterr().err
+        until(lambda: "No space left" in capfd.readouterr().err)
         with pytest.raises(errors.LogFull):
             log.sync()
         assert cache.get("before") == 1
