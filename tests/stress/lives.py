@@ -795,7 +795,8 @@ class Series:
                 self.count("full")
                 event_at, event_till = float("inf"), now + self.rng.uniform(0.5, 3)
                 end = max(end, event_till + 1)
-            if now > event_at and plan.event == "switch":
+            if now > event_at and plan.event == "switch" and not cache.durability()["generations_missing"]:
+                # while it is not certain that it can be restored, only the same directory has what it takes: another is refused, and says so
                 if former is None:
                     self.count("switch")
                     former = self.files
