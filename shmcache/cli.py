@@ -179,7 +179,7 @@ def do_create(args: argparse.Namespace) -> int:
 
 
 ASIDE = (  # by its state
-    "not left by a restore of this version and user: nothing needs it, and it can be removed by hand",
+    "of another user, another version of shmcache, or no segment: if no process of theirs restores, it can be removed by hand",
     "a process that restores is about to give it its name",
     "left by a restore that was killed: unlink NAME removes it, and so does the next restore or create of it",
 )

@@ -251,12 +251,13 @@ def _warn_of_small_pages(name: str, refused: int) -> None:
 #   behind the link of B     it has two names, and the next restorer lets go of the one; then the other is removed as above
 
 
-def aside() -> list[tuple[str, str]]:
-    """(object's name, segment's name) of all that stands aside, and of whatever else has such a name."""
+def aside(beginning: str = "") -> list[tuple[str, str]]:
+    """(object's name, segment's name) of all that stands aside, and of whatever else has such a name: of segments whose names begin so."""
     found = []
-    for entry in sorted(os.listdir(SHM_DIR)):
+    prefix = ASIDE + beginning
+    for entry in sorted(entry for entry in os.listdir(SHM_DIR) if entry.startswith(prefix)):
         name, dot, suffix = entry.removeprefix(ASIDE).rpartition(".")
-        if entry.startswith(ASIDE) and dot and len(suffix) == 16:
+        if dot and len(suffix) == 16:
             found.append((entry, name))
     return found
 
@@ -272,10 +273,15 @@ def aside_state(entry: str) -> int:
 
 def _clear_aside(name: str) -> bool:
     """Remove what killed restorers of this name have left aside. Was there anything?"""
-    left = [entry for entry, of in aside() if of == name and aside_state(entry) == 2]
-    for entry in left:
-        _remove(f"{SHM_DIR}/{entry}")
-    return bool(left)
+    left = False
+    try:
+        for entry, of in aside(name):
+            if of == name and aside_state(entry) == 2:
+                _remove(f"{SHM_DIR}/{entry}")
+                left = True
+    except OSError:  # it may not be listed, or removed, by this user: what is asked for does not need it
+        pass
+    return left
 
 
 def _look_at(path: str) -> FileIO:
@@ -287,13 +293,16 @@ def _hold_name(path: str, name: str) -> FileIO | None:
 
     Raises: BeingRestored: another has it locked for NAME_LIMIT seconds.
     """
+    import errno
     import fcntl
 
     until = _core.monotonic() + NAME_LIMIT
     while True:
         try:
             file = _look_at(path)
-        except OSError:
+        except OSError as e:
+            if e.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR):  # it is there, for all that is known
+                raise
             return None
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -719,7 +719,7 @@ cdef class Supervision:
         """Evict by the class's CLOCK hand till n chunks more are free: (evicted, pages taken from other classes)."""
         cdef seg_t* s = self.s
         cdef uint64_t hand[HANDFUL]
-        cdef uint64_t p = 0
+        cdef uint64_t p = 0, until_ns
         cdef uint32_t got = 0, i, k, moved = 0, evicted = 0, busy = 0
         cdef bint turned, more = True
         cdef int rc
@@ -731,8 +731,9 @@ cdef class Supervision:
             while got < n and more:
                 k = 0
                 turned = False
+                until_ns = mono_ns() + PATIENCE_NS      # for all of the handful: signals are held
                 while k < min(<uint32_t>HANDFUL, n - got):
-                    rc = evict_one(s, cls, 0, mono_ns() + PATIENCE_NS, &hand[k], &turned)
+                    rc = evict_one(s, cls, 0, until_ns, &hand[k], &turned)
                     if rc == BUSY and busy < HANDFUL:   # the hand has moved on
                         busy += 1
                         continue

@@ -146,7 +146,7 @@ cdef inline int evict_one(seg_t* s, uint32_t cls, uint64_t most, uint64_t until_
     for n in range(most):
         addr = hand_step(s, cls, turned)
         if addr == 0:
-            return NO_ROOM
+            break
         it = item_at(s, addr)
         w = ld64(&it.word)
         #~ hand: word loaded
@@ -377,18 +377,23 @@ cdef inline int take_room(seg_t* s, uint32_t cls, uint64_t until_ns, uint64_t* a
     """A chunk of the class, RESERVED(this process): in hand, free, on a new page, or evicted. OK, NO_ROOM, BUSY, INTR.
 
     until_ns 0: nothing that could sleep; BUSY says to come again with the GIL released. Else BUSY says that there might have been room, but a living
-    process was in the way. While none is, nothing waits, and all rounds are made however late it is: a caller that was stopped itself learns as much.
+    process was in the way: when it is late in one round at least, in time in most of them, for one that runs is so for an instant. Late, with nobody
+    in the way, the caller itself was stopped: two more rounds look at all pages, and then it is NO_ROOM.
     """
     cdef uint64_t p = 0
-    cdef int rc, round_
+    cdef int rc, round_, late_rounds = 0, busy_rounds = 0
     cdef bint turned, busy = False
     for round_ in range(ROUNDS):
         rc = chunk_get(s, cls, until_ns, addr)
         if rc == OK or rc == INTR or (rc == BUSY and until_ns == 0):
             return rc
         busy |= rc == BUSY
-        if busy and until_ns and round_ and mono_ns() > until_ns:       # after a look at what the last round has made free
-            return BUSY
+        busy_rounds += busy
+        if until_ns and round_ and mono_ns() > until_ns:        # after a look at what the last round has made free
+            if busy_rounds or late_rounds == 2:
+                return BUSY if busy_rounds else NO_ROOM
+            late_rounds += 1
+        busy = False
         rc = page_from_pool(s, PAGE_CUTTING, 0, until_ns, &p)
         busy |= rc == BUSY
         if rc == OK:
@@ -415,7 +420,7 @@ cdef inline int take_room(seg_t* s, uint32_t cls, uint64_t until_ns, uint64_t* a
                 if take_page(s, cls, False, until_ns, &p) == OK:
                     give_page(s, p, cls, until_ns)
             return OK
-        rc = settle_pages(s, 16 if round_ < ROUNDS // 2 else s.n_pages, until_ns)
+        rc = settle_pages(s, s.n_pages if late_rounds or round_ >= ROUNDS // 2 else 16, until_ns)
         if rc == INTR:
             return INTR
         busy |= rc == BUSY
@@ -427,4 +432,4 @@ cdef inline int take_room(seg_t* s, uint32_t cls, uint64_t until_ns, uint64_t* a
             return INTR
         elif until_ns == 0 and round_ > 2:
             return BUSY
-    return BUSY if busy else NO_ROOM
+    return BUSY if 2 * busy_rounds > ROUNDS else NO_ROOM

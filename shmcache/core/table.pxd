@@ -458,8 +458,7 @@ ctypedef struct put_t:
 
 cdef inline int collect_pages(seg_t* s, put_t* op, uint64_t until_ns) noexcept nogil:
     """Pages for a big value, listed in its head: OK, NO_ROOM, BUSY or INTR: then none is in hand. One process at a time, or two could each hold
-    half and wait. When it is late, and somebody alive was in the way, it has been round the classes once more, and gives up: others wait for the
-    lock of big values. While nobody is, nothing waits (take_room).
+    half and wait. When it is late it has been round the classes once more, and gives up: others wait for the lock of big values.
     """
     cdef uint32_t* pages = <uint32_t*>(<uint8_t*>item_at(s, op.chunk) + value_offset(op.key_bytes))
     cdef uint32_t got = 0
@@ -492,7 +491,7 @@ cdef inline int collect_pages(seg_t* s, put_t* op, uint64_t until_ns) noexcept n
             continue
         failures += 1
         busy |= rc == BUSY
-        if rc == INTR or failures > 64 or (rc == BUSY and until_ns == 0) or (failures > 2 and (until_ns == 0 or (busy and late(s, until_ns)))):
+        if rc == INTR or failures > 64 or (rc == BUSY and until_ns == 0) or (failures > 2 and (until_ns == 0 or late(s, until_ns))):
             break
         rc = settle_pages(s, s.n_pages, until_ns)
         if rc == INTR:

@@ -49,6 +49,7 @@ class Child:
     wait: float = 0.0
     start_at: float = 0.0
     starts: int = 0
+    segment: tuple[int, int] | None = None  # of a supervisor: which one it was seen to hold (Mapping.identity)
 
 
 @dataclass
@@ -137,6 +138,7 @@ class Service:
                 cache_module.attach_unsettled(self.name) as cache,
             ):
                 if cache.supervisor()["pid"] == child.process.pid:
+                    child.segment = cache.mapping.identity
                     return
             if child.process.poll() is not None:
                 raise errors.ShmcacheError(f"the supervisor of {self.name!r} ended at once with exit code {child.process.returncode}")
@@ -252,13 +254,17 @@ class Service:
                         break
 
     def supervises(self, child: Child) -> bool:
-        """Does this process hold the segment? One that does not has not begun, or is through: it has nothing to save."""
+        """Does this process hold the segment? One that does not has not begun, or is through: it has nothing to save. One that was seen to
+        hold it may be storing what was written back to it, if somebody has unlinked it since: nobody knows, so yes."""
         assert child.process is not None
         try:
             with cache_module.attach_unsettled(self.name) as cache:
-                return bool(cache.supervisor()["pid"] == child.process.pid)
+                holds = bool(cache.supervisor()["pid"] == child.process.pid)
+                if holds:
+                    child.segment = cache.mapping.identity
+                return holds or child.segment not in (None, cache.mapping.identity)
         except (errors.SegmentNotFound, errors.NotASegment, errors.SegmentTruncated):
-            return False
+            return child.segment is not None
         except (errors.ShmcacheError, OSError):  # nobody knows
             return True
 

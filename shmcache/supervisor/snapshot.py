@@ -433,7 +433,8 @@ def restore(
                 )
         except BaseException:  # whatever it is, memory or a disk that is full, too: nobody is to wait for what will not come
             if cache.durability()["generations_missing"]:  # nobody is in it
-                segment.unlink_this(name, cache.mapping)
+                with contextlib.suppress(errors.ShmcacheError, OSError):  # why it failed is to be told
+                    segment.unlink_this(name, cache.mapping)
             raise
         finally:
             cache.mapping.end_restore()

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -246,6 +247,53 @@ def test_a_supervisor_that_holds_the_segment_is_waited_for(make, monkeypatch):
         assert it.returncode == 0
 
 
+SLOW_ROWS = """
+import time
+
+class Store:
+    ordered = True
+
+    def load_many(self, keys, *, timeout=None):
+        return {{}}
+
+    def store_many(self, items, *, timeout=None, versions=None):
+        for key in items:
+            time.sleep(0.02)  # a database that is slow
+            with open({path!r}, "ab") as saved:
+                saved.write(key + b"\\n")
+        return {{}}
+
+    def delete_many(self, keys, *, timeout=None, versions=None):
+        return {{}}
+
+    def close(self):
+        pass
+
+store = Store
+"""
+
+
+def test_a_supervisor_whose_segment_was_unlinked_stores_what_waits(name, tmp_path, monkeypatch):
+    """It is waited for: it was seen to hold the segment."""
+    monkeypatch.setattr(serve_module, "STOP_LIMIT", 0.2)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "slow_rows.py").write_text(SLOW_ROWS.format(path=str(tmp_path / "saved")))
+    (tmp_path / "saved").touch()
+    arguments = [name, "--quiet", "--size", "16M", "--policy", "back", "--store", "slow_rows:store"]
+    with process([*SUPERVISE, *arguments], subprocess.DEVNULL) as it:
+        until(lambda: supervised_by(name) == it.pid)
+        service = serve_module.Service(name, [])
+        service.children = [serve_module.Child("the supervisor", process=it)]
+        assert service.supervises(service.children[0])
+        with shmcache.attach(name) as cache:
+            for i in range(100):
+                cache.set(b"%d" % i, i)
+        shmcache.unlink(name)
+        service.end_all()
+        assert it.returncode == 0
+    assert len(set((tmp_path / "saved").read_text().split())) == 100
+
+
 # ---- the stream ------------------------------------------------------------------------------------------------------------------------
 
 
@@ -255,11 +303,12 @@ def test_what_nobody_reads_keeps_nobody(kind, length):
     """Eight threads of each of two processes, on one stream."""
     code = f"""
 import threading
-from shmcache.notices import notice
+from shmcache import notices
+notices.never_wait()
 
 def go():
     for _ in range(300):
-        notice("x" * {length})
+        notices.notice("x" * {length})
 
 threads = [threading.Thread(target=go) for _ in range(8)]
 [t.start() for t in threads]
@@ -337,12 +386,65 @@ def test_a_forked_child_says_it_before_it_ends():
     assert got == "a child\nits parent\n"
 
 
+def test_a_child_of_a_process_that_nobody_reads_does_not_wait_either():
+    code = """
+import os, sys
+from shmcache import notices
+notices.never_wait()
+notices.notice("the parent")
+if not (pid := os.fork()):
+    print("a child", file=sys.stderr)
+    os._exit(7)
+os._exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+    with unread("pipe") as (_, writer), process([sys.executable, "-c", code], writer) as it:
+        assert it.wait(LIMIT) == 7
+
+
+def test_a_slow_reader_gets_the_last_line(monkeypatch):
+    reader, writer = os.pipe()
+    code = "from shmcache import notices\nnotices.AT_END = 1.0\nnotices.never_wait()\nfor i in range(300): notices.notice('y' * 1000)\nraise ValueError('last')"
+    got = b""
+    with process([sys.executable, "-c", code], writer) as it:
+        os.close(writer)
+        while part := os.read(reader, 32768):
+            got += part
+            time.sleep(0.3)  # ten of these are longer than it waits for nothing
+        assert it.wait(LIMIT) == 1
+    os.close(reader)
+    assert got.endswith(b"ValueError: last\n")
+
+
+def test_what_waits_is_bounded_however_long_the_texts_are():
+    assert said("for i in range(50): notices.notice('y' * 1_000_000)", reads_late=True).count("\n") <= 4
+
+
+def test_standard_error_of_another_program_stays_its_own(tmp_path):
+    """No thread, no descriptor, no file that was taken for it."""
+    code = f"""
+import os, sys, threading
+from shmcache import notices
+files = [open({str(tmp_path / "a")!r}, "w"), open({str(tmp_path / "b")!r}, "w")]
+was = len(os.listdir("/proc/self/fd"))
+for i in range(100):
+    sys.stderr = files[i & 1]
+    assert notices.notice(str(i))
+assert threading.active_count() == 1 and len(os.listdir("/proc/self/fd")) == was
+sys.stderr = sys.__stderr__
+print("ended", notices.notice("nobody reads this"))
+"""
+    with unread("pipe") as (_, writer), process([sys.executable, "-c", code], writer, stdout=subprocess.PIPE) as it:
+        assert it.stdout.read() == b"ended False\n"
+        assert it.wait(LIMIT) == 0
+    assert (tmp_path / "a").read_text().split() == [str(i) for i in range(0, 100, 2)]
+
+
 def test_a_pipe_with_a_name_may_get_another_reader(tmp_path):
     os.mkfifo(tmp_path / "fifo")
     reader = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
     writer = os.open(tmp_path / "fifo", os.O_WRONLY)
     os.close(reader)
-    code = "import sys; from shmcache import notices; notices.notice('heard'); print(flush=True); sys.stdin.read()"
+    code = "import sys; from shmcache import notices; notices.never_wait(); notices.notice('heard'); print(flush=True); sys.stdin.read()"
     with process([sys.executable, "-c", code], writer, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as it:
         assert it.stdout.read(1)
         reader = os.open(tmp_path / "fifo", os.O_RDONLY)
