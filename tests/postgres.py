@@ -1,12 +1,15 @@
-"""A PostgreSQL server for tests: Debian's, in a folder of its own, on a Unix socket there, stopped and removed after use."""
+"""A PostgreSQL server for tests, and PgBouncer before it: Debian's, in a folder of its own, on Unix sockets there, stopped and removed after use."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import select
 import shutil
+import signal
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,3 +58,43 @@ def postgres_server() -> Iterator[str]:
             run(pg_ctl, "-D", str(data), "-w", "-m", "immediate", "stop")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+BOUNCER = """
+[databases]
+postgres = host={folder} user={user}
+[pgbouncer]
+unix_socket_dir = {folder}
+listen_port = 6432
+auth_type = any
+pool_mode = transaction
+default_pool_size = 4
+max_client_conn = 200
+pidfile = {folder}/bouncer.pid
+logfile = {folder}/bouncer.log
+"""
+
+
+@contextlib.contextmanager
+def bouncer(url: str) -> Iterator[str]:
+    """PgBouncer in transaction mode, with four connections to the server of that url; the url of the same database through it."""
+    path = need("pgbouncer", "pgbouncer")
+    folder = Path(url.partition("host=")[2])
+    (folder / "bouncer.ini").write_text(BOUNCER.format(folder=folder, user=USER))
+    user = USER if os.geteuid() == 0 else None
+    subprocess.run([path, "-q", "-d", str(folder / "bouncer.ini")], stdin=subprocess.DEVNULL, user=user, timeout=60, check=True)
+    try:
+        deadline = time.monotonic() + 30
+        while not (folder / ".s.PGSQL.6432").exists() or not (folder / "bouncer.pid").exists():
+            if time.monotonic() > deadline:
+                raise Failed(f"pgbouncer did not come up:\n{(folder / 'bouncer.log').read_text(errors='replace')[-2000:]}")
+            time.sleep(0.02)  # between two looks
+        yield f"{url}&port=6432&application_name=pooled"
+    finally:
+        pid = int((folder / "bouncer.pid").read_text())
+        ended = os.pidfd_open(pid)
+        try:
+            os.kill(pid, signal.SIGTERM)
+            select.select([ended], [], [], 30)
+        finally:
+            os.close(ended)

@@ -144,15 +144,26 @@ class Columns:
             set_={column.key: statement.excluded[column.key] for column in changed if column is not None},
             where=self._older_than(statement.excluded[self.version.key]) if versioned and self.version is not None else None,
         )
-        # With RETURNING SQLAlchemy sends many rows as one statement; without it psycopg one for each. SQLite needs no such thing.
+        # With RETURNING SQLAlchemy sends many rows as one statement, which one time limit bounds; without it psycopg sends one for each.
         return statement.returning(self.key) if self._dialect == "postgresql" else statement
 
     def _delete(self, versioned: bool) -> sa.Delete:
-        """Of :keys; versioned: of :k if its version is less than :v, for many."""
+        """Of :keys; versioned: of :k if its version is less than :v, for many (PostgreSQL: of arrays, so that it is one statement)."""
         statement = sa.delete(self.table)
-        if versioned:
+        if not versioned:
+            return statement.where(self._among_keys())
+        if self._dialect != "postgresql":
             return statement.where(self.key == sa.bindparam("k"), self._older_than(sa.bindparam("v")))
-        return statement.where(self._among_keys())
+        arrays = [sa.bindparam(name, type_=postgresql.ARRAY(of)) for name, of in (("k", self.key.type), ("v", sa.BigInteger()))]
+        columns = sa.column("k", self.key.type), sa.column("v", sa.BigInteger())
+        rows = sa.func.unnest(*arrays).table_valued(*columns, name="rows").render_derived()
+        return statement.where(self.key == rows.c.k, self._older_than(rows.c.v))
+
+    def arguments(self, statement: sa.Insert | sa.Delete, rows: list[dict[str, Any]]) -> Any:
+        """What an upsert or a versioned delete is given for many rows."""
+        if self._dialect == "postgresql" and isinstance(statement, sa.Delete):
+            return {"k": [row["k"] for row in rows], "v": [row["v"] for row in rows]}
+        return rows
 
     def _older_than(self, version: Any) -> sa.ColumnElement[bool]:
         older: sa.ColumnElement[bool] = sa.func.coalesce(self.version, -1) < version

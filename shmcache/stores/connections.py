@@ -1,7 +1,12 @@
 """Connections to SQLite or PostgreSQL: a transaction each call, time limits, forks, and what an error means.
 
 Time: PostgreSQL gets what is left of the call's as statement_timeout, and a little more as idle_in_transaction_session_timeout, in case
-this process is stopped in the middle. SQLite works inside this process: busy_timeout bounds its waits, a progress handler what it computes.
+this process is stopped in the middle. It counts them for each statement, so they are set again, before a statement and before COMMIT, when
+some time has gone by. What does not answer at all is given up (bounded.py). SQLite works inside this process: busy_timeout bounds its
+waits, a progress handler what it computes.
+
+A pooler may give each transaction another of its connections to PostgreSQL: all that is set is set for the transaction alone, isolation
+included, and nothing is prepared unless the url says so.
 
 Fork: SQLite notes in memory which locks its process holds on a file, and a child would believe those notes. So no connection to it may be
 open at a fork, used or not: who forks waits for the calls that are running, and closes what is idle. Connections to PostgreSQL stay
@@ -27,10 +32,13 @@ from shmcache.core import _core
 # Classes of SQLSTATE and result codes of SQLite that are about a row, and about the call; what has any other may go better next time.
 ROW_STATES = {"21", "22", "23", "27", "44", "54", "P0"}
 CALL_STATES = {"28", "2B", "3D", "3F", "42"}
+PREPARED_STATES = {"26000", "42P05"}  # a prepared statement is not there, or is: another's connection
+CANCELED = "57014"  # by the time limit; the server says "user request" if that was over just between two statements
 ROW_CODES = {sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_TOOBIG, sqlite3.SQLITE_MISMATCH}
 CALL_CODES = {sqlite3.SQLITE_ERROR, sqlite3.SQLITE_PERM, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 LIMITS = sa.text("SELECT set_config('statement_timeout', :ms, true), set_config('idle_in_transaction_session_timeout', :idle, true)")
 GRACE_MS = 1000  # after the deadline, until a connection is ended on which nothing comes any more
+SLACK = 0.05  # seconds that a statement may end after the deadline, before a limit is worth a round trip
 LOCK = sa.text("SELECT pg_advisory_xact_lock(hashtextextended(:name, 0))")
 
 
@@ -46,6 +54,7 @@ class Connections:
         self.dialect = url.get_backend_name()
         self._closed = False
         self._sqlite = self.dialect == "sqlite"
+        self._call: Any = None  # of PostgreSQL: what bounded.py has of this thread's call
         self._inherited: list[sa.Engine] = []  # the parent's, kept so that nothing of them is closed here
         self._begin()
         with forking:
@@ -54,7 +63,10 @@ class Connections:
     def _begin(self) -> None:
         self._gate = threading.Lock()  # held while waiting for a slot: else who gives one back and takes it again starves the others
         self._slots = threading.Semaphore(self.pool_size)
-        self._engine = _engine(self.url, self.pool_size, self.timeout)
+        if self._sqlite:
+            self._engine = _sqlite_engine(self.url, self.pool_size, self.timeout)
+        else:
+            self._engine, self._call = _postgres_engine(self.url, self.pool_size, self.timeout)
 
     def close(self) -> None:
         with forking:
@@ -81,13 +93,18 @@ class Connections:
         try:
             if self._closed:
                 raise errors.UsageError("this store was closed: make another")
+            if self._call is not None:
+                self._call.deadline = deadline
             with self._engine.connect() as c, c.begin():
+                c.info["limited"] = -math.inf  # by a transaction before
                 self.limit(c, deadline)
                 if self._sqlite:
                     c.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
                 elif alone is not None:
                     c.execute(LOCK, {"name": alone})
+                    self.limit(c, deadline)
                 yield c
+                self.limit(c, deadline)
                 commits = write and not self._sqlite
         except Exception as e:
             error = named(e)
@@ -97,18 +114,22 @@ class Connections:
                 raise
             raise error from e
         finally:
+            if self._call is not None:
+                self._call.deadline = 0.0
             slots.release()
 
     def limit(self, c: sa.Connection, deadline: float) -> None:
-        """Let no statement that follows go on after the deadline. Raises: StoreUnavailable."""
-        left = deadline - _core.monotonic()
+        """Let the next statement not go on after the deadline. Raises: StoreUnavailable."""
+        now = _core.monotonic()
+        left = deadline - now
         if left <= 0:
             raise errors.StoreUnavailable("the time was over before the database had done all: try again, with more time or fewer keys")
         if self._sqlite:
             driver: Any = c.connection.driver_connection
             driver.execute(f"PRAGMA busy_timeout = {math.ceil(left * 1000)}")
             driver.set_progress_handler(lambda: _core.monotonic() > deadline, 10_000)
-        else:
+        elif now - c.info["limited"] > min(SLACK, left / 10):
+            c.info["limited"] = now
             ms = math.ceil(left * 1000)
             c.execute(LIMITS, {"ms": str(ms), "idle": str(ms + GRACE_MS)})
 
@@ -148,8 +169,12 @@ def named(e: Exception) -> Exception:
             return RowRefused(text)  # the driver does not take a value
         if (state and state[:2] in ROW_STATES) or (code and code & 0xFF in ROW_CODES):
             return RowRefused(text)
-        if (state and state[:2] in CALL_STATES) or (code and code & 0xFF in CALL_CODES):
+        if (state and state[:2] in CALL_STATES and state not in PREPARED_STATES) or (code and code & 0xFF in CALL_CODES):
             return errors.StoreRefused(f"{text}; change the table, or what the store is told of it")
+        if state == CANCELED:
+            text = f"the time was over: {text}"
+        if state in PREPARED_STATES:
+            text = f"{text}; behind a pooler that gives each transaction another connection, take prepare_threshold out of the url"
         return errors.StoreUnavailable(f"{text}; try again")
     if isinstance(e, (exc.StatementError, TypeError, ValueError, OverflowError)) and not isinstance(e, errors.ShmcacheError):
         return RowRefused(f"{type(e).__name__}: {e}")  # SQLAlchemy or the driver does not take a value
@@ -168,26 +193,46 @@ def parsed_url(url: str) -> sa.URL:
         raise errors.InvalidConfig(f"SQLStore speaks SQLite and PostgreSQL, not {parsed.get_backend_name()}: use one, or write a Store")
     if parsed.get_backend_name() == "sqlite" and parsed.database in (None, "", ":memory:"):
         raise errors.InvalidConfig("a database in one process' memory stands behind no cache that processes share: give a file")
+    if parsed.get_backend_name() == "postgresql":
+        _threshold(parsed)
     return parsed
 
 
-def _engine(url: sa.URL, pool_size: int, timeout: float) -> sa.Engine:
-    seconds = max(2, math.ceil(timeout))
-    if url.get_backend_name() == "sqlite":
-        arguments: dict[str, Any] = {"timeout": timeout, "isolation_level": None}  # None: BEGIN is said here, not by the driver
-    else:  # and a host that is gone without a word is noticed
-        arguments = {"application_name": "shmcache", "connect_timeout": seconds, "tcp_user_timeout": seconds * 1000}
-        arguments |= {"keepalives_idle": seconds, "keepalives_interval": seconds}
-        arguments = {name: x for name, x in arguments.items() if name not in url.query}
+def _sqlite_engine(url: sa.URL, pool_size: int, timeout: float) -> sa.Engine:
+    arguments = {"timeout": timeout, "isolation_level": None}  # None: BEGIN is said here, not by the driver
+    engine = sa.create_engine(url, pool_size=pool_size, max_overflow=0, pool_pre_ping=True, hide_parameters=True, connect_args=arguments)
+    sa.event.listen(engine, "connect", _write_ahead)
+    return engine
+
+
+def _postgres_engine(url: sa.URL, pool_size: int, timeout: float) -> tuple[sa.Engine, Any]:
     try:
-        engine = sa.create_engine(
-            url, pool_size=pool_size, max_overflow=0, pool_pre_ping=True, hide_parameters=True, connect_args=arguments
-        )
+        from shmcache.stores import bounded
     except ModuleNotFoundError as e:
         raise ImportError('SQLStore needs psycopg for PostgreSQL: pip install "shmcache[postgres]"') from e
-    if url.get_backend_name() == "sqlite":
-        sa.event.listen(engine, "connect", _write_ahead)
-    return engine
+    seconds = max(2, math.ceil(timeout))
+    arguments: dict[str, Any] = {"application_name": "shmcache", "connect_timeout": seconds}
+    # A host that is gone without a word is noticed.
+    arguments |= {"tcp_user_timeout": seconds * 1000, "keepalives_idle": seconds, "keepalives_interval": seconds}
+    arguments = {name: x for name, x in arguments.items() if name not in url.query}
+    arguments["prepare_threshold"] = _threshold(url)
+    # READ COMMITTED: versioned writes wait for each other, and then have to see what the one before has committed.
+    engine = sa.create_engine(
+        url.difference_update_query(["prepare_threshold"]), pool_size=pool_size, max_overflow=0, pool_pre_ping=True, hide_parameters=True,
+        connect_args=arguments, isolation_level="READ COMMITTED",
+    )  # fmt: skip
+    sa.event.listen(engine, "do_connect", lambda dialect, record, args, parameters: bounded.connect(parameters))
+    return engine, bounded.call
+
+
+def _threshold(url: sa.URL) -> int | None:
+    """psycopg's prepare_threshold: after how many times a statement is prepared; None: none is. Raises: InvalidConfig."""
+    text = url.query.get("prepare_threshold", "none")
+    if text == "none":
+        return None
+    if isinstance(text, str) and text.isascii() and text.isdigit():
+        return int(text)
+    raise errors.InvalidConfig("prepare_threshold in a url is none, as without it, or after how many times a statement is prepared")
 
 
 def _write_ahead(connection: sqlite3.Connection, _: object) -> None:

@@ -25,7 +25,7 @@ from shmcache.stores.columns import Columns, own
 from shmcache.stores.connections import Connections, RowRefused, named, parsed_url
 
 MOST_SECONDS = 1e6  # of a timeout; as milliseconds they fit 32 bits
-IN_LIMIT = 500  # keys in one IN (...); SQLite takes 999 variables at least
+IN_LIMIT = 500  # keys in one IN (...), or rows in one statement; SQLite takes 999 variables at least
 
 Row = tuple[bytes, Any]  # a key, and what the statement is given for it
 Action = Callable[[sa.Connection, list[Row]], object]
@@ -124,7 +124,7 @@ class SQLStore:
         rows = _encoded(sorted(entries), row, refused)  # sorted: two batches lock their rows in the same order
         if versions is not None:
             return self._run_versioned(columns, columns.upsert[True], rows, deadline, refused, versions)
-        self._run(lambda c, some: _many(c, columns.upsert[False], some), rows, deadline, refused, write=True)
+        self._run(lambda c, some: self._many(c, columns, columns.upsert[False], some, deadline), rows, deadline, refused, write=True)
         if refused:
             raise errors.RowsRefused(refused)
         return {}
@@ -224,7 +224,7 @@ class SQLStore:
         newer: dict[bytes, int] = {}
 
         def change(c: sa.Connection, some: list[Row]) -> None:
-            if _many(c, statement, some) == len(some):
+            if self._many(c, columns, statement, some, deadline) == len(some):
                 return
             there: dict[Any, int] = {}
             names = [(key, columns.encode_key(key)) for key, _ in some]
@@ -259,11 +259,18 @@ class SQLStore:
                 self._sift(c, action, half, deadline, refused)
 
     def _parts(self, c: sa.Connection, rows: list[Row], deadline: float) -> Iterator[list[Any]]:
-        """What IN (...) is given, some at a time."""
+        """What the statement is given, as much as one takes at a time."""
         for i in range(0, len(rows), IN_LIMIT):
-            if i:
-                self._connections.limit(c, deadline)
+            self._connections.limit(c, deadline)
             yield [name for _, name in rows[i : i + IN_LIMIT]]
+
+    def _many(self, c: sa.Connection, columns: Columns, statement: sa.Insert | sa.Delete, rows: list[Row], deadline: float) -> int:
+        """How many rows there were to change."""
+        changed = 0
+        for part in self._parts(c, rows, deadline):
+            result = c.execute(statement, columns.arguments(statement, part))
+            changed += len(result.all()) if result.returns_rows else result.rowcount
+        return changed
 
 
 def _encoded(keys: Iterable[bytes], encode: Callable[[bytes], Any], refused: dict[bytes, Exception]) -> list[Row]:
@@ -275,9 +282,3 @@ def _encoded(keys: Iterable[bytes], encode: Callable[[bytes], Any], refused: dic
         except Exception as e:  # the codec's, or a hook's: anybody's code
             refused[key] = e
     return rows
-
-
-def _many(c: sa.Connection, statement: sa.Insert | sa.Delete, rows: list[Row]) -> int:
-    """How many rows there were to change."""
-    result = c.execute(statement, [values for _, values in rows])
-    return len(result.all()) if result.returns_rows else result.rowcount

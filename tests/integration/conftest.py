@@ -8,7 +8,7 @@ import pytest
 
 import shmcache
 from tests.integration.service import Service
-from tests.postgres import Missing, postgres_server
+from tests.postgres import Missing, bouncer, postgres_server
 
 
 @pytest.fixture
@@ -30,6 +30,15 @@ def serve(name, tmp_path):
 def postgres():
     try:
         with postgres_server() as url:
+            yield url
+    except Missing as e:
+        pytest.skip(str(e))
+
+
+@pytest.fixture(scope="session")
+def pgbouncer(postgres):
+    try:
+        with bouncer(postgres) as url:
             yield url
     except Missing as e:
         pytest.skip(str(e))

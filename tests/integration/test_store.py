@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 import uuid
+from urllib.parse import quote
 
 import numpy as np
 import psycopg
@@ -187,9 +188,19 @@ def sqlite(request, tmp_path):
         yield database
 
 
-@pytest.fixture(params=["dict", "function", *DATABASES])
+@pytest.fixture
+def pooled(request, tmp_path, pgbouncer):
+    """PostgreSQL, whose stores get there by PgBouncer, in transaction mode."""
+    with opened("postgresql", request, tmp_path) as database:
+        database.url = pgbouncer
+        yield database
+
+
+@pytest.fixture(params=["dict", "function", *DATABASES, "pgbouncer"])
 def store(request, tmp_path):
-    if request.param in DATABASES:
+    if request.param == "pgbouncer":
+        yield request.getfixturevalue("pooled").store()
+    elif request.param in DATABASES:
         with opened(request.param, request, tmp_path) as database:
             yield database.store()
     else:
@@ -555,8 +566,10 @@ def test_forks_while_threads_write_lose_nothing(database):
         assert database.run("PRAGMA integrity_check") == [("ok",)]
 
 
-def test_a_commit_of_a_dead_process_comes_before_what_its_successor_does(postgresql):
-    """The process is killed while its COMMIT waits in the database: its rows are not to be seen yet, and will be."""
+@pytest.mark.parametrize("isolation", ["read committed", "repeatable read", "serializable"])
+def test_a_commit_of_a_dead_process_comes_before_what_its_successor_does(postgresql, isolation):
+    """The process is killed while its COMMIT waits in the database: its rows are not to be seen yet, and will be. Whatever the default isolation is."""
+    postgresql.url += "&options=" + quote(f"-cdefault_transaction_isolation={isolation}".replace(" ", "\\ "))
     store = postgresql.store()
     assert store.load_many([b"a"]) == {}
     postgresql.run("CREATE OR REPLACE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_advisory_xact_lock(42); RETURN NULL; END $$")
@@ -850,6 +863,136 @@ def test_a_call_ends_in_time_though_each_statement_would(database):
     assert database.rows() == 0
 
 
+SLEEPS = "CREATE OR REPLACE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(TG_ARGV[0]::float); RETURN COALESCE(NEW, OLD); END $$"
+
+
+@pytest.mark.parametrize("action", ["store", "delete", "versioned store", "versioned delete"])
+def test_a_call_ends_in_time_though_each_row_would(postgresql, action):
+    store = postgresql.mapped("k TEXT PRIMARY KEY, v TEXT, n BIGINT", version_column="n")
+    postgresql.run(SLEEPS)
+    postgresql.run(f"INSERT INTO {postgresql.table} SELECT lpad(i::text, 5, '0'), 'old', 0 FROM generate_series(0, 999) i")
+    postgresql.run(f"CREATE TRIGGER slow BEFORE INSERT OR DELETE ON {postgresql.table} FOR EACH ROW EXECUTE FUNCTION slow('0.02')")
+    keys = [b"%05d" % i for i in range(1000)]
+    versions = dict.fromkeys(keys, 1) if "versioned" in action else None
+    begun = time.monotonic()
+    with pytest.raises(errors.StoreUnavailable, match="time"):
+        if "store" in action:
+            store.store_many(dict.fromkeys(keys, ("new", None)), timeout=1, versions=versions)
+        else:
+            store.delete_many(keys, timeout=1, versions=versions)
+    assert time.monotonic() - begun < 10  # and not 20
+    assert postgresql.run(f"SELECT count(*), min(v), max(v), max(n) FROM {postgresql.table}") == [(1000, "old", "old", 0)]
+    assert postgresql.run("SELECT count(*) FROM pg_stat_activity WHERE application_name = 'shmcache' AND state <> 'idle'") == [(0,)]
+
+
+@pytest.mark.parametrize("at", ["lock", "commit"])
+def test_what_was_waited_for_is_not_there_for_what_comes_next(postgresql, at):
+    """What waits and what comes then take two thirds of the time each."""
+    store = postgresql.store()
+    assert store.load_many([b"a"]) == {}
+    postgresql.run(SLEEPS)
+    postgresql.run(f"CREATE TRIGGER slow BEFORE INSERT ON {postgresql.table} FOR EACH ROW EXECUTE FUNCTION slow('2')")
+    if at == "commit":
+        postgresql.run(
+            f"CREATE CONSTRAINT TRIGGER late AFTER INSERT ON {postgresql.table} DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION slow('2')"
+        )
+        with pytest.raises(errors.StoreUnavailable, match="time") as raised:
+            store.store_many({b"a": (1, None)}, timeout=3)
+        assert raised.value.unsettled
+    else:
+        postgresql.run("BEGIN")
+        postgresql.connection.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", [postgresql.table])
+        thread, result = in_thread(store.store_many, {b"a": (1, None)}, timeout=3, versions={b"a": 1})
+        until(lambda: postgresql.waiting() == 1)
+        postgresql.run("SELECT pg_sleep(2)")
+        postgresql.run("COMMIT")
+        thread.join()
+        assert isinstance(result[0], errors.StoreUnavailable)
+        assert not result[0].unsettled
+    assert postgresql.rows() == 0
+
+
+@pytest.mark.parametrize("when", ["before", "meanwhile", "at commit"])
+def test_a_server_that_is_stopped_is_not_waited_for(postgresql, when):
+    """Its kernel answers for it."""
+    store = postgresql.store()
+    store.store_many({b"k": (0, None)})
+    pid = postgresql.run("SELECT pid FROM pg_stat_activity WHERE application_name = 'shmcache' ORDER BY backend_start DESC")[0][0]
+    if when == "meanwhile":
+        with postgresql.locked(b"k"):
+            thread, result = in_thread(store.store_many, {b"k": (1, None)}, timeout=2)
+            until(lambda: postgresql.waiting() == 1)
+            os.kill(pid, signal.SIGSTOP)
+    elif when == "at commit":
+        postgresql.run(SLEEPS)
+        postgresql.run(
+            f"CREATE CONSTRAINT TRIGGER late AFTER UPDATE ON {postgresql.table} DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION slow('0.5')"
+        )
+        thread, result = in_thread(store.store_many, {b"k": (1, None)}, timeout=2)
+        until(lambda: postgresql.run(f"SELECT query FROM pg_stat_activity WHERE pid = {pid} AND state = 'active'") == [("COMMIT",)])
+        os.kill(pid, signal.SIGSTOP)
+    else:
+        os.kill(pid, signal.SIGSTOP)
+        thread, result = in_thread(store.store_many, {b"k": (1, None)}, timeout=2)
+    try:
+        thread.join(25)
+        assert not thread.is_alive()
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert isinstance(result[0], errors.StoreUnavailable)
+    assert result[0].unsettled is (when == "at commit")
+    until(lambda: postgresql.run(f"SELECT count(*) FROM pg_stat_activity WHERE pid = {pid}") == [(0,)])
+    if when != "at commit":
+        assert values(store, [b"k"]) == {b"k": 0}
+    store.store_many({b"k": (2, None)})
+    assert values(store, [b"k"]) == {b"k": 2}
+
+
+# ---- a pooler before the database ---------------------------------------------------------------------------------------------------
+
+
+def test_each_transaction_may_have_another_connection(pooled):
+    """More clients than the pooler has connections, with statements that are told apart by their text alone."""
+    store, other = pooled.store(pool_size=20), pooled.store(pool_size=20)
+    store.load_many([])
+
+    def some(i):
+        for n in range(30):
+            key = b"%d" % i
+            (store, other)[n & 1].store_many({key: (n, None)}, versions={key: n} if i & 1 else None, timeout=60)
+            assert values((store, other)[i & 1], [key]) == {key: n}
+            if n & 1:
+                (store, other)[i & 1].delete_many([key, b"none"], timeout=60)
+        return i
+
+    threads = [in_thread(some, i) for i in range(12)]
+    for thread, _ in threads:
+        thread.join()
+    assert [result for _, result in threads] == [[i] for i in range(12)]
+
+
+def test_prepared_statements_are_for_those_who_ask(pooled, postgresql):
+    """A pooler that does not know of them gives another's connection, or another's statement: it is said what to do."""
+    pooled.store().load_many([])
+    pooled.url += "&prepare_threshold=0"
+    stores = [pooled.store() for _ in range(8)]
+
+    def some(store):
+        for _ in range(200):
+            store.load_many([b"k"], timeout=60)
+
+    threads = [in_thread(some, store) for store in stores]
+    for thread, _ in threads:
+        thread.join()
+    [error, *_] = [result[0] for _, result in threads if result[0] is not None]
+    assert isinstance(error, errors.StoreUnavailable)
+    assert "prepare_threshold" in str(error)
+    postgresql.url += "&prepare_threshold=0"
+    store = postgresql.store()
+    store.store_many({b"k": (1, None)})
+    assert values(store, [b"k"]) == {b"k": 1}
+
+
 def test_more_threads_than_connections_wait_for_their_turn(database):
     store = database.store(pool_size=1)
     store.store_many({b"k": (0, None)})
@@ -961,7 +1104,7 @@ def test_a_database_that_can_only_be_read(sqlite):
     ("url", "options"),
     [
         ("sqlite://", {}), ("sqlite:///:memory:", {}), ("mysql://host/x", {}), ("nonsense", {}), ("sqlite:///x.db", {"key_column": "k"}),
-        ("sqlite:///x.db", {"version_column": "n"}), ("sqlite:///x.db", {"timeout": 0}), ("sqlite:///x.db", {"pool_size": 0}), ("sqlite:///x.db", {"codec": "x"}),
+        ("postgresql:///x?prepare_threshold=five", {}), ("sqlite:///x.db", {"version_column": "n"}), ("sqlite:///x.db", {"timeout": 0}), ("sqlite:///x.db", {"pool_size": 0}), ("sqlite:///x.db", {"codec": "x"}),
     ],
 )  # fmt: skip
 def test_arguments_that_cannot_be_right(url, options):
