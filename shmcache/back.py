@@ -5,11 +5,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from shmcache import codec, errors
+from shmcache import codec, errors, flight
 from shmcache.core import _core
 from shmcache.core._claims import Claims
 from shmcache.flight import flushing, in_room, steps
-from shmcache.stored import MISSING, StoredCache, no_tags, seconds_of, waiting
+from shmcache.stored import LOADED_ANEW, MISSING, StoredCache, is_over, just_now, no_tags, seconds_of, waiting
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -31,17 +31,25 @@ class BackCache(StoredCache):
         return n
 
     def _changed(self, key: Key, change: Callable[[bytes], Any], absent: Any) -> Steps[Any]:
-        """What change() says, once the key is cached; MISSING is that it is not. absent: it is not in the store."""
+        """What change() says, once the key is cached; MISSING is that it is not. absent: it is not in the store.
+
+        Raises: why what the store has cannot be cached: nothing was changed.
+        """
         name = _core.key_bytes(key)
         deadline = _core.monotonic() + self.policy.timeout
         while True:
             told = yield from in_room(self, change, name)
             if told is not MISSING:
                 return told
-            if name[0] == 0 or (yield from self._got(name)) is MISSING:
+            entry, why = (None, None) if name[0] == 0 else (yield from self._found(name))
+            if entry is None:
                 return absent
+            if why is not None and why is not LOADED_ANEW:
+                raise why
             if _core.monotonic() > deadline:
-                raise errors.StoreUnavailable("this key is in the store, but cannot be cached just now, so nothing was changed: try again")
+                raise just_now()
+            if why is not None:
+                yield flight.WAIT
 
     @waiting
     def replace(self, key: Key, value: Any, ttl: Ttl = None, tags: Tags = None) -> Steps[bool]:
@@ -92,7 +100,7 @@ class BackCache(StoredCache):
                     return True
                 continue
             with Claims(self) as claims:
-                version = yield from self._claim(claims, name, deadline)
+                version = yield from self._claim(claims, name, deadline, to_load=False)
                 if version == -1:  # a get_or_set of this very key asks for it, by its factory
                     version = self.claim_version(name, True)
                     if not version and _core.monotonic() > deadline:
@@ -104,9 +112,8 @@ class BackCache(StoredCache):
 
     def _added(self, name: bytes, value: Any, version: int, ttl: Ttl, deleted: bool) -> Steps[Any]:
         if not deleted:
-            entry = (yield self._ask(self.store.load_many, [name])).get(name)
-            self.count_store(loads=1, found=entry is not None)
-            if entry is not None:
+            entry = yield from self._one(name)
+            if entry is not None and not is_over(entry):
                 self._filled(name, entry, version, None)
                 return False
         # in the place of just that: behind it another's value may have come, been stored, and evicted

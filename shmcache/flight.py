@@ -64,7 +64,7 @@ ROOM_WAIT = 10.0  # seconds that a write waits for room for a dirty item, as in 
 FOREVER = 3e9  # seconds; a ttl that outlives the segment, whatever its default
 LOCK_PREFIX = b"\x00lock\x00"
 REFRESH_PREFIX = b"\x00refresh\x00"
-LONGEST_NAMED = 4096 - len(REFRESH_PREFIX)  # bytes of a key that stands behind it as it is
+LONGEST_NAMED = 4096 - len(REFRESH_PREFIX)  # bytes of a key that stands behind such a prefix as it is
 MOST_EARLY_MS = (1 << 32) - 1
 MISSING: Any = object()
 WAIT: Any = object()
@@ -249,7 +249,7 @@ def flying(cache: Cache, key: bytes | str, lease: float, terms: Terms) -> Genera
                     return (yield COMPUTE)
             else:
                 value, seen = yield from steps(cache.gets, key)  # not get: that may miss early again
-                if seen:
+                if seen or value is not None:  # 0: of what stands in the store, and cannot be cached
                     return value
         terms.begin()
         value = yield COMPUTE
@@ -278,12 +278,17 @@ def refreshing(
 
 def refresh_key(key: bytes | str) -> bytes:
     """Who has claimed this key refreshes that one."""
+    return key_behind(REFRESH_PREFIX, key)
+
+
+def key_behind(prefix: bytes, key: bytes | str) -> bytes:
+    """A key of the cache's own that says something of another."""
     raw = _core.key_bytes(key)
     if len(raw) > LONGEST_NAMED:
         from hashlib import blake2b
 
         raw = blake2b(raw, digest_size=32, person=b"refresh").digest()
-    return REFRESH_PREFIX + raw
+    return prefix + raw
 
 
 def check_lease(seconds: float) -> None:
@@ -326,7 +331,7 @@ def get_lease(cache: Cache, key: bytes | str, seconds: float, tags: Iterable[str
     claim = claims().Claim(cache)
     while True:
         value, seen = cache.gets(key)
-        if seen:
+        if seen or value is not None:
             return Lease(key, value, True, claim, (), None)
         version = claim.take(key, seconds)
         if version < 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Generator
@@ -11,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar
 from shmcache import codec, errors, flight
 from shmcache.cache import Cache, attach
 from shmcache.core import _core
-from shmcache.core._claims import Claim, Claims, Marks
+from shmcache.core._claims import Claims, Marks
 from shmcache.flight import steps
 from shmcache.policy import check, policy_of
-from shmcache.stores import Entry
+from shmcache.stores import Entry, lifetime
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -30,9 +31,13 @@ P = ParamSpec("P")
 S = TypeVar("S")
 T = TypeVar("T")
 Steps = Generator[Any, Any, T]
+Found = tuple[Entry | None, Exception | None]  # what there is under a key; None: it is cached, or was, else why it is not
 GRACE = 5.0  # seconds that a mark stands beyond the times that waiting and storing may take
 BATCH = 500  # keys in one call of the store
 DELETED = -5  # of claim(): in the store, too, as soon as the supervisor comes to it
+NOT_NOW = -100  # of a claim: it cannot be made
+UNFIT_PREFIX = b"\x00unfit\x00"
+LOADED_ANEW: Any = errors.StoreUnavailable("another caller loads this key anew")  # never raised
 MISSING: Any = flight.MISSING
 
 
@@ -123,26 +128,32 @@ class StoredCache(Cache):
     def _load_missing(self, key: Key, default: Any) -> Steps[Any]:
         """What get() does on a miss."""
         name = _core.key_bytes(key)
-        if name[0] == 0:
-            return default
+        entry = None if name[0] == 0 else (yield from self._found(name))[0]
+        return default if entry is None else entry.value
+
+    def _found(self, name: bytes) -> Steps[Found]:
+        """What there is under a key that was missed. The store is asked once at most."""
         if self._notes:
             state, value, seen = self._look(name)
             if state == codec.NEGATIVE:
-                return default
+                return None, None
             if state == codec.FRESH:
-                return value
-            if state == codec.STALE and (value := (yield from self._refreshed(name, value, seen))) is not MISSING:
-                return value
+                return Entry(value), None
+            if state == codec.STALE:
+                entry, why = yield from self._refreshed(name, value, seen)
+                if entry is not None:
+                    return entry, why
         deadline = _core.monotonic() + self.policy.timeout
         with Claims(self) as claims:
             while (version := (yield from self._claim(claims, name, deadline))) == 0:
                 value = self.peek(name, MISSING)
                 if value is not MISSING:
-                    return value
+                    return Entry(value), None
             if version == DELETED:
-                return default
-            entry = (yield from steps(self._loaded, [name], claims)).get(name)
-            return default if entry is None else entry.value
+                return None, None
+            uncached: dict[bytes, Exception] = {}
+            entry = (yield from steps(self._loaded, [name], claims, uncached)).get(name)
+            return entry, uncached.get(name)
 
     def _got(self, key: Key) -> Steps[Any]:
         """Steps of get(); MISSING."""
@@ -156,38 +167,59 @@ class StoredCache(Cache):
         latest = _core.monotonic() + left
         return Call(self, call, what, latest, patience, marks)
 
-    def _refreshed(self, name: bytes, stale: Any, seen: int) -> Steps[Any]:
-        """A stale copy, of which one caller at a time loads another. MISSING: the store has none."""
-        with Claim(self) as claim:
-            if claim.take(flight.refresh_key(name), self._age) <= 0:
-                return stale
+    def _refreshed(self, name: bytes, stale: Any, seen: int) -> Steps[Found]:
+        """A stale copy, of which one caller at a time loads another. No entry: the store has none."""
+        with Claims(self) as claims:
+            if self._taken(claims, flight.refresh_key(name)) <= 0:
+                return Entry(stale), LOADED_ANEW
             head = self._head(name)
             try:
-                entry = (yield self._ask(self.store.load_many, [name])).get(name)
-            except errors.StoreUnavailable:
-                return stale
-            self.count_store(loads=1, found=entry is not None)
-            if entry is None:
-                self.discard(name)
-                return MISSING
-            self._filled(name, entry, seen, head, True)
-            return entry.value
+                entry = yield from self._one(name)
+            except errors.StoreUnavailable as e:
+                return Entry(stale), e
+            uncached: dict[bytes, Exception] = {}
+            if entry is not None:
+                self._filled(name, entry, seen, head, True, uncached)
+            if entry is None or uncached:  # nobody is to be given the old one after the new one
+                with contextlib.suppress(errors.CapacityError):
+                    self.discard(name)
+            return entry, uncached.get(name)
+
+    def _one(self, name: bytes) -> Steps[Entry | None]:
+        """What the store has under one key. Raises: what the store does, or what it refuses the row for."""
+        refused: dict[bytes, Exception] = {}
+        entry: Entry | None = (yield self._ask(partial(self._load_some, refused), [name])).get(name)
+        self.count_store(loads=1, found=entry is not None)
+        if refused:
+            raise next(iter(refused.values()))
+        return entry
+
+    def _taken(self, claims: Claims, name: bytes) -> int:
+        """What Claims.take() says; NOT_NOW: there is no room for a claim, or no lock to be had."""
+        try:
+            version: int = claims.take(name, self._age)
+        except errors.CapacityError:
+            return NOT_NOW
+        return version
 
     def _head(self, name: bytes) -> bytes | None:
         """The tags of a key's copy, as they are before it is loaded."""
         return None if self._tags_of is None else self._carry(self._tags_of(name))
 
-    def _claim(self, claims: Claims, name: bytes, deadline: float) -> Steps[int]:
+    def _claim(self, claims: Claims, name: bytes, deadline: float, to_load: bool = True) -> Steps[int]:
         """Of a missing key: a claim's version; 0: there is a value now; -1: load it, and do not fill it; DELETED.
 
-        Raises: StoreUnavailable: somebody else has been loading it for too long.
+        Args: to_load: for a caller that loads it if it can have no claim.
+        Raises: StoreUnavailable: somebody else has been loading it for too long; and if not to_load what take() does.
         """
         while True:
-            version = claims.take(name, self._age)
+            version = self._taken(claims, name) if to_load else claims.take(name, self._age)
             if version >= 0 or version == DELETED:
                 return version
-            if version in (-2, -4):  # the load of this very key asks for it; its writer is dead
+            if version in (-2, -4, NOT_NOW):  # the load of this very key asks for it; its writer is dead
                 return -1
+            if to_load and version != -3 and self.claim_version(flight.key_behind(UNFIT_PREFIX, name)):
+                return -1  # a load of this key ended a moment ago, with what cannot be cached
             if _core.monotonic() < deadline:
                 if (yield flight.how_to_wait(self, name, version)):
                     return -1
@@ -197,8 +229,11 @@ class StoredCache(Cache):
                 raise errors.StoreUnavailable(f"another caller has been loading this key for {self.policy.timeout} s: try again")
 
     @waiting
-    def _loaded(self, names: list[bytes], claims: Claims) -> Steps[dict[bytes, Entry]]:
-        """What the store has of names, with which those that are claimed are filled."""
+    def _loaded(
+        self, names: list[bytes], claims: Claims, uncached: dict[bytes, Exception] | None = None
+    ) -> Steps[dict[bytes, Entry]]:
+        """What the store has of names, with which those that are claimed are filled. uncached: is given why others are not cached."""
+        uncached = {} if uncached is None else uncached
         found: dict[bytes, Entry] = {}
         refused: dict[bytes, Exception] = {}
         heads = {name: self._head(name) for name in names if claims.version(name)}
@@ -208,16 +243,27 @@ class StoredCache(Cache):
         for name, head in heads.items():
             entry, version = found.get(name), claims.version(name)
             if entry is not None:
-                filled = self._filled(name, entry, version, head)
+                filled = self._filled(name, entry, version, head, False, uncached)
+                if name in uncached:
+                    self._say_unfit(name)
             elif self.policy.negative_ttl and name not in refused:
                 filled = self._put_negative(name, self.policy.negative_ttl, version)
             else:
                 filled = False
             if filled:
                 claims.drop(name)
+        uncached |= {name: just_now() for name in found if name not in heads}
         if refused:
             raise next(iter(refused.values())) if len(names) == 1 else errors.RowsRefused(refused)
         return found
+
+    def _say_unfit(self, name: bytes) -> None:
+        """To those that wait for this caller's claim: what it has loaded cannot be cached, so they need not wait for each other's loads.
+
+        A claim, for it is not logged, and ends by itself. If it cannot be made, they wait for each other, up to policy.timeout.
+        """
+        with contextlib.suppress(errors.CapacityError):
+            self.claim(flight.key_behind(UNFIT_PREFIX, name), self.policy.timeout)
 
     def _is_negative(self, name: bytes) -> bool:
         """Is it remembered that this key is not in the store?"""
@@ -225,59 +271,79 @@ class StoredCache(Cache):
 
     def _load_some(self, refused: dict[bytes, Exception], names: list[bytes], timeout: float) -> dict[bytes, Entry]:
         try:
-            return self.store.load_many(names, timeout=timeout)
+            found = dict(self.store.load_many(names, timeout=timeout))
         except errors.RowsRefused as e:
             refused |= e.errors
             rest = [name for name in names if name not in e.errors]
             return self._load_some(refused, rest, timeout) if rest and len(rest) < len(names) else {}
+        for name, (value, ttl) in [*found.items()]:
+            if ttl is not None:
+                try:
+                    found[name] = Entry(value, lifetime(ttl, over=True))
+                except errors.InvalidTTL as e:
+                    refused[name] = e
+                    del found[name]
+        return found
 
-    def _filled(self, name: bytes, entry: Entry, version: int, head: bytes | None, refresh: bool = False) -> bool:
-        """Fill a claim or a mark with what the store has. False: it does not stand any more, or this cannot be cached."""
+    def _filled(
+        self, name: bytes, entry: Entry, version: int, head: bytes | None, refresh: bool = False,
+        uncached: dict[bytes, Exception] | None = None,
+    ) -> bool:
+        """Fill a claim or a mark with what the store has. False: it does not stand any more, or (uncached is given why) this cannot be
+        cached: who asked gets it all the same."""
         if version <= 0:
             return False
         try:
+            if is_over(entry):
+                raise errors.InvalidTTL("the time of this row is over already: it is not cached, and not changed")
             return self.fill_claim(name, entry.value, version, entry.ttl, head, self.policy.stale_ttl or None, 0, refresh)
-        except (errors.UnsupportedValue, errors.ValueTooLarge, errors.InvalidTTL, errors.CapacityError):
-            return False  # who asked gets it all the same
+        except (errors.UnsupportedValue, errors.ValueTooLarge, errors.InvalidTTL, errors.CapacityError) as e:
+            if uncached is not None:
+                uncached[name] = e
+            return False
 
     @waiting
     def get_many(self, keys: Iterable[Key]) -> Steps[dict[Any, Any]]:
         wanted = _core.several(keys)
         found = super().get_many(wanted)
-        missing = {_core.key_bytes(k): k for k in wanted if k not in found}
+        missing = {name for k in wanted if k not in found and (name := _core.key_bytes(k))[0] != 0}
+        entries = yield from steps(self._found_many, missing)
+        for k in wanted:
+            if k not in found and (name := _core.key_bytes(k)) in entries:
+                found[k] = entries[name][0].value
+        return found
+
+    @waiting
+    def _found_many(self, names: Iterable[bytes]) -> Steps[dict[bytes, tuple[Entry, Exception | None]]]:
+        """_found() of several keys, of which those that are there are told."""
         later: list[bytes] = []
         ours: list[bytes] = []
+        uncached: dict[bytes, Exception] = {}
         with Claims(self) as claims:
-            for name in sorted(missing):
-                if name[0] == 0:
-                    continue
+            for name in sorted(names):
                 state = self._look(name)[0] if self._notes else codec.ABSENT
                 if state == codec.NEGATIVE:
                     continue
-                claimed = state == codec.ABSENT and claims.take(name, self._age) > 0
+                claimed = state == codec.ABSENT and self._taken(claims, name) > 0
                 (ours if claimed else later).append(name)
-            loaded = (yield from steps(self._loaded, ours, claims)) if ours else {}
-        values = {name: entry.value for name, entry in loaded.items()}
+            loaded = (yield from steps(self._loaded, ours, claims, uncached)) if ours else {}
+        found = {name: (entry, uncached.get(name)) for name, entry in loaded.items()}
         for name in later:  # there is a stale one, or somebody else loads or writes them: one by one, for each may be waited for
-            value = yield from self._got(name)
-            if value is not MISSING:
-                values[name] = value
-        for k in wanted:
-            if k not in found and (name := _core.key_bytes(k)) in values:
-                found[k] = values[name]
+            entry, why = yield from self._found(name)
+            if entry is not None:
+                found[name] = entry, why
         return found
 
     @waiting
     def gets(self, key: Key) -> Steps[tuple[Any, int]]:
-        """As Cache.gets. The version is the cached copy's: after an eviction cas() finds another one."""
+        """As Cache.gets. The version is the cached copy's: after an eviction cas() finds another one. It is 0 of a value that is in the
+        store and cannot be cached: cas() with that stores nothing."""
         name = _core.key_bytes(key)
-        deadline = _core.monotonic() + self.policy.timeout
-        while True:
-            value, version = super().gets(name)
-            if version or name[0] == 0 or (yield from self._got(name)) is MISSING:
-                return value, version
-            if _core.monotonic() > deadline:
-                raise errors.StoreUnavailable("this key is there, but cannot be cached just now, so it has no version: try again")
+        value, version = super().gets(name)
+        if version or name[0] == 0 or (there := (yield from self._got(name))) is MISSING:
+            return value, version
+        value, version = super().gets(name)
+        return (value, version) if version else (there, 0)
 
     @waiting
     def __contains__(self, key: Key) -> Steps[bool]:
@@ -290,7 +356,7 @@ class StoredCache(Cache):
         ttl = super().ttl(name)
         if ttl is None and name[0] != 0 and not self._is_negative(name):
             with Claims(self) as claims:
-                version = claims.take(name, self._age)
+                version = self._taken(claims, name)
                 entry = None if version == DELETED else (yield from steps(self._loaded, [name], claims)).get(name)
             if entry is not None:
                 return math.inf if entry.ttl is None else entry.ttl
@@ -338,6 +404,15 @@ def _reopened(
     name: str, codec_name: str, trust: dict[str, Any], store: Store, tags: Callable[[bytes], Iterable[str]] | None
 ) -> Cache:
     return attach(name, codec=codec_name, store=store, tags=tags, **trust)
+
+
+def just_now() -> errors.StoreUnavailable:
+    return errors.StoreUnavailable("this key is in the store, but cannot be cached just now: nothing was changed; try again")
+
+
+def is_over(entry: Entry) -> bool:
+    """It had a time to live, of which nothing is left."""
+    return entry.ttl is not None and entry.ttl <= 0
 
 
 def no_tags(tags: Tags) -> None:

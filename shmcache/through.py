@@ -36,7 +36,7 @@ from shmcache import errors, flight
 from shmcache.core import _core
 from shmcache.core._claims import Claims, Marks
 from shmcache.flight import steps
-from shmcache.stored import BATCH, MISSING, StoredCache, is_own, no_tags, seconds_of, waiting
+from shmcache.stored import BATCH, MISSING, StoredCache, is_over, is_own, no_tags, seconds_of, waiting
 from shmcache.stores import Entry
 
 if TYPE_CHECKING:
@@ -169,7 +169,9 @@ class ThroughCache(StoredCache):
             if mark < 0:
                 return MISSING
             head = self._head(name)
-            was = (yield self._ask(self.store.load_many, [name])).get(name)
+            was = yield from self._one(name)
+            if was is not None and is_over(was):
+                was = None
             now, told = change(was)
             if now is KEEP:
                 now = was

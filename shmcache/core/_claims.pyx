@@ -9,7 +9,8 @@ limit in all, however many signals come.
     raised before the claim             nothing is held
     raised when the claim stands        it is noted: __exit__ gives it back, or (by hand) give_back(), or whoever drops the last reference
     raised in give_back()               impossible: what comes is raised when it has returned
-    give_back() finds the stripe busy   it is noted still: StripeBusy, once more when the object goes, then by its time or the process's end
+    give_back() finds the stripe busy   it is noted still: StripeBusy (Claims: nothing is said), once more when the object goes, then by its time
+                                        or the process's end
     the object is dropped               a claim is given back at once: nobody can fill it any more. That does not wait, for it may be in a
                                         collection of garbage: a busy stripe leaves it to its time. A lock stands until its ttl is over or its
                                         process ends: `if cache.lock(name, ttl=60).acquire(blocking=False)` keeps the others out for 60 s
@@ -205,12 +206,10 @@ cdef class Claims:
         return self
 
     def __exit__(self, kind, error, trace):
+        """Not StripeBusy: what they were for is done without them. One that is not given back is noted, and ends at its time."""
         cdef Held claim
-        cdef bint busy = False
         for claim in self.held.values():
-            busy |= claim.put_back() == BUSY
-        if busy and kind is None:
-            fail(BUSY)
+            claim.put_back()
 
 
 cdef class Marks:

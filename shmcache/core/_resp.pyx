@@ -198,6 +198,7 @@ cdef class Executor:
     cdef dict there                     # KNOWS: the segment's keys that are there: when they expire, the segment's time; 0: never
     cdef set changed                    # KNOWS: those that were written or removed since
     cdef bytes aside                    # KNOWS: what the keys of the first database begin with instead; None: nothing
+    cdef dict given                     # KNOWS: the segment's keys that are there and cannot be cached: (value, the segment's time, error)
 
     def __cinit__(self, Table table not None, dict commands, *, bint impatient=True, int databases=1):
         cdef uint32_t i
@@ -474,11 +475,14 @@ cdef class Executor:
         self.backed = LOADS
         self.put_off = put_off
 
-    def know(self, dict there not None, bytes aside=None, bint takes_stale=False):
+    def know(self, dict there not None, bytes aside=None, bint takes_stale=False, dict given not None={}):
         """Of a thread of the pool: these keys are there, each with the unix ms at which it expires (0: never, or not known). Till forget() a miss of
         one of them is an error, and lost. aside: put before each key of the first database, so that commands run on copies: what they write
-        gets no default ttl. takes_stale: of values that are stale, too."""
+        gets no default ttl. takes_stale: of values that are stale, too. given: keys that are there and not in the segment: (value, unix ms, why
+        not). A command reads them as if they were; it changes them only aside (else that error is raised), or by a value that knows nothing
+        of theirs, or by a delete."""
         cdef bytes key
+        self.given = {key: (value, self.expiry_of(at) if at else 0, why) for key, (value, at, why) in given.items()}
         self.there = {key: self.expiry_of(at) if at else 0 for key, at in there.items()}
         self.changed = set()
         self.aside = aside
@@ -488,14 +492,15 @@ cdef class Executor:
         self.use(0)
 
     def forget(self):
-        """(there as it is now, the keys that were written or removed)."""
+        """(there as it is now, the keys that were written or removed, those of the given ones that are as they were, but for their time)."""
         cdef bytes key
+        cdef set given = set(self.given)
         there, changed = {key: self.unix_of(at) if at else 0 for key, at in self.there.items()}, self.changed
-        self.there = self.changed = self.aside = None
+        self.there = self.changed = self.aside = self.given = None
         self.takes_stale = False
         self.backed = 0
         self.use(0)
-        return there, changed
+        return there, changed, given
 
     def name_of(self, bytes key not None):
         """The segment's key for a client's. Raises: InvalidKey."""
@@ -701,15 +706,19 @@ cdef bint look(Executor ex, const uint8_t* key, size_t n, raw_t* raw, int whole)
     return fits(ex, &key, &n) and look_at(ex, key, n, raw, whole)
 
 
-cdef int missed(Executor ex, const uint8_t* key, size_t n) except -1:
-    """Of a segment before a store: there is nothing under this key (the segment's). Raises: WouldWait: perhaps in the store. StoreUnavailable: there
-    was, but a moment ago."""
+cdef int missed(Executor ex, const uint8_t* key, size_t n, raw_t* raw=NULL) except -1:
+    """Of a segment before a store: there is nothing under this key (the segment's). 1: it was given, and is read into raw. Raises: WouldWait: perhaps
+    in the store. StoreUnavailable: there was, but a moment ago."""
     cdef bytes name
     if ex.backed == LOADS:
         if key[0] != 0:
             raise WouldWait
         return 0
     name = PyBytes_FromStringAndSize(<char*>key, <Py_ssize_t>n)
+    if name in ex.given:
+        if raw != NULL:
+            read_given(ex, ex.given[name], raw)
+        return 1
     at = ex.there.get(name)
     if at is None:
         return 0
@@ -720,10 +729,43 @@ cdef int missed(Executor ex, const uint8_t* key, size_t n) except -1:
     raise errors.StoreUnavailable("a key is in the store, but cannot be cached just now: nothing was changed; try again")
 
 
+cdef int read_given(Executor ex, tuple given, raw_t* raw) except -1:
+    """As look() reads what is in the segment. Its version is no other's: who watches it finds it changed."""
+    cdef put_t op
+    cdef int64_t number
+    holder = ex.table.store_view(given[0], &op, &number)        # which keeps the value's bytes
+    ex.grow_scratch(max(<uint64_t>64, op.value_bytes))
+    memcpy(ex.scratch, op.value, op.value_bytes)
+    raw.value = ex.scratch
+    raw.n = op.value_bytes
+    raw.version = <uint64_t>1 << 63 | mono_ns()
+    raw.expiry_ms = given[1]
+    raw.of_copy = False
+    raw.codec = op.codec
+    ex.s.row.hits += 1
+    if raw.codec == CODEC_INT and raw.n == 8:
+        memcpy(&number, ex.scratch, 8)
+        raw.n = shm_digits(<char*>ex.scratch, number)
+    return 0
+
+
+cdef tuple given_of(Executor ex, const uint8_t* key, size_t n, bint changes):
+    """What was given for this key (the segment's), or None. changes: it is to be changed by who has read it. Raises: then, why it is not cached,
+    if the change would be of the key itself: somebody else may have changed it meanwhile."""
+    cdef tuple given
+    if ex.backed != KNOWS or not ex.given:
+        return None
+    given = ex.given.get(PyBytes_FromStringAndSize(<char*>key, <Py_ssize_t>n))
+    if given is not None and changes and ex.aside is None:
+        raise given[2]
+    return given
+
+
 cdef int noted(Executor ex, const uint8_t* key, size_t n, uint64_t expiry_ms, bint gone) except -1:
     """For know(): this key (the segment's) was written or removed. expiry_ms: NEVER: as it was."""
     cdef bytes name = PyBytes_FromStringAndSize(<char*>key, <Py_ssize_t>n)
     ex.changed.add(name)
+    ex.given.pop(name, None)
     if gone or ex.aside is None:
         ex.there.pop(name, None)
     elif expiry_ms != NEVER:
@@ -731,12 +773,10 @@ cdef int noted(Executor ex, const uint8_t* key, size_t n, uint64_t expiry_ms, bi
     return 0
 
 
-cdef int known(Executor ex, const uint8_t* key, size_t n) except -1:
-    """Before it matters, for what does not read it, whether a client's key is there: as missed()."""
+cdef bint known(Executor ex, const uint8_t* key, size_t n) except -1:
+    """Before it matters, for what does not read it, whether a client's key is there: as missed(). False: not before a store, or it is not there."""
     cdef raw_t raw
-    if unlikely(ex.backed):
-        look(ex, key, n, &raw, False)
-    return 0
+    return unlikely(ex.backed) and look(ex, key, n, &raw, False)
 
 
 cdef bint look_at(Executor ex, const uint8_t* key, size_t n, raw_t* raw, int whole) except -1:
@@ -751,9 +791,7 @@ cdef bint look_at(Executor ex, const uint8_t* key, size_t n, raw_t* raw, int who
             s.row.misses += 1
             if r.expired:
                 ex.table.remove_view(s, ex.mapping, key, n, h, 0, True, NULL)
-            if unlikely(ex.backed):
-                missed(ex, key, n)
-            return False
+            return unlikely(ex.backed) and missed(ex, key, n, raw)
         if rc == OK:
             raw.n = r.value_bytes
             if whole or r.codec == CODEC_INT or r.codec == CODEC_ENVELOPE:
@@ -764,7 +802,7 @@ cdef bint look_at(Executor ex, const uint8_t* key, size_t n, raw_t* raw, int who
                     raise errors.DamageError("a page of this value belongs to somebody else: delete the key")
                 found = finish_raw(ex, &r, raw, whole)
                 if unlikely(found == UNKNOWN):
-                    missed(ex, key, n)
+                    found = missed(ex, key, n, raw)
                 return found == True
         s.row.retries += 1
         if rc == OK and tries and whole and r.value_bytes >= LARGE_COPY:
@@ -837,11 +875,9 @@ cdef bint look_locked(Executor ex, const uint8_t* key, size_t n, uint64_t h, raw
         raw.n = r.value_bytes
         rc = finish_raw(ex, &r, raw, whole)
         if rc == UNKNOWN:
-            missed(ex, key, n)
+            rc = missed(ex, key, n, raw)
         return rc == True
-    if ex.backed:
-        missed(ex, key, n)
-    return False
+    return ex.backed and missed(ex, key, n, raw)
 
 
 cdef int check_key(Executor ex, const uint8_t** key, size_t* n) except -1:
@@ -861,6 +897,10 @@ cdef int put_value(Executor ex, const uint8_t* key, size_t n, const uint8_t* val
         expiry_ms = NEVER
     if size > s.max_value_bytes:
         raise errors.ValueTooLarge("string exceeds maximum allowed size (proto-max-bulk-len)")
+    if unlikely(ex.backed) and given_of(ex, key, n, when != ALWAYS and when != IF_ABSENT) is not None:
+        if when == IF_ABSENT:
+            return EXISTS
+        when = ALWAYS       # aside nobody else is; or it is the same, whatever is there
     op.key = key
     op.key_bytes = n
     op.hash = siphash13(key, n, s.k0, s.k1)
@@ -908,13 +948,17 @@ cdef int remove_key(Executor ex, const uint8_t* key, size_t n, uint64_t version)
     cdef seg_t* s = ex.s
     cdef log_t log
     cdef int rc
+    cdef bint given
     if not fits(ex, &key, &n):
         return ABSENT
     log.end = 0
+    given = unlikely(ex.backed) and given_of(ex, key, n, version != 0) is not None
     rc = ex.table.remove_view(s, ex.mapping, key, n, siphash13(key, n, s.k0, s.k1), version, False, &log)
     if unlikely(log.end != 0):
         ex.table.note_log(&log)
     if unlikely(ex.backed == KNOWS):
+        if given:
+            rc = OK
         if rc == OK:
             noted(ex, key, n, 0, True)
         elif rc == ABSENT and ex.aside is not None:
@@ -926,9 +970,16 @@ cdef int expire_key(Executor ex, const uint8_t* key, size_t n, uint64_t expiry_m
     """Change when it expires (0: never): OK or ABSENT."""
     cdef log_t log
     cdef int rc
+    cdef tuple given
     if not fits(ex, &key, &n):
         return ABSENT
     log.end = 0
+    if unlikely(ex.backed):
+        given = given_of(ex, key, n, True)
+        if given is not None:
+            noted(ex, key, n, expiry_ms, False)
+            ex.given[PyBytes_FromStringAndSize(<char*>key, <Py_ssize_t>n)] = given[0], expiry_ms, given[2]
+            return OK
     rc = ex.table.change_expiry_view(ex.s, ex.mapping, key, n, siphash13(key, n, ex.s.k0, ex.s.k1), expiry_ms, False, &log)
     if unlikely(log.end != 0):
         ex.table.note_log(&log)
@@ -1668,11 +1719,11 @@ cdef class Client:
         for tries in range(RESTARTS):
             rc = read_begin(s, key, n, h, &r)
             if rc == ABSENT:
+                if unlikely(ex.backed):
+                    break
                 s.row.misses += 1
                 if unlikely(r.expired):
                     ex.table.remove_view(s, ex.mapping, key, n, h, 0, True, NULL)
-                if unlikely(ex.backed):
-                    missed(ex, key, n)
                 return self.nil()
             if rc == OK and (r.codec == CODEC_INT or r.codec == CODEC_ENVELOPE):
                 break
@@ -1869,10 +1920,10 @@ cdef class Client:
             if rc == OVERFLOW:
                 return self.error(b"ERR increment or decrement would overflow")
             if rc == ABSENT or rc == NO_STORE or rc == BUSY:        # the last two raise here
-                known(ex, ex.argv[1], ex.argl[1])
-                if put_value(ex, ex.argv[1], ex.argl[1], <const uint8_t*>&by, 8, CODEC_INT, 0, IF_ABSENT, 0) == OK:
-                    return self.integer(by)
-                continue
+                if not known(ex, ex.argv[1], ex.argl[1]):
+                    if put_value(ex, ex.argv[1], ex.argl[1], <const uint8_t*>&by, 8, CODEC_INT, 0, IF_ABSENT, 0) == OK:
+                        return self.integer(by)
+                    continue
             if not look_at(ex, key, n, &raw, True):
                 continue
             if not shm_number(raw.value, raw.n, &number):

@@ -1,7 +1,8 @@
 """What a command needs of the store behind the segment. In a thread of the pool, in place of Client.retry; the loop never asks the store.
 
-    a read            what it misses is loaded, as StoredCache does it, then it runs; on copies, where a mark stands that nobody ends
-    back: a write     the same: it runs on what there is. What it writes is dirty, and the supervisor stores it
+    a read            what it misses is loaded, as StoredCache does it, then it runs; what cannot be cached it is given (Executor.know)
+    back: a write     the same: it runs on what there is. What it writes is dirty, and the supervisor stores it. What cannot be cached it
+                      can replace, or delete, but not change: the reply is why
     through, around:  the keys are marked for this thread alone, and loaded; the command runs on copies of them (Executor.know,
     a write           aside), as it would on the keys; what it has changed is stored; then the marks are filled (through), or
                       dropped. If the store fails its reply is the error, and the keys are misses
@@ -16,14 +17,14 @@ import itertools
 import math
 import os
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from shmcache import errors
 from shmcache.core import _core, _resp, _text
 from shmcache.core._claims import Claims, Marks
 from shmcache.sidecar.commands.table import OF_CACHE, TABLE, WRITE, Error, keys_in
 from shmcache.sidecar.commands.transactions import discard_transaction
-from shmcache.stored import BATCH, MISSING, StoredCache
+from shmcache.stored import BATCH, LOADED_ANEW, MISSING, StoredCache, is_over
 from shmcache.stores import Entry
 from shmcache.through import ThroughCache
 
@@ -125,44 +126,44 @@ def text_of(e: Exception) -> bytes:
 
 
 def loaded(client: Connection, ex: _resp.Executor, cache: StoredCache, plan: Plan) -> None:
-    """Run it with what it reads cached. What is evicted meanwhile is loaded again; but a part of a transaction may have been done."""
+    """Run it with what it reads cached, or, if it cannot be cached, given. What is evicted meanwhile is loaded again; but a part of a
+    transaction may have been done."""
     deadline = _core.monotonic() + cache.policy.timeout
     words, before = client.retried or [], client.buffered[1]
     names = [name for name in plan.read if len(name) <= 4096]
     while True:
-        copies = Copies(ex, cache)
         try:
-            try:
-                there = load(ex, cache, names)
-                if not plan.writes and not plan.own and any(is_uncached(ex, cache, name) for name in there):
-                    copies.put(cache._loaded(names, Claims(cache)))
-            except Exception as e:
-                refuse(client, ex, e)
-                return
-            ex.know(copies.at or dict.fromkeys(there, 0), copies.aside if copies.at else None, takes_stale=not plan.writes)
-            try:
-                client.retry(ex)
-            finally:
-                ex.forget()
+            there, given = load(ex, cache, names, plan.writes)
+        except Exception as e:
+            refuse(client, ex, e)
+            return
+        ex.know(dict.fromkeys(there, 0), takes_stale=not plan.writes, given=given)
+        try:
+            client.retry(ex)
         finally:
-            copies.drop()
+            ex.forget()
         if not ex.lost or words[0].lower() == b"exec" or _core.monotonic() > deadline:
             return
         client.take_back(before)
 
 
-def is_uncached(ex: _resp.Executor, cache: StoredCache, name: bytes) -> bool:
-    """Is it loaded, and not there, for a mark stands?"""
-    return len(name) <= MOST_KEY and not ex.version(name) and cache.claim_version(name) != 0
+Given = tuple[Any, int, Exception]  # a value that cannot be cached, the unix ms at which it expires (0: never), and why it cannot
 
 
-def load(ex: _resp.Executor, cache: StoredCache, names: list[bytes]) -> set[bytes]:
-    """Those of names that are there: they were cached, or are now. Raises: whatever the store does."""
-    there = {name for name in names if ex.version(name)}
-    missing = [name for name in names if name not in there]
-    if cache.policy.stale_ttl:  # while the store is down a stale copy will do
-        return there | {name for name in missing if cache.get(name, MISSING) is not MISSING}
-    return there | cache.get_many(missing).keys()
+def load(ex: _resp.Executor, cache: StoredCache, names: list[bytes], writes: bool) -> tuple[set[bytes], dict[bytes, Given]]:
+    """Those of names that are there: they were cached, or are now; and those that are to be given. Raises: whatever the store does."""
+    there, given = {name for name in names if ex.version(name)}, {}
+    for name, (entry, why) in cache._found_many(set(names) - there).items():
+        if why is None or (writes and why is LOADED_ANEW):  # a change waits for that
+            there.add(name)
+        else:
+            given[name] = entry.value, expires(ex, entry), why
+    return there, given
+
+
+def expires(ex: _resp.Executor, entry: Entry) -> int:
+    """The unix ms at which it does; 0: never."""
+    return 0 if entry.ttl is None else ex.now() + math.ceil(entry.ttl * 1000)
 
 
 class Copies:
@@ -172,13 +173,18 @@ class Copies:
         self.ex, self.cache = ex, cache
         self.aside = _resp.ASIDE + os.urandom(8)
         self.at: dict[bytes, int] = {}  # a copy's name -> unix ms at which it expires, 0: never
+        self.given: dict[bytes, Given] = {}  # those of which there can be no copy
 
     def put(self, entries: Mapping[bytes, Entry]) -> None:
         for name, entry in entries.items():
-            if entry.ttl is None or entry.ttl > 0:
-                copy = self.aside + name
-                self.at[copy] = 0 if entry.ttl is None else self.ex.now() + math.ceil(entry.ttl * 1000)
-                self.cache.set(copy, entry.value, entry.ttl)
+            if not is_over(entry):
+                copy, at = self.aside + name, expires(self.ex, entry)
+                try:
+                    self.cache.set(copy, entry.value, entry.ttl)
+                except (errors.ValueTooLarge, errors.CapacityError) as e:
+                    self.given[copy] = entry.value, at, e
+                    continue
+                self.at[copy] = at
                 if entry.ttl is None:
                     self.cache.persist(copy)  # the segment's default is that of cached copies
 
@@ -214,11 +220,11 @@ class Trial:
 
     def run(self, client: Connection) -> None:
         aside = self.copies.aside
-        self.ex.know(self.copies.at, aside)
+        self.ex.know(self.copies.at, aside, given=self.copies.given)
         try:
             client.retry(self.ex)
         finally:
-            self.there, self.changed = self.ex.forget()
+            self.there, self.changed, self.given = self.ex.forget()
             self.changed = {copy for copy in self.changed if copy.startswith(aside)}  # COPY writes another database, too
             self.copies.at |= dict.fromkeys(self.changed, 0)
 
@@ -231,6 +237,10 @@ class Trial:
             name = copy.removeprefix(self.copies.aside)
             if copy not in there:
                 self.gone.append(name)
+                continue
+            if copy in self.given:  # its time was changed
+                at = there[copy]
+                self.kept[name] = Entry(self.was[name].value, max(at - self.ex.now(), 1) / 1000 if at else None)
                 continue
             value, ttl = self.cache.peek(copy, MISSING), self.cache.ttl(copy)
             if value is not MISSING and ttl is not None:

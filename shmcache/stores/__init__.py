@@ -10,6 +10,7 @@ have to pass.
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -30,11 +31,24 @@ def checked_items(items: Mapping[Any, Any]) -> dict[bytes, Any]:
     return {_core.key_bytes(key): value for key, value in _core.pairs(items)}
 
 
+def lifetime(ttl: Any, over: bool = False) -> float | None:
+    """A ttl of an entry, by the rules of the cache's own: seconds, or None: it does not expire, as math.inf says, too.
+
+    Args: over: it is what is left, which may be less than nothing: 0. Raises: InvalidTTL.
+    """
+    if isinstance(ttl, (int, float)) and not isinstance(ttl, bool):
+        if ttl == math.inf:
+            return None
+        if over and ttl < 0:
+            return 0.0
+    return None if ttl is None else _core.seconds(ttl)
+
+
 class Entry(NamedTuple):
     """What a store has under a key. Where a store is given entries, a plain (value, ttl) will do."""
 
     value: Any
-    ttl: float | None = None  # seconds that it has still to live; None: it does not expire
+    ttl: float | None = None  # seconds that it has still to live; None, or math.inf: it does not expire; 0 or less: that is over
 
 
 class Store(Protocol):

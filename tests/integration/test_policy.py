@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime as dt
 import json
 import math
 import multiprocessing as mp
@@ -16,6 +17,7 @@ import threading
 import time
 import warnings
 
+import numpy as np
 import pytest
 
 import shmcache
@@ -689,6 +691,149 @@ def test_what_the_cache_cannot_hold_is_loaded_all_the_same(over, hooked):
     assert cache.get_many(["k"]) == {"k": large}
     assert cache.peek("k") is None
     assert cache.ttl("k") == math.inf
+
+
+class Strange:
+    """A value that the codec refuses."""
+
+
+class Rows(Hooked):
+    """A store with rows that may be of any kind."""
+
+    def __init__(self, rows):
+        super().__init__()
+        self.theirs = rows
+
+    def load_many(self, keys, *, timeout=None):
+        return {**super().load_many(keys), **{key: self.theirs[key] for key in keys if key in self.theirs}}
+
+
+UNFIT = {"large": Entry(bytes(4 << 20)), "strange": Entry(Strange()), "over": Entry(b"v", 0.0), "over for long": Entry(b"v", -3), "no room": Entry(b"v")}
+ASKS = {
+    "get": lambda c: c.get("k"), "[]": lambda c: c["k"], "gets": lambda c: c.gets("k"), "get_many": lambda c: c.get_many(["k", "n"]),
+    "in": lambda c: "k" in c, "ttl": lambda c: c.ttl("k"), "get_or_set": lambda c: c.get_or_set("k", lambda: 1 / 0), "get_lease": lambda c: c.get_lease("k").value,
+    "add": lambda c: c.add("k", 1),
+}  # fmt: skip
+
+
+def no_room(*_, **__):
+    raise errors.NoRoom("nothing can be evicted")
+
+
+@pytest.mark.parametrize("ask", ASKS)
+@pytest.mark.parametrize("kind", UNFIT)
+def test_what_cannot_be_cached_is_given_to_each_who_asks_and_loaded_once(front, any_mode, monkeypatch, kind, ask):
+    entry = UNFIT[kind]
+    store = Rows({b"k": entry})
+    cache = front(store, any_mode)
+    if kind == "no room":
+        monkeypatch.setattr(type(cache), "fill_claim", no_room)
+    over = kind.startswith("over")
+    told = {"gets": (entry.value, 0), "get_many": {"k": entry.value}, "in": True, "ttl": 0.0 if over else math.inf, "add": over}.get(ask, entry.value)
+    for _ in range(1 if ask == "add" else 2):
+        store.calls.clear()
+        assert ASKS[ask](cache) == told
+        assert [keys for what, keys in store.calls if what == "load"] == [[b"k", b"n"] if ask == "get_many" else [b"k"]]
+    assert cache.claim_version("k") == 0
+    assert over or cache.peek("k") is None
+
+
+CHANGES = {
+    "replace": lambda c: c.replace("k", 1), "touch": lambda c: c.touch("k", 9), "persist": lambda c: c.persist("k"), "pop": lambda c: c.pop("k"),
+    "incr": lambda c: c.incr("k"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_of_what_cannot_be_cached_is_made_or_refused_at_once(front, any_mode, change):
+    """What is written back is changed in the cache: there it is refused."""
+    store = Rows({b"k": UNFIT["large"]})
+    cache = front(store, any_mode)
+    refused = errors.ValueTooLarge if any_mode == "back" else errors.NotANumber if change == "incr" else None
+    if refused is None:
+        assert CHANGES[change](cache) == (UNFIT["large"].value if change == "pop" else True)
+    else:
+        with pytest.raises(refused):
+            CHANGES[change](cache)
+    assert [what for what, _ in store.calls].count("load") == 1
+    store.theirs.clear()
+    cache.set("k", "fits")
+    assert cache["k"] == "fits"
+    assert stored(cache, "k") == {b"k": Entry("fits")}
+
+
+def test_a_lock_that_is_not_to_be_had_keeps_nobody_from_reading(make, any_mode, hooked):
+    cache = make(store=hooked, policy=any_mode, lock_limit=0.05)
+    hooked.rows[b"k"] = (hooked.codec.encode("v"), None, 0)
+    executor, held, over = _resp.Executor(cache, {}, impatient=False), threading.Event(), threading.Event()
+
+    def beside():
+        executor.hold([b"k"])
+        held.set()
+        over.wait(60)
+        executor.release()
+
+    thread, _ = in_thread(beside)
+    assert held.wait(60)
+    try:
+        asks = [lambda: cache["k"], lambda: cache.gets("k"), lambda: cache.get_many(["k"]), lambda: "k" in cache, lambda: cache.ttl("k")]
+        assert [ask() for ask in asks] == ["v", ("v", 0), {"k": "v"}, True, math.inf]
+        assert hooked.calls == [("load", [b"k"])] * 5
+    finally:
+        over.set()
+        thread.join(60)
+    assert [cache["k"], cache.peek("k")] == ["v", "v"]
+
+
+def test_who_waits_for_what_cannot_be_cached_does_not_wait_for_each_other(front, any_mode):
+    """Each loads it for itself, once it is known: all at the same time."""
+    n = 7
+    store = Rows({b"k": UNFIT["large"]})
+    gate, together = Gate(store, "load"), threading.Barrier(n)
+    cache = front(store, any_mode, timeout=60)
+    first, got = in_thread(cache.get, "k")
+    assert gate.reached.wait(60)
+    asks = [lambda: cache.get("k"), lambda: cache.gets("k")[0], lambda: cache.get_many(["k"])["k"], lambda: cache.get_or_set("k", lambda: 1 / 0)]
+    store.after = lambda what, keys: None if threading.current_thread() is first else together.wait(20)
+    waiters = [in_thread(asks[i % len(asks)]) for i in range(n)]
+    gate.opened.set()
+    for thread, _ in [(first, got), *waiters]:
+        thread.join(60)
+    assert [answer for _, (answer,) in [(first, got), *waiters]] == [UNFIT["large"].value] * (n + 1)
+
+
+def test_a_row_that_has_outgrown_the_cache_takes_the_stale_copy_with_it(over, hooked):
+    cache = over(hooked, stale_ttl=1000)
+    cache.set("k", "old", ttl=10)
+    assert cache["k"] == "old"
+    pass_time(cache, 11)
+    hooked.rows[b"k"] = (hooked.codec.encode(UNFIT["large"].value), None, 0)
+    assert cache["k"] == UNFIT["large"].value
+    assert cache._look("k")[0] == 3
+
+
+BAD_TTLS = [math.nan, True, "9", 1e13, b"", [1]]
+
+
+@pytest.mark.parametrize("ttl", BAD_TTLS, ids=repr)
+def test_a_row_whose_ttl_cannot_be_is_refused_alone(front, any_mode, ttl):
+    cache = front(Rows({b"k": Entry("v", ttl), b"n": Entry("w")}), any_mode)
+    for ask in (lambda: cache.get("k"), lambda: cache["k"], lambda: cache.gets("k"), lambda: cache.ttl("k"), lambda: cache.incr("k")):
+        with pytest.raises(errors.InvalidTTL, match="ttl"):
+            ask()
+    with pytest.raises(errors.RowsRefused, match="b'k': a ttl"):
+        cache.get_many(["k", "n"])
+    assert cache.peek("n") == "w"
+
+
+@pytest.mark.parametrize(("ttl", "is_told"), [(math.inf, math.inf), (None, math.inf), (np.float64("inf"), math.inf), (dt.timedelta(seconds=100), 100), (100, 100)])
+def test_a_row_that_does_not_expire_is_cached_for_good(front, any_mode, ttl, is_told):
+    store = Rows({b"k": Entry("v", ttl), b"n": Entry(1, ttl)})
+    cache = front(store, any_mode)
+    assert [cache["k"], cache.peek("k"), cache.ttl("k")] == ["v", "v", pytest.approx(is_told, abs=5)]
+    assert cache.incr("n") == 2
+    del store.theirs[b"n"]
+    assert stored(cache, "n")[b"n"] == (2, pytest.approx(is_told, abs=5) if is_told < math.inf else None)
 
 
 # ---- who meets whom -----------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sqlite3
 import threading
 import time
@@ -131,24 +132,103 @@ def fail(error):
     ("mode", "line", "reply"), [("through", "GET k", b"41"), ("around", "STRLEN k", 2), ("back", "INCR k", 42), ("back", "SETNX k 1", 0)]
 )
 def test_what_is_evicted_once_it_was_loaded_is_loaded_again(front, monkeypatch, mode, line, reply):
-    """Where it cannot be cached at all it is an error, not a miss."""
     store = Hooked()
-    store.store_many({b"k": (b"41", None), b"large": (bytes(3 << 20), None)}, versions={b"k": 0, b"large": 0})
-    cache, client = front(store, mode, timeout=2.0)
-    get_many, times = shmcache.stored.StoredCache.get_many, []
+    store.store_many({b"k": (b"41", None)}, versions={b"k": 0})
+    cache, client = front(store, mode, timeout=60.0)
+    load, times = backed.load, []
 
-    def and_evicted(self, keys):
-        found = get_many(self, keys)
+    def and_evicted(*args):
+        found = load(*args)
         if len(times) < 3:
             cache.invalidate("k")
         times.append(1)
         return found
 
-    monkeypatch.setattr(shmcache.stored.StoredCache, "get_many", and_evicted)
+    monkeypatch.setattr(backed, "load", and_evicted)
     client.response_callbacks.clear()
     assert client.execute_command(*line.split()) == reply and len(times) == 4
-    with pytest.raises(redis.ResponseError, match="cannot be cached just now"):
-        client.get("large")
+
+
+LARGE = b"1" + bytes(3 << 20)
+OF_LARGE = [  # command, reply; where it is written through, what the store has then (None: nothing)
+    ("GET k", LARGE), ("MGET k other n", [LARGE, b"w", None]), ("STRLEN k", len(LARGE)), ("EXISTS k n k", 2), ("TYPE k", b"string"), ("TTL k", 100),
+    ("GETRANGE k 0 1", b"1\0"), ("GETBIT k 2", 1), ("BITCOUNT k", 3), ("TOUCH k", 1), ("OBJECT ENCODING k", b"raw"), ("EVAL_RO return#redis.call('STRLEN',KEYS[1]) 1 k", len(LARGE)),
+    ("LEASE.GET k", [LARGE, None]), ("SET k v NX", None), ("SETNX k v", 0), ("MSETNX k v n v", 0), ("COPY other k", 0),
+    ("DEL k n", 1, None), ("UNLINK k", 1, None), ("SET k v", b"OK", b"v"), ("MSET k v", b"OK", b"v"), ("COPY other k REPLACE", 1, b"w"), ("RENAME other k", b"OK", b"w"),
+    ("GETDEL k", LARGE, None), ("GETSET k v", LARGE, b"v"), ("SET k v XX", b"OK", b"v"), ("SET k v GET", LARGE, b"v"), ("EXPIRE k 1000", 1, LARGE), ("PERSIST k", 1, LARGE),
+    ("GETEX k EX 1000", LARGE, LARGE), ("EXPIRE k -1", 1, None), ("INCR k", "not an integer"), ("INCRBYFLOAT k 1", "not a valid float"), ("APPEND k x", "maximum allowed size"), ("SETRANGE k 0 x", "maximum allowed size"),
+    ("SETBIT k 0 1", "maximum allowed size"), ("BITFIELD k SET u8 0 1", "maximum allowed size"), ("RENAME k n", "maximum allowed size"),
+]  # fmt: skip
+IN_PLACE = ["GETDEL k", "GETSET k v", "SET k v XX", "SET k v GET", "EXPIRE k 1000", "EXPIRE k -1", "PERSIST k", "GETEX k EX 1000"]  # of what is cached, in write-back
+
+
+@pytest.mark.parametrize("mode", POLICIES)
+@pytest.mark.parametrize(("line", "reply", "after"), [(*row, LARGE)[:3] for row in OF_LARGE], ids=lambda x: x if isinstance(x, str) else "")
+def test_a_row_that_cannot_be_cached_is_given_and_loaded_once(front, mode, line, reply, after):
+    store = Hooked()
+    of_old = dict.fromkeys((b"k", b"other"), 0) if mode == "back" else None
+    store.store_many({b"k": (LARGE, 99.9), b"other": (b"w", None)}, versions=of_old)
+    cache, client = front(store, mode, timeout=60.0)
+    client.response_callbacks.clear()
+    store.calls.clear()
+    words = [word.replace("#", " ") for word in line.split()]
+    refused = isinstance(reply, str)
+    if mode == "back" and line in IN_PLACE:
+        refused, reply, after = True, "larger max_value", LARGE
+    began = time.monotonic()
+    if refused:
+        with pytest.raises(redis.ResponseError, match=reply):
+            client.execute_command(*words)
+    else:
+        assert client.execute_command(*words) == reply
+    assert time.monotonic() - began < 30  # half of the time that one waits for another
+    assert sum(b"k" in keys for what, keys in store.calls if what == "load") <= 1
+    assert rows(cache, b"k") == ({} if after is None else {b"k": after})
+    if words[0] in ("EXPIRE", "GETEX", "PERSIST") and after is not None and not refused:
+        assert store.load_many([b"k"])[b"k"].ttl == (None if words[0] == "PERSIST" else pytest.approx(1000, abs=30))
+    if after == LARGE:
+        assert client.get("k") == LARGE
+    assert cache.verify() == [] and not [key for key in cache.scan() if key.startswith(b"\0try")]
+
+
+@pytest.mark.parametrize("mode", POLICIES)
+def test_a_transaction_on_a_row_that_cannot_be_cached(front, mode):
+    store = Hooked()
+    store.store_many({b"k": (LARGE, None)}, versions={b"k": 0} if mode == "back" else None)
+    cache, client = front(store, mode)
+    with client.pipeline(transaction=True) as pipe:
+        assert pipe.get("k").strlen("k").exists("k").execute() == [LARGE, len(LARGE), 1]
+    with client.pipeline(transaction=True) as pipe:
+        assert pipe.strlen("k").delete("k").exists("k").set("k", "new").get("k").execute() == [len(LARGE), 1, 0, True, b"new"]
+    assert rows(cache, b"k") == {b"k": b"new"}
+    if mode == "back":
+        store.store_many({b"w": (LARGE, None)}, versions={b"w": 0})
+        with client.pipeline(transaction=True) as pipe:  # it has no version, so nobody could tell whether it was changed
+            pipe.watch("w")
+            pipe.multi()
+            pipe.set("w", "lost")
+            with pytest.raises(redis.WatchError):
+                pipe.execute()
+        assert rows(cache, b"w") == {b"w": LARGE}
+
+
+def test_who_waits_for_what_cannot_be_cached_does_not_wait_for_each_other(front):
+    n = 3
+    store = Hooked()
+    store.store_many({b"k": (LARGE, None)})
+    _, client = front(store, "through", timeout=60.0)
+    gate, together, loads, answers = Gate(store, "load"), threading.Barrier(n), itertools.count(), []
+    store.after = lambda what, keys: next(loads) and together.wait(20)
+
+    def ask():
+        with another(client) as mine:
+            answers.append(mine.get("k"))
+
+    with running(threading.Thread(target=ask), stop=threading.Event()):
+        assert gate.reached.wait(LIMIT)
+        with running(*(threading.Thread(target=ask) for _ in range(n)), stop=threading.Event()):
+            gate.opened.set()
+    assert answers == [LARGE] * (n + 1)
 
 
 @pytest.mark.parametrize("mode", ["through", "around"])
@@ -181,8 +261,7 @@ def test_a_read_does_not_need_the_cache(front, mode):
     assert client.lcs("k", "k") == b"v" and client.touch("k", "none") == 1
     assert time.monotonic() - began < 1  # nobody waits
     assert client.get(b"\0own") == b"1"
-    with pytest.raises(redis.ResponseError, match="cannot be cached just now"):  # keys of the cache itself have no copies
-        client.mget(b"\0own", "k")
+    assert client.mget(b"\0own", "k") == [b"1", b"v"]
     assert cache.peek("k") is None
     assert client.incr("n") == 8
     assert [client.get("n"), cache.peek("n")] == [b"8", None]
