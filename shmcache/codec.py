@@ -113,6 +113,9 @@ class MsgpackCodec:
         self._depth = 0
         self._packers: dict[type, Callable[[Any], tuple[int, Any]]] = packers()
 
+    def __reduce__(self) -> Any:
+        return MsgpackCodec, ()
+
     def encode(self, value: Any) -> tuple[int, bytes]:
         try:
             return MSGPACK, self._pack(value)

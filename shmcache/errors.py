@@ -188,8 +188,10 @@ class StoreNeeded(UsageError):
 class RowsRefused(StoreRefused):
     """The store will never take some of the rows; the others were done. Change those rows, or leave them out.
 
-    Attributes: errors: key -> what is wrong with its row.
+    Attributes: errors: key -> what is wrong with its row. unsettled: as of StoreUnavailable, of one of these rows.
     """
+
+    unsettled = False
 
     def __init__(self, errors: dict[bytes, Exception]) -> None:
         super().__init__(errors)

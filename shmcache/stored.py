@@ -81,7 +81,7 @@ class Call(Generic[T]):
             if not cache.closed:
                 cache.count_store(errors=1)
             if marks is not None:
-                marks.known = isinstance(e, errors.ShmcacheError) and knows(e)
+                marks.known = knows(e)
             raise
         if marks is not None:
             marks.known = True
@@ -140,9 +140,7 @@ class StoredCache(Cache):
             if state == codec.FRESH:
                 return Entry(value), None
             if state == codec.STALE:
-                entry, why = yield from self._refreshed(name, value, seen)
-                if entry is not None:
-                    return entry, why
+                return (yield from self._refreshed(name, value, seen))
         deadline = _core.monotonic() + self.policy.timeout
         with Claims(self) as claims:
             while (version := (yield from self._claim(claims, name, deadline))) == 0:
@@ -172,10 +170,10 @@ class StoredCache(Cache):
         with Claims(self) as claims:
             if self._taken(claims, flight.refresh_key(name)) <= 0:
                 return Entry(stale), LOADED_ANEW
-            head = self._head(name)
             try:
+                head = self._head(name)
                 entry = yield from self._one(name)
-            except errors.StoreUnavailable as e:
+            except errors.CapacityError as e:
                 return Entry(stale), e
             uncached: dict[bytes, Exception] = {}
             if entry is not None:
@@ -236,7 +234,11 @@ class StoredCache(Cache):
         uncached = {} if uncached is None else uncached
         found: dict[bytes, Entry] = {}
         refused: dict[bytes, Exception] = {}
-        heads = {name: self._head(name) for name in names if claims.version(name)}
+        heads: dict[bytes, bytes | None] = {}
+        for name in names:
+            if claims.version(name):
+                with contextlib.suppress(errors.CapacityError):  # there is no room for a tag's generation
+                    heads[name] = self._head(name)
         for i in range(0, len(names), BATCH):
             found.update((yield self._ask(partial(self._load_some, refused), names[i : i + BATCH])))
         self.count_store(loads=len(names), found=len(found))
@@ -246,16 +248,20 @@ class StoredCache(Cache):
                 filled = self._filled(name, entry, version, head, False, uncached)
                 if name in uncached:
                     self._say_unfit(name)
-            elif self.policy.negative_ttl and name not in refused:
-                filled = self._put_negative(name, self.policy.negative_ttl, version)
             else:
-                filled = False
+                filled = name not in refused and self._filled_negative(name, version)
             if filled:
                 claims.drop(name)
         uncached |= {name: just_now() for name in found if name not in heads}
         if refused:
             raise next(iter(refused.values())) if len(names) == 1 else errors.RowsRefused(refused)
         return found
+
+    def _filled_negative(self, name: bytes, version: int) -> bool:
+        """As _filled(), of a key that is not in the store."""
+        with contextlib.suppress(errors.CapacityError):
+            return self.policy.negative_ttl > 0 and self._put_negative(name, self.policy.negative_ttl, version)
+        return False
 
     def _say_unfit(self, name: bytes) -> None:
         """To those that wait for this caller's claim: what it has loaded cannot be cached, so they need not wait for each other's loads.
@@ -279,7 +285,7 @@ class StoredCache(Cache):
         for name, (value, ttl) in [*found.items()]:
             if ttl is not None:
                 try:
-                    found[name] = Entry(value, lifetime(ttl, over=True))
+                    found[name] = Entry(value, lifetime(ttl))
                 except errors.InvalidTTL as e:
                     refused[name] = e
                     del found[name]
@@ -424,9 +430,10 @@ def is_own(key: Key) -> bool:
     return _core.key_bytes(key)[0] == 0
 
 
-def knows(e: errors.ShmcacheError) -> bool:
-    """Does who got this of a store's write know that nothing of it is to come? It is the store's word, not a signal's or a stranger's."""
-    return not (isinstance(e, errors.StoreUnavailable) and e.unsettled)
+def knows(e: BaseException) -> bool:
+    """Does the caller that got this of a store's write know that nothing of it is to come? Only from what stores are to raise; not from
+    what a signal's handler has raised, or a client's code that the store calls."""
+    return isinstance(e, (errors.StoreUnavailable, errors.UsageError)) and not getattr(e, "unsettled", False)
 
 
 def seconds_of(ttl: Ttl) -> float | None:

@@ -31,21 +31,20 @@ def checked_items(items: Mapping[Any, Any]) -> dict[bytes, Any]:
     return {_core.key_bytes(key): value for key, value in _core.pairs(items)}
 
 
-def lifetime(ttl: Any, over: bool = False) -> float | None:
-    """A ttl of an entry, by the rules of the cache's own: seconds, or None: it does not expire, as math.inf says, too.
-
-    Args: over: it is what is left, which may be less than nothing: 0. Raises: InvalidTTL.
+def lifetime(ttl: Any) -> float | None:
+    """A ttl of an entry. Rules are those of the cache's own ttls but for two: it is what is left, so less than nothing is 0; and math.inf,
+    which Cache.ttl() says of what does not expire, is None. Raises: InvalidTTL.
     """
-    if isinstance(ttl, (int, float)) and not isinstance(ttl, bool):
-        if ttl == math.inf:
-            return None
-        if over and ttl < 0:
-            return 0.0
-    return None if ttl is None else _core.seconds(ttl)
+    if ttl is None or (isinstance(ttl, (int, float)) and ttl == math.inf):
+        return None
+    return 0.0 if isinstance(ttl, (int, float)) and ttl < 0 else _core.seconds(ttl)
 
 
 class Entry(NamedTuple):
-    """What a store has under a key. Where a store is given entries, a plain (value, ttl) will do."""
+    """What a store has under a key. Where a store is given entries, a plain (value, ttl) will do.
+
+    A ttl that is neither a number of seconds below 1e12 nor a timedelta is an InvalidTTL, the refusal of that row.
+    """
 
     value: Any
     ttl: float | None = None  # seconds that it has still to live; None, or math.inf: it does not expire; 0 or less: that is over
@@ -66,8 +65,10 @@ class Store(Protocol):
 
     Raises, of all calls:
         StoreUnavailable: down, busy, too slow. Done or not done: as a whole, where the store has transactions. To do it again does no harm.
-            unsettled is set if something may be going on all the same; for a while nothing of those keys is cached then.
+            unsettled is set if something may be going on all the same; for a while nothing of those keys is cached then. Whatever a write
+            raises that is none of these four is taken for unsettled.
         RowsRefused: those keys, or their values, will never do; `errors` says why. The others were done (of a load: ask for them alone).
+            unsettled: as above.
         StoreRefused: nothing was done, and never will be: no such table, no right to it.
         UsageError: the store was closed, or is not ordered.
     """

@@ -22,6 +22,7 @@ import sqlite3
 import threading
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import quote, unquote
 
 import sqlalchemy as sa
 from sqlalchemy import exc
@@ -37,6 +38,7 @@ CANCELED = "57014"  # by the time limit; the server says "user request" if that 
 ROW_CODES = {sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_TOOBIG, sqlite3.SQLITE_MISMATCH}
 CALL_CODES = {sqlite3.SQLITE_ERROR, sqlite3.SQLITE_PERM, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 LIMITS = sa.text("SELECT set_config('statement_timeout', :ms, true), set_config('idle_in_transaction_session_timeout', :idle, true)")
+FILES = {"passfile", "sslcert", "sslcrl", "sslcrldir", "sslkey", "sslrootcert"}  # of libpq, which looks for them at each connection
 GRACE_MS = 1000  # after the deadline, until a connection is ended on which nothing comes any more
 SLACK = 0.05  # seconds that a statement may end after the deadline, before a limit is worth a round trip
 LOCK = sa.text("SELECT pg_advisory_xact_lock(hashtextextended(:name, 0))")
@@ -67,6 +69,11 @@ class Connections:
             self._engine = _sqlite_engine(self.url, self.pool_size, self.timeout)
         else:
             self._engine, self._call = _postgres_engine(self.url, self.pool_size, self.timeout)
+
+    def __reduce__(self) -> Any:
+        if self._closed:
+            raise errors.UsageError("a closed store cannot be pickled")
+        return Connections, (self.url, self.pool_size, self.timeout)
 
     def close(self) -> None:
         with forking:
@@ -182,7 +189,7 @@ def named(e: Exception) -> Exception:
 
 
 def parsed_url(url: str) -> sa.URL:
-    """The url, with its driver. Raises: InvalidConfig."""
+    """The url, with its driver, and with whole paths: a process may change its directory. Raises: InvalidConfig."""
     try:
         parsed = sa.make_url(url)
     except exc.ArgumentError as e:
@@ -191,11 +198,19 @@ def parsed_url(url: str) -> sa.URL:
         parsed = parsed.set(drivername="postgresql+psycopg")
     if parsed.get_backend_name() not in ("sqlite", "postgresql"):
         raise errors.InvalidConfig(f"SQLStore speaks SQLite and PostgreSQL, not {parsed.get_backend_name()}: use one, or write a Store")
-    if parsed.get_backend_name() == "sqlite" and parsed.database in (None, "", ":memory:"):
-        raise errors.InvalidConfig("a database in one process' memory stands behind no cache that processes share: give a file")
     if parsed.get_backend_name() == "postgresql":
         _threshold(parsed)
-    return parsed
+        files = {name: path for name, path in parsed.query.items() if name in FILES and isinstance(path, str) and path != "system"}
+        return parsed.update_query_dict({name: os.path.abspath(path) for name, path in files.items()})
+    database = parsed.database or ""
+    is_uri = sa.util.asbool(parsed.query.get("uri", False)) and database.startswith("file:")
+    path = unquote(database.removeprefix("file:")) if is_uri else database
+    if path in ("", ":memory:") or (is_uri and parsed.query.get("mode") == "memory"):
+        raise errors.InvalidConfig("a database in one process' memory stands behind no cache that processes share: give a file")
+    if is_uri and path.startswith("/"):
+        return parsed
+    path = os.path.abspath(path)
+    return parsed.set(database="file:" + quote(path) if is_uri else path)
 
 
 def _sqlite_engine(url: sa.URL, pool_size: int, timeout: float) -> sa.Engine:

@@ -7,7 +7,7 @@ from typing import Any
 
 from shmcache import errors
 from shmcache.core import _core
-from shmcache.stores import MISSING, TIMEOUT, Entry, checked, checked_items
+from shmcache.stores import MISSING, TIMEOUT, Entry, checked, checked_items, lifetime
 
 
 class FunctionStore:
@@ -20,8 +20,10 @@ class FunctionStore:
         timeout: seconds that a call may take by default. It is looked at before each function's call: none is interrupted. Let save and
             delete end within it, by limits of their own: one that takes longer than the policy allows can come after a later write.
 
-    Keys are bytes. An OSError (of a connection, a time-out) becomes StoreUnavailable, in save and delete an unsettled one. Another error in
-    a load is raised as it is; in save or delete it is that key's refusal, and the other keys follow.
+    Keys are bytes. An OSError (of a connection, a time-out) becomes StoreUnavailable; another error in a load is raised as it is. In save
+    and delete a UsageError of this package (StoreRefused, say) is that key's refusal: nothing was done, nor will be. So is a ValueError or
+    a TypeError, but an unsettled one, for it may be about an answer. The other keys follow. Any other error (a client's own time-out, say)
+    is an unsettled StoreUnavailable: what was asked for may be done later.
     """
 
     ordered = False
@@ -67,7 +69,12 @@ class FunctionStore:
         if save is None:
             raise errors.StoreRefused("this FunctionStore has no save: give it one, or do not write")
         entries = checked_items(items)
-        self._each(lambda key: save(key, *entries[key]), list(entries), timeout, versions)
+
+        def put(key: bytes) -> None:
+            value, ttl = entries[key]
+            save(key, value, lifetime(ttl))
+
+        self._each(put, list(entries), timeout, versions)
 
     def delete_many(self, keys: Sequence[bytes], *, timeout: float | None = None, versions: Mapping[bytes, int] | None = None) -> None:
         delete = self._delete
@@ -97,10 +104,16 @@ class FunctionStore:
             except errors.StoreUnavailable as e:
                 e.unsettled = True
                 raise
-            except Exception as e:
+            except (errors.UsageError, ValueError, TypeError) as e:
                 refused[key] = e
+            except Exception as e:
+                unknown = errors.StoreUnavailable(f"{type(e).__name__}: {e}; it was done or not, or will be; try again")
+                unknown.unsettled = True
+                raise unknown from e
         if refused:
-            raise errors.RowsRefused(refused)
+            error = errors.RowsRefused(refused)
+            error.unsettled = not all(isinstance(e, errors.UsageError) for e in refused.values())
+            raise error
 
     def _in_time(self, of: Iterable[Any], timeout: float | None) -> Iterable[Any]:
         """Those, until the time is over. Raises: StoreUnavailable."""

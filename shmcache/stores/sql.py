@@ -13,7 +13,7 @@ from typing import Any
 from shmcache import errors
 from shmcache.codec import get_codec
 from shmcache.core import _core
-from shmcache.stores import TIMEOUT, Entry, checked, checked_items
+from shmcache.stores import TIMEOUT, Entry, checked, checked_items, lifetime
 
 try:
     import sqlalchemy as sa
@@ -32,10 +32,12 @@ Action = Callable[[sa.Connection, list[Row]], object]
 
 
 class SQLStore:
-    """A table of SQLite or PostgreSQL as a Store. Safe from several threads, and after fork. The first call connects.
+    """A table of SQLite or PostgreSQL as a Store. Safe from several threads, and after fork. The first call connects. It pickles, with its
+    password, and without its connections.
 
     Args:
-        url: as SQLAlchemy has it: "sqlite:///app.db" (a file), "postgresql://user:password@host/database" (by psycopg 3).
+        url: as SQLAlchemy has it: "sqlite:///app.db" (a file; a relative path is one from the directory in which the store is made),
+            "postgresql://user:password@host/database" (by psycopg 3).
         table: "name" or "schema.name". Without the next four it is the store's own, with the columns key, value, expires_at and version.
         key_column, value_column: of a table that is there. A binary key column gets the key's bytes, one of text its UTF-8, one of integers
             its decimal number. A binary value column gets the codec's bytes; any other the value itself, which has to be of the column's
@@ -75,6 +77,9 @@ class SQLStore:
         self._columns: Columns | None = None
         self._connections = Connections(parsed_url(url), pool_size, timeout)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_columns": None}
+
     def __repr__(self) -> str:
         return f"<shmcache.SQLStore {self._table!r} of {self._connections.url}>"
 
@@ -97,12 +102,12 @@ class SQLStore:
         for key, name in rows:
             if name in found:
                 _, value, expiry = found[name]
-                ttl = columns.ttl(expiry, now)
-                if ttl is None or ttl > 0:
-                    try:
+                try:
+                    ttl = lifetime(columns.ttl(expiry, now))
+                    if ttl is None or ttl > 0:
                         entries[key] = Entry(columns.decode(value), ttl)
-                    except Exception as e:  # a hook, a pickle: anybody's code
-                        refused[key] = e
+                except Exception as e:  # a hook, a pickle: anybody's code
+                    refused[key] = e
         if refused:
             raise errors.RowsRefused(refused)
         return entries
@@ -119,7 +124,7 @@ class SQLStore:
         def row(key: bytes) -> dict[str, Any]:
             value, ttl = entries[key]
             version = None if versions is None else versions[key]
-            return columns.row(columns.encode_key(key), columns.encode(value), columns.expires(ttl, now), version)
+            return columns.row(columns.encode_key(key), columns.encode(value), columns.expires(lifetime(ttl), now), version)
 
         rows = _encoded(sorted(entries), row, refused)  # sorted: two batches lock their rows in the same order
         if versions is not None:

@@ -127,6 +127,11 @@ def test_handle_goes_to_a_worker(cache, method):
     p.join()
     out.close()
     del out, p  # their semaphores go before the tracker of semaphores does
+    end_trackers(method)
+
+
+def end_trackers(method):
+    """What multiprocessing has started for itself."""
     if method == "forkserver":
         from multiprocessing import forkserver, resource_tracker
 

@@ -6,8 +6,10 @@ import contextlib
 import datetime as dt
 import decimal
 import itertools
+import json
 import math
 import os
+import pickle
 import random
 import signal
 import sqlite3
@@ -312,6 +314,32 @@ def test_a_value_that_cannot_be_encoded_is_refused_alone(store):
     assert values(store, [b"a", b"b", b"c"]) == {b"a": 1, b"c": 3}
 
 
+@pytest.mark.parametrize("bad", [math.nan, True, False, 1e12, 10**400, "9", b"", [1]], ids=repr)
+def test_a_row_whose_ttl_cannot_be_is_refused_alone(database, bad):
+    for store in (database.store(), function_store()):
+        with pytest.raises(errors.RowsRefused, match="b'b': a ttl") as e:
+            store.store_many({b"a": (1, 100), b"b": (2, bad), b"c": (3, None)})
+        assert type(e.value.errors[b"b"]) is errors.InvalidTTL
+        assert values(store, [b"a", b"b", b"c"]) == {b"a": 1, b"c": 3}
+
+
+@pytest.mark.parametrize("kind", ["own", "seconds", "integer"])
+def test_a_row_that_never_expires(database, kind):
+    store = database.store() if kind == "own" else database.mapped(f"k TEXT PRIMARY KEY, v TEXT, e {'DOUBLE PRECISION' if kind == 'seconds' else 'INTEGER'}", ttl_column="e")
+    for one in (store, function_store()):
+        one.store_many({b"a": ("v", math.inf), b"b": ("v", dt.timedelta(seconds=100))})
+        assert one.load_many([b"a", b"b"]) == {b"a": Entry("v"), b"b": ("v", pytest.approx(100, abs=5))}
+
+
+def test_what_others_have_put_into_the_column_of_expiry(database):
+    store = database.mapped("k TEXT PRIMARY KEY, v TEXT, e DOUBLE PRECISION", ttl_column="e")
+    infinity = "9e999" if database.name == "sqlite" else "'Infinity'"
+    database.run(f"INSERT INTO {database.table} VALUES ('a', 'v', {infinity}), ('b', 'v', -5), ('c', 'v', 1e15), ('d', 'v', NULL)")
+    with pytest.raises(errors.RowsRefused, match="b'c': a ttl"):
+        store.load_many([b"a", b"b", b"c", b"d"])
+    assert store.load_many([b"a", b"b", b"d"]) == {b"a": Entry("v"), b"d": Entry("v")}
+
+
 def test_an_older_version_never_overwrites(store):
     if not store.ordered:
         for call in (lambda: store.store_many({b"a": (1, None)}, versions={b"a": 1}), lambda: store.delete_many([b"a"], versions={b"a": 1})):
@@ -536,6 +564,66 @@ def test_a_child_does_not_lose_what_it_writes_when_its_parent_ends_first(databas
     assert values(database.store(), [b"a", b"b"]) == {b"a": 0, b"b": 1}
     if database.name == "sqlite":
         assert database.run("PRAGMA integrity_check") == [("ok",)]
+
+
+def test_a_pickled_store_is_another_one_of_the_same_table(database):
+    store = database.store(timeout=7.0, pool_size=2, codec="pickle")
+    store.store_many({b"a": (1, None)})
+    with contextlib.closing(pickle.loads(pickle.dumps(store))) as other:
+        assert other.load_many([b"a"]) == {b"a": Entry(1)}
+        other.store_many({b"b": ({1}, None)}, versions={b"b": 5})
+        assert (other.ordered, other._timeout, other._connections.pool_size) == (True, 7.0, 2)
+    assert values(store, [b"a", b"b"]) == {b"a": 1, b"b": {1}}
+    store.close()
+    with pytest.raises(errors.UsageError, match="closed"):
+        pickle.dumps(store)
+
+
+def test_a_pickled_store_knows_its_password():
+    store = pickle.loads(pickle.dumps(shmcache.SQLStore("postgresql://u:se%40cret%3F@host/x?application_name=a%20b")))
+    assert store._connections.url.password == "se@cret?"
+    assert store._connections.url.query["application_name"] == "a b"
+    assert "cret" not in repr(store)
+
+
+class Larger(shmcache.SQLStore):
+    """A store of a user's, with something of its own."""
+
+    def __init__(self, path):
+        super().__init__(f"sqlite:///{path}")
+        self.more = 5
+
+
+@pytest.mark.parametrize("url", ["sqlite:///rows.db", "sqlite:///rows.db?uri=true", "sqlite:///file:rows.db?uri=true", "sqlite:///./x/../file:rows.db"])
+@pytest.mark.parametrize("how", ["fork", "pickle", "here"])
+def test_a_relative_path_is_one_from_where_the_store_was_made(tmp_path, monkeypatch, url, how):
+    made, elsewhere = tmp_path / "made?%41 #1", tmp_path / "elsewhere"
+    made.mkdir()
+    elsewhere.mkdir()
+    monkeypatch.chdir(made)
+    with contextlib.closing(shmcache.SQLStore(url)) as store:
+        monkeypatch.chdir(elsewhere)
+        if how == "fork":
+            assert ended(child(lambda: store.store_many({b"k": (1, None)}) == {} and store.close() is None)) == 0
+        elif how == "pickle":
+            with contextlib.closing(pickle.loads(pickle.dumps(store))) as other:
+                other.store_many({b"k": (1, None)})
+        assert store.load_many([b"k"]) == ({} if how == "here" else {b"k": Entry(1)})
+    assert [path.name for path in made.iterdir()] == ["file:rows.db" if url.endswith("/file:rows.db") else "rows.db"]
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_a_subclass_of_a_store_pickles_whole(tmp_path):
+    with contextlib.closing(Larger(tmp_path / "s.db")) as store, contextlib.closing(pickle.loads(pickle.dumps(store))) as other:
+        store.store_many({b"k": (1, None)})
+        assert (type(other), other.more, other.load_many([b"k"])) == (Larger, 5, {b"k": Entry(1)})
+
+
+def test_files_of_a_connection_are_found_from_where_the_store_was_made(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    url = shmcache.SQLStore("postgresql://host/x?sslrootcert=ca.pem&sslcert=/etc/a.pem&application_name=a.pem")._connections.url
+    assert url.query == {"sslrootcert": f"{tmp_path}/ca.pem", "sslcert": "/etc/a.pem", "application_name": "a.pem"}
+    assert shmcache.SQLStore("postgresql://host/x?sslrootcert=system")._connections.url.query["sslrootcert"] == "system"
 
 
 def test_forks_while_threads_write_lose_nothing(database):
@@ -1103,8 +1191,9 @@ def test_a_database_that_can_only_be_read(sqlite):
 @pytest.mark.parametrize(
     ("url", "options"),
     [
-        ("sqlite://", {}), ("sqlite:///:memory:", {}), ("mysql://host/x", {}), ("nonsense", {}), ("sqlite:///x.db", {"key_column": "k"}),
-        ("postgresql:///x?prepare_threshold=five", {}), ("sqlite:///x.db", {"version_column": "n"}), ("sqlite:///x.db", {"timeout": 0}), ("sqlite:///x.db", {"pool_size": 0}), ("sqlite:///x.db", {"codec": "x"}),
+        ("sqlite://", {}), ("sqlite:///:memory:", {}), ("sqlite:///file::memory:?uri=true", {}), ("sqlite:///file:x?mode=memory&uri=true", {}), ("sqlite:///file:?uri=1", {}),
+        ("mysql://host/x", {}), ("nonsense", {}), ("postgresql:///x?prepare_threshold=five", {}), ("sqlite:///x.db", {"key_column": "k"}),
+        ("sqlite:///x.db", {"version_column": "n"}), ("sqlite:///x.db", {"timeout": 0}), ("sqlite:///x.db", {"pool_size": 0}), ("sqlite:///x.db", {"codec": "x"}),
     ],
 )  # fmt: skip
 def test_arguments_that_cannot_be_right(url, options):
@@ -1153,6 +1242,32 @@ def test_errors_of_functions():
         shmcache.FunctionStore(load=dict, delete=fail(ValueError("no"))).delete_many([b"a", b"b"])
     assert set(e.value.errors) == {b"a", b"b"}
     shmcache.FunctionStore(load=dict, delete=fail(KeyError())).delete_many([b"a"])
+
+
+class ClientTimeout(Exception):
+    """As clients of services have it, of no class that Python knows."""
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "unsettled"),
+    [
+        (ClientTimeout("60 s"), errors.StoreUnavailable, True), (KeyError("a bug"), errors.StoreUnavailable, True), (EOFError(), errors.StoreUnavailable, True),
+        (TimeoutError("60 s"), errors.StoreUnavailable, True), (errors.StripeBusy("of another cache"), errors.StoreUnavailable, True),
+        (json.JSONDecodeError("a proxy's page", "<", 0), errors.RowsRefused, True), (TypeError("None"), errors.RowsRefused, True),
+        (errors.StoreRefused("no"), errors.RowsRefused, False), (errors.UnsupportedValue("no"), errors.RowsRefused, False),
+    ],
+    ids=lambda x: type(x).__name__ if isinstance(x, Exception) else "",
+)  # fmt: skip
+@pytest.mark.parametrize("what", ["save", "delete"])
+def test_only_who_says_that_nothing_is_to_come_is_believed(what, error, raised, unsettled):
+    store = shmcache.FunctionStore(load=dict, **{what: fail(error)})
+    call = {"save": lambda: store.store_many({b"a": (1, None)}), "delete": lambda: store.delete_many([b"a"])}[what]
+    if what == "delete" and isinstance(error, KeyError):
+        call()  # it is not there
+        return
+    with pytest.raises(raised, match=r"60 s|b'a': |of another|bug|EOFError") as e:
+        call()
+    assert e.value.unsettled is unsettled
 
 
 def test_functions_that_are_not_given():
