@@ -263,6 +263,7 @@ def refreshing(
     cache: Cache, key: bytes | str, lease: float, terms: Terms, claim: Claim, stale: Any, seen: int
 ) -> Generator[Any, Any, Any]:
     """A value for who has met a stale one: computed if nobody else does so, else the stale one. MISSING: it is not there any more."""
+    cache._check_fills(key)
     if claim.take(refresh_key(key), lease) <= 0:
         return stale
     state, newer, now = cache._look(key)

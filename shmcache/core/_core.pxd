@@ -85,6 +85,7 @@ cdef class Table:
     cdef object read_locked(self, seg_t* s, const uint8_t* key, size_t n, uint64_t h, object default, uint64_t* version, int take,
                             int* state)
     cdef object store_view(self, object value, put_t* op, int64_t* number)
+    cdef int check_fills(self, seg_t* s, const uint8_t* key) except -1
     cdef int store(self, object key, object value, object ttl, int when, uint64_t version, uint64_t* stored) except -100
     cdef int secure(self, seg_t* s, Mapping held, log_t* log, uint64_t n) except -1
     cdef int wait_ring(self, seg_t* s, Mapping held, uint64_t n, uint64_t end) except -100

@@ -1971,6 +1971,7 @@ cdef class Table:
         greenlet of this very thread: it goes on only if this caller lets it run; -7: as -1, and that caller is beneath this one: this very
         thread (or the task in whose place it acts), which runs this one's event loop, or is the main greenlet.
         A claim of the dead is taken over. Whoever sets, deletes or (but for a lock) clears the key voids it.
+        Raises: StoreNeeded: the segment stands before a store, and this handle does not.
         """
         cdef uint64_t version = 0
         cdef claim_t whose
@@ -2009,6 +2010,7 @@ cdef class Table:
                     return -1
             elif unlikely(ld32(&s.header.restoring) == NAMESPACES_FIRST) and writes_back(s, op.key):
                 return -1           # what the store has not got is not in yet
+            self.check_fills(s, op.key)
             op.when = IF_CLAIM if rc == EXISTS else IF_UNCLAIMED
             op.flags = FLAG_CLAIM | (FLAG_LOCK if lock else 0)
             op.loaded = True
@@ -2029,6 +2031,19 @@ cdef class Table:
                 return -5
             if op.when == IF_UNCLAIMED:
                 PyErr_CheckSignals()
+
+    cdef int check_fills(self, seg_t* s, const uint8_t* key) except -1:
+        """Raises: StoreNeeded: what is loaded, or computed, for this key is in the store, and this handle has none."""
+        if unlikely(s.policy != 0) and key[0] != 0 and not self._reads_through:
+            fail(NO_STORE)
+        return 0
+
+    def _check_fills(self, key):
+        """check_fills(), before it is computed."""
+        cdef const uint8_t* k
+        cdef size_t n
+        key_view(key, &k, &n)
+        self.check_fills(self.ready(), k)
 
     def claim_version(self, key, bint mine=False):
         """The version of the claim on this key (mine: if it is this process's); 0: there is none."""
@@ -2137,6 +2152,7 @@ cdef class Table:
         """
         cdef uint64_t stored, stale_ms = 0
         cdef int when = IF_SAME if refresh else IF_CLAIM
+        self._check_fills(key)
         if stale_ttl is not None:
             stale_ms = ttl_to_ms(stale_ttl)
             if stale_ms > 0xffffffff:

@@ -96,6 +96,7 @@ cdef enum:
     CLOCK_SLACK = 5             # ms by which two readings of an expiry may differ
 
 cdef const uint64_t NEVER = <uint64_t>-1      # an expiry: none, whatever the segment's default is
+cdef const uint64_t GIVEN = <uint64_t>0x8000000000000000    # in the version of a value that is not in the segment (Executor.know)
 
 # what a command is: executed here, or in Python
 cdef enum:
@@ -738,7 +739,7 @@ cdef int read_given(Executor ex, tuple given, raw_t* raw) except -1:
     memcpy(ex.scratch, op.value, op.value_bytes)
     raw.value = ex.scratch
     raw.n = op.value_bytes
-    raw.version = <uint64_t>1 << 63 | mono_ns()
+    raw.version = GIVEN | mono_ns()
     raw.expiry_ms = given[1]
     raw.of_copy = False
     raw.codec = op.codec
@@ -749,16 +750,23 @@ cdef int read_given(Executor ex, tuple given, raw_t* raw) except -1:
     return 0
 
 
-cdef tuple given_of(Executor ex, const uint8_t* key, size_t n, bint changes):
-    """What was given for this key (the segment's), or None. changes: it is to be changed by who has read it. Raises: then, why it is not cached,
-    if the change would be of the key itself: somebody else may have changed it meanwhile."""
+cdef tuple given_of(Executor ex, const uint8_t* key, size_t n, uint64_t version):
+    """What was given for this key (the segment's), or None. version: that which is to be changed, 0: any. Raises: it is the given one's, and not
+    aside: why that is not cached, for somebody else may have changed it since."""
     cdef tuple given
     if ex.backed != KNOWS or not ex.given:
         return None
     given = ex.given.get(PyBytes_FromStringAndSize(<char*>key, <Py_ssize_t>n))
-    if given is not None and changes and ex.aside is None:
+    if given is not None and version & GIVEN and ex.aside is None:
         raise given[2]
     return given
+
+
+cdef int not_given(Executor ex, const uint8_t* key, size_t n) except -1:
+    """The segment has something newer under this key: a value, or that it was deleted."""
+    if ex.given:
+        ex.given.pop(PyBytes_FromStringAndSize(<char*>key, <Py_ssize_t>n), None)
+    return 0
 
 
 cdef int noted(Executor ex, const uint8_t* key, size_t n, uint64_t expiry_ms, bint gone) except -1:
@@ -777,6 +785,16 @@ cdef bint known(Executor ex, const uint8_t* key, size_t n) except -1:
     """Before it matters, for what does not read it, whether a client's key is there: as missed(). False: not before a store, or it is not there."""
     cdef raw_t raw
     return unlikely(ex.backed) and look(ex, key, n, &raw, False)
+
+
+cdef bint is_none(Executor ex, const uint8_t* key, size_t n) except -1:
+    """Is there nothing under a client's key, so that what is written depends on it? Raises: StoreNeeded: the store might have something."""
+    cdef raw_t raw
+    if look(ex, key, n, &raw, False):
+        return False
+    if unlikely(ex.s.policy == POLICY_BACK) and fits(ex, &key, &n):
+        ex.table.check_fills(ex.s, key)
+    return True
 
 
 cdef bint look_at(Executor ex, const uint8_t* key, size_t n, raw_t* raw, int whole) except -1:
@@ -803,6 +821,8 @@ cdef bint look_at(Executor ex, const uint8_t* key, size_t n, raw_t* raw, int who
                 found = finish_raw(ex, &r, raw, whole)
                 if unlikely(found == UNKNOWN):
                     found = missed(ex, key, n, raw)
+                elif unlikely(ex.given is not None):
+                    not_given(ex, key, n)
                 return found == True
         s.row.retries += 1
         if rc == OK and tries and whole and r.value_bytes >= LARGE_COPY:
@@ -876,6 +896,8 @@ cdef bint look_locked(Executor ex, const uint8_t* key, size_t n, uint64_t h, raw
         rc = finish_raw(ex, &r, raw, whole)
         if rc == UNKNOWN:
             rc = missed(ex, key, n, raw)
+        elif ex.given is not None:
+            not_given(ex, key, n)
         return rc == True
     return ex.backed and missed(ex, key, n, raw)
 
@@ -892,15 +914,18 @@ cdef int put_value(Executor ex, const uint8_t* key, size_t n, const uint8_t* val
     cdef seg_t* s = ex.s
     cdef put_t op
     cdef int rc
+    cdef tuple given = None
     check_key(ex, &key, &n)
     if unlikely(expiry_ms == 0 and ex.aside is not None):   # the default is the cached copy's, not the store's
         expiry_ms = NEVER
     if size > s.max_value_bytes:
         raise errors.ValueTooLarge("string exceeds maximum allowed size (proto-max-bulk-len)")
-    if unlikely(ex.backed) and given_of(ex, key, n, when != ALWAYS and when != IF_ABSENT) is not None:
-        if when == IF_ABSENT:
+    if unlikely(ex.backed):
+        given = given_of(ex, key, n, version)
+        if given is not None and when == IF_ABSENT:
             return EXISTS
-        when = ALWAYS       # aside nobody else is; or it is the same, whatever is there
+        if given is not None and ex.aside is not None and (when == IF_PRESENT or version & GIVEN):
+            when = ALWAYS
     op.key = key
     op.key_bytes = n
     op.hash = siphash13(key, n, s.k0, s.k1)
@@ -933,6 +958,8 @@ cdef int put_value(Executor ex, const uint8_t* key, size_t n, const uint8_t* val
             missed(ex, key, n)
         if rc == OK:
             noted(ex, key, n, op.expiry_ms, expiry_ms == 1)
+        elif rc == ABSENT and given is not None:
+            raise given[2]
     return rc
 
 
@@ -948,11 +975,12 @@ cdef int remove_key(Executor ex, const uint8_t* key, size_t n, uint64_t version)
     cdef seg_t* s = ex.s
     cdef log_t log
     cdef int rc
-    cdef bint given
+    cdef bint given = False
     if not fits(ex, &key, &n):
         return ABSENT
     log.end = 0
-    given = unlikely(ex.backed) and given_of(ex, key, n, version != 0) is not None
+    if unlikely(ex.backed) and (version == 0 or version & GIVEN):
+        given = given_of(ex, key, n, version) is not None
     rc = ex.table.remove_view(s, ex.mapping, key, n, siphash13(key, n, s.k0, s.k1), version, False, &log)
     if unlikely(log.end != 0):
         ex.table.note_log(&log)
@@ -970,13 +998,13 @@ cdef int expire_key(Executor ex, const uint8_t* key, size_t n, uint64_t expiry_m
     """Change when it expires (0: never): OK or ABSENT."""
     cdef log_t log
     cdef int rc
-    cdef tuple given
+    cdef tuple given = None
     if not fits(ex, &key, &n):
         return ABSENT
     log.end = 0
     if unlikely(ex.backed):
-        given = given_of(ex, key, n, True)
-        if given is not None:
+        given = given_of(ex, key, n, 0)
+        if given is not None and ex.aside is not None:
             noted(ex, key, n, expiry_ms, False)
             ex.given[PyBytes_FromStringAndSize(<char*>key, <Py_ssize_t>n)] = given[0], expiry_ms, given[2]
             return OK
@@ -986,6 +1014,8 @@ cdef int expire_key(Executor ex, const uint8_t* key, size_t n, uint64_t expiry_m
     if unlikely(ex.backed == KNOWS):
         if rc == OK:
             noted(ex, key, n, expiry_ms, False)
+        elif given is not None:
+            raise given[2]
         elif ex.aside is not None:
             missed(ex, key, n)
     return rc
@@ -2144,7 +2174,6 @@ cdef class Client:
         cdef size_t i, n
         cdef const uint8_t* key
         cdef uint64_t log_bytes = 0
-        cdef raw_t raw
         cdef bint held
         if not ex.argc & 1:
             return self.error(b"ERR wrong number of arguments for 'msetnx' command")
@@ -2156,7 +2185,7 @@ cdef class Client:
         held = self.hold_keys(ex.argc, 2, log_bytes)
         try:
             for i in range(1, ex.argc, 2):
-                if look(ex, ex.argv[i], ex.argl[i], &raw, False):
+                if not is_none(ex, ex.argv[i], ex.argl[i]):
                     return self.integer(0)
             for i in range(1, ex.argc, 2):
                 put_value(ex, ex.argv[i], ex.argl[i], ex.argv[i + 1], ex.argl[i + 1], CODEC_BYTES, 0, ALWAYS, 0)
@@ -2176,7 +2205,7 @@ cdef class Client:
                 return self.error(b"ERR no such key")
             if ex.argl[1] == ex.argl[2] and memcmp(ex.argv[1], ex.argv[2], ex.argl[1]) == 0:
                 return self.integer(0) if only_if_absent else self.ok()
-            if only_if_absent and look(ex, ex.argv[2], ex.argl[2], &raw, False):
+            if only_if_absent and not is_none(ex, ex.argv[2], ex.argl[2]):
                 return self.integer(0)
             if not look(ex, ex.argv[1], ex.argl[1], &raw, VERBATIM):    # evicted in between
                 return self.error(b"ERR no such key")
@@ -2219,7 +2248,7 @@ cdef class Client:
                 ex.take_stripes(found, ex.argl[2] + RECORD_ROOM)
                 held = True
             ex.use(<int>db)
-            if not replace and look(ex, ex.argv[2], ex.argl[2], &raw, False):
+            if not replace and not is_none(ex, ex.argv[2], ex.argl[2]):
                 return self.integer(0)
             ex.use(self.db)
             if not look(ex, ex.argv[1], ex.argl[1], &raw, VERBATIM):

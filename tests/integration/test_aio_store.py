@@ -21,7 +21,7 @@ import pytest
 import shmcache
 from shmcache import errors, flight, threads
 from tests.integration.test_aio import awaited, run  # noqa: F401
-from tests.integration.test_policy import Gate, Hooked, down, flushing
+from tests.integration.test_policy import STRANGERS, Gate, Hooked, down, flushing, late_store
 from tests.integration.test_processes import child, ended
 from tests.integration.test_store import in_thread, until
 
@@ -527,6 +527,42 @@ def test_what_a_cancelled_load_finds_is_for_those_who_wait(front, store):
 
     run(main())
     assert store.calls == [("load", [b"k"])]
+
+
+@pytest.mark.parametrize("mode", ["through", "around"])
+@pytest.mark.parametrize("error", STRANGERS, ids=lambda e: type(e).__name__)
+def test_what_a_client_raises_says_nothing_of_what_is_still_to_come(awaited, mode, error):  # noqa: F811
+    late, lands = late_store(error)
+    cache = awaited(policy=mode, store=late)
+
+    async def main():
+        for change in (lambda: cache.set("k", 2), lambda: cache.incr("k")):
+            with pytest.raises((errors.StoreUnavailable, errors.RowsRefused)):
+                await change()
+            assert [await cache.get("k"), cache.sync.peek("k")] == [1, None]
+        lands()
+        assert await cache.get("k") == 2
+
+    run(main())
+
+
+def test_who_waits_for_what_cannot_be_cached_does_not_wait_for_each_other(front, store):
+    n, large = 5, bytes(4 << 20)
+    store.store_many({b"k": (large, None)})
+    gate, together, loads = Gate(store, "load"), threading.Barrier(n), itertools.count()
+    store.after = lambda what, keys: next(loads) and together.wait(20)
+    cache = front(timeout=60)
+
+    async def main():
+        first = asyncio.create_task(cache.get("k"))
+        await reached(gate)
+        others = [asyncio.create_task(cache.get("k") if i % 2 else cache.get_or_set("k", lambda: 1 / 0)) for i in range(n)]
+        await for_a_while()
+        gate.opened.set()
+        assert await asyncio.gather(first, *others) == [large] * (n + 1)
+
+    run(main())
+    assert store.calls.count(("load", [b"k"])) == n + 1
 
 
 @pytest.mark.parametrize("error", [errors.StoreUnavailable("down"), KeyError("a bug of the store's")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import datetime as dt
 import json
@@ -26,8 +27,8 @@ from shmcache.core import _claims, _dirty, _resp
 from shmcache.stores import Entry
 from shmcache.supervisor import writeback
 from tests.integration.test_flight import claimer, pass_time
-from tests.integration.test_processes import child, ended
-from tests.integration.test_store import DATABASES, DictStore, function_store, in_thread, opened, until
+from tests.integration.test_processes import child, end_trackers, ended
+from tests.integration.test_store import DATABASES, ClientTimeout, DictStore, fail, function_store, in_thread, opened, until
 
 fork = mp.get_context("fork")
 POLICIES = ["through", "around", "back"]
@@ -310,6 +311,78 @@ def test_a_handle_without_a_store_reads_and_is_refused_writes(over, hooked):
     assert backed["k"] == 1
 
 
+FILLS = {
+    "get_or_set": lambda c, computed: c.get_or_set("n", computed), "get_or_set, stale": lambda c, computed: c.get_or_set("n", computed, ttl=9, stale_ttl=9, early=True),
+    "get_lease": lambda c, computed: c.get_lease("n"), "claim": lambda c, computed: c.claim("n", 9), "add": lambda c, computed: c.add("n", 1),
+    "incr": lambda c, computed: c.incr("n", default=1), "cas": lambda c, computed: c.cas("n", 1, 0), "fill_claim": lambda c, computed: c.fill_claim("n", 1, 5),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fill", FILLS)
+def test_a_handle_without_a_store_fills_nothing(front, any_mode, hooked, fill):
+    """Neither does it compute what it could not fill, nor keep others from filling it."""
+    cache = front(hooked, any_mode)
+    computed = []
+    with shmcache.attach(cache.name) as bare:
+        with pytest.raises(shmcache.StoreNeeded, match="store="):
+            FILLS[fill](bare, lambda: computed.append(1) or "computed")
+        assert computed == []
+        assert bare.get("n") is None
+        assert cache.claim_version("n") == 0
+    assert stored(cache, "n") == {}
+    assert cache.get_or_set("n", lambda: "of a handle that has one") == cache["n"] == "of a handle that has one"
+    with shmcache.attach(cache.name) as bare:
+        assert [bare["n"], bare.get_or_set("n", lambda: 1 / 0), bare.get_lease("n").value] == ["of a handle that has one"] * 3
+
+
+def test_a_handle_without_a_store_refreshes_nothing(over, hooked):
+    cache = over(hooked, stale_ttl=1000)
+    cache.set("k", "old", ttl=10)
+    assert cache["k"] == "old"
+    pass_time(cache, 11)
+    with shmcache.attach(cache.name) as bare, pytest.raises(shmcache.StoreNeeded):
+        bare.get_or_set("k", lambda: 1 / 0, stale_ttl=1000)
+    hooked.before = down
+    assert cache["k"] == "old"
+
+
+def test_a_lease_is_not_filled_by_a_handle_without_a_store(front, any_mode, hooked):
+    cache = front(hooked, any_mode)
+    lease = cache.get_lease("n")
+    assert lease.held
+    with shmcache.attach(cache.name) as bare, pytest.raises(shmcache.StoreNeeded):
+        bare.fill(lease, "what the store never had")
+    assert nothing_there(cache)
+
+
+def test_what_is_the_caches_own_needs_no_store(front, any_mode, hooked):
+    cache = front(hooked, any_mode)
+    with shmcache.attach(cache.name) as bare:
+        users = bare.namespace("users")
+        assert [users.get_or_set("a", lambda: 1), users.add("b", 2), users.incr("c", default=3)] == [1, True, 4]
+        assert bare.memoize(name="f", stale_ttl=9)(lambda x: x + 1)(1) == 2
+        lease = users.get_lease("d")
+        assert users.fill(lease, 4)
+        assert bare.get_or_set("\0own", lambda: 5, ttl=9, stale_ttl=9) == 5
+        with bare.lock("l"):
+            pass
+    assert hooked.calls == []
+
+
+def test_awaited_a_handle_without_a_store_fills_nothing(front, any_mode, hooked):
+    cache = front(hooked, any_mode)
+
+    async def main():
+        async with shmcache.aio.attach(cache.name) as bare:
+            with pytest.raises(shmcache.StoreNeeded):
+                await bare.get_or_set("n", lambda: 1 / 0)
+            with pytest.raises(shmcache.StoreNeeded):
+                await bare.add("n", 1)
+
+    asyncio.run(main())
+    assert nothing_there(cache)
+
+
 def test_the_segments_policy_stays_in_force(over, mode, hooked):
     store, backed = hooked, over(hooked)
     other = "around" if mode == "through" else "through"
@@ -351,6 +424,29 @@ def test_it_is_pickled_with_its_store(make, mode):
     cache = make(policy=mode, store=Fixed())
     with pickle.loads(pickle.dumps(cache)) as other:
         assert other["answer"] == 42
+
+
+def works(cache, out):
+    out.put((cache["k"], cache.incr("n"), type(cache).__name__, cache.policy.mode))
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver", "fork"])
+@pytest.mark.parametrize("database", DATABASES)
+def test_a_cache_goes_to_a_worker_with_its_database(front, any_mode, request, tmp_path, database, method):
+    with opened(database, request, tmp_path) as there:
+        cache = front(there.store(), any_mode)
+        cache["k"], cache["n"] = "v", 1
+        context = mp.get_context(method)
+        out = context.Queue()
+        p = context.Process(target=works, args=(cache, out))
+        p.start()
+        assert out.get(timeout=60) == ("v", 2, type(cache).__name__, any_mode)
+        p.join(60)
+        assert cache["n"] == 2
+        assert stored(cache, "n") == {b"n": Entry(2)}
+        out.close()
+        del out, p  # their semaphores go before the tracker of semaphores does
+        end_trackers(method)
 
 
 class Fixed:
@@ -561,6 +657,68 @@ def test_of_a_write_that_was_torn_off_nobody_knows_what_it_does(over, hooked, er
     assert [cache["k"], cache.incr("k")] == [5, 6]
     assert cache.peek("k") is None
     assert time.monotonic() - began < 2.5
+
+
+STRANGERS = [ClientTimeout("60 s"), KeyError("a bug"), ValueError("an answer that nobody reads"), TimeoutError("60 s"), errors.NotDurable("of another cache")]
+
+
+def late_store(error):
+    """(a FunctionStore whose save and delete raise this, and are done when it lands(), it)."""
+    behind, late = DictStore(), []
+    behind.store_many({b"k": (1, None)})
+
+    def begins(call, *args):
+        late.append(lambda: call(*args))
+        raise error
+
+    store = shmcache.FunctionStore(
+        load=lambda key: behind.load_many([key])[key],
+        save=lambda key, value, ttl: begins(behind.store_many, {key: (value, ttl)}), delete=lambda key: begins(behind.delete_many, [key]),
+    )  # fmt: skip
+    return store, lambda: [call() for call in late]
+
+
+@pytest.mark.parametrize("error", STRANGERS, ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize("change", ["set", "set_many", "incr", "replace", "touch", "delete", "pop", "get_or_set"])
+def test_what_a_client_raises_says_nothing_of_what_is_still_to_come(over, change, error):
+    store, lands = late_store(error)
+    cache = over(store)
+    assert change == "get_or_set" or cache["k"] == 1
+    changes = {
+        "set": lambda: cache.set("k", 2), "set_many": lambda: cache.set_many({"k": 2, "n": 3}), "incr": lambda: cache.incr("k"), "replace": lambda: cache.replace("k", 2),
+        "touch": lambda: cache.touch("k", 1000), "delete": lambda: cache.delete("k"), "pop": lambda: cache.pop("k"), "get_or_set": lambda: cache.get_or_set("n", lambda: 2),
+    }  # fmt: skip
+    key = "n" if change == "get_or_set" else "k"
+    if isinstance(error, KeyError) and change in ("delete", "pop"):
+        changes[change]()  # it was not there: the function's word
+        return
+    with pytest.raises((errors.StoreUnavailable, errors.RowsRefused)):
+        changes[change]()
+    assert cache.get(key) == (None if key == "n" else 1)
+    assert cache.peek(key) is None
+    assert cache.claim_version(key)
+    lands()
+    assert cache.get(key) == {"touch": 1, "delete": None, "pop": None}.get(change, 2)
+
+
+@pytest.mark.parametrize("error", [errors.StripeBusy("of another cache"), errors.DamageError("of another cache"), ZeroDivisionError()], ids=lambda e: type(e).__name__)
+def test_of_a_store_only_its_own_words_are_believed(over, hooked, error):
+    cache = over(hooked)
+    cache["k"] = 1
+    hooked.before = lambda what, keys: what == "load" or fail(error)()
+    with pytest.raises(type(error)):
+        cache.set("k", 2)
+    assert [cache["k"], cache.peek("k")] == [1, None]
+    assert cache.claim_version("k")
+
+
+def test_a_function_that_refuses_is_believed(over):
+    behind = DictStore()
+    behind.store_many({b"k": (1, None)})
+    cache = over(shmcache.FunctionStore(load=lambda key: behind.load_many([key])[key], save=fail(errors.StoreRefused("never"))))
+    with pytest.raises(errors.RowsRefused, match="never"):
+        cache.set("k", 2)
+    assert [cache["k"], cache.peek("k")] == [1, 1]
 
 
 def test_a_write_that_is_refused_leaves_a_miss_that_is_cached_again(over, hooked):
@@ -783,6 +941,26 @@ def test_a_lock_that_is_not_to_be_had_keeps_nobody_from_reading(make, any_mode, 
         over.set()
         thread.join(60)
     assert [cache["k"], cache.peek("k")] == ["v", "v"]
+
+
+@pytest.mark.parametrize("step", ["claim", "_carry", "_put_negative", "fill_claim"])
+def test_no_room_for_a_copy_or_what_belongs_to_it_keeps_nobody_from_reading(make, mode, hooked, monkeypatch, step):
+    cache = make(store=hooked, policy=shmcache.Policy(mode, negative_ttl=100, stale_ttl=100), tags=lambda key: ("all",))
+    hooked.store_many({b"k": ("v", None), b"stale": ("old", 0.5)})
+    assert cache["stale"] == "old"
+    until(lambda: cache.peek("stale") is None)
+    hooked.store_many({b"stale": ("new", None)})
+    if step == "claim":
+        monkeypatch.setattr(shmcache.stored, "Claims", ClaimsWithoutRoom)
+    else:
+        monkeypatch.setattr(type(cache), step, no_room)
+    for _ in range(2):
+        assert [cache.get("n"), cache["k"], cache.get_many(["k", "n"]), cache.gets("k")[0], cache.ttl("n"), "n" in cache] == [None, "v", {"k": "v"}, "v", None, False]
+        assert cache["stale"] in ("old", "new")
+
+
+class ClaimsWithoutRoom(_claims.Claims):
+    take = no_room
 
 
 def test_who_waits_for_what_cannot_be_cached_does_not_wait_for_each_other(front, any_mode):

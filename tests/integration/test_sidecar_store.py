@@ -17,7 +17,7 @@ from shmcache.sidecar import backed, serving
 from shmcache.stores import Entry
 from shmcache.supervisor import writeback
 from tests.integration.service import LIMIT, running, until
-from tests.integration.test_policy import POLICIES, Gate, Hooked, Unsettled
+from tests.integration.test_policy import POLICIES, STRANGERS, Gate, Hooked, Unsettled, late_store
 from tests.integration.test_store import DictStore
 
 
@@ -212,6 +212,37 @@ def test_a_transaction_on_a_row_that_cannot_be_cached(front, mode):
         assert rows(cache, b"w") == {b"w": LARGE}
 
 
+@pytest.mark.parametrize(
+    ("line", "meanwhile", "reply", "after"),
+    [
+        ("INCR k", "SET k 5", 6, 6), ("APPEND k x", "SET k 5", 2, b"5x"), ("GETSET k v", "SET k 5", b"5", b"v"), ("SET k v XX", "SET k 5", b"OK", b"v"), ("DEL k", "SET k 5", 1, None),
+        ("EXPIRE k 100", "SET k 5", 1, b"5"), ("GETDEL k", "SET k 5", b"5", None), ("GET k", "SET k 5", b"5", b"5"), ("SETNX k v", "SET k 5", 0, b"5"),
+        ("INCR k", "DEL k", 1, 1), ("APPEND k x", "DEL k", 1, b"x"), ("GETSET k v", "DEL k", None, b"v"), ("DEL k", "DEL k", 0, None), ("EXPIRE k 100", "DEL k", 0, None),
+        ("GETDEL k", "DEL k", None, None), ("GET k", "DEL k", None, None), ("PERSIST k", "DEL k", 0, None), ("SET k v XX", "DEL k", None, None),
+    ],
+)  # fmt: skip
+def test_written_back_what_cannot_be_cached_is_no_more_what_it_was_when_it_was_given(front, monkeypatch, line, meanwhile, reply, after):
+    store = Hooked()
+    store.store_many({b"k": (LARGE, None)}, versions={b"k": 0})
+    cache, client = front(store, "back")
+    load, done = backed.load, []
+
+    def and_changed(*args):
+        found = load(*args)
+        if not done:
+            done.append(True)
+            with another(client) as other:
+                other.execute_command(*meanwhile.split())
+        return found
+
+    monkeypatch.setattr(backed, "load", and_changed)
+    client.response_callbacks.clear()
+    store.before = lambda what, keys: what == "delete" and fail(errors.StoreUnavailable("down"))  # what was deleted is known to the cache alone
+    assert client.execute_command(*line.split()) == reply
+    store.before = lambda what, keys: None
+    assert rows(cache, b"k") == ({} if after is None else {b"k": after})
+
+
 def test_who_waits_for_what_cannot_be_cached_does_not_wait_for_each_other(front):
     n = 3
     store = Hooked()
@@ -268,6 +299,21 @@ def test_a_read_does_not_need_the_cache(front, mode):
     assert not [key for key in cache.scan() if key.startswith(b"\0try")] and cache.verify() == []
 
 
+def test_without_the_store_nothing_that_depends_on_a_miss_is_written_back(make):
+    store = DictStore()
+    store.store_many({b"row": (b"41", None)}, versions={b"row": 0})
+    cache = make(policy="back", store=store)
+    with serving(cache.name) as server, redis.Redis(port=server.port) as client:
+        client.set("k", "v")
+        for line in ("INCR row", "APPEND row x", "SETNX row x", "SET row x NX", "SETRANGE row 0 x", "SETBIT row 0 1", "GETSET row x", "SET row x GET", "MSETNX row x", "COPY k row", "RENAMENX k row",
+                     "INCRBYFLOAT row 1", "LEASE.GET row", "LEASE.FILL row 5 x"):  # fmt: skip
+            with pytest.raises(redis.ResponseError, match="this handle has none"):
+                client.execute_command(*line.split())
+        assert client.get("row") is None and client.get("k") == b"v"
+        assert client.set("row", "x") and client.set("row", "y", xx=True) and client.copy("k", "other", replace=True)
+    assert cache["row"] == b"y"
+
+
 @pytest.mark.parametrize("mode", ["through", "around"])
 def test_without_the_store_nothing_passes_it_by(make, mode):
     store = DictStore()
@@ -277,7 +323,7 @@ def test_without_the_store_nothing_passes_it_by(make, mode):
         client.response_callbacks.clear()
         assert cache["k"] == b"41" == client.get("k")
         for line in ("DEL k", "UNLINK k", "GETDEL k", "SET k v", "INCR k", "INCR new", "DECRBY new 2", "APPEND k v", "APPEND new v", "SETRANGE new 0 x", "RENAME k n", "EXPIRE k 9", "SETNX n v", "GETEX k EX 9",
-                     "MSET k v", "COPY k n", "SETEX n 9 v"):  # fmt: skip
+                     "MSET k v", "COPY k n", "SETEX n 9 v", "LEASE.GET n", "LEASE.FILL n 5 v"):  # fmt: skip
             with pytest.raises(redis.ResponseError, match="this handle has none"):
                 client.execute_command(*line.split())
         assert client.get("k") == b"41" and store.values() == {b"k": b"41"}
@@ -470,6 +516,20 @@ def test_a_write_that_the_store_does_not_take_is_an_error_and_a_miss(front, mode
             client.execute_command(*words)
         assert cache.peek("k") is None and cache.peek("m") is None
     assert client.get("k") == b"1"
+
+
+@pytest.mark.parametrize("mode", ["through", "around"])
+@pytest.mark.parametrize("words", [("SET", "k", "2"), ("INCR", "k"), ("DEL", "k"), ("GETEX", "k", "EX", "100"), ("MSET", "k", "2")], ids=lambda w: w[0])
+@pytest.mark.parametrize("error", STRANGERS[:1] + STRANGERS[2:], ids=lambda e: type(e).__name__)
+def test_what_a_client_raises_says_nothing_of_what_is_still_to_come(front, mode, words, error):
+    store, lands = late_store(error)
+    cache, client = front(store, mode)
+    assert client.get("k") == b"1"
+    with pytest.raises(redis.ResponseError):
+        client.execute_command(*words)
+    assert client.get("k") == b"1" and cache.peek("k") is None
+    lands()
+    assert client.get("k") == {"DEL": None, "GETEX": b"1"}.get(words[0], b"2")
 
 
 def test_a_row_that_is_refused_is_named_and_the_others_are_served(front):
