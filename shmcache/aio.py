@@ -106,6 +106,9 @@ class Cache:
         self._threads = Threads()
         self._waiting: dict[bytes, list[asyncio.Future[None]]] = {}  # by key: tasks that poll; woken early when another one is through
 
+    def __reduce__(self) -> Any:
+        return Cache, (self.sync,)
+
     def __repr__(self) -> str:
         return f"<shmcache.aio.Cache of {self.sync!r}>"
 

@@ -9,6 +9,7 @@ import dis
 import gc
 import itertools
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -1018,6 +1019,20 @@ def test_threads_end_when_they_have_had_nothing_to_do(front, monkeypatch):
     # enumerate() also has what a handler kept from being started: it is not alive
     until(lambda: not any(thread.name == "shmcache-store" and thread.is_alive() for thread in threading.enumerate()))
     run(main())
+
+
+def test_a_handle_goes_to_a_worker_with_its_database(awaited, tmp_path):  # noqa: F811
+    with contextlib.closing(shmcache.SQLStore(f"sqlite:///{tmp_path}/rows.db")) as rows:
+        cache = awaited(policy="through", store=rows)
+
+        async def main():
+            await cache.set("k", 1)
+            async with pickle.loads(pickle.dumps(cache)) as other:
+                assert await other.incr("k") == 2
+                other.sync.store.close()
+            assert await cache.get("k") == 2
+
+        run(main())
 
 
 def test_what_the_store_raises_is_raised(front, store):
