@@ -14,8 +14,8 @@ Race table
                              if the writer is dead, or slow, it loads and does not fill
     write vs invalidate      the mark stays, with another version: its writer does not fill. clear() leaves it as it is
     the store says no, or not now         the mark goes: a miss, which loads what the store has
-    the write is torn off    (unsettled; a signal handler raises; a bug of the store's) it may be going on: the mark stands till its time is
-                             over, and till then each miss loads, and does not fill
+    the write is torn off    (unsettled; a signal handler raises; an error that is not a store's) it may be going on: the mark stands till
+                             its time is over, and till then each miss loads, and does not fill
     the writer's task is cancelled (aio.py) while the store is called: the call goes on, and its mark is held: every other writer waits
                              until it has ended, so the store has theirs last. A mark from before the cancellation overlaps as ever
     the writer dies          his mark stands till its time is over, longer than the store may work for him, whoever writes meanwhile; till
@@ -24,7 +24,9 @@ Race table
     a write that outlasts its mark      its store does not keep its time: one that was given up, or that follows from a load, can land over
                              a later one. None begins for which the mark would not stand long enough (stored.py: Call)
     a write vs one of its own thread    a task's or greenlet's, or this caller's own, which cannot end while this one waits: UsageError
-    a load vs a load         one has the claim, the others wait for it (flight.py); its death hands over at once
+    a load vs a load         one has the claim, the others wait for it (flight.py); its death hands over at once. If it ends with what
+                             cannot be cached it says so under another key, before its claim goes: the others load then, at once, and do
+                             not fill. If it dies before it says so, the next one does
 Writes that other programs do in the store are seen when an item has expired; invalidate(), tags and a ttl are for them.
 """
 
