@@ -12,11 +12,12 @@ import contextlib
 import json
 import os
 import signal
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import shmcache
 from shmcache import errors, metrics, notices, segment, stores
@@ -24,6 +25,8 @@ from shmcache.notices import notice
 
 STUCK = 30.0  # seconds without a heartbeat: the supervisor is stopped
 POLL = 0.02  # seconds between two looks whether a snapshot that was asked for is written
+STORE_VARIABLE = "SHMCACHE_STORE"  # of the environment
+LONGEST_SECRET = 1 << 16  # bytes
 
 
 def _mib(n: float) -> str:
@@ -79,7 +82,7 @@ def _processes(before: dict[str, Any], now: dict[str, Any], seconds: float) -> l
         row = {**p, "ops_per_s": round(operations / seconds) if seconds else 0, "command": None, "rss_bytes": None, "pss_bytes": None}
         with contextlib.suppress(psutil.Error):  # it may just have ended, be in another pid namespace, or be another user's
             process = psutil.Process(p["pid"])
-            row["command"] = " ".join(process.cmdline())[:60] or process.name()
+            row["command"] = stores.masked(" ".join(process.cmdline()))[:60] or process.name()
             memory = process.memory_full_info()
             row["rss_bytes"], row["pss_bytes"] = memory.rss, memory.pss
         result.append(row)
@@ -575,6 +578,7 @@ def do_supervise(args: argparse.Namespace) -> int:
     # from the start, and not a blocked signal: threads that a library started earlier would take it, and the default ends the process
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
+    args.store = _store_of(args)
     store = stores.opened(args.store, args.store_table) if args.store else None
     closing = contextlib.closing(store) if store else contextlib.nullcontext()
     with _data_dir(args) as folder, closing, _live_or_restored(args, folder) as cache:
@@ -594,7 +598,7 @@ def do_supervise(args: argparse.Namespace) -> int:
     return 0
 
 
-SUPERVISED = ("size", "data_dir", "log", "log_buffer", "snapshot_every", "keep", "store", "store_table", "policy")  # serve's, handed on
+SUPERVISED = ("size", "data_dir", "log", "log_buffer", "snapshot_every", "keep", "store_table", "policy")  # serve's, handed on
 
 
 def do_serve(args: argparse.Namespace) -> int:
@@ -606,6 +610,7 @@ def do_serve(args: argparse.Namespace) -> int:
         for word in ("--" + name.replace("_", "-"), str(value))
     ]  # fmt: skip
     supervise += [flag for flag in ("--compress", "--huge-pages", "--start-empty") if getattr(args, flag[2:].replace("-", "_"))]
+    store = _store_of(args)
     settings = {
         "bind": " ".join(args.bind), "port": str(args.port), "unixsocket": args.unix or "", "maxclients": str(args.maxclients),
         "timeout": str(int(args.timeout)), "protected-mode": args.protected_mode, "databases": str(args.databases),
@@ -613,7 +618,7 @@ def do_serve(args: argparse.Namespace) -> int:
         "enable-debug-command": "yes" if args.enable_debug_command else "no",
     }  # fmt: skip
     if args.password_file is not None:
-        settings["requirepass"] = _password(args.password_file)
+        settings["requirepass"] = _secret(args.password_file, "the password").decode("latin-1")
     password = settings.get("requirepass", "").encode("latin-1")
     users = {acl.DEFAULT: acl.default_user(password)}
     if args.acl_file is not None:
@@ -627,7 +632,7 @@ def do_serve(args: argparse.Namespace) -> int:
         args.name, supervise, workers=args.workers, bind=args.bind, port=args.port, unix=args.unix, unix_mode=args.unix_mode,
         settings=settings, users={name: user.line for name, user in users.items()}, disabled=sorted(acl.disabled(args.disable_command)),
         tls=tls, quiet=args.quiet, metrics_port=args.metrics_port, metrics_bind=args.metrics_bind,
-        store=(args.store, args.store_table) if args.store is not None else None,
+        store=(store, args.store_table) if store else None,
     ).run()  # fmt: skip
 
 
@@ -637,12 +642,35 @@ def _warn_if_open(path: str) -> None:
         print(f"shmcache: {path} is open to others than its owner (mode {mode:03o}): chmod 600", file=sys.stderr)
 
 
-def _password(path: str) -> str:
+def _secret(path: str, what: str) -> bytes:
+    """The first line of a file. Raises: UsageError: it has none, or is no regular file, for which this would wait."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise errors.UsageError(f"{path} is no regular file: {what} is read from the first line of one")
     _warn_if_open(path)
-    password = Path(path).read_bytes().strip().decode("latin-1")
-    if not password:
-        raise errors.UsageError(f"{path} is empty: its first line is to be the password")
-    return password
+    with open(path, "rb") as file:
+        return _first_line(file, path, what)
+
+
+def _first_line(file: BinaryIO, path: str, what: str) -> bytes:
+    line = file.readline(LONGEST_SECRET + 1).strip()
+    if not line:
+        raise errors.UsageError(f"{path} is empty: its first line is to be {what}")
+    if len(line) > LONGEST_SECRET:
+        raise errors.UsageError(f"the first line of {path} has over {LONGEST_SECRET:,} bytes: it is to be {what}")
+    return line
+
+
+def _store_of(args: argparse.Namespace) -> str | None:
+    """What stands behind the segment: by --store or --store-file, or else by the environment, which children do not inherit it from."""
+    variable = os.environ.pop(STORE_VARIABLE, "").strip()
+    if args.store_file is None:
+        if args.store and stores.masked(args.store) != args.store:
+            notice(f"shmcache: the password of --store is shown to every user who lists processes: use --store-file, or {STORE_VARIABLE}")
+        return args.store or variable or None
+    what = "the store's url, or module:function"
+    if args.store_file == "-":
+        return os.fsdecode(_first_line(sys.stdin.buffer, "standard input", what))
+    return os.fsdecode(_secret(args.store_file, what))
 
 
 # ---- the parsers ----------------------------------------------------------------------------------------------------------------
@@ -770,7 +798,10 @@ def _supervise_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--size", help="create the segment with it if there is none")
     p.add_argument("--huge-pages", action="store_true", help="create it in pages of 2 MiB (Linux 6.1)")
     p.add_argument("--policy", choices=("through", "around", "back"), help="create it to stand in front of a store: how writes get there")
-    p.add_argument("--store", metavar="S", help="what stands behind it: an url (sqlite:///app.db, ...), or module:function")
+    store = p.add_mutually_exclusive_group()
+    store.add_argument("--store", metavar="S", help="what stands behind it: an url (sqlite:///app.db, ...), or module:function")
+    store.add_argument("--store-file", metavar="F", help="the same, in the first line of a file (-: of standard input): for an url with a "
+                       f"password, which arguments show to everybody. Without either the variable {STORE_VARIABLE} may say it")  # fmt: skip
     p.add_argument("--store-table", default="shmcache", metavar="T", help="of an url: table, made if it is not there (shmcache)")
     p.add_argument("--data-dir", metavar="D", help="write snapshots to it, and restore the segment from it if there is none")
     p.add_argument("--log", choices=("off", "no", "everysec", "always"), default="off",

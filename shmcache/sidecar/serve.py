@@ -43,7 +43,7 @@ class Child:
     fds: tuple[int, ...] = ()
     module: str = ""  # of one on the bus; options: what it is told
     options: dict[str, Any] = field(default_factory=dict)
-    told: bytes = b""  # on standard input: a password is not to be seen among the arguments
+    told: bytes = b""  # on standard input: passwords are not to be seen among the arguments
     process: subprocess.Popen[bytes] | None = None
     began: float = 0.0
     wait: float = 0.0
@@ -54,8 +54,8 @@ class Child:
 
 @dataclass
 class Service:
-    """Args: supervise: arguments of `shmcache supervise` after its name. bind, port (0: no TCP), unix, settings, users, disabled, tls: of
-    worker.py, when it begins."""
+    """Args: supervise: arguments of `shmcache supervise` before the segment's name; it gets the store on standard input. bind, port
+    (0: no TCP), unix, settings, users, disabled, tls, store: of worker.py, when it begins."""
 
     name: str
     supervise: list[str]
@@ -127,8 +127,10 @@ class Service:
     # -- children
 
     def start_supervisor(self) -> None:
-        argv = [sys.executable, "-m", "shmcache.cli", "supervise", "--quiet", "--parent", str(os.getpid()), *self.supervise, self.name]
-        child = Child("the supervisor", argv=argv)
+        argv = [sys.executable, "-m", "shmcache.cli", "supervise", "--quiet", "--parent", str(os.getpid()), *self.supervise]
+        child = Child("the supervisor", argv=[*argv, self.name])
+        if self.store:
+            child.argv, child.told = [*argv, "--store-file", "-", self.name], os.fsencode(self.store[0])
         self.children.append(child)
         self.start(child)
         assert child.process is not None

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -94,18 +95,26 @@ class Store(Protocol):
         """Wait for the calls that are running, and give back what it holds."""
 
 
+def masked(text: str) -> str:
+    """A text with the passwords of the urls in it replaced by ***. Of a text that is only like an url rather more is replaced."""
+    text = re.sub(r"(://[^:/@\s]*:)\S*@", r"\1***@", text)
+    return re.sub(r"(?i)([?&][\w-]*password=)[^&\s]*", r"\1***", text)
+
+
 def opened(spec: str, table: str | None = None) -> Store:
     """A store for the command line: of an url that SQLAlchemy takes, as SQLStore(url, table); or of "module:function", what that returns.
 
-    Raises: InvalidConfig; what the function raises.
+    Raises: InvalidConfig, which does not repeat what may be a password; what the function raises.
     """
-    module, colon, name = spec.partition(":")
-    if not colon or name.startswith("//"):
+    module, _, name = spec.partition(":")
+    if name.startswith("//"):
         from shmcache.stores.sql import SQLStore
 
         return SQLStore(spec, table or "shmcache")
+    if not (name.isidentifier() and all(part.isidentifier() for part in module.split("."))):
+        raise errors.InvalidConfig("the store is an url, as sqlite:///app.db or postgresql://user@host/database, or module:function")
     try:
         store: Store = getattr(importlib.import_module(module), name)()
     except (ImportError, AttributeError) as e:
-        raise errors.InvalidConfig(f"--store is an url, or module:function, not {spec!r} ({e}); is the module on PYTHONPATH?") from e
+        raise errors.InvalidConfig(f"the store is an url, or module:function, not {spec!r} ({e}); is the module on PYTHONPATH?") from e
     return store

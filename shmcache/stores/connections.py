@@ -29,6 +29,7 @@ from sqlalchemy import exc
 
 from shmcache import errors
 from shmcache.core import _core
+from shmcache.stores import masked
 
 # Classes of SQLSTATE and result codes of SQLite that are about a row, and about the call; what has any other may go better next time.
 ROW_STATES = {"21", "22", "23", "27", "44", "54", "P0"}
@@ -41,6 +42,7 @@ LIMITS = sa.text("SELECT set_config('statement_timeout', :ms, true), set_config(
 FILES = {"passfile", "sslcert", "sslcrl", "sslcrldir", "sslkey", "sslrootcert"}  # of libpq, which looks for them at each connection
 GRACE_MS = 1000  # after the deadline, until a connection is ended on which nothing comes any more
 SLACK = 0.05  # seconds that a statement may end after the deadline, before a limit is worth a round trip
+ENCODED = "in a user's name and a password write @, : and / as %40, %3A and %2F"
 LOCK = sa.text("SELECT pg_advisory_xact_lock(hashtextextended(:name, 0))")
 
 
@@ -53,6 +55,7 @@ class Connections:
 
     def __init__(self, url: sa.URL, pool_size: int, timeout: float) -> None:
         self.url, self.pool_size, self.timeout = url, pool_size, timeout
+        self.shown = masked(str(url))
         self.dialect = url.get_backend_name()
         self._closed = False
         self._sqlite = self.dialect == "sqlite"
@@ -192,13 +195,17 @@ def parsed_url(url: str) -> sa.URL:
     """The url, with its driver, and with whole paths: a process may change its directory. Raises: InvalidConfig."""
     try:
         parsed = sa.make_url(url)
-    except exc.ArgumentError as e:
-        raise errors.InvalidConfig(f"a url is like sqlite:///app.db or postgresql://user@host/database, not that one ({e})") from None
+    except (exc.ArgumentError, ValueError):  # ValueError: of a port. Neither is repeated: it may be a part of the password
+        raise errors.InvalidConfig(f"a url is like sqlite:///app.db or postgresql://user@host/database, not that one: {ENCODED}") from None
     if parsed.drivername == "postgresql":
         parsed = parsed.set(drivername="postgresql+psycopg")
     if parsed.get_backend_name() not in ("sqlite", "postgresql"):
         raise errors.InvalidConfig(f"SQLStore speaks SQLite and PostgreSQL, not {parsed.get_backend_name()}: use one, or write a Store")
+    if parsed.drivername not in ("sqlite", "sqlite+pysqlite", "postgresql+psycopg"):
+        raise errors.InvalidConfig(f"there is no driver {parsed.drivername!r} here: leave it out, as in sqlite:// or postgresql://")
     if parsed.get_backend_name() == "postgresql":
+        if "@" in (parsed.host or "") or "@" in (parsed.database or ""):
+            raise errors.InvalidConfig(f"the url has more than one @: {ENCODED}")  # what is behind the first one would be shown as the host
         _threshold(parsed)
         files = {name: path for name, path in parsed.query.items() if name in FILES and isinstance(path, str) and path != "system"}
         return parsed.update_query_dict({name: os.path.abspath(path) for name, path in files.items()})

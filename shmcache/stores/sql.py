@@ -81,7 +81,7 @@ class SQLStore:
         return {**self.__dict__, "_columns": None}
 
     def __repr__(self) -> str:
-        return f"<shmcache.SQLStore {self._table!r} of {self._connections.url}>"
+        return f"<shmcache.SQLStore {self._table!r} of {self._connections.shown}>"
 
     # ---- the calls ----
 
@@ -193,7 +193,7 @@ class SQLStore:
                     table = sa.Table(name, sa.MetaData(schema=schema or None), autoload_with=c, resolve_fks=False)
             except exc.NoSuchTableError:
                 if not self._create:
-                    raise errors.StoreRefused(f"there is no table {self._table!r} in {self._connections.url}: make it") from None
+                    raise errors.StoreRefused(f"there is no table {self._table!r} in {self._connections.shown}: make it") from None
                 table = own(name, schema or None)
                 with self._connections.transaction(deadline, write=True, alone=self._table) as c:
                     c.execute(sa.schema.CreateTable(table, if_not_exists=True))

@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -269,3 +270,45 @@ def test_usage():
     assert "usage" in admin(code=2)
     assert "usage" in admin("nonsense", code=2)
     assert shmcache.__version__ in admin("--version")
+
+
+def shmcache_(*args, code, stdin=b"", env=None):
+    out = subprocess.run([BIN / "shmcache", *args], input=stdin, env={**os.environ, **(env or {})}, capture_output=True, check=False, timeout=60)
+    assert out.returncode == code, (out.returncode, out.stdout, out.stderr)
+    assert b"Traceback" not in out.stderr
+    return out.stderr.decode()
+
+
+@pytest.mark.parametrize("option", ["--store-file", "--password-file"])
+def test_a_secret_is_read_from_a_regular_file_and_nothing_is_waited_for(name, tmp_path, option):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "empty").write_text("\n\n")
+    (tmp_path / "long").write_bytes(b"s3cret" * 20_000)
+    listening = socket.socket(socket.AF_UNIX)
+    with listening:
+        listening.bind(str(tmp_path / "socket"))
+        for path, said in (("fifo", "regular"), (".", "regular"), ("empty", "first line"), ("long", "65,536"), ("/dev/null", "regular"), ("socket", "regular"), ("missing", "No such file")):
+            told = shmcache_("serve", name, "--size", "8M", "--port", "0", "--unix", str(tmp_path / "s"), option, str(tmp_path / path), code=1 if path == "missing" else 2)
+            assert said in told and "s3cret" not in told
+            if option == "--store-file":
+                told = shmcache_("supervise", name, "--size", "8M", option, str(tmp_path / path), code=1 if path == "missing" else 2)
+                assert said in told and "s3cret" not in told
+    assert not Path(f"/dev/shm/shmcache.{name}").exists()
+
+
+def test_where_a_supervisor_learns_its_store(name, tmp_path):
+    """What makes the store ends it at once, and says which one it is."""
+    for where in "argument", "file", "variable":
+        (tmp_path / f"{where}.py").write_text("def store():\n    import sys, os\n    sys.exit(f'it is the {__name__}, ' + os.environ.get('SHMCACHE_STORE', 'not in the environment'))\n")
+    (tmp_path / "said").write_text("  file:store  \nargument:store\n")
+    (tmp_path / "said").chmod(0o644)
+    env = {"PYTHONPATH": os.pathsep.join([str(tmp_path), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]), "SHMCACHE_STORE": "variable:store"}
+    command = ["supervise", name, "--size", "8M"]
+    assert shmcache_(*command, env=env, code=1) == "it is the variable, not in the environment\n"
+    assert shmcache_(*command, "--store", "argument:store", env=env, code=1) == "it is the argument, not in the environment\n"
+    told = shmcache_(*command, "--store-file", str(tmp_path / "said"), env=env, code=1)
+    assert "chmod 600" in told and "it is the file, not in the environment" in told
+    assert shmcache_(*command, "--store-file", "-", env=env, stdin=b"file:store", code=1) == "it is the file, not in the environment\n"
+    assert "standard input is empty" in shmcache_(*command, "--store-file", "-", env=env, code=2)
+    assert "not allowed with" in shmcache_(*command, "--store-file", "-", "--store", "argument:store", code=2)
+    assert "--store-file" in shmcache_(*command, "--store", "nosuch://u:s3cret@host/x", code=2)

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
+import signal
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import redis
@@ -19,6 +24,9 @@ from shmcache.supervisor import writeback
 from tests.integration.service import LIMIT, running, until
 from tests.integration.test_policy import POLICIES, STRANGERS, Gate, Hooked, Unsettled, late_store
 from tests.integration.test_store import DictStore
+from tests.redis.servers import free_port
+
+ADMIN = Path(sys.executable).parent / "shmcache-admin"
 
 
 @pytest.fixture
@@ -686,6 +694,53 @@ def test_the_other_databases_are_the_caches_own(serve, tmp_path, mode):
         assert not second.copy("n", "a", destination_db=0) and first.get("a") == b"x"
         assert second.copy("n", "a", destination_db=0, replace=True) and first.get("a") == b"5"
         until(lambda: in_database(path).keys() == {b"a", b"a2", b"n"})
+
+
+def descendants(pid):
+    """Pids of a process' children, their children, and so on."""
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        yield int(child)
+        yield from descendants(int(child))
+
+
+@pytest.mark.parametrize("how", ["file", "variable", "argument"])
+def test_the_stores_password_is_shown_nowhere(serve, name, tmp_path, postgres, monkeypatch, how):
+    secret, table = "not-to-be-seen", "seen" + how
+    url = postgres.replace("://postgres@", f"://postgres:{secret}@")
+    assert secret in url
+    if how == "variable":
+        monkeypatch.setenv("SHMCACHE_STORE", url)
+    (tmp_path / "store").write_text(f"{url}\na second line\n")
+    (tmp_path / "store").chmod(0o600)
+    said = {"file": ["--store-file", str(tmp_path / "store")], "variable": [], "argument": ["--store", url]}[how]
+    service = serve(*said, "--store-table", table, "--policy", "back", "--workers", "2", "--metrics-port", str(free_port()))
+
+    def seen():
+        children = list(descendants(service.process.pid))
+        assert len(children) == 4
+        arguments = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children]
+        assert sum(b"supervise" in a for a in arguments) == 1
+        assert not [a for a in arguments if secret.encode() in a]
+        assert not [pid for pid in children if secret.encode() in Path(f"/proc/{pid}/environ").read_bytes()]
+        assert (secret.encode() in Path(f"/proc/{service.process.pid}/cmdline").read_bytes()) == (how == "argument")
+
+    seen()
+    with service.client() as client, shmcache.attach(name) as cache:
+        client.set("a", "1")
+        cache.flush(LIMIT)
+        killed = cache.supervisor()["pid"]
+        os.kill(killed, signal.SIGKILL)
+        until(lambda: cache.supervisor()["alive"] and cache.supervisor()["pid"] != killed)
+        seen()
+        client.set("b", "2")
+        cache.flush(LIMIT)
+        shown = b"".join(subprocess.run([ADMIN, "stats", name, *more], capture_output=True, check=True, timeout=LIMIT).stdout for more in ([], ["--json"]))
+    assert service.stop() == 0
+    with contextlib.closing(shmcache.SQLStore(url, table)) as store:
+        assert {key: entry.value for key, entry in store.load_many([b"a", b"b"]).items()} == {b"a": b"1", b"b": b"2"}
+    assert secret.encode() not in shown and b"serve" in shown
+    assert secret not in service.said()
+    assert ("--store-file" in service.said()) == (how == "argument")
 
 
 def test_a_function_makes_the_store(serve):

@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
 import shmcache
-from shmcache import errors
+from shmcache import errors, stores
 from shmcache.codec import MsgpackCodec
 from shmcache.core import _core
 from shmcache.stores import MISSING, Entry
@@ -1203,6 +1203,37 @@ def test_arguments_that_cannot_be_right(url, options):
 
 def test_a_password_is_not_shown():
     assert "secret" not in repr(shmcache.SQLStore("postgresql://u:secret@host/x"))
+    assert "secret" not in repr(shmcache.SQLStore("postgresql://u@host/x?sslpassword=secret&password=secret"))
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "postgresql://u:p@secret@host/x", "postgresql://u:p@ss:secret@host/x", "postgresql://u:p@h:secret/x", "postgresql://us/er:secret@host/x",
+        "postgresql:/u:secret@host/x", "postgresql:secret@host", "http:secret@host", "u:secret@host", "secret", "mysql://u:secret@host/x",
+        "nosuch://u:secret@host/x", "postgresql+nosuch://u:secret@host/x", "", ":", "http.client:", ":secret@",
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_url_is_said_without_its_password(spec):
+    with pytest.raises(errors.InvalidConfig) as told:
+        stores.opened(spec)
+    e = told.value
+    while e is not None:
+        assert "secret" not in str(e) and "ss@" not in str(e)
+        e = None if e.__suppress_context__ and e.__cause__ is None else e.__cause__ or e.__context__
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("postgresql://u:p@host/x", "postgresql://u:***@host/x"), ("--store postgresql://u:p@ss/w:@host/x --quiet", "--store postgresql://u:***@host/x --quiet"),
+        ("postgresql://:p@host", "postgresql://:***@host"), ("x://host/?Password=p&a=1 b", "x://host/?Password=***&a=1 b"),
+        ("x://h?a=1&sslpassword=p", "x://h?a=1&sslpassword=***"), ("sqlite:////a/b.db", "sqlite:////a/b.db"), ("postgresql://u@host:5432/x", "postgresql://u@host:5432/x"),
+        ("module:function a@b", "module:function a@b"),
+    ],
+)  # fmt: skip
+def test_the_passwords_in_a_text_are_masked(text, shown):
+    assert stores.masked(text) == shown
 
 
 @pytest.mark.parametrize(("module", "extra", "url"), [("sqlalchemy", "sql", "sqlite:///x"), ("psycopg", "postgres", "postgresql://host/x")])
