@@ -623,7 +623,7 @@ def do_serve(args: argparse.Namespace) -> int:
     users = {acl.DEFAULT: acl.default_user(password)}
     if args.acl_file is not None:
         settings["aclfile"] = os.path.abspath(args.acl_file)
-        _warn_if_open(args.acl_file)
+        _check_secret(args.acl_file, "a list of users")
         users = acl.read_file(settings["aclfile"], password)
     if bool(args.tls_cert) != bool(args.tls_key):
         raise errors.UsageError("--tls-cert and --tls-key go together")
@@ -636,17 +636,18 @@ def do_serve(args: argparse.Namespace) -> int:
     ).run()  # fmt: skip
 
 
-def _warn_if_open(path: str) -> None:
-    mode = os.stat(path).st_mode & 0o777
+def _check_secret(path: str, what: str) -> None:
+    """Warn if others than its owner can read a file. Raises: UsageError: it is no regular file: a fifo would be waited for."""
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        raise errors.UsageError(f"{path} is no regular file: {what} is read from one")
     if mode & 0o077:
-        print(f"shmcache: {path} is open to others than its owner (mode {mode:03o}): chmod 600", file=sys.stderr)
+        print(f"shmcache: {path} is open to others than its owner (mode {mode & 0o777:03o}): chmod 600", file=sys.stderr)
 
 
 def _secret(path: str, what: str) -> bytes:
-    """The first line of a file. Raises: UsageError: it has none, or is no regular file, for which this would wait."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise errors.UsageError(f"{path} is no regular file: {what} is read from the first line of one")
-    _warn_if_open(path)
+    """The first line of a file. Raises: UsageError: it has none."""
+    _check_secret(path, what)
     with open(path, "rb") as file:
         return _first_line(file, path, what)
 

@@ -279,7 +279,7 @@ def shmcache_(*args, code, stdin=b"", env=None):
     return out.stderr.decode()
 
 
-@pytest.mark.parametrize("option", ["--store-file", "--password-file"])
+@pytest.mark.parametrize("option", ["--store-file", "--password-file", "--acl-file"])
 def test_a_secret_is_read_from_a_regular_file_and_nothing_is_waited_for(name, tmp_path, option):
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "empty").write_text("\n\n")
@@ -288,6 +288,8 @@ def test_a_secret_is_read_from_a_regular_file_and_nothing_is_waited_for(name, tm
     with listening:
         listening.bind(str(tmp_path / "socket"))
         for path, said in (("fifo", "regular"), (".", "regular"), ("empty", "first line"), ("long", "65,536"), ("/dev/null", "regular"), ("socket", "regular"), ("missing", "No such file")):
+            if option == "--acl-file" and said in ("first line", "65,536"):
+                continue
             told = shmcache_("serve", name, "--size", "8M", "--port", "0", "--unix", str(tmp_path / "s"), option, str(tmp_path / path), code=1 if path == "missing" else 2)
             assert said in told and "s3cret" not in told
             if option == "--store-file":
