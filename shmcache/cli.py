@@ -25,6 +25,7 @@ from shmcache.notices import notice
 
 STUCK = 30.0  # seconds without a heartbeat: the supervisor is stopped
 POLL = 0.02  # seconds between two looks whether a snapshot that was asked for is written
+ALL = object()  # of --retry
 STORE_VARIABLE = "SHMCACHE_STORE"  # of the environment
 LONGEST_SECRET = 1 << 16  # bytes
 
@@ -50,7 +51,7 @@ def _table(title: str, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> No
                 table.add_column(name, justify="left" if i == 0 else "right")
             for row in cells:
                 table.add_row(*row)
-            Console().print(table)
+            Console(markup=False, emoji=False).print(table)  # keys and errors are anybody's
             return
     widths = [max(len(r[i]) for r in [list(head), *cells]) for i in range(len(head))]
     print(title)
@@ -318,6 +319,56 @@ def do_flush(args: argparse.Namespace) -> int:
         cache.clear()
     print(json.dumps({"name": args.name, "removed": n}) if args.json else f"removed {n:,} items")
     return 0
+
+
+def do_refused(args: argparse.Namespace) -> int:
+    from shmcache.supervisor import refused
+
+    with shmcache.attach(args.name) as cache:
+        if cache.mapping.settings()["policy"] != segment.WRITE_BACK:
+            raise errors.UsageError(f"nothing is written back in {args.name}, so that no store refuses rows later than the call")
+        if args.drop is None and args.retry is None:
+            _show_refused(args, *refused.ask(cache))
+            return 0
+        if args.drop is not None:
+            row = refused.find(cache, os.fsencode(args.drop))
+            _sure(args, f"Give up what the store refuses of {args.drop}? The store keeps what it has.")
+            done = int(refused.drop(cache, row))
+        else:
+            one = None if args.retry is ALL else refused.find(cache, os.fsencode(args.retry))
+            done = refused.retry_all(cache) if one is None else int(refused.retry(cache, one))
+            refused.hurry(cache)
+    if args.json:
+        print(json.dumps({"name": args.name, "dropped" if args.drop is not None else "retried": done}))
+    elif not done:
+        print("there is none" if args.retry is ALL else "it is not as it was listed: look at the list again", file=sys.stderr)
+    elif args.drop is None:
+        print("tried at once: look at the list again")
+    return 0 if done else 1
+
+
+def _show_refused(args: argparse.Namespace, rows: list[Any], in_all: int) -> None:
+    now = time.time()
+    if args.json:
+        shown = [
+            {"key": _shown(row.key), "version": row.version, "error": row.error, "since_s": max(0.0, now - row.since), "tries": row.tries,
+             "again_s": max(0.0, row.again - now)}
+            for row in rows
+        ]  # fmt: skip
+        print(json.dumps({"name": args.name, "refused": in_all, "rows": shown}))
+    elif not rows:
+        print("the store refuses nothing")
+    else:
+        _table(f"{in_all:,} rows that the store refuses", ("key", "version", "since", "tries", "again in", "error"), [
+            (_printable(_text(row.key)), row.version, f"{max(0.0, now - row.since):,.0f} s", row.tries,
+             f"{max(0.0, row.again - now):,.0f} s", _printable(row.error)) for row in rows])  # fmt: skip
+        if in_all > len(rows):
+            print(f"and {in_all - len(rows):,} more")
+
+
+def _printable(text: str) -> str:
+    """Without what a terminal would take for a command."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def do_verify(args: argparse.Namespace) -> int:
@@ -737,6 +788,11 @@ def admin_parser() -> argparse.ArgumentParser:
     p.add_argument("--prefix", default="", help="of the keys")
     p.add_argument("--limit", type=int, metavar="N", help="at most so many")
     p = command("flush", do_flush, "Remove every item.")
+    p.add_argument("--yes", action="store_true", help="do not ask")
+    p = command("refused", do_refused, "List the rows that the store refuses of what is written back; try them again, or give them up.")
+    what = p.add_mutually_exclusive_group()
+    what.add_argument("--retry", nargs="?", const=ALL, metavar="KEY", help="try this row at once; without KEY all that is not stored")
+    what.add_argument("--drop", metavar="KEY", help="give up this row's value: the store keeps what it has, and the next get loads that")
     p.add_argument("--yes", action="store_true", help="do not ask")
     p = command("verify", do_verify, "Hold every structure against its invariants.")
     p.add_argument("--repair", action="store_true", help="remove what is damaged, settle what the dead left")

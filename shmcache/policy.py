@@ -40,6 +40,7 @@ class Policy:
         stale_ttl: seconds beyond its ttl for which a copy is given while one caller loads it anew, or the store is down.
         flush_every: back: seconds between two passes over what is to be stored.
         dirty_limit: back: bytes, or "64M", that may wait to be stored; who would write more waits. Never over a quarter of the slab memory.
+            What the store refuses may be half as much, beside that; if all that waits fails, a sixteenth more may wait.
     """
 
     mode: str

@@ -87,6 +87,11 @@ def slab_classes(page_bytes: int) -> list[int]:
     return sizes
 
 
+def dirty_limit_of(asked: int, slab_bytes: int) -> int:
+    """Bytes that may wait to be stored, of what a policy asks for (0: as much as may be)."""
+    return min(asked or slab_bytes, slab_bytes // DIRTY_SHARE)
+
+
 def geometry(
     size_bytes: int,
     *,
@@ -120,7 +125,7 @@ def geometry(
     g["max_value_bytes"] = min(max_value_bytes, slab_bytes // 4, listable, (1 << 32) - 1)
     g["default_ttl_ms"] = default_ttl_ms
     g["lock_limit_ms"] = lock_limit_ms
-    g["dirty_limit"] = min(dirty_limit or slab_bytes, slab_bytes // DIRTY_SHARE)
+    g["dirty_limit"] = dirty_limit_of(dirty_limit, slab_bytes)
     g["size_bytes"] = size_bytes
     return g, chunks
 

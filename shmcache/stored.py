@@ -280,6 +280,8 @@ class StoredCache(Cache):
             found = dict(self.store.load_many(names, timeout=timeout))
         except errors.RowsRefused as e:
             refused |= e.errors
+            if e.errors.keys().isdisjoint(names):  # what it is about nobody knows: none of these is known to be absent
+                raise
             rest = [name for name in names if name not in e.errors]
             return self._load_some(refused, rest, timeout) if rest and len(rest) < len(names) else {}
         for name, (value, ttl) in [*found.items()]:

@@ -108,6 +108,8 @@ class ThroughCache(StoredCache):
                 yield from self._write({name: values[name] for name in names[i : i + BATCH]}, ttl)
             except errors.RowsRefused as e:
                 refused |= e.errors
+                if e.errors.keys().isdisjoint(names):  # what it is about nobody knows: none of these is known to be stored
+                    raise
         if refused:
             raise errors.RowsRefused(refused)
 

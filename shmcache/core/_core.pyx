@@ -43,7 +43,7 @@ from shmcache.core.siphash cimport siphash, siphash13
 from shmcache.core.slab cimport chunk_class, cls_mark, give_back_all, item_at, page_cls
 from shmcache.core.table cimport (
     ALWAYS, IF_ABSENT, IF_CLAIM, IF_PRESENT, IF_SAME, IF_UNCLAIMED, IF_UNMARKED, IF_UNMARKED_BY_ANY, IF_VERSION, LARGE_COPY, RESTARTS, add_to,
-    claim_t, clear_all, count_items, end_mark, envelope_state, give_up, mark_t, next_keys, passes_by, prefetch_item, put, put_t, read_begin, read_claim, read_copy, read_end,
+    claim_t, clear_all, count_items, drop_dirty, end_mark, envelope_state, give_up, mark_t, next_keys, passes_by, prefetch_item, put, put_t, read_begin, read_claim, read_copy, read_end,
     read_generation, read_left, read_t, remove, remove_claim, same_item, set_expiry, state_in_place, unchanged)
 from shmcache.core.token cimport (
     ABSENT, AGAIN, BUSY, EXISTS, INTR, KEPT, MISMATCH, NO_OFD, NO_ROOM, NO_ROW, NO_STORE, NOT_INT, OK, OS_ERROR, OVERFLOW, RESTORER_BYTE,
@@ -2167,6 +2167,41 @@ cdef class Table:
         """fill_claim(), of a value that the store has not got."""
         cdef uint64_t stored
         return self.store(key, value, ttl, (IF_SAME if refresh else IF_CLAIM) | WRITTEN, version, &stored) == OK
+
+    def _give_up(self, key, uint64_t version):
+        """Write-back: take out what is not stored yet, if it still has this version: True if it had. The store keeps what it has."""
+        cdef const uint8_t* k
+        cdef size_t n
+        cdef log_t log
+        cdef seg_t* s
+        cdef Mapping held = self.mapping
+        cdef uint64_t h, until
+        cdef int rc = INTR
+        key_view(key, &k, &n)
+        s = self.ready()
+        h = siphash13(k, n, s.k0, s.k1)
+        log.bytes = 0
+        log.end = 0
+        if s.ring_bytes:
+            self.secure(s, held, &log, record_room(s, n, 0))
+        try:
+            until = wait_until(s)
+            self.enter(s)
+            try:
+                while rc == INTR:
+                    with nogil:
+                        rc = drop_dirty(s, k, n, h, version, &log, until)
+                    if rc == INTR:
+                        self.forked(s, held, &log)
+            finally:
+                self.leave()
+        finally:
+            self.over(s, &log, rc == OK)
+        if rc == BUSY:
+            fail(rc)
+        if log.end:
+            self.durable(s, held, &log)
+        return rc == OK
 
     def _delete_version(self, key, uint64_t version):
         """Remove a key if it still has this version: True if it was removed."""

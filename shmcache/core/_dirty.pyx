@@ -2,7 +2,7 @@
 """What the store has not got yet (dirty.pxd), for who flushes it: `Dirty`."""
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.exc cimport PyErr_CheckSignals
-from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport UINT64_MAX, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 
@@ -15,7 +15,7 @@ from shmcache.core.envelope cimport CODEC_ENVELOPE, envelope_open, envelope_t
 from shmcache.core.layout cimport FLAG_CLAIM, FLAG_COPY_TTL, FLAG_DIRTY, POLICY_BACK, item_t, seg_t
 from shmcache.core.lock cimport wait_until
 from shmcache.core.siphash cimport siphash13
-from shmcache.core.slab cimport in_slab, item_at, page_room
+from shmcache.core.slab cimport chunk_class, in_slab, item_at, page_room
 from shmcache.core.table cimport RESTARTS, find_dirty, go_above, mark_clean, read_begin, read_copy, read_t, renew_dirty, same_item, unchanged
 from shmcache.core.token cimport ABSENT, BUSY, INTR, MISMATCH, OK
 
@@ -37,6 +37,8 @@ cdef class Dirty:
     cdef readonly uint64_t skipped      # found dirty, or not known, and not read: a process that does not run holds the stripe
     cdef readonly bytes damaged         # the last key whose value has a page that belongs to somebody else
     cdef readonly uint64_t found_bytes  # of the items found, as header.dirty counts them
+    cdef public dict passed             # key -> version of items whose payload is not read: find() and walk() give them with none
+    cdef public uint64_t most_bytes     # find() and walk() end behind the item by which the payloads have so many
 
     def __init__(self, Table table not None):
         cdef seg_t* s = table.ready()
@@ -45,17 +47,21 @@ cdef class Dirty:
         self.table = table
         self.mapping = table.mapping
         self.skipped = self.found_bytes = 0
+        self.passed = {}
+        self.most_bytes = UINT64_MAX
         self.words = (((s.slab_hi - s.slab_lo) >> 3) + 63) >> 6
 
     def find(self, uint64_t at, Py_ssize_t most):
         """(items, at): at most so many dirty items behind a place in the map, 0 at first, and the place to go on; 0: that was all.
 
-        An item is (key, codec, payload, seconds to live or None, version, row's version). A tombstone is a negative envelope.
+        An item is (key, codec, payload, seconds to live or None, version, row's version, bytes as header.dirty counts them). A tombstone is a
+        negative envelope.
         """
         cdef seg_t* s = self.table.ready()
         cdef list found = []
         cdef uint8_t key[4096]
         cdef size_t n = 0
+        cdef uint64_t payloads = 0
         cdef uint64_t bits, until = 0       # 0: this bit was not waited for yet
         cdef int rc, bit
         while at < self.words << 6:
@@ -83,7 +89,8 @@ cdef class Dirty:
                 item = self.read(s, PyBytes_FromStringAndSize(<char*>key, <Py_ssize_t>n))
                 if item is not None:
                     found.append(item)
-                    if len(found) == most:
+                    payloads += len(item[2])
+                    if len(found) == most or payloads >= self.most_bytes:
                         return found, at
         return found, 0
 
@@ -93,7 +100,7 @@ cdef class Dirty:
         cdef seg_t* s = self.table.ready()
         cdef list found = []
         cdef uint8_t* keys = <uint8_t*>malloc(CHAIN_BYTES)
-        cdef uint64_t used = 0, items = 0, place, until = 0
+        cdef uint64_t used = 0, items = 0, payloads = 0, place, until = 0
         cdef size_t n
         cdef int rc
         if keys == NULL:
@@ -118,12 +125,17 @@ cdef class Dirty:
                     item = self.read(s, PyBytes_FromStringAndSize(<char*>keys + place + 2, <Py_ssize_t>n))
                     if item is not None:
                         found.append(item)
+                        payloads += len(item[2])
                     place += 2 + n
-                if len(found) >= most:
+                if len(found) >= most or payloads >= self.most_bytes:
                     return found, at if at < s.n_buckets else 0
         finally:
             free(keys)
         return found, 0
+
+    def item(self, bytes key not None):
+        """The item of this key, as of find(); None: it is not dirty, or a process that does not run holds its stripe."""
+        return self.read(self.table.ready(), key)
 
     cdef object read(self, seg_t* s, bytes key):
         cdef const uint8_t* k = <const uint8_t*>PyBytes_AS_STRING(key)
@@ -147,6 +159,8 @@ cdef class Dirty:
             rc = read_begin(s, k, n, h, &r)
             if rc == ABSENT:
                 return None
+            if rc == OK and r.flags & FLAG_DIRTY and self.passed.get(key) == r.cas:
+                return key, r.codec, b"", None, r.cas, r.cas + s.header.version_base, read_size(s, &r)
             if rc == OK:
                 payload = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>r.value_bytes)
                 read_copy(s, &r, <uint8_t*>PyBytes_AS_STRING(payload))
@@ -169,7 +183,7 @@ cdef class Dirty:
         if r.expiry_ms and not r.flags & FLAG_COPY_TTL:
             now = now_ms(s)
             left = (r.expiry_ms - now) / 1000.0 if r.expiry_ms > now else 0.0
-        return key, r.codec, payload, left, r.cas, r.cas + s.header.version_base
+        return key, r.codec, payload, left, r.cas, r.cas + s.header.version_base, read_size(s, &r)
 
     def clean(self, bytes key not None, uint64_t version):
         """The store has this version of a key: True. False: it has been written since, or a process that does not run holds its stripe; then
@@ -286,6 +300,15 @@ cdef class Dirty:
                 bits &= bits - 1
                 total += 1
         return total
+
+
+cdef uint64_t read_size(seg_t* s, read_t* r) noexcept:
+    """As dirty_size(), of what was read: it may be another's chunk by now."""
+    cdef uint32_t index = 0
+    cdef int cls = chunk_class(s, r.addr, &index)
+    if cls < 0:
+        return 0
+    return s.chunk_bytes[cls] if r.value_bytes < s.chunk_bytes[cls] else s.chunk_bytes[cls] + r.value_bytes
 
 
 cdef int visit(seg_t* s, uint64_t b, uint8_t* to, uint64_t* used, uint64_t* items, uint64_t* total, uint64_t until_ns) noexcept nogil:

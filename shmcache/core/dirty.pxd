@@ -4,14 +4,15 @@
 # the supervisor finds it (supervisor/writeback.py). A delete stores a negative envelope, a tombstone, which is dirty as any value.
 #
 # Invariants
-#   D1  a dirty item leaves its slot for a newer dirty item of its key, or when mark_clean says so, and in no other way: it is not evicted, nor
-#       expired, nor cleared, nor replaced by a claim or by what was loaded
+#   D1  a dirty item leaves its slot for a newer dirty item of its key, or when mark_clean says so, or an operator (drop_dirty), and in no
+#       other way: it is not evicted, nor expired, nor cleared, nor replaced by a claim or by what was loaded
 #   D2  the bit of a dirty item in a slot is set: it is set under the stripe before the slot's store, and cleared under the stripe, the
 #       item in the slot, or when there was none that is dirty, before another look under the stripe that sets it again (find_dirty)
 #   D3  an item is clean only if the store has this version of it, or a newer one
 # Race table
 #   flush vs set        the set replaces the item: its version is another, and mark_clean finds it no more
 #   flush vs incr, touch    the same: they change the version under the stripe
+#   flush vs drop       whichever takes the stripe first: mark_clean finds no such item, or drop_dirty finds it stored
 #   flush vs flush      one supervisor; the COMMIT of one that was killed has lower versions, which the store leaves (stores.Store)
 #   bit cleared vs set of a new item in this chunk: the look comes after the clearing, and under the stripe: it waits for who sets
 # Crash: a bit without a dirty item: the next look clears it. header.dirty drifts by what the dead had in hand, and by what is written during a

@@ -165,10 +165,10 @@ ctypedef struct header_t:   # 4,096 bytes. Written at creation only, where nothi
     uint64_t snapshot_begun_ms  # wall clock, when the one began that is being written; 0: none is, unless its writer died. Writer: who writes it
     uint64_t unnoted        # what the newest files were of the directory from which this was restored, as long as that is not noted there; 0: it is, or was not
                             # restored (datadir.py). Writer: who restores, and the supervisor
-    # write-back: dirty.pxd. The first four are written at creation only
+    # write-back: dirty.pxd. Of the first four three are written at creation only
     uint64_t dirty_off      # a bit for each 128 bytes of slab memory
     uint64_t dirty_bytes
-    uint64_t dirty_limit    # bytes of items; who would write beyond waits
+    uint64_t dirty_limit    # bytes of items; who would write beyond waits. Writer: creation, and the supervisor, which adds what is set aside (supervisor/refused.py)
     uint64_t version_base   # added to an item's version: its row's version. A restored segment has that of the one before it
     uint64_t pad10
     uint64_t dirty          # bytes of dirty items. Anyone, no lock; counted anew by the supervisor, for a death loses count

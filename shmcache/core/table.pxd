@@ -1039,6 +1039,30 @@ cdef inline int mark_clean(seg_t* s, const uint8_t* key, size_t n, uint64_t h, u
         free_old(s, f.addr, until_ns)
     return rc
 
+cdef inline int drop_dirty(seg_t* s, const uint8_t* key, size_t n, uint64_t h, uint64_t version, log_t* log, uint64_t until_ns) noexcept nogil:
+    """Take a dirty item of this version out, which the store then never has: OK; MISMATCH: it has another one, or is stored; BUSY, INTR.
+
+    log: NULL, or what is secured for it. Crash: as of a delete; behind it a bit too many is set, and too much counted.
+    """
+    cdef uint64_t b = bucket_of(s, h)
+    cdef stripe_t* st = stripe_of(s, b)
+    cdef found_t f
+    cdef int rc = stripe_take(s, st, until_ns)
+    if rc != OK:
+        return rc
+    find_locked(s, b, key, n, h, &f)
+    rc = MISMATCH
+    if f.slot != NULL and ld8r(&item_at(s, f.addr).flags) & FLAG_DIRTY and ld64(&item_at(s, f.addr).cas) == version:
+        rc = OK
+        remove_locked(s, st, b, f.slot, f.addr, OP_DELETE, log)
+        dirty_clear(s, f.addr)
+        #! drop: bit
+        dirty_gone(s, f.addr)
+    stripe_release(s, st)
+    if rc == OK:
+        free_old(s, f.addr, until_ns)
+    return rc
+
 cdef inline int renew_dirty(seg_t* s, const uint8_t* key, size_t n, uint64_t h, uint64_t first, uint64_t last, uint64_t above, uint64_t until_ns) noexcept nogil:
     """Give a dirty item whose version is one of first to last a new one, above that: OK; MISMATCH: it has another one, or is stored; BUSY, INTR.
 

@@ -443,6 +443,12 @@ def back_goes_above_a_row(b: Bench) -> None:
     assert dirty.renew(VICTIM, version, version + 2000)
 
 
+@written_back(to_delete)
+def back_gives_up(b: Bench) -> None:
+    """What the store refuses, and an operator drops."""
+    b.cache._give_up(VICTIM, b.cache.gets(VICTIM)[1])
+
+
 def expired(b: Bench) -> None:
     basic(b)
     b.cache.set(VICTIM, OLD, ttl=10)

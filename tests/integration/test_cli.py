@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
 import re
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,8 @@ from pathlib import Path
 import pytest
 
 import shmcache
+from shmcache import cli
+from tests.integration.test_store import until
 
 BIN = Path(sys.executable).parent
 
@@ -314,3 +318,76 @@ def test_where_a_supervisor_learns_its_store(name, tmp_path):
     assert "standard input is empty" in shmcache_(*command, "--store-file", "-", env=env, code=2)
     assert "not allowed with" in shmcache_(*command, "--store-file", "-", "--store", "argument:store", code=2)
     assert "--store-file" in shmcache_(*command, "--store", "nosuch://u:s3cret@host/x", code=2)
+
+
+def test_refused(make, tmp_path):
+    """Through a supervisor of its own, before a table that takes no negative numbers."""
+    database = tmp_path / "app.db"
+    with sqlite3.connect(database) as db:
+        db.execute("CREATE TABLE t (key BLOB PRIMARY KEY, value INTEGER CHECK (value >= 0), version INTEGER)")
+    (tmp_path / "ours.py").write_text(
+        "import shmcache\n\n"
+        f"def store():\n    return shmcache.SQLStore('sqlite:///{database}', 't', key_column='key', value_column='value', version_column='version')\n"
+    )
+    cache = make("8M", policy=shmcache.Policy("back", flush_every=0.02))
+    name = cache.name
+    with shmcache.create(name + "-plain", "8M"):
+        assert "nothing is written back" in admin("refused", name + "-plain", code=2)
+    shmcache.unlink(name + "-plain")
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])}
+    supervisor = subprocess.Popen([BIN / "shmcache", "supervise", name, "--quiet", "--store", "ours:store"], env=env, stderr=subprocess.DEVNULL)
+    try:
+        until(lambda: cache.supervisor()["pid"] == supervisor.pid)
+        assert "refuses nothing" in admin("refused", name)
+        for key, value in (("one", -1), ("two\x1b[2J", -2), ("three", -3), ("good", 4)):
+            cache.set(key, value)
+        until(lambda: cache.stats()["store"]["refused"] == 3)
+        told = data("refused", name)
+        assert told["refused"] == 3
+        rows = {row["key"]: row for row in told["rows"]}
+        assert rows.keys() == {"one", "two\x1b[2J", "three"}
+        assert "CHECK" in rows["one"]["error"]
+        assert rows["one"]["version"] == cache.gets("one")[1]
+        assert 0 <= rows["one"]["since_s"] < 30
+        assert (rows["one"]["tries"], 0 < rows["one"]["again_s"] <= 60) == (1, True)
+        text = admin("refused", name)
+        assert "\x1b" not in text and "two\\x1b[2J" in text and "CHECK" in text
+        assert len(cache) == 4 == len(list(cache.scan()))
+        assert "--yes" in admin("refused", name, "--drop", "one", code=2)
+        assert "among" in admin("refused", name, "--drop", "good", "--yes", code=2)
+        assert "among" in admin("refused", name, "--retry", "good", code=2)
+        assert "not allowed" in admin("refused", name, "--retry", "one", "--drop", "one", code=2)
+        assert data("refused", name, "--drop", "one", "--yes") == {"name": name, "dropped": 1}
+        assert cache.get("one") is None
+        until(lambda: cache.stats()["store"]["refused"] == 2)
+        assert "at once" in admin("refused", name, "--retry", "three")
+        until(lambda: any(row["key"] == "three" and row["version"] != rows["three"]["version"] for row in data("refused", name)["rows"]))
+        with sqlite3.connect(database) as db:
+            db.execute("DROP TABLE t")
+            db.execute("CREATE TABLE t (key BLOB PRIMARY KEY, value INTEGER, version INTEGER)")
+        assert data("refused", name, "--retry") == {"name": name, "retried": 2}
+        until(lambda: cache.stats()["store"]["dirty_items"] == 0)
+        with sqlite3.connect(database) as db:
+            assert dict(db.execute("SELECT key, value FROM t")) == {b"two\x1b[2J": -2, b"three": -3}
+        until(lambda: data("refused", name)["refused"] == 0)
+        assert "none" in admin("refused", name, "--retry", code=1)
+    finally:
+        supervisor.terminate()
+        assert supervisor.wait(60) == 0
+    assert "refuses nothing" in admin("refused", name)
+    cache.views(writable=True).header["flush_refused"] = 1  # as a supervisor leaves it that ends with rows refused
+    for more in [], ["--drop", "one", "--yes"], ["--retry", "one"]:
+        assert "no supervisor" in admin("refused", name, *more, code=2)
+
+
+def test_a_table_on_a_terminal_shows_what_a_key_says_and_nothing_else(monkeypatch):
+    """It is no markup, and no emoji."""
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    cli._table("a [title]", ("key", "n"), [("[/b]", 1), ("[red]x", 2), (":smile:", 3)])
+    shown = sys.stdout.getvalue()
+    assert all(text in shown for text in ("a [title]", "[/b]", "[red]x", ":smile:"))
