@@ -74,7 +74,8 @@ HIGHEST = 1 << 62  # of a row's version that is gone above; a column of 64 bits 
 FAR = 1 << 50  # versions that are left out above a row, so that others like it are below, too: 12 days of the clock
 MEANWHILE = 1 << 24  # no stripe has so many writes while the sequences of all are raised
 ROUNDS = 64  # passes at once, as long as rows of higher versions are found
-AT_END = 30.0  # seconds for which stop() tries to store what is left; a call of the store that has begun then ends first
+LAST_CALL = 30.0  # seconds for which stop() waits for a call of the store, at least; twice the policy's timeout if that is more
+AT_END = 30.0  # seconds for which it then tries to store what is left
 
 
 class Pass:
@@ -153,6 +154,7 @@ class WriteBack:
         self.wake = threading.Event()
         self.stopping = False
         self.until: float | None = None  # monotonic, when stop() gives up; None: it has not begun to store
+        self.left_alone = False  # stop() has not waited for the thread
         self.dirty.recount()  # who was before may have died
         self.next_recount = 0.0
         self.damaged: bytes | None = None
@@ -200,7 +202,8 @@ class WriteBack:
                     break
             return True
         except BaseException as e:
-            self._failed(_named(e))
+            if not self.left_alone:  # else header and handle are gone
+                self._failed(_named(e))
             return False
 
     def one_pass(self) -> bool:
@@ -560,14 +563,20 @@ class WriteBack:
         return notice(f"shmcache: {self.cache.name}: {what}")
 
     def stop(self) -> None:
-        """End the thread; then try for a while to store what is left, and say if something is."""
+        """End the thread; then try for a while to store what is left, and say if something is. A thread whose call of the store does not
+        end is left alone, so that the supervisor can write its last snapshot."""
         self.stopping = True
         self.wake.set()
-        self.thread.join()
-        self.until = _core.monotonic() + AT_END
-        while not self.tried() and _core.monotonic() < self.until:
-            time.sleep(min(self.pause, max(0.0, self.until - _core.monotonic())))
-            self.pause = min(2 * self.pause, LONGEST_PAUSE)
+        limit = max(LAST_CALL, 2 * self.policy.timeout)
+        self.thread.join(limit)
+        self.left_alone = self.thread.is_alive()
+        if self.left_alone:
+            self._say(f"a call of the store has not ended for {limit:.0f} s: it is not waited for")
+        else:
+            self.until = _core.monotonic() + AT_END
+            while not self.tried() and _core.monotonic() < self.until:
+                time.sleep(min(self.pause, max(0.0, self.until - _core.monotonic())))
+                self.pause = min(2 * self.pause, LONGEST_PAUSE)
         self._say_refused()
         left = self.dirty.items()
         if left:

@@ -805,6 +805,36 @@ def test_stop_ends_in_time_with_a_slow_store(back, monkeypatch, capsys):
     assert len(store.rows) == 3000 - left
 
 
+def test_stop_does_not_wait_for_a_store_that_hangs(back, store, monkeypatch, capsys):
+    monkeypatch.setattr(writeback, "LAST_CALL", 0.2)
+    cache, called, go = back(shmcache.Policy("back", flush_every=0.01, timeout=0.1)), threading.Event(), threading.Event()
+    store_many = store.store_many
+
+    def hangs(items, **limits):
+        called.set()
+        assert go.wait(60)
+        return store_many(items, **limits)
+
+    store.store_many = hangs
+    for i in range(5):
+        cache.set(f"k{i}", i)
+    try:
+        with shmcache.attach(cache.name) as other:
+            thread = writeback.WriteBack(other, store)
+            assert called.wait(30)
+            thread.stop()
+            assert thread.thread.is_alive()
+        said = capsys.readouterr().err
+        assert "not waited for" in said and "5 items are not stored" in said
+    finally:
+        go.set()
+    thread.thread.join(30)
+    assert not thread.thread.is_alive()
+    assert capsys.readouterr().err == ""
+    store.store_many = store_many
+    assert flushed(cache, store) == {b"k%d" % i: (i, False) for i in range(5)}
+
+
 # ---- rows that the store refuses --------------------------------------------------------------------------------------------------------
 
 
