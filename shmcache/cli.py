@@ -342,8 +342,8 @@ def do_refused(args: argparse.Namespace) -> int:
         print(json.dumps({"name": args.name, "dropped" if args.drop is not None else "retried": done}))
     elif not done:
         print("there is none" if args.retry is ALL else "it is not as it was listed: look at the list again", file=sys.stderr)
-    elif args.drop is None:
-        print("tried at once: look at the list again")
+    else:
+        print("tried at once: look at the list again" if args.drop is None else "given up: the store keeps what it has")
     return 0 if done else 1
 
 

@@ -359,6 +359,9 @@ def test_refused(make, tmp_path):
         assert "not allowed" in admin("refused", name, "--retry", "one", "--drop", "one", code=2)
         assert data("refused", name, "--drop", "one", "--yes") == {"name": name, "dropped": 1}
         assert cache.get("one") is None
+        cache.set("one", -5)
+        until(lambda: cache.stats()["store"]["refused"] == 3)
+        assert "given up" in admin("refused", name, "--drop", "one", "--yes")
         until(lambda: cache.stats()["store"]["refused"] == 2)
         assert "at once" in admin("refused", name, "--retry", "three")
         until(lambda: any(row["key"] == "three" and row["version"] != rows["three"]["version"] for row in data("refused", name)["rows"]))
