@@ -25,7 +25,7 @@ from shmcache.core._claims import Claims, Marks
 from shmcache.sidecar.commands.table import OF_CACHE, TABLE, WRITE, Error, keys_in
 from shmcache.sidecar.commands.transactions import discard_transaction
 from shmcache.stored import BATCH, LOADED_ANEW, MISSING, StoredCache, is_over
-from shmcache.stores import Entry
+from shmcache.stores import Entry, masked
 from shmcache.through import ThroughCache
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def text_of(e: Exception) -> bytes:
     """An error reply, of a store that may raise whatever it likes."""
     if isinstance(e, (errors.ShmcacheError, _resp.CommandError)):
         return _resp.error_text(e)
-    return b"ERR the store failed: " + f"{type(e).__name__}: {e}".encode("utf-8", "replace")
+    return b"ERR the store failed: " + masked(f"{type(e).__name__}: {e}").encode("utf-8", "replace")
 
 
 def loaded(client: Connection, ex: _resp.Executor, cache: StoredCache, plan: Plan) -> None:

@@ -49,6 +49,7 @@ from shmcache import codec, errors, segment
 from shmcache.core import _core, _dirty
 from shmcache.notices import notice
 from shmcache.policy import check, policy_of
+from shmcache.stores import masked
 from shmcache.supervisor import batch, datadir
 from shmcache.supervisor.refused import Refused
 
@@ -462,7 +463,7 @@ class WriteBack:
             if error is not None and self.refused.add(item[0], item[4], item[6], error, alone):
                 self.n_unsaid += 1
                 if self.n_unsaid <= SAID:  # not the error: with it would stay what its frames have
-                    self.unsaid.append(f"{item[0]!r:.100}: {error}"[:LONGEST_SAID])
+                    self.unsaid.append(masked(f"{item[0]!r:.100}: {error}"[: 4 * LONGEST_SAID])[:LONGEST_SAID])
         this.left += len(refused)
 
     def _say_refused(self) -> None:
@@ -560,7 +561,7 @@ class WriteBack:
             self.failing = self._say(f"{what} ({type(error).__name__}: {error}); what the store has not got is kept, and tried again")
 
     def _say(self, what: str) -> bool:
-        return notice(f"shmcache: {self.cache.name}: {what}")
+        return notice(f"shmcache: {self.cache.name}: {masked(what)}")
 
     def stop(self) -> None:
         """End the thread; then try for a while to store what is left, and say if something is. A thread whose call of the store does not

@@ -19,6 +19,7 @@ from shmcache import cache as cache_module
 from shmcache import errors, segment
 from shmcache.codec import MsgpackCodec
 from shmcache.core import _core, _dirty, _resp
+from shmcache.sidecar import backed
 from shmcache.stores import Entry
 from shmcache.supervisor import datadir, refused, snapshot, writeback
 from shmcache.supervisor.appendlog import AppendLog
@@ -1417,6 +1418,29 @@ def test_what_a_refused_row_s_error_holds_is_let_go(back):
         gc.collect()
         assert sum(type(x) is Big for x in gc.get_objects()) == 0
         assert max(len(row.error) for row in thread.refused.rows.values()) <= refused.LONGEST_ERROR
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_a_password_in_what_a_store_raises_is_not_shown(back, capsys, refuses):
+    told = RuntimeError("cannot reach postgresql://u:s3cret@host/x " + "y" * 10_000 + " postgresql://u:s3cret@host/x")
+
+    class Telling(DictStore):
+        def store_many(self, items, **limits):
+            raise errors.RowsRefused(dict.fromkeys(items, told)) if refuses else told
+
+    cache, said = back(), []
+
+    def hears():
+        said.append(capsys.readouterr().err)
+        return "cannot reach" in "".join(said)
+
+    cache.set("k", 1)
+    with flushing(cache, Telling()) as thread:
+        until(hears)
+        until(lambda: thread.refused.rows or not refuses)
+        shown = "".join(row.error for row in thread.refused.rows.values())
+    assert "s3cret" not in "".join(said) + shown + backed.text_of(RuntimeError("x://u:s3cret@host")).decode()
+    assert not refuses or "postgresql://u:***@host/x" in shown
 
 
 def test_of_many_refused_rows_few_texts_are_kept(monkeypatch):
