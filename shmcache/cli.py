@@ -31,12 +31,17 @@ def _mib(n: float) -> str:
 
 
 def _text(key: bytes) -> str:
-    return key.decode("utf-8", "backslashreplace")
+    return _harmless(key.decode("utf-8", "backslashreplace"))
+
+
+def _harmless(text: str, kept: str = "") -> str:
+    """With what a terminal would obey, or not show, escaped; but these."""
+    return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
 
 
 def _table(title: str, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """A table: by rich on a terminal, else in plain columns. Numbers stand to the right."""
-    cells = [[f"{c:,}" if isinstance(c, int) else str(c) for c in row] for row in rows]
+    cells = [[f"{c:,}" if isinstance(c, int) else _harmless(str(c)) for c in row] for row in rows]
     if sys.stdout.isatty():
         with contextlib.suppress(ImportError):
             from rich.console import Console
@@ -265,12 +270,12 @@ def do_get(args: argparse.Namespace) -> int:
             ttl = cache.ttl(key)
             ttl = None if ttl in (None, float("inf")) else ttl
             print(json.dumps({"key": args.key, "value": _shown(value), "type": type(value).__name__, "ttl": ttl}))
-        elif isinstance(value, bytes):
+        elif isinstance(value, bytes) and not sys.stdout.isatty():
             sys.stdout.buffer.write(value)
-            if sys.stdout.isatty():
-                print()
         else:
-            print(value if isinstance(value, (str, int)) else json.dumps(_shown(value), ensure_ascii=False))
+            text = value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else value
+            text = str(text) if isinstance(text, (str, int)) else json.dumps(_shown(text), ensure_ascii=False)
+            print(_harmless(text, "\n\t") if sys.stdout.isatty() else text)
     return 0
 
 

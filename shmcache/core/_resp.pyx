@@ -1085,6 +1085,10 @@ cdef class Client:
     def overflow(self):
         """More came than is kept while a command runs elsewhere."""
 
+    def attacked(self):
+        """It sends HTTP: a web page makes its reader's browser send commands, say. Nothing more of it is executed."""
+        self.closing = True
+
     def writing_now(self):
         """Has the transport something to send, or waits a reply for the disk?"""
         return self.log_end != 0 or (self.writing and self.transport.get_write_buffer_size() > 0)
@@ -1413,6 +1417,9 @@ cdef class Client:
         cdef Executor ex = self.ex
         cdef name_t* command = ex.find(ex.argv[0], ex.argl[0])
         if unlikely(command == NULL):
+            if is_http(ex.argv[0], ex.argl[0]):
+                self.attacked()
+                return 0
             return self.refuse(b"ERR unknown command '" + clean(ex.argv[0], min(ex.argl[0], <size_t>128)) +
                                b"', with args beginning with: " + self.beginning(), NULL)
         self.last_command = command.index
@@ -2222,6 +2229,10 @@ cdef class Client:
 
 
 # ---- error replies, inline commands ---------------------------------------------------------------------------------------------
+
+cdef bint is_http(const uint8_t* name, size_t n) noexcept:
+    return (n == 4 and shm_same_name(name, b"post", 4)) or (n == 5 and shm_same_name(name, b"host:", 5))
+
 
 cdef bytes clean(const uint8_t* p, size_t n):
     """For an error: up to the first zero byte, as C prints a string."""

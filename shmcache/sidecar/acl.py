@@ -35,6 +35,7 @@ ACCESS = {
         ["bitfield", "decr", "decrby", "eval", "evalsha", "fcall", "getdel", "getex", "getset", "incr", "incrby", "incrbyfloat", "setbit"],
         (3, 3),
     ),
+    "lease.get": (3, 3),
     "rename": (3, WRITES), "renamenx": (3, WRITES), "copy": (READS, WRITES), "bitop": (WRITES, READS),
 }  # fmt: skip
 CHANNELS = {"publish": False, "subscribe": False, "psubscribe": True}  # are the channels patterns?

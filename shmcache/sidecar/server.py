@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import socket
+import stat
 import threading
 import time
 from collections import deque
@@ -23,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from shmcache import cache as cache_module
 from shmcache.core import _core, _resp
+from shmcache.notices import notice
 from shmcache.sidecar import acl, backed, bus, commands
 from shmcache.sidecar.commands import connection, pubsub, scripting, transactions
 
@@ -36,6 +39,8 @@ CRON_EVERY = 0.1  # seconds
 WRITE_HIGH = 1 << 20  # bytes that the transport holds before its connection is paused
 SLOW_LIMIT = 60.0  # seconds that a connection may be paused before it is dropped
 NEVER = (1 << 64) - 1  # nanoseconds
+WARN_EVERY = 60.0  # seconds, of attacks
+KEEPALIVE = 300  # seconds of silence after which TCP asks whether the other end is still there
 
 
 class Connection(_resp.Client):
@@ -112,6 +117,10 @@ class Connection(_resp.Client):
     def before(self, name: str, flags: int, arguments: list[bytes]) -> bool:
         return transactions.before(self, name, flags, arguments)
 
+    def attacked(self) -> None:
+        self.server.attacked(self)
+        self.drop()
+
     def unsent(self) -> int:
         """Bytes that wait to be sent."""
         return 0 if self.lost else self.buffered[1] + int(self.transport.get_write_buffer_size())
@@ -167,6 +176,7 @@ class Server:
         self.slowlog: deque[tuple[int, float, int, list[bytes], str, bytes]] = deque(maxlen=int(self.settings["slowlog-max-len"]))
         self.slow_number = worker
         self.acl_log: list[acl.Refusal] = []
+        self.next_warning = 0.0
         self.rates: deque[tuple[float, int]] = deque([(0.0, 0)], maxlen=10)
         self.lag = 0.0  # of the loop: how late the last tick came, seconds
         self.worst_lag = 0.0
@@ -443,6 +453,16 @@ class Server:
         (then, before), (now, after) = self.rates[0], (self.loop.time(), self.executor.commands)
         return int((after - before) / max(0.001, now - then))
 
+    def attacked(self, client: Connection) -> None:
+        """Say so, once a minute."""
+        now = _core.monotonic()
+        if now >= self.next_warning:
+            self.next_warning = now + WARN_EVERY
+            notice(
+                f"shmcache: somebody at {client.address} sends POST or Host:, as a browser does in which a web page makes it send commands "
+                "(cross-protocol scripting): the connection is dropped"
+            )
+
     def denied(self, client: Connection, reason: str, context: str, what: bytes, name: bytes | None = None) -> None:
         """For ACL LOG: what a user may not. name: his, if it is not the client's."""
         info = connection.info_line(client)
@@ -450,19 +470,13 @@ class Server:
         acl.note(self.acl_log, refusal, int(self.settings["acllog-max-len"]))
 
     def slow(self, client: Connection, arguments: list[bytes], ns: int) -> None:
-        arguments = without_passwords(arguments)
+        arguments = commands.without_passwords(arguments)
         words = arguments[:31] if len(arguments) > 32 else arguments
         words = [w if len(w) <= 128 else w[:128] + b"... (%d more bytes)" % (len(w) - 128) for w in words]
         if len(arguments) > 32:
             words.append(b"... (%d more arguments)" % (len(arguments) - 31))
         self.slowlog.appendleft((self.slow_number, time.time(), ns // 1000, words, client.address, client.name))
         self.slow_number += self.of_workers
-
-
-def without_passwords(arguments: list[bytes]) -> list[bytes]:
-    begin = [word.lower() for word in arguments[:2]]
-    hidden = {i + 1 for i, word in enumerate(arguments) if begin == [b"config", b"set"] and word.lower() == b"requirepass"}
-    return [b"(redacted)" if i in hidden or (i > 1 and begin == [b"acl", b"setuser"]) else word for i, word in enumerate(arguments)]
 
 
 def _loopback(host: str) -> bool:
@@ -477,6 +491,10 @@ def listen(host: str, port: int, shared: bool = True) -> list[socket.socket]:
             sock = socket.socket(family, kind, protocol)
             found.append(sock)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # as the next three, of what is accepted, too
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE // 3)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
             if shared:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             if family == socket.AF_INET6:
@@ -498,8 +516,10 @@ def listen_unix(path: str, mode: int = 0o700) -> socket.socket:
         with contextlib.closing(socket.socket(socket.AF_UNIX)) as probe:
             try:
                 probe.connect(path)
-                raise OSError(98, "somebody listens on it", path)
+                raise OSError(errno.EADDRINUSE, "somebody listens on it", path)
             except ConnectionRefusedError:
+                if not is_socket(path):
+                    raise OSError(errno.EEXIST, "it is there, and no socket: it is not replaced", path) from None
                 os.unlink(path)
             except FileNotFoundError:
                 pass
@@ -513,7 +533,12 @@ def listen_unix(path: str, mode: int = 0o700) -> socket.socket:
     return sock
 
 
+def is_socket(path: str) -> bool:
+    return stat.S_ISSOCK(os.lstat(path).st_mode)
+
+
 def remove(path: str) -> None:
-    """A unix socket's file."""
+    """A unix socket's file; what has taken its place stays."""
     with contextlib.suppress(OSError):
-        os.unlink(path)
+        if is_socket(path):
+            os.unlink(path)

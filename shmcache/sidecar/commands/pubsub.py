@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING
 
 from shmcache.core._text import matches
 from shmcache.sidecar import replies
-from shmcache.sidecar.commands.table import IN_PUBSUB, PUSH_LIMIT, PUSHES, SYNTAX, Error, categories, command, container, full_name
+from shmcache.sidecar.commands.table import (
+    IN_PUBSUB,
+    PUSH_LIMIT,
+    PUSHES,
+    SYNTAX,
+    Error,
+    categories,
+    command,
+    container,
+    full_name,
+    without_passwords,
+)
 from shmcache.sidecar.replies import OK, array, bulk, integer, nil
 
 if TYPE_CHECKING:
@@ -178,7 +189,7 @@ def tell_monitors(client: Connection, arguments: list[bytes], who: str = "") -> 
     """Of any command but those of administrators. who: if it is not the client itself."""
     if full_name(arguments[0].decode("latin-1").lower(), arguments[1:]) in categories()["admin"]:
         return
-    words = " ".join('"' + "".join(escape(c) for c in word) + '"' for word in arguments)
+    words = " ".join('"' + "".join(escape(c) for c in word) + '"' for word in without_passwords(arguments))
     line = f"{time.time():.6f} [{client.db} {who or client.address}] {words}"
     show(client.server, [line], client)
     client.server.link.seen(line)
