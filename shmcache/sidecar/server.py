@@ -66,6 +66,7 @@ class Connection(_resp.Client):
         self.no_evict = False
         self.monitoring = False
         self.full_since = 0.0
+        self.n_pushed = 0  # bytes that others have sent while the pool runs its command
         self.retried_by_pause: list[bytes] | None = None  # what CLIENT PAUSE keeps
 
     # -- of the event loop
@@ -107,6 +108,9 @@ class Connection(_resp.Client):
 
     # -- of commands
 
+    def check_time(self) -> None:
+        """In a command that may take long. Raises: CommandError: it is a script's, and the script's time is over."""
+
     def refused(self, text: bytes, name: str) -> bytes:
         if name == "exec":
             transactions.discard_transaction(self)
@@ -121,9 +125,13 @@ class Connection(_resp.Client):
         self.server.attacked(self)
         self.drop()
 
+    def resume(self) -> None:
+        self.n_pushed = 0
+        super().resume()
+
     def unsent(self) -> int:
         """Bytes that wait to be sent."""
-        return 0 if self.lost else self.buffered[1] + int(self.transport.get_write_buffer_size())
+        return 0 if self.lost else self.n_pushed + self.buffered[1] + int(self.transport.get_write_buffer_size())
 
     def drop(self) -> None:
         """Close it now, whatever it has not read."""

@@ -7,6 +7,7 @@
     10 arguments and 16 KB before AUTH                    the same                                     test_resp.py: test_before_it_has_authenticated_...
     client-query-buffer-limit, 1 GB                       max_value + 256 MB                           test_a_query_...
     client-output-buffer-limit of subscribers, 32 MB      32 MB, of monitors too                       test_what_is_pushed_...
+    ... also while a command of theirs waits              the same                                     test_what_is_pushed_while_...
     ... of others: none                                   1 MB unsent: nothing more is executed        test_sidecar.py: test_who_does_not_read_...
     MULTI: none                                           as the query                                 test_a_query_...
     protected mode                                        the same                                     test_protected_mode_...
@@ -137,6 +138,28 @@ def test_what_is_pushed_to_who_does_not_read_is_bounded(inprocess, monkeypatch, 
         inprocess.say(other, encode([b"PUBLISH", b"c", b"x" * 10_000]))
         n += 1
     assert n > 8 and client.id not in inprocess.clients
+
+
+def test_what_is_pushed_while_the_pool_works_is_bounded(inprocess, monkeypatch):
+    """It is kept until the command's reply is there."""
+    monkeypatch.setattr(pubsub, "PUSH_LIMIT", 100_000)
+    client = inprocess.connect()
+    inprocess.say(client, b"HELLO 3\r\nSUBSCRIBE c\r\n")
+    for _ in range(3):
+        client.feed(b"KEYS *\r\n")
+        assert client.in_pool
+        for _ in range(9):
+            inprocess.deliver(b"c", b"x" * 10_000)
+        assert not client.closing
+        inprocess.turn()
+    client.feed(b"KEYS *\r\n")
+    n = 0
+    while not client.closing:
+        assert n < 11
+        inprocess.deliver(b"c", b"x" * 10_000)
+        n += 1
+    assert n > 8
+    inprocess.turn()
 
 
 # ---- who is served ----------------------------------------------------------------------------------------------------------------------

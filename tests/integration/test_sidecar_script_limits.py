@@ -4,14 +4,18 @@ a script when it has ended."""
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 
 import pytest
 import redis
 
+from shmcache.core import _resp
 from shmcache.sidecar.serve import STOP_LIMIT
 from tests.integration.service import LIMIT, running, until
+from tests.redis.inprocess import InProcess
+from tests.redis.resp import encode
 
 TIME_LIMIT = 0.3  # seconds, of each script; it has ten times as long, for others use the machine, too
 
@@ -260,3 +264,58 @@ def test_the_numbers_of_a_script_are_its_own(serve):
     first, second, third, fourth = of_one_state(client, seeded, draw, seeded, draw)
     assert first == third and second != fourth
     assert client.eval("math.randomseed(7) return {tostring(math.random()), math.random(10), math.random(5, 9)}", 0) == [b"0.26644419658298", 7, 6]  # Redis'
+
+
+# ---- commands that take long --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words", [["KEYS", "*"], ["BITOP", "XOR", "k", "k", "l"], ["BITOP", "NOT", "new", "k"]])
+def test_a_command_looks_whether_its_script_may_go_on(cache, words):
+    inprocess = InProcess(cache.name)
+    client = inprocess.connect()
+    inprocess.say(client, encode([b"MSET", b"k", b"v", b"l", b"w"]))
+
+    def over():
+        raise _resp.CommandError(b"ERR its time is over")
+
+    client.check_time = over
+    assert inprocess.say(client, encode([word.encode() for word in words])) == b"+OK\r\n-ERR its time is over\r\n"
+    assert cache.get("k") == b"v" and cache.get("new") is None
+    del client
+    inprocess.close()
+
+
+def test_a_command_of_a_script_ends_with_it(serve):
+    client = serve(size="256M").client(socket_timeout=10, retry=None)
+    client.config_set("lua-time-limit", 200)
+    client.set("big", os.urandom(20_000_000))
+    client.set("long", os.urandom(16_000))
+    many = "local t = {} for i = 1, 1000 do t[i] = KEYS[1] end redis.call('bitop', 'xor', KEYS[2], unpack(t))"
+    with pytest.raises(redis.ResponseError, match="lua-time-limit"):
+        client.eval(many, 2, "big", "new")
+    assert client.exists("new") == 0
+    with pytest.raises(redis.ResponseError, match="LCS exceeds"):
+        client.eval("return redis.call('lcs', KEYS[1], KEYS[1], 'len')", 1, "long")
+    with client.pipeline() as pipe:
+        pipe.lcs("long", "long", len=True)
+        (said,) = pipe.execute(raise_on_error=False)
+    assert "LCS exceeds" in str(said)
+    assert client.lcs("long", "long", len=True) == 16_000
+
+
+@pytest.mark.parametrize(("first", "rest", "wanted"), [(b"\x80", b"\0", 1), (b"\x7f", b"\xff", 0)])
+def test_bitpos_in_a_large_value_takes_no_time(make, first, rest, wanted):
+    """The first byte has such a bit, but before the range."""
+    cache = make("128M")
+    inprocess = InProcess(cache.name)
+    client = inprocess.connect()
+    cache.set("k", first + rest * 15_000_000)
+    began = time.monotonic()
+    for _ in range(16):
+        said = inprocess.say(client, encode([b"BITPOS", b"k", b"%d" % wanted, b"1", b"-1", b"BIT"]))
+        client.transport.written.clear()
+        assert said == b":-1\r\n"
+    assert time.monotonic() - began < 10
+    cache.set("k", first + rest * 1000 + bytes([rest[0] ^ 0x10]) + rest)
+    assert inprocess.say(client, encode([b"BITPOS", b"k", b"%d" % wanted, b"1", b"-1", b"BIT"])) == b":%d\r\n" % (8 * 1001 + 3)
+    inprocess.close()

@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from shmcache.core import _resp, _text
+from shmcache.core import _text
 from shmcache.core._text import matches
 from shmcache.sidecar import replies
 from shmcache.sidecar.commands.table import ONE, RAW, SCAN_BUCKETS, SYNTAX, WRITE, Error, command, container, in_pool, integer_of
@@ -15,10 +15,11 @@ from shmcache.sidecar.replies import OK, array, bulk, integer, nil
 if TYPE_CHECKING:
     from shmcache.sidecar.server import Connection
 
-def all_keys(ex: _resp.Executor) -> Iterator[bytes]:
-    """Of the database in use. In parts: the loop's thread gets its turns."""
-    at = 0
+def all_keys(client: Connection) -> Iterator[bytes]:
+    """Of the database in use. In parts: the loop's thread gets its turns. Raises: what check_time() does."""
+    at, ex = 0, client.ex
     while at < ex.n_buckets:
+        client.check_time()
         at, some = ex.keys(at, at + 1024)
         yield from some
 
@@ -28,7 +29,7 @@ def dbsize(client: Connection, arguments: list[bytes]) -> bytes:
     if client.ex.databases == 1:
         return integer(len(client.server.cache))
     in_pool(client)
-    return integer(sum(1 for _ in all_keys(client.ex)))
+    return integer(sum(1 for _ in all_keys(client)))
 
 
 def check_flush(arguments: list[bytes]) -> None:
@@ -61,11 +62,11 @@ def flushdb(client: Connection, arguments: list[bytes]) -> bytes:
         ex.table.namespace(f"db:{client.db}").clear()
         ex.unpin()
     elif client.server.store is None:
-        for key in all_keys(ex):
+        for key in all_keys(client):
             ex.remove(key)
     else:
         ex.table.flush()
-        for key in all_keys(ex):
+        for key in all_keys(client):
             if key[:1] > b"\0":
                 ex.table.discard(key)  # the store keeps it
             else:
@@ -76,7 +77,7 @@ def flushdb(client: Connection, arguments: list[bytes]) -> bytes:
 @command("keys", 2)
 def keys(client: Connection, arguments: list[bytes]) -> bytes:
     in_pool(client)
-    return array([bulk(key) for key in all_keys(client.ex) if matches(arguments[0], key)])
+    return array([bulk(key) for key in all_keys(client) if matches(arguments[0], key)])
 
 
 @command("scan", -2)

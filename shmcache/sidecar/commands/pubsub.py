@@ -106,6 +106,8 @@ def deliver(server: Server, channel: bytes, message: bytes, but: Connection | No
 def send(to: Connection, data: bytes, but: Connection | None) -> None:
     """Who does not read what is pushed to him is dropped."""
     to.push(data)
+    if to.in_pool:
+        to.n_pushed += len(data)
     if to is not but:
         to.flush()
     if to.unsent() > PUSH_LIMIT:

@@ -101,7 +101,15 @@ class Runtime:
             raise Error('ERR this server has no Lua: pip install "shmcache[scripts]"') from None
         self.errors = LuaError
         self.server = client.server
+        me = weakref.ref(self)  # no cycle: who drops a state has its memory back
+
+        def check_time() -> None:
+            runtime = me()
+            if runtime is not None and runtime.over() and runtime.doom:
+                raise _resp.CommandError(runtime.doom)
+
         self.caller = type(client)(client.ex, client.server)  # that runs the commands of scripts
+        self.caller.check_time = check_time  # type: ignore[method-assign]
         self.doom: bytes | None = None
         self.deadline = 0.0
         self.declared: set[bytes] = set()
@@ -115,7 +123,6 @@ class Runtime:
             self.lua.compile((folder / f"{name}.lua").read_bytes(), name=f"@{name}.lua")
             for name in ("sandbox", "resp", "pattern", "cjson", "bit")
         ]
-        me = weakref.ref(self)  # no cycle: who drops a state has its memory back
 
         def ask(*words: bytes) -> bytes:
             runtime = me()
