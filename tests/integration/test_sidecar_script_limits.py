@@ -22,7 +22,7 @@ TIME_LIMIT = 0.3  # seconds, of each script; it has ten times as long, for other
 FALSE = "local t = {} for i = 29, 0, -1 do t[2 ^ i] = 1 end assert(#t >= 2 ^ 29) "  # thirty entries
 BIG = "local s = string.rep('a', 16000000) "
 HALF = "local s = string.rep('a', 9000000) "
-FULL = "local t = {} for i = 1, 2 ^ 19 - 2 do t[i + 0.5] = 1 end local p = 0 "  # it is made anew for each new key
+FULL = "local t = {} for i = 1, 2 ^ 19 - 2 do t[i + 0.5] = 1 end local p = 0 "  # it is rebuilt for each new key
 NEW_KEYS = "t[p] = nil p = p + 1 t[p] = 1 " * 8
 NUMBERS = "local t = {} for i = 1, 2 ^ 20 do t[i] = 0.1 + i end "
 
