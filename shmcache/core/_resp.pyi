@@ -72,6 +72,7 @@ class Client:
     silent: bool
     skip: int
     transport: Any
+    most_out: int
     fd: int
     writing: bool
     full: bool

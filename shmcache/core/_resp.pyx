@@ -961,6 +961,7 @@ cdef class Client:
     cdef uint8_t* out
     cdef uint64_t n_out
     cdef uint64_t room_out
+    cdef public uint64_t most_out       # bytes of `out`: a reply that does not fit is an error
     cdef uint64_t carry                 # of a command that is run again: what its earlier part has counted,
     cdef size_t carry_at                # and where it goes on
     cdef public int protocol            # 2 or 3
@@ -997,6 +998,7 @@ cdef class Client:
         self.home = self.ex = ex
         self.protocol = 2
         self.authenticated = not ex.locked
+        self.most_out = OUT_LIMIT
         self.fd = -1
         self.left = -1
         self.last_command = -1
@@ -1343,7 +1345,7 @@ cdef class Client:
         cdef uint64_t room
         cdef uint8_t* larger
         if unlikely(self.n_out + n > self.room_out):
-            if self.n_out + n > OUT_LIMIT:
+            if self.n_out + n > self.most_out:
                 raise CommandError(b"ERR the reply is larger than this server sends at once")
             room = max(self.n_out + n, min(2 * self.room_out, self.room_out + (1 << 22)), <uint64_t>1024)
             larger = <uint8_t*>realloc(self.out, room)

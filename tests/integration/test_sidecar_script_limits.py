@@ -12,6 +12,7 @@ import pytest
 import redis
 
 from shmcache.core import _resp
+from shmcache.sidecar.commands import scripting
 from shmcache.sidecar.serve import STOP_LIMIT
 from tests.integration.service import LIMIT, running, until
 from tests.redis.inprocess import InProcess
@@ -24,6 +25,8 @@ BIG = "local s = string.rep('a', 16000000) "
 HALF = "local s = string.rep('a', 9000000) "
 FULL = "local t = {} for i = 1, 2 ^ 19 - 2 do t[i + 0.5] = 1 end local p = 0 "  # it is rebuilt for each new key
 NEW_KEYS = "t[p] = nil p = p + 1 t[p] = 1 " * 8
+FULL_AND_FALSE = FALSE.replace("assert", "for i = 1, 2 ^ 17 - 32 do t[i + 0.5] = 1 end assert")
+DEEP = "local function spin() while true do end end local function deep(n) pcall(deep, n + 1) while n > 150 do pcall(spin) end end deep(1) "
 NUMBERS = "local t = {} for i = 1, 2 ^ 20 do t[i] = 0.1 + i end "
 
 SCRIPTS = [
@@ -34,6 +37,9 @@ SCRIPTS = [
     "table.insert({1}, 0 / 0, 'x')",
     "table.insert({1}, 2 ^ 31 - 1, 'x')",
     FALSE + "table.remove(t, 1)",
+    FULL_AND_FALSE + "table.insert(t, #t - 4000, 'x')",
+    FULL_AND_FALSE + "table.remove(t, #t - 4000)",
+    FULL_AND_FALSE + "table.sort(t, function() end)",
     FALSE + "table.foreachi(t, math.randomseed)",
     FALSE + "table.foreachi(t, function() end)",
     NUMBERS + "while true do table.foreach(t, math.randomseed) end",
@@ -102,6 +108,11 @@ SCRIPTS = [
     "while true do coroutine.resume(coroutine.create(function() end)) end",
     "local t = {} for i = 1, 7000 do t[i] = i end while true do select(7000, unpack(t)) end",
     "local function f() f() end while true do pcall(f) end",
+    DEEP,  # where C's stack is at its end the hook cannot be called
+    DEEP.replace("pcall(spin)", "coroutine.resume(coroutine.create(spin))"),
+    DEEP.replace("pcall(spin)", "xpcall(spin, tostring)"),
+    "local function spin() while true do end end local of = {} function of.__index(t, k) local _ = setmetatable({}, of)[k + 1] end "
+    "local function deep(n) pcall(function() return setmetatable({}, of)[n] end) while true do pcall(spin) end end pcall(deep, 1)",
     "local function f(n) return n > 180 and redis.sha1hex() or pcall(f, n + 1) end while true do pcall(f, 1) end",
     "while true do math.fmod(1e308, 1e-308) math.pow(1e308, 1e308) math.ldexp(1, 2 ^ 31) math.random(2 ^ 31) end",
     # commands and replies
@@ -154,6 +165,22 @@ def test_the_arguments_of_a_script_are_read_within_its_limit(serve):
     client.config_set("lua-time-limit", 50)
     with pytest.raises(redis.ResponseError, match="lua-time-limit"):
         client.eval("return #ARGV", 1, "k", *["x"] * 500_000)
+
+
+def test_the_clock_is_looked_at_more_often_where_instructions_take_long(cache, monkeypatch):
+    """Some 20 ms for each comparison here: of 50 instructions it would be six times."""
+    inprocess = InProcess(cache.name, {"lua-time-limit": "60000"})
+    client, looks, answer = inprocess.connect(), [], scripting.Runtime.answer
+
+    def noted(runtime, what, words):
+        looks.append(what)
+        return answer(runtime, what, words)
+
+    monkeypatch.setattr(scripting.Runtime, "answer", noted)
+    script = "local a, b = string.rep('\\0', 9000000) .. 'x', string.rep('\\0', 9000000) .. 'y' local r redis.setresp(2) " + "r = a < b " * 32
+    assert inprocess.say(client, encode([b"EVAL", script.encode(), b"0"])) == b"$-1\r\n"
+    assert looks[looks.index(b"setresp") :].count(b"over") >= 10
+    inprocess.close()
 
 
 BUSY = [FALSE + "redis.call('set', KEYS[1], 1) table.insert(t, 1, 'x')", FALSE + "redis.call('set', KEYS[1], 1) table.sort(t, rawequal)"]
@@ -301,6 +328,35 @@ def test_a_command_of_a_script_ends_with_it(serve):
         (said,) = pipe.execute(raise_on_error=False)
     assert "LCS exceeds" in str(said)
     assert client.lcs("long", "long", len=True) == 16_000
+
+
+@pytest.mark.parametrize("words", [["KEYS"], ["SCAN", "0", "COUNT", "1000", "MATCH"]])
+def test_a_match_that_takes_long_is_one_of_few(cache, words):
+    """A script's time is looked at between two keys; a pattern has as many bytes as a key."""
+    inprocess = InProcess(cache.name)
+    client, calls = inprocess.connect(), []
+    client.check_time = lambda: calls.append(1)
+    for i in range(20):
+        cache.set("a" * 4000 + str(i), 1)
+    assert inprocess.say(client, encode([*(word.encode() for word in words), b"*" + b"a" * 2000 + b"b"])).endswith(b"*0\r\n")
+    assert len(calls) >= 20
+    assert b"-ERR a pattern has at most 4096 bytes" in inprocess.say(client, encode([*(word.encode() for word in words), b"[" + b"a" * 4096]))
+    del client.check_time
+    inprocess.close()
+
+
+def test_what_a_script_could_not_have_is_not_made(serve):
+    """The same string many times is one to the script, but each a copy in a command and in a reply."""
+    service = serve(size="128M")
+    client = service.client(socket_timeout=LIMIT, retry=None)
+    client.config_set("lua-time-limit", 10_000)
+    client.set("k", "x" * 8_000_000)
+    with pytest.raises(redis.ResponseError, match="too many bytes"):
+        client.eval("local s, t = string.rep('x', 8000000), {} for i = 1, 20 do t[i] = s end return redis.call('del', unpack(t))", 0)
+    with pytest.raises(redis.ResponseError, match="the reply is larger than"):
+        client.eval("local t = {} for i = 1, 20 do t[i] = KEYS[1] end return redis.call('mget', unpack(t))", 1, "k")
+    assert client.eval("return #redis.call('mget', KEYS[1], KEYS[1])[2]", 1, "k") == 8_000_000
+    assert [len(value) for value in client.mget(["k"] * 20)] == [8_000_000] * 20
 
 
 @pytest.mark.parametrize(("first", "rest", "wanted"), [(b"\x80", b"\0", 1), (b"\x7f", b"\xff", 0)])

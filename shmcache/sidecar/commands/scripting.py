@@ -110,6 +110,7 @@ class Runtime:
 
         self.caller = type(client)(client.ex, client.server)  # that runs the commands of scripts
         self.caller.check_time = check_time  # type: ignore[method-assign]
+        self.caller.most_out = MOST_MEMORY  # it could not have a larger reply
         self.doom: bytes | None = None
         self.deadline = 0.0
         self.declared: set[bytes] = set()
@@ -295,10 +296,14 @@ def sound(dump: bytes, deadline: float = float("inf")) -> bool:
     def good() -> bool:
         skip(take("Q") + 9)  # its source; its first line, its last, how many upvalues
         named, variable, _ = take("B"), take("B"), take("B")
-        if (variable & 2 and named > MOST_NAMED) or _core.monotonic() > deadline:
+        if variable & 2 and named > MOST_NAMED:
             return False
         skip(4 * take("i"))  # instructions
-        for _ in range(take("i")):  # constants: nil, a boolean, a number, a string
+        if _core.monotonic() > deadline:
+            return False
+        for i in range(take("i")):  # constants: nil, a boolean, a number, a string
+            if i % 1024 == 1023 and _core.monotonic() > deadline:
+                return False
             kind = take("B")
             skip(take("Q") if kind == 4 else {0: 0, 1: 1, 3: 8}[kind])
         for _ in range(take("i")):

@@ -1,8 +1,9 @@
 -- JSON, as the library cjson of Redis reads and writes it: cjson.encode, cjson.decode, cjson.null.
 
 local fail, bad, string_of, replaced = ...
-local byte, char, concat, find, floor, format, huge, len, next, rawget, sub, tonumber, type =
-    string.byte, string.char, table.concat, string.find, math.floor, string.format, math.huge, string.len, next, rawget, string.sub, tonumber, type
+local byte, char, concat, find, floor, format, huge, len, min, next, rawget, sub, tonumber, type =
+    string.byte, string.char, table.concat, string.find, math.floor, string.format, math.huge, string.len, math.min, next, rawget, string.sub, tonumber,
+    type
 
 local MOST_NESTED = 1000
 local PIECE = 65536         -- bytes that are looked at, in C, between two calls of the hook
@@ -93,11 +94,13 @@ local function hex_at(s, at)
 end
 
 local function special_at(s, at, to)    -- where the first byte is, up to `to`, that a string does not have as it is
-    if to - at <= PIECE then return find(s, '[%z\1-\31"\\]', at) end
-    for from = at, to, PIECE do
-        local found = find(sub(s, from, from + PIECE - 1), '[%z\1-\31"\\]')
-        if found then return from + found - 1 end
+    local size = 64         -- of a piece: they grow, for most strings are short, and may have many such bytes
+    while to - at > PIECE do
+        local found = find(sub(s, at, at + size - 1), '[%z\1-\31"\\]')
+        if found then return at + found - 1 end
+        at, size = at + size, min(2 * size, PIECE)
     end
+    return find(s, '[%z\1-\31"\\]', at)
 end
 
 local function string_at(s, at)     -- at: behind the quote. The text and the place behind it; nil, what is wrong, where

@@ -6,8 +6,11 @@
 -- - what a script changes is gone when it ends: it gets tables of its own, through which it sees the libraries
 -- - the hook ends a script whose time is over; whatever catches errors throws that one again (after())
 -- - no function that a script can call works long, or recurses, in C. Those of Lua 5.1 that do are replaced: the patterns, rep, unpack, and
---   those of `table`, since the length of a table can be a billion with thirty entries in it. What is left takes milliseconds, for it is
---   linear in what it is given, and a state has MOST_MEMORY (scripting.py): the hook comes often enough for these
+--   those of `table`, since the length of a table can be a billion with thirty entries in it. What is left is linear in what it is given, and
+--   a state has MOST_MEMORY (scripting.py). So is a single instruction (a < b of long strings, a string as a number, a table that is rebuilt):
+--   some 2 ms for each MB of the state. The larger the state, the more often the hook is called (set_pace) and looks at the clock (weight)
+-- - the hook may fail: where C's stack is at its end, 200 calls deep, it cannot be called. That is an error like others, so whatever catches
+--   errors looks at the clock itself (after())
 -- - what outlives a run is not reachable: what getmetatable() shows of the libraries and of strings is no table, and cannot be changed;
 --   the numbers of math.random are a run's own
 -- - Lua 5.1's known holes are closed: functions with many parameters and `...` are refused (check), chunks have fixed names, unpack counts
@@ -16,8 +19,8 @@ local ask, seed, load_resp, load_patterns, load_cjson, load_bit = ...
 
 local byte, find, format, gsub, len, lower, rep, sub =
     string.byte, string.find, string.format, string.gsub, string.len, string.lower, string.rep, string.sub
-local clock, collectgarbage, getinfo, sethook = os.clock, collectgarbage, debug.getinfo, debug.sethook
-local ceil, floor, min = math.ceil, math.floor, math.min
+local clock, gcinfo, getinfo, sethook = os.clock, gcinfo, debug.getinfo, debug.sethook     -- gcinfo(): KB of the state
+local ceil, floor, max, min = math.ceil, math.floor, math.max, math.min
 local concat, dump, insert, remove, sort = table.concat, string.dump, table.insert, table.remove, table.sort
 local error, getmetatable, load, next, pcall, rawget, rawset, select, setfenv, setmetatable, tostring, type, unpack, xpcall =
     error, getmetatable, load, next, pcall, rawget, rawset, select, setfenv, setmetatable, tostring, type, unpack, xpcall
@@ -25,13 +28,14 @@ local metatable_of = debug.getmetatable     -- whatever it says of itself
 local create, resume, running, status, yield = coroutine.create, coroutine.resume, coroutine.running, coroutine.status, coroutine.yield
 
 local SOURCE = "@user_script"
-local STEPS = 50            -- instructions between two calls of the hook. It looks at the clock each
-local LIGHT = 4             -- times; or each time, if the state has more than
-local HEAVY = 4096          -- KB: then an instruction may take some 10 ms (it rebuilds a table, joins strings, reads a long one as a number)
+local STEPS = 20            -- instructions between two calls of the hook; fewer, if the state has more than
+local HEAVY = 6144          -- KB. It looks at the clock when the sizes that it has seen since, in KB, are more than this together
 local LOOK = 0.002          -- seconds of work between two questions whether time is over
 local PIECE = 65536         -- bytes that are looked at, in C, between two calls of the hook
 local CODE = 4096           -- of a script that is compiled
-local MOVES = 4096          -- elements of a table that are moved, or joined
+local MOVES = 4096          -- elements of a table that are joined in C
+local MOST_MOVED = 65536    -- elements that are moved in C, times KB of the state: each may have the table rebuilt
+local MOST_CALL = 67108864  -- bytes of a command
 local MOST_RESULTS = 7990   -- of unpack: the stack of a C function has 8,000
 local MOST_LEVELS = 5000    -- of the stack that are looked at: each look begins at its top
 local MOST_REP = 16777216   -- bytes
@@ -39,7 +43,7 @@ local MOST_LOADED = 65536   -- bytes of code that a script may compile at a time
 local READONLY = "Attempt to modify a readonly table"
 
 local doom                  -- why the script ends, once it is known
-local looked, passes = 0, 0
+local looked, weight, pace = 0, 0, STEPS
 local tail                  -- the line of the script's `return redis.call(...)`: a call in that place leaves no frame
 
 local redis = {
@@ -85,33 +89,51 @@ local function number_of(value, n, name)
     return number
 end
 
+local function die()        -- without the hook, which would be called where nothing catches its error
+    sethook()
+    error({err = doom}, 0)
+end
+
 local function asked(...)
     local reply = ask(...)
     if byte(reply) == 33 then       -- !
         doom = sub(reply, 2)
-        error({err = doom}, 0)
+        die()
     end
     return reply
 end
 
 local function look()       -- ends the script if its time is over
-    if doom then error({err = doom}, 0) end
+    if doom then die() end
     local now = clock()
     if now - looked < LOOK and now >= looked then return end
     looked = now
     asked("over")
 end
 
-local function hook()
-    passes = passes + 1
-    if not doom and passes < LIGHT and collectgarbage("count") < HEAVY then return end
-    passes = 0
+local hook
+
+local function pace_of(size)        -- the hook's, in a state of so many KB
+    return size > HEAVY and max(2, floor(STEPS * HEAVY / size)) or STEPS
+end
+
+local function set_pace(thread)     -- in this coroutine, which is about to go on; without: in the one that runs
+    pace = pace_of(gcinfo())
+    if thread then sethook(thread, hook, "", pace) else sethook(hook, "", pace) end
+end
+
+function hook()
+    local size = gcinfo()
+    weight = weight + size
+    if weight < HEAVY and not doom then return end
+    weight = 0
+    if pace_of(size) ~= pace then set_pace() end
     look()
 end
 
-local function after(...)   -- back from where errors are caught
-    if doom then error({err = doom}, 0) end
-    return ...
+local function after(ok, ...)   -- back from where errors are caught
+    if doom or not ok then look() end
+    return ok, ...
 end
 
 local function text_of(ok, e, ...)      -- pcall of a script is told an error's text
@@ -209,7 +231,7 @@ function tables.insert(t, ...)
     local at, value = ...
     at = min(int_of(at, 2, "insert"), 2147483647)
     if at > last then last = at end
-    if last - at <= MOVES then return insert(t, at, value) end
+    if (last - at) * gcinfo() <= MOST_MOVED then return insert(t, at, value) end
     for i = last, at + 1, -1 do rawset(t, i, rawget(t, i - 1)) end
     rawset(t, at, value)
 end
@@ -218,7 +240,7 @@ function tables.remove(t, at)
     local last = #table_of(t, "remove")
     at = at == nil and last or int_of(at, 2, "remove")
     if at < 1 or at > last then return end
-    if last - at <= MOVES then return remove(t, at) end
+    if (last - at) * gcinfo() <= MOST_MOVED then return remove(t, at) end
     local value = rawget(t, at)
     for i = at, last - 1 do rawset(t, i, rawget(t, i + 1)) end
     rawset(t, last, nil)
@@ -271,15 +293,22 @@ end
 
 local coroutines = {running = running, status = status, yield = yield}
 
-function coroutines.create(f)
-    local thread = create(f)
-    sethook(thread, hook, "", STEPS)
-    return thread
+coroutines.create = create
+
+local function resumed(thread, ...)
+    look()                  -- each has a hook of its own, and may end before that is called
+    set_pace(thread)
+    return after(resume(thread, ...))
 end
 
-function coroutines.resume(...)
-    look()                  -- each has a hook of its own, and may end before that is called
-    return after(resume(...))
+local function back(...)
+    if pace < STEPS then set_pace() end     -- what it has made is here, too: the pace here is not slower than `pace` says
+    return ...
+end
+
+function coroutines.resume(thread, ...)
+    if type(thread) ~= "thread" then bad(1, "resume", "coroutine expected") end
+    return back(resumed(thread, ...))
 end
 
 local function passed(ok, ...)
@@ -288,18 +317,15 @@ local function passed(ok, ...)
 end
 
 function coroutines.wrap(f)
-    local thread = coroutines.create(f)
-    return function(...)
-        look()
-        return passed(after(resume(thread, ...)))
-    end
+    local thread = create(f)
+    return function(...) return passed(back(resumed(thread, ...))) end
 end
 
 local function result(...)      -- of a command; and whether it is an error
     local n = select("#", ...)
     if n == 0 then return {err = "ERR Please specify at least one argument for this redis lib call"}, true end
     if n > MOST_RESULTS then return {err = "ERR too many arguments"}, true end
-    local words = {...}
+    local words, size = {...}, 0
     for i = 1, n do
         local kind = type(words[i])
         if kind == "number" then
@@ -307,7 +333,9 @@ local function result(...)      -- of a command; and whether it is an error
         elseif kind ~= "string" then
             return {err = "ERR Lua redis lib command arguments must be strings or integers"}, true
         end
+        size = size + len(words[i])
     end
+    if size > MOST_CALL then return {err = "ERR too many bytes"}, true end     -- the same string many times: there they are copies
     local reply = asked("call", unpack(words, 1, n))
     return (resp.parse(reply, 1)), byte(reply) == 45    -- -
 end
@@ -542,10 +570,14 @@ local function run(sha, keys, arguments, protocol)      -- the reply
         local text = type(e) == "table" and e.err
         if type(text) ~= "string" then text = "ERR " .. tostring(e) end
         local line = line_now()
-        return resp.one_line(line and text .. " script: " .. sha .. ", on " .. SOURCE .. ":" .. line .. "." or text)
+        local _, ours = find(text, "^ERR sandbox%.lua:%d+: ")   -- Lua's stack was at its end where the hook was called
+        if ours and line then text = "ERR user_script:" .. line .. ": " .. sub(text, ours + 1) end
+        text = resp.one_line(line and text .. " script: " .. sha .. ", on " .. SOURCE .. ":" .. line .. "." or text)
+        sethook()
+        return text
     end
 
-    sethook(hook, "", STEPS)
+    set_pace()      -- what the hook raises here, where nothing catches it, is what the state's caller is told (scripting.py: caught)
     local ok, reply = xpcall(function()
         env = globals_with(resp.parse(keys, 1), resp.parse(arguments, 1))
         setfenv(f, env)
