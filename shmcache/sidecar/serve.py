@@ -24,9 +24,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shmcache import cache as cache_module
-from shmcache import errors
+from shmcache import errors, segment
 from shmcache.notices import notice
-from shmcache.sidecar import server
+from shmcache.sidecar import server, worker
 from shmcache.sidecar.bus import Hub
 
 START_LIMIT = 60.0  # seconds for a worker to be ready
@@ -89,6 +89,10 @@ class Service:
         signal.signal(signal.SIGCHLD, lambda *_: None)
         self.children: list[Child] = []
         self.hub = Hub(self.users)
+        try:
+            worker.context_of(self.tls)  # each worker makes its own: but what is wrong is said here, before there is anything
+        except OSError as e:
+            raise errors.UsageError(f"--tls-cert, --tls-key, --tls-ca: {e}") from None
         with contextlib.ExitStack() as stack:
             if self.port:  # nobody else's; workers of ours share it
                 reserved = [stack.enter_context(contextlib.closing(reserve(host, self.port))) for host in self.bind]
@@ -96,10 +100,12 @@ class Service:
             self.listening: socket.socket | None = None
             if self.unix is not None:
                 self.listening = stack.enter_context(contextlib.closing(server.listen_unix(self.unix, self.unix_mode)))
-                stack.callback(server.remove, self.unix)
+                stack.callback(server.remover(self.unix))
             metrics = server.listen(self.metrics_bind, self.metrics_port, shared=False) if self.metrics_port else []
             for sock in metrics:
                 stack.enter_context(contextlib.closing(sock))
+            self.was, self.serving = inode_of(self.name), False
+            stack.push(self.take_back)
             stack.callback(self.end_all)
             self.start_supervisor()
             for i in range(self.workers):
@@ -107,6 +113,7 @@ class Service:
                     self.start_worker(i)
             if metrics and not self.stopping:
                 self.start_metrics([sock.fileno() for sock in metrics])
+            self.serving = True
             if not self.stopping:
                 notify("READY=1\nSTATUS=serving " + self.name)
                 if not self.quiet:
@@ -230,6 +237,19 @@ class Service:
             if any(other in ready for other in others) or left <= 0:
                 return
 
+    def take_back(self, kind: type[BaseException] | None, *_: object) -> None:
+        """What cannot begin leaves no segment that it has made; but one that others use, or that has what no snapshot has."""
+        made = inode_of(self.name)
+        if kind is None or self.serving or made in (None, self.was):
+            return
+        supervisor = self.children[0].process
+        with contextlib.suppress(errors.ShmcacheError):
+            with cache_module.attach_unsettled(self.name) as cache:
+                others = [process for process in cache.processes() if process["pid"] != os.getpid()]
+                kept = bool(others) or (len(cache) > 0 and (supervisor is None or supervisor.returncode != 0))
+            if not kept and inode_of(self.name) == made:
+                segment.unlink(self.name)
+
     def end_all(self) -> None:
         """Workers first: what they have acknowledged is in the supervisor's last snapshot."""
         for group in (self.children[1:], self.children[:1]):
@@ -261,6 +281,14 @@ class Service:
             return False
         except (errors.ShmcacheError, OSError):  # nobody knows
             return True
+
+
+def inode_of(name: str) -> int | None:
+    """Of the segment of this name; None: there is none."""
+    try:
+        return os.stat(segment.check_name(name)).st_ino
+    except FileNotFoundError:
+        return None
 
 
 def reserve(host: str, port: int) -> socket.socket:

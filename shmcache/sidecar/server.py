@@ -522,8 +522,10 @@ def listen_unix(path: str, mode: int = 0o700) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX)
     try:
         with contextlib.closing(socket.socket(socket.AF_UNIX)) as probe:
+            probe.setblocking(False)
             try:
-                probe.connect(path)
+                with contextlib.suppress(BlockingIOError):  # as many wait already as may
+                    probe.connect(path)
                 raise OSError(errno.EADDRINUSE, "somebody listens on it", path)
             except ConnectionRefusedError:
                 if not is_socket(path):
@@ -532,9 +534,13 @@ def listen_unix(path: str, mode: int = 0o700) -> socket.socket:
             except FileNotFoundError:
                 pass
         sock.bind(path)
-        os.chmod(path, mode)
-        sock.setblocking(False)
-        sock.listen(511)
+        try:
+            os.chmod(path, mode)
+            sock.setblocking(False)
+            sock.listen(511)
+        except BaseException:
+            os.unlink(path)
+            raise
     except BaseException:
         sock.close()
         raise
@@ -545,8 +551,13 @@ def is_socket(path: str) -> bool:
     return stat.S_ISSOCK(os.lstat(path).st_mode)
 
 
-def remove(path: str) -> None:
-    """A unix socket's file; what has taken its place stays."""
-    with contextlib.suppress(OSError):
-        if is_socket(path):
-            os.unlink(path)
+def remover(path: str) -> Callable[[], None]:
+    """What removes a unix socket's file, as it is there now: what has taken its place by then stays."""
+    inode = os.lstat(path).st_ino
+
+    def remove() -> None:
+        with contextlib.suppress(OSError):
+            if os.lstat(path).st_ino == inode:
+                os.unlink(path)
+
+    return remove

@@ -35,6 +35,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 
 import pytest
 import redis
@@ -290,7 +291,6 @@ def test_what_is_no_socket_is_not_replaced(tmp_path, kind, name):
     was = os.lstat(path)
     with pytest.raises(OSError, match=r"no socket|Is a directory"):
         server.listen_unix(str(path))
-    server.remove(str(path))
     now = os.lstat(path)
     assert (now.st_ino, now.st_mode, target.read_bytes()) == (was.st_ino, was.st_mode, b"precious")
     if kind == "file":
@@ -306,9 +306,59 @@ def test_what_a_dead_server_left_is_replaced(tmp_path):
     with server.listen_unix(path), pytest.raises(OSError, match="somebody listens"):
         server.listen_unix(path)
     with server.listen_unix(path):  # nobody listens on the old one any more
-        pass
-    server.remove(path)
+        remove = server.remover(path)
+    remove()
     assert not os.path.lexists(path)
+    remove()
+
+
+def test_what_has_taken_the_sockets_place_stays(tmp_path):
+    path = str(tmp_path / "path")
+    with server.listen_unix(path):
+        remove = server.remover(path)
+        os.rename(path, path + "x")  # so that its inode is not given again
+        with server.listen_unix(path):
+            remove()
+            with socket.socket(socket.AF_UNIX) as client:
+                client.connect(path)
+
+
+def test_a_server_that_accepts_nothing_is_not_replaced_nor_waited_for(tmp_path):
+    path = str(tmp_path / "path")
+    with socket.socket(socket.AF_UNIX) as stuck, contextlib.ExitStack() as stack:
+        stuck.bind(path)
+        stuck.listen(0)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                client = stack.enter_context(socket.socket(socket.AF_UNIX))
+                client.setblocking(False)
+                client.connect(path)
+        found = []
+
+        def listen():
+            try:
+                found.append(server.listen_unix(path))
+            except OSError as e:
+                found.append(e)
+
+        thread = threading.Thread(target=listen, daemon=True)
+        thread.start()
+        thread.join(LIMIT)
+        assert isinstance(found[0], OSError) and "somebody listens" in str(found[0])
+
+
+@pytest.mark.parametrize("kind", ["dead", "none", "living"])
+def test_a_link_to_a_socket_stays(tmp_path, kind):
+    path, target = tmp_path / "path", str(tmp_path / "target")
+    path.symlink_to(target)
+    with contextlib.ExitStack() as stack:
+        if kind != "none":
+            listening = stack.enter_context(server.listen_unix(target))
+            if kind == "dead":
+                listening.close()
+        with pytest.raises(OSError, match=r"no socket|in use|somebody listens"):
+            server.listen_unix(str(path))
+        assert path.is_symlink() and os.path.lexists(target) == (kind != "none")
 
 
 # ---- leases -----------------------------------------------------------------------------------------------------------------------------
