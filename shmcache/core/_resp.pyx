@@ -23,7 +23,7 @@ from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memchr, memcmp, memcpy, memmove, memset
 
 from shmcache.core._core cimport Mapping, Table, buried
-from shmcache.core.atomics cimport ld32, ld64, likely, prefetch, unlikely
+from shmcache.core.atomics cimport ld32, ld64, ldi64r, likely, prefetch, unlikely
 from shmcache.core.bucket cimport bucket_of, pthread_self, stripe_of, stripe_release, stripe_take
 from shmcache.core.clock cimport now_ms
 from shmcache.core.envelope cimport CODEC_ENVELOPE, STATE_FRESH, STATE_NEGATIVE, STATE_STALE, envelope_open, envelope_t
@@ -35,7 +35,7 @@ from shmcache.core.ring cimport log_t, ring_of
 from shmcache.core.siphash cimport siphash13
 from shmcache.core.table cimport (
     ALWAYS, IF_ABSENT, IF_PRESENT, IF_VERSION, LARGE_COPY, RESTARTS, envelope_state, next_keys, prefetch_item, put_t, read_begin, read_copy, read_end, read_t)
-from shmcache.core.token cimport ABSENT, BUSY, EXISTS, INTR, NO_ROOM, NO_STORE, OK, OVERFLOW, mono_ns, wall_ms
+from shmcache.core.token cimport ABSENT, BUSY, EXISTS, INTR, NO_ROOM, NO_STORE, OK, OVERFLOW, mono_ns, wall_ns
 
 import threading
 from os import register_at_fork, urandom
@@ -163,7 +163,8 @@ cdef class Executor:
     cdef size_t* argl
     cdef size_t room                    # of both
     cdef size_t argc
-    cdef int64_t offset                 # unix time - the segment's time, ms: steady, so that a time that was set reads as it was set
+    cdef int64_t offset                 # unix time - the segment's time, ms: steady, so that a time that was set reads as it was set; rounded up, so
+                                        # that an expiry is not later than it was said
     cdef uint8_t* scratch               # a value that is being changed
     cdef uint64_t room_scratch
     cdef stat_t* stats                  # by index
@@ -179,7 +180,7 @@ cdef class Executor:
     cdef public bint locked             # no client may run anything but F_NOAUTH before it is authenticated
     cdef public uint64_t most_pending   # bytes that are kept of what a client has sent and is not executed
     cdef readonly int64_t tick_ms       # the segment's clock at the last tick(): as fine as idle times have to be
-    cdef public int64_t paused_until    # ms, monotonic: CLIENT PAUSE
+    cdef public int64_t paused_until    # ms, monotonic: CLIENT PAUSE. Of a pool's: its loop's, while it runs a command
     cdef public bint paused_writes_only
     cdef object lock                    # HOLDING, as it was when
     cdef list holding                   # hold() took stripes of these numbers,
@@ -263,8 +264,24 @@ cdef class Executor:
         return READ_BYTES
 
     cdef inline void clock(self) noexcept:
-        cdef int64_t offset = <int64_t>wall_ms() - <int64_t>now_ms(self.s)
-        if offset - self.offset > 1 or offset - self.offset < -1:
+        cdef int64_t ns = <int64_t>wall_ns()
+        cdef int64_t offset = offset_of(self.s, ns - <int64_t>mono_ns())
+        if unlikely(offset > self.offset or offset < self.offset - 1):
+            self.measure()
+
+    cdef void measure(self) noexcept:
+        """Set `offset`. Between two readings of clocks this thread may be put off: the best of several, and the later that the wall's can be."""
+        cdef int64_t before, wall, took, best = 0, ns = 0, offset
+        cdef int i
+        for i in range(8):
+            before = <int64_t>mono_ns()
+            wall = <int64_t>wall_ns()
+            took = <int64_t>mono_ns() - before
+            if i == 0 or took < best:
+                best = took
+                ns = wall - before
+        offset = offset_of(self.s, ns)
+        if offset > self.offset or offset < self.offset - 1:
             self.offset = offset
 
     cdef inline int64_t unix_ms(self) noexcept:
@@ -739,6 +756,13 @@ cdef int known(Executor ex, const uint8_t* key, size_t n) except -1:
     return 0
 
 
+cdef int take_expired(Executor ex, const uint8_t* key, size_t n, uint64_t h) except -1:
+    """What was found expired goes; not during a pause."""
+    if ex.paused_until == 0:
+        ex.table.remove_view(ex.s, ex.mapping, key, n, h, 0, True, NULL)
+    return 0
+
+
 cdef bint look_at(Executor ex, const uint8_t* key, size_t n, raw_t* raw, int whole) except -1:
     """The same, of the segment's key."""
     cdef seg_t* s = ex.s
@@ -750,7 +774,7 @@ cdef bint look_at(Executor ex, const uint8_t* key, size_t n, raw_t* raw, int who
         if rc == ABSENT:
             s.row.misses += 1
             if r.expired:
-                ex.table.remove_view(s, ex.mapping, key, n, h, 0, True, NULL)
+                take_expired(ex, key, n, h)
             if unlikely(ex.backed):
                 missed(ex, key, n)
             return False
@@ -990,6 +1014,7 @@ cdef class Client:
     cdef public bint lost               # the connection is gone
     cdef bint failed                    # the command being executed has an error for a reply
     cdef readonly uint64_t took_ns      # by the last command
+    cdef list asked                     # a command that asks others, and is told to `slow` when they have answered
     cdef list pushed                    # what others sent to it while it is in_pool
     cdef readonly uint64_t log_end      # its replies leave when the ring is durable up to here
     cdef object __weakref__
@@ -1438,6 +1463,8 @@ cdef class Client:
         if not self.blocked and unlikely(self.took_ns >= ex.slower_than_ns) and not command.flags & F_NOAUTH:
             # argc is 0 if other commands were part of it
             ex.slow(self, self.arguments(0) if ex.argc else [<bytes>command.name[:command.n]], self.took_ns)
+        elif self.blocked and not self.in_pool and unlikely(self.took_ns >= ex.slower_than_ns) and ex.argc:
+            self.asked = self.arguments(0)
         return 0
 
     cdef int perform(self, name_t* command) except -1:
@@ -1527,12 +1554,16 @@ cdef class Client:
             self.error(error_text(e))
         if unlikely(self.silent or self.skip):
             self.hush(out)
+        if self.asked is not None:
+            self.home.slow(self, self.asked, self.took_ns)
+            self.asked = None
 
     def retry(self, Executor executor not None):
         """Run the command that would have had to wait once more: in a thread of the pool, with its executor, which may wait. Then resume() is to
         be called in the loop; till then the loop sends nothing of this client's."""
         cdef uint64_t out = self.n_out
         self.ex = executor
+        executor.paused_until = self.home.paused_until
         self.point(self.retried)
         self.perform(executor.find(executor.argv[0], executor.argl[0]))
         if unlikely(self.silent or self.skip):
@@ -1679,7 +1710,7 @@ cdef class Client:
             if rc == ABSENT:
                 s.row.misses += 1
                 if unlikely(r.expired):
-                    ex.table.remove_view(s, ex.mapping, key, n, h, 0, True, NULL)
+                    take_expired(ex, key, n, h)
                 if unlikely(ex.backed):
                     missed(ex, key, n)
                 return self.nil()
@@ -2228,6 +2259,11 @@ cdef class Client:
         finally:
             ex.release()
         return True
+
+
+cdef inline int64_t offset_of(seg_t* s, int64_t ns) noexcept:
+    """Of the wall's clock before the monotonic one, as Executor.offset."""
+    return (ns + 999_999) // 1_000_000 - ldi64r(&s.header.clock_shift_ms)
 
 
 # ---- error replies, inline commands ---------------------------------------------------------------------------------------------

@@ -54,7 +54,8 @@ def config(client: Connection, arguments: list[bytes]) -> bytes | None:
             if name not in server.settings:
                 raise Error(f"ERR Unknown option or number of arguments for CONFIG SET - '{name}'")
             if name not in CHANGEABLE:
-                raise Error(f"ERR CONFIG SET failed (possibly related to argument '{name}') - can't set immutable config")
+                why = f": the segment has {server.settings[name]} bytes, for as long as it lives" if name == "maxmemory" else ""
+                raise Error(f"ERR CONFIG SET failed (possibly related to argument '{name}') - can't set immutable config{why}")
             limits = CHANGEABLE[name]
             if limits is not None:
                 n = _text.number(value_b)

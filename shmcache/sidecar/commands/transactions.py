@@ -109,7 +109,7 @@ def before(client: Connection, name: str, flags: int, arguments: list[bytes]) ->
         client.retried_by_pause = arguments
         client.blocked = True
         return True
-    if executor.watched and name not in ("exec", "quit"):
+    if executor.watched and name not in ("exec", "quit", "reset"):
         tell_monitors(client, arguments)
     return False
 
