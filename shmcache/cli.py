@@ -563,6 +563,24 @@ def _say_whose(args: argparse.Namespace, folder: Path) -> None:
     notice(f"shmcache: {what}")
 
 
+def _pauses(fd: int) -> Callable[[], bool]:
+    """Is CLIENT PAUSE in force? serve says until when there, in lines: ms of CLOCK_MONOTONIC."""
+    os.set_blocking(fd, False)
+    until_ms, rest = 0, b""
+
+    def paused() -> bool:
+        nonlocal until_ms, rest
+        with contextlib.suppress(BlockingIOError):
+            while part := os.read(fd, 65536):
+                rest += part
+        *lines, rest = rest.split(b"\n")
+        if lines:
+            until_ms = int(lines[-1])
+        return time.monotonic() * 1000 < until_ms
+
+    return paused
+
+
 def do_supervise(args: argparse.Namespace) -> int:
     from shmcache.supervisor.loop import Supervisor
 
@@ -588,7 +606,7 @@ def do_supervise(args: argparse.Namespace) -> int:
             notice(f"shmcache: {args.name} is written back, and nobody stores: say --store")
         supervisor = Supervisor(
             cache, args.parent, folder=folder, every=args.snapshot_every, keep=args.keep, compress=args.compress, log=args.log,
-            store=store if writes_back else None,
+            store=store if writes_back else None, spares=_pauses(args.pauses) if args.pauses is not None else lambda: False,
         )  # fmt: skip
         if asked:
             supervisor.stop()
@@ -742,6 +760,7 @@ def parser() -> argparse.ArgumentParser:
     p.set_defaults(run=do_supervise)
     _supervise_options(p)
     p.add_argument("--parent", type=int, help=argparse.SUPPRESS)
+    p.add_argument("--pauses", type=int, help=argparse.SUPPRESS)
     text = "Serve a segment over the Redis protocol, with a supervisor; till SIGTERM."
     p = commands.add_parser("serve", help=text, description=text)
     p.set_defaults(run=do_serve)

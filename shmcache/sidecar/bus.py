@@ -25,6 +25,7 @@ sent it, too: its place among the others' says whose change was the last, for al
     ["scripts", i, [source, ...]]                 they are known by their SHA; to a new one: all
     ["flush_scripts", i]
     ["pause", i, until_ms, writes_only]           to a new one: CLIENT PAUSE, until then on CLOCK_MONOTONIC
+    ["paused", i, until_ms]                       to the parent (-3), which tells the supervisor; 0: it is over
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ T = TypeVar("T")
 HEADER = struct.Struct("<Ii")
 ALL = -1
 KEPT = -2
+PARENT = -3
 MOST_FRAME = 1 << 30
 MOST_WAITING = 256 << 20  # bytes for a process that does not read
 MOST_UNSAID = 32 << 20  # bytes for the hub, above which monitors elsewhere are told nothing more
@@ -99,9 +101,10 @@ class Frames:
 
 
 class Hub:
-    """The parent's half: call turn() with what select says is ready. Args: users: when it begins."""
+    """The parent's half: call turn() with what select says is ready. Args: users: when it begins. paused: called with an until_ms."""
 
-    def __init__(self, users: dict[bytes, bytes]) -> None:
+    def __init__(self, users: dict[bytes, bytes], paused: Callable[[int], None] = lambda until_ms: None) -> None:
+        self.paused = paused
         self.state: dict[str, dict[Any, Any]] = {"config": {}, "users": dict(users)}
         self.links: dict[int, socket.socket] = {}
         self.frames: dict[int, Frames] = {}
@@ -156,6 +159,9 @@ class Hub:
             return False
         for each in frames:
             _, to = HEADER.unpack_from(each)
+            if to == PARENT:
+                self.paused(msgpack.unpackb(memoryview(each)[HEADER.size :])[2])
+                continue
             if to == KEPT:
                 self.keep(each)
             self.send(each, but=None if to == KEPT else member)
@@ -378,6 +384,9 @@ class Link(Member):
         else:
             mine.pop(name, None)
         self.say("counts", {} if pattern else {name: n}, {name: n} if pattern else {})
+
+    def say_paused(self, until_ms: int) -> None:
+        self.say("paused", until_ms, to=PARENT)
 
     def seen(self, line: str) -> None:
         """What a monitor elsewhere is to see."""

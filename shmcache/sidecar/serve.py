@@ -88,12 +88,16 @@ class Service:
             signal.signal(number, self.stop)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         self.children: list[Child] = []
-        self.hub = Hub(self.users)
+        self.hub = Hub(self.users, self.paused)
+        self.paused_until_ms = 0
         try:
             worker.context_of(self.tls)  # each worker makes its own: but what is wrong is said here, before there is anything
         except OSError as e:
             raise errors.UsageError(f"--tls-cert, --tls-key, --tls-ca: {e}") from None
         with contextlib.ExitStack() as stack:
+            for fd in (pipe := os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)):
+                stack.callback(os.close, fd)
+            self.pauses, self.tell_pauses = pipe
             if self.port:  # nobody else's; workers of ours share it
                 reserved = [stack.enter_context(contextlib.closing(reserve(host, self.port))) for host in self.bind]
                 del reserved
@@ -133,8 +137,9 @@ class Service:
     # -- children
 
     def start_supervisor(self) -> None:
-        argv = [sys.executable, "-m", "shmcache.cli", "supervise", "--quiet", "--parent", str(os.getpid()), *self.supervise, self.name]
-        child = Child("the supervisor", argv=argv)
+        mine = ["--quiet", "--parent", str(os.getpid()), "--pauses", str(self.pauses)]
+        argv = [sys.executable, "-m", "shmcache.cli", "supervise", *mine, *self.supervise, self.name]
+        child = Child("the supervisor", argv=argv, fds=(self.pauses,))
         self.children.append(child)
         self.start(child)
         assert child.process is not None
@@ -219,8 +224,15 @@ class Service:
             if child.process is None and time.monotonic() >= child.start_at and not self.stopping:
                 if i == 0:
                     self.start(child)
+                    self.paused(self.paused_until_ms)
                 else:
                     self.launch(child, i - 1, wait=False)
+
+    def paused(self, until_ms: int) -> None:
+        """Tell the supervisor of CLIENT PAUSE: nothing that has expired goes till then. One that does not run is not waited for."""
+        self.paused_until_ms = until_ms
+        with contextlib.suppress(BlockingIOError):
+            os.write(self.tell_pauses, b"%d\n" % until_ms)
 
     def pause(self, seconds: float, also: int | None = None) -> None:
         """Till a signal comes, or something to read from `also`, or so long. Meanwhile the workers talk."""

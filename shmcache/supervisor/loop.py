@@ -19,6 +19,7 @@ import contextlib
 import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,7 +59,7 @@ class Supervisor:
     Args: cache: a handle of its own. parent: pid of the process that started it, with which it ends; None: it stays. folder: a data
     directory that was taken (datadir.take), for snapshots every so many seconds, of which the newest `keep` are left. log: "no",
     "everysec" or "always": what is written is logged there, too (appendlog.py). None, "off": it is not. store: of a segment whose policy
-    is write-back: what is written is stored there (writeback.py).
+    is write-back: what is written is stored there (writeback.py). spares: asked before each part of a sweep: True: what has expired stays.
     Raises: SupervisorRunning; UsageError: the segment was created without a log_buffer; StripeBusy: it cannot be adopted (datadir.py);
     NewerFormat, OSError.
     """
@@ -66,10 +67,12 @@ class Supervisor:
     def __init__(
         self, cache: Cache, parent: int | None = None, *, folder: Path | None = None, every: float = SNAPSHOT_EVERY,
         keep: int = snapshot.KEEP, compress: bool = False, log: str | None = None, store: Store | None = None,
+        spares: Callable[[], bool] = lambda: False,
     ) -> None:
         self.cache = cache
         self.hold = _sweep.Supervision(cache)
         self.parent = parent
+        self.spares = spares
         self.stopping = False
         segment = cache.segment
         self.classes = segment.classes
@@ -182,7 +185,7 @@ class Supervisor:
         if self.swept == 0 and now < self.next_sweep:
             return 0
         began = time.thread_time()
-        freed = self.hold.sweep(self.swept, self.swept + SLICE)
+        freed = self.hold.sweep(self.swept, self.swept + SLICE, self.spares())
         self.swept += SLICE
         if self.swept >= self.n_pages:
             self.hold.sweep_overflow()

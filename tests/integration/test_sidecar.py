@@ -673,6 +673,37 @@ def test_who_is_paused_is_blocked_and_nothing_expires_meanwhile(serve, workers):
     assert client.info("stats")["expired_keys"] == expired + 2
 
 
+@pytest.mark.parametrize("end", ["its time", "unpause", "another supervisor"])
+def test_what_nobody_asks_for_expires_after_a_pause(serve, name, end):
+    service = serve("--workers", "2")
+    client = service.client(single_connection_client=True)
+
+    def expired():
+        return client.info("stats")["expired_keys"]
+
+    client.set("first", "v", px=1)
+    until(lambda: expired() == 1)  # of itself
+    client.mset({str(i): i for i in range(20)})
+    with client.pipeline() as pipe:
+        for i in range(20):
+            pipe.pexpire(str(i), 1)
+        pipe.client_pause(5000 if end == "its time" else LIMIT * 1000, all=False).execute()
+    began = time.monotonic()
+    if end == "another supervisor":
+        with shmcache.attach(name) as cache:
+            was = cache.supervisor()["pid"]
+            os.kill(was, signal.SIGKILL)
+            until(lambda: cache.supervisor()["alive"] and cache.supervisor()["pid"] != was)
+    if end == "its time":
+        until(lambda: expired() == 21)
+        assert time.monotonic() - began > 4.9
+    else:
+        while time.monotonic() - began < 5:
+            assert expired() == 1
+        client.client_unpause()
+        until(lambda: expired() == 21)
+
+
 def test_who_watches_and_resets_watches_no_more(serve):
     service = serve()
     other = service.client()

@@ -276,11 +276,13 @@ def end(asked_by: int, clients: list[Connection]) -> int:
 @part
 def pause(server: Server, until_ms: int, writes_only: bool) -> None:
     server.executor.paused_until, server.executor.paused_writes_only = until_ms, writes_only
+    server.link.say_paused(until_ms)
 
 
 @part
 def unpause(server: Server) -> None:
     server.executor.paused_until = 0
+    server.link.say_paused(0)
     for client in list(server.clients.values()):
         if client.retried_by_pause is not None:
             server.loop.call_soon(go_on, server, client)
