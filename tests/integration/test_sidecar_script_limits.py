@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import threading
 import time
 
@@ -343,6 +344,15 @@ def test_a_match_that_takes_long_is_one_of_few(cache, words):
     assert b"-ERR a pattern has at most 4096 bytes" in inprocess.say(client, encode([*(word.encode() for word in words), b"[" + b"a" * 4096]))
     del client.check_time
     inprocess.close()
+
+
+def test_what_a_script_says_is_a_line_that_a_pipe_takes_at_once(serve):
+    """Its stripes are held meanwhile: select.PIPE_BUF, with whatever its bytes are shown as."""
+    service = serve()
+    for byte in ("\\255", "\\0", "x"):
+        service.client().eval(f"redis.log(redis.LOG_WARNING, string.rep('{byte}', 100000))", 0)
+    lines = until(lambda: [line for line in service.said().splitlines() if "a script says" in line][2:] and service.said().splitlines())
+    assert all(len(line) < select.PIPE_BUF for line in lines)
 
 
 def test_what_a_script_could_not_have_is_not_made(serve):

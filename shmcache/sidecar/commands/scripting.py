@@ -42,6 +42,7 @@ MOST_KEPT = 16 << 20  # bytes of a state that is used again
 MOST_SCRIPTS = 1000  # known by their SHA, and
 MOST_SOURCE = 1 << 20  # bytes of all of them; of one that is run
 LOG_NOTICE = 2  # what is said at this level and above is printed
+MOST_SAID = 1024  # characters of it: a line that a pipe takes at once (PIPE_BUF), for stripes are held
 MOST_NAMED = 3  # parameters of a function with ... : Lua 5.1 does not look whether its stack has room for them
 NOT_IN_SCRIPTS = {
     "acl", "auth", "bgrewriteaof", "bgsave", "client", "config", "debug", "discard", "eval", "eval_ro", "evalsha", "evalsha_ro", "exec",
@@ -220,7 +221,8 @@ class Runtime:
         elif what == b"check":
             return b"" if sound(words[0], self.deadline) else b"no"
         elif what == b"log" and int(words[0]) >= LOG_NOTICE:
-            notice(f"shmcache: a script says: {ascii(words[1][:1024].decode('utf-8', 'replace'))[1:-1]}")
+            said = ascii(words[1][:MOST_SAID].decode("utf-8", "replace"))[1:-1]
+            notice(f"shmcache: a script says: {said[:MOST_SAID]}")
         return b""
 
     def over(self) -> bool:
