@@ -83,6 +83,7 @@ class Client:
     last_command: int
     retried: list[bytes] | None
     in_pool: bool
+    untold: int
     took_ns: int
     lost: bool
     log_end: int

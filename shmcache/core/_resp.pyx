@@ -992,6 +992,7 @@ cdef class Client:
     cdef public int db                  # SELECT's
     cdef public bint authenticated
     cdef public bint blocked            # a command is being run elsewhere: nothing more is executed, what comes is kept
+    cdef public int untold              # so many things others have to know before what is in `out` is true: it is not sent
     cdef public bint closing            # after what is in `out`
     cdef public bint in_multi
     cdef public bint in_pubsub
@@ -1151,7 +1152,7 @@ cdef class Client:
         if unlikely(self.lost):
             self.n_out = 0
             return 0
-        if unlikely(self.in_pool):
+        if unlikely(self.in_pool or self.untold):
             return 0
         if unlikely(self.log_end != 0):
             if self.unheld:
@@ -1454,7 +1455,7 @@ cdef class Client:
             return self.refuse(b"ERR wrong number of arguments for '" + command.name[:command.n] + b"' command", command)
         if unlikely(not self.authenticated and ex.locked and not command.flags & F_NOAUTH):
             return self.refuse(b"NOAUTH Authentication required.", command)
-        if unlikely(self.in_multi or self.in_pubsub or self.restricted or ex.watched or ex.paused_until):
+        if unlikely(self.in_multi or self.in_pubsub or self.restricted or ex.watched or ex.paused_until or self.untold):
             if self.unusual(command):
                 ex.stats[command.index].rejected += self.failed
                 return 0

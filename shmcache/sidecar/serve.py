@@ -273,15 +273,20 @@ class Service:
                     continue
                 deadline = time.monotonic() + (LAST_SNAPSHOT_LIMIT if child is self.children[0] else STOP_LIMIT)
                 held = True
-                while True:
-                    with contextlib.suppress(subprocess.TimeoutExpired):
-                        child.process.wait(STOP_LIMIT)
-                        break
+                while not self.ends(child):
                     held, before = self.supervises(child), held
                     if time.monotonic() >= deadline or not (held or before):  # one that has just let go of it has its time, too
                         child.process.kill()
                         child.process.wait()
                         break
+
+    def ends(self, child: Child) -> bool:
+        """Does it end within STOP_LIMIT? What the workers still have to tell each other is handed on."""
+        assert child.process is not None
+        deadline = time.monotonic() + STOP_LIMIT
+        while child.process.poll() is None and time.monotonic() < deadline:
+            self.pause(deadline - time.monotonic())
+        return child.process.returncode is not None
 
     def supervises(self, child: Child) -> bool:
         """Does this process hold the segment? One that does not has not begun, or is through: it has nothing to save."""

@@ -136,6 +136,7 @@ class Connection(_resp.Client):
     def drop(self) -> None:
         """Close it now, whatever it has not read."""
         self.closing = True
+        pubsub.forget(self)
         if self.transport is not None:
             self.transport.abort()
 
@@ -205,6 +206,11 @@ class Server:
         self.cut_off: Callable[[], None] = lambda: None  # called when the others cannot be reached any more
 
     @property
+    def alone(self) -> bool:
+        """Is there never another event loop?"""
+        return self.of_workers == 1 or self.link.sock is None
+
+    @property
     def written_through(self) -> bool:
         """Do its writes change the store, before they are answered?"""
         return self.policy in ("through", "around")
@@ -215,7 +221,9 @@ class Server:
         """Serve on these listening sockets; tls: an SSLContext for those of TCP; link: to the other event loops (bus.py)."""
         self.loop = asyncio.get_running_loop()
         if link is not None:
+            self.link.read_also_from(link)
             await self.loop.create_connection(lambda: self.link, sock=link)
+            await self.link.begin()
         for sock in sockets:
             if sock.family == socket.AF_UNIX:
                 server = await self.loop.create_unix_server(self.connection, sock=sock, backlog=511)
@@ -234,7 +242,9 @@ class Server:
         for server in self.servers:
             server.close()
         deadline = self.loop.time() + grace
-        while self.loop.time() < deadline and any(c.blocked or c.buffered[1] or c.writing_now() for c in self.clients.values()):
+        while self.loop.time() < deadline and any(
+            not c.untold and (c.blocked or c.buffered[1] or c.writing_now()) for c in self.clients.values()
+        ):
             await asyncio.sleep(0.01)
         self.scripts.doom = b"ERR Script killed: the server ends."
         self.ticker.cancel()
@@ -242,8 +252,7 @@ class Server:
             client.drop()
         await asyncio.sleep(0)
         self.cut_off = lambda: None
-        if self.link.transport is not None:
-            self.link.transport.close()
+        self.link.close()
         self.ended = True
         self.wake.set()
         self.watcher.join()
@@ -268,6 +277,10 @@ class Server:
                 if (client.full_since and clock - client.full_since > SLOW_LIMIT) or (
                     idle_limit and client.idle_ms > idle_limit * 1000 and not client.in_pubsub and not client.blocked
                 ):
+                    client.drop()
+        if self.link.tellings and clock - self.link.tellings[0][0] > bus.UNTOLD_LIMIT:
+            for client in list(self.clients.values()):
+                if client.untold:
                     client.drop()
         if self.executor.paused_until and self.executor.paused_until <= clock * 1000:
             connection.unpause(self)
@@ -305,6 +318,20 @@ class Server:
         self.clients.pop(client.id, None)
         self.paused.discard(client)
         pubsub.forget(client)
+
+    def keep_replies(self, client: Connection) -> Callable[[], None]:
+        """From here on no reply leaves for this client until what is returned is called, in the loop and not within a command: the other
+        event loops know then what the replies say. Subscriptions and PINGs of the client run meanwhile (transactions.before)."""
+        client.untold += 1
+
+        def let_go() -> None:
+            client.untold -= 1
+            if not client.untold and client.retried_by_pause is not None:
+                connection.go_on(self, client)
+            elif not client.untold:
+                client.flush()
+
+        return let_go
 
     def deliver(self, channel: bytes, message: bytes) -> int:
         return pubsub.deliver(self, channel, message)

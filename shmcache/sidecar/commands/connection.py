@@ -122,6 +122,7 @@ def reset(client: Connection, arguments: list[bytes]) -> bytes:
 
 @command("quit", -1, NO_AUTH | IN_MULTI | IN_PUBSUB | FREE, group="connection")
 def quit_(client: Connection, arguments: list[bytes]) -> bytes:
+    forget(client)
     client.closing = True
     return OK
 
