@@ -18,17 +18,17 @@ from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_FillInfo
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.exc cimport PyErr_CheckSignals
 from libc.errno cimport EAGAIN, EINTR, errno
-from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memchr, memcmp, memcpy, memmove, memset
 
 from shmcache.core._core cimport Mapping, Table, buried
-from shmcache.core.atomics cimport ld32, ld64, ldi64r, likely, prefetch, unlikely
+from shmcache.core.atomics cimport fence_acquire, ld32, ld32r, ld64, ld64r, ldi64r, likely, prefetch, unlikely
 from shmcache.core.bucket cimport bucket_of, pthread_self, stripe_of, stripe_release, stripe_take
 from shmcache.core.clock cimport now_ms
 from shmcache.core.envelope cimport CODEC_ENVELOPE, STATE_FRESH, STATE_NEGATIVE, STATE_STALE, envelope_open, envelope_t
 from shmcache.core.dirty cimport writes_back
-from shmcache.core.layout cimport FLAG_COPY_TTL, FLAG_RAW, MAX_KEY, NAMESPACES_FIRST, POLICY_BACK, seg_t
+from shmcache.core.layout cimport FLAG_COPY_TTL, FLAG_RAW, MAX_KEY, NAMESPACES_FIRST, POLICY_BACK, SLOTS, bucket_t, seg_t
 from shmcache.core.lock cimport wait_until
 from shmcache.core.number cimport shm_digits, shm_number
 from shmcache.core.ring cimport log_t, ring_of
@@ -93,6 +93,8 @@ cdef enum:
     UNKNOWN = 2                 # finish_raw(): a miss, of which nobody has said that the store has not got it either
     LOADS = 1                   # Executor.backed, of a loop
     KNOWS = 2                   # of a thread of the pool, between know() and forget()
+    LOOKS_BEFORE_STRIPES = 128  # keys()
+    LOOKS_BETWEEN_CLOCKS = 256
     CLOCK_SLACK = 5             # ms by which two readings of an expiry may differ
 
 cdef const uint64_t NEVER = <uint64_t>-1      # an expiry: none, whatever the segment's default is
@@ -191,6 +193,7 @@ cdef class Executor:
     cdef uint8_t named[MAX_KEY + PREFIX_MOST]
     cdef dict pinned                    # by database, while stripes are held or about to be: what its keys begin with (`named`)
     cdef readonly int databases
+    cdef uint16_t* some                 # ask_stripes()
     cdef readonly uint64_t held_ns      # when it did, on the monotonic clock
     cdef readonly int backed            # 0: as if there was no store behind the segment; LOADS, KNOWS
     cdef readonly int put_off           # flags of commands that the pool runs for clients of the first database
@@ -255,6 +258,7 @@ cdef class Executor:
         free(self.argl)
         free(self.scratch)
         free(self.stats)
+        free(self.some)
 
     def __getbuffer__(self, Py_buffer* view, int flags):
         PyBuffer_FillInfo(view, self, self.read_buffer, READ_BYTES, False, flags)
@@ -627,15 +631,55 @@ cdef class Executor:
     def n_buckets(self):
         return self.s.n_buckets
 
-    def keys(self, uint64_t at, uint64_t end, size_t enough=<size_t>-1):
-        """(the bucket to go on with, the keys of those before it): from bucket `at` up to `end`, or till there are enough. Those of a bucket are
-        of one instant."""
+    def keys(self, uint64_t at, uint64_t end, size_t enough=<size_t>-1, uint64_t within_ns=0):
+        """(the bucket to go on with, the keys of those before it): from bucket `at` up to `end`, until there are enough keys, or so much time has
+        gone (0: any), after one bucket at least. Those of a bucket are of one instant; no lock is taken, unless writers overtake again and again.
+
+        Once some buckets were empty the stripes are asked, and those that have no item are passed over, since most are empty then.
+        Invariant: a key that was there before the call is found. Its write was over, so its stripe counted it; a write that is under way, or
+        whose process died in it, has its intent in the stripe before its item is to be seen (as nothing_counted() relies on). A key that is
+        replaced is counted all the while."""
+        cdef seg_t* s = self.table.ready()
         cdef list found = []
-        end = min(end, self.s.n_buckets)
+        cdef uint64_t looked = 0, until = mono_ns() + within_ns if within_ns else <uint64_t>-1
+        cdef uint32_t n_some = 0
+        cdef bint asked = False, stands
+        end = min(end, s.n_buckets)
         while at < end and <size_t>len(found) < enough:
-            self.keys_of(at, found)
-            at += 1
+            if looked < LOOKS_BEFORE_STRIPES:
+                stands = pass_empty(s, &at, end, NULL, 0, &looked, LOOKS_BEFORE_STRIPES, until)
+            else:
+                if not asked:
+                    n_some = self.ask_stripes()
+                    asked = True
+                if self.table.impatient:
+                    stands = pass_empty(s, &at, end, self.some, n_some, &looked, <uint64_t>-1, until)
+                else:
+                    with nogil:
+                        stands = pass_empty(s, &at, end, self.some, n_some, &looked, <uint64_t>-1, until)
+            if stands:
+                self.keys_of(at, found)
+                at += 1
+            if within_ns and mono_ns() >= until:
+                break
         return at, found
+
+    cdef uint32_t ask_stripes(self) except? 0:
+        """Note in `some`, ascending, which may have items: how many."""
+        cdef seg_t* s = self.s
+        cdef uint32_t i, n = 0
+        cdef uint64_t busy, count, epoch = s.held_epoch if self.has_stripes() else ld32(&s.header.epoch)
+        if self.some == NULL:
+            self.some = <uint16_t*>malloc(s.n_stripes * sizeof(uint16_t))
+            if self.some == NULL:
+                raise MemoryError
+        for i in range(s.n_stripes):
+            busy = ld64(&s.stripes[i].new)      # first: an item is counted before it is cleared
+            count = ld64(&s.stripes[i].count)
+            if busy or (count >> 32 >= epoch and <uint32_t>count):
+                self.some[n] = <uint16_t>i
+                n += 1
+        return n
 
     cdef int keys_of(self, uint64_t bucket, list found) except -1:
         cdef seg_t* s = self.table.ready()
@@ -672,6 +716,52 @@ cdef class Executor:
         """The key's version, 0 if it is not there."""
         cdef raw_t raw
         return raw.version if look(self, <const uint8_t*>PyBytes_AS_STRING(key), PyBytes_GET_SIZE(key), &raw, False) else 0
+
+
+cdef bint is_empty(seg_t* s, uint64_t b) noexcept nogil:
+    """At one instant. False: something is in its chain, or was meanwhile."""
+    cdef bucket_t* bucket = &s.buckets[b]
+    cdef uint32_t v = ld32(&bucket.version)
+    cdef uint64_t any = ld32r(&bucket.overflow)
+    cdef int i
+    for i in range(SLOTS):
+        any |= ld64r(&bucket.slot[i])
+    fence_acquire()
+    return any == 0 and ld32r(&bucket.version) == v
+
+
+cdef bint pass_empty(seg_t* s, uint64_t* at, uint64_t end, const uint16_t* some, uint32_t n_some, uint64_t* looked, uint64_t most,
+                     uint64_t until_ns) noexcept nogil:
+    """From at on, up to end, to the next bucket in which something is: True. some: of these stripes alone; NULL: of all. looked: counted up, to
+    most. until_ns: or till then."""
+    cdef uint64_t b = at[0], stripe = b & (s.n_stripes - 1), ahead
+    cdef uint32_t j = 0
+    if some != NULL:
+        while j < n_some and some[j] < stripe:
+            j += 1
+    while True:
+        if some != NULL:
+            if j == n_some:
+                b = (b | (s.n_stripes - 1)) + 1
+                j = 0
+            if n_some == 0 or b >= end:
+                break
+            b = (b & ~<uint64_t>(s.n_stripes - 1)) + some[j]
+            ahead = b + s.n_stripes
+            if ahead < end:
+                prefetch(&s.buckets[ahead])
+        if b >= end or looked[0] >= most:
+            break
+        looked[0] += 1
+        if not is_empty(s, b):
+            at[0] = b
+            return True
+        b += some == NULL
+        j += 1
+        if looked[0] % LOOKS_BETWEEN_CLOCKS == 0 and mono_ns() >= until_ns:
+            break
+    at[0] = end if some != NULL and n_some == 0 else min(b, end)
+    return False
 
 
 # ---- keys and values -------------------------------------------------------------------------------------------------------------

@@ -6,10 +6,10 @@ import random
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from shmcache.core import _text
+from shmcache.core import _core, _text
 from shmcache.core._text import matches
 from shmcache.sidecar import replies
-from shmcache.sidecar.commands.table import ONE, RAW, SCAN_BUCKETS, SYNTAX, WRITE, Error, command, container, in_pool, integer_of
+from shmcache.sidecar.commands.table import ONE, RAW, SCAN_NS, SCAN_TIME, SYNTAX, WRITE, Error, command, container, in_pool, integer_of
 from shmcache.sidecar.replies import OK, array, bulk, integer, nil
 
 if TYPE_CHECKING:
@@ -118,7 +118,13 @@ def scan(client: Connection, arguments: list[bytes]) -> bytes:
         in_pool(client)
     ex = client.ex
     at = min(int(cursor) % (1 << 64), ex.n_buckets)
-    at, found = ex.keys(at, at + min(max(10 * count, SCAN_BUCKETS), ex.n_buckets), count)
+    at, found = ex.keys(at, ex.n_buckets, count, SCAN_NS)
+    if at < ex.n_buckets and len(found) < count and not ex.holds:
+        in_pool(client)
+        until = _core.monotonic() + SCAN_TIME
+        while at < ex.n_buckets and len(found) < count and _core.monotonic() < until:
+            at, more = ex.keys(at, ex.n_buckets, count - len(found), SCAN_NS)
+            found += more
     found = [bulk(key) for key in that_match(client, pattern, found if kind == b"string" else [])]
     return array((bulk(b"%d" % (at if at < ex.n_buckets else 0)), array(found)))
 
@@ -128,13 +134,14 @@ def randomkey(client: Connection, arguments: list[bytes]) -> bytes:
     ex = client.ex
     if len(client.server.cache):
         for _ in range(100):
-            _, found = ex.keys(random.randrange(ex.n_buckets), ex.n_buckets, 1)
+            _, found = ex.keys(random.randrange(ex.n_buckets), ex.n_buckets, 1, SCAN_NS // 100)
             if found:
                 return bulk(random.choice(found))
         in_pool(client)
-        _, found = ex.keys(0, ex.n_buckets, 1)
-        if found:
-            return bulk(found[0])
+        for start in (random.randrange(ex.n_buckets), 0):
+            _, found = ex.keys(start, ex.n_buckets, 1)
+            if found:
+                return bulk(random.choice(found))
     return nil(client.protocol)
 
 

@@ -51,7 +51,8 @@ class Error(_resp.CommandError):
 
 PUSH_LIMIT = 32 << 20  # bytes that wait for a subscriber
 RAW = 256  # _resp's, with a codec
-SCAN_BUCKETS = 1 << 16  # that one SCAN may look at, if they are empty
+SCAN_NS = 1_000_000  # that a SCAN may take in the loop
+SCAN_TIME = 0.02  # seconds that a SCAN goes on in the pool, if it has not found enough
 SYNTAX = "ERR syntax error"
 NOT_AN_INTEGER = "ERR value is not an integer or out of range"
 
