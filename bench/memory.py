@@ -1,6 +1,6 @@
 """How many items does 1 GiB hold, beside memcached, Redis and LMDB given the same?
 
-    python bench/memory.py [--size 1G] [--sizes-from TRACE.csv.gz] [--json bench/results/memory.json]
+    python bench/memory.py [--size 1024] [--sizes-from TRACE.csv.gz] [--json bench/results/memory.json]
 
 Distinct items of 22 + 100 bytes (or of the sizes of a cache trace's keys: columns key,key_size,value_size) are stored till well past
 what fits; then what is resident is counted. Bytes per item = the whole limit / items, so everything is counted that each counts

@@ -35,12 +35,17 @@ def _mib(n: float) -> str:
 
 
 def _text(key: bytes) -> str:
-    return key.decode("utf-8", "backslashreplace")
+    return _harmless(key.decode("utf-8", "backslashreplace"))
+
+
+def _harmless(text: str, kept: str = "") -> str:
+    """With what a terminal would obey, or not show, escaped; but these."""
+    return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
 
 
 def _table(title: str, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """A table: by rich on a terminal, else in plain columns. Numbers stand to the right."""
-    cells = [[f"{c:,}" if isinstance(c, int) else str(c) for c in row] for row in rows]
+    cells = [[f"{c:,}" if isinstance(c, int) else _harmless(str(c)) for c in row] for row in rows]
     if sys.stdout.isatty():
         with contextlib.suppress(ImportError):
             from rich.console import Console
@@ -269,12 +274,12 @@ def do_get(args: argparse.Namespace) -> int:
             ttl = cache.ttl(key)
             ttl = None if ttl in (None, float("inf")) else ttl
             print(json.dumps({"key": args.key, "value": _shown(value), "type": type(value).__name__, "ttl": ttl}))
-        elif isinstance(value, bytes):
+        elif isinstance(value, bytes) and not sys.stdout.isatty():
             sys.stdout.buffer.write(value)
-            if sys.stdout.isatty():
-                print()
         else:
-            print(value if isinstance(value, (str, int)) else json.dumps(_shown(value), ensure_ascii=False))
+            text = value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else value
+            text = str(text) if isinstance(text, (str, int)) else json.dumps(_shown(text), ensure_ascii=False)
+            print(_harmless(text, "\n\t") if sys.stdout.isatty() else text)
     return 0
 
 
@@ -612,6 +617,24 @@ def _say_whose(args: argparse.Namespace, folder: Path) -> None:
     notice(f"shmcache: {what}")
 
 
+def _pauses(fd: int) -> Callable[[], bool]:
+    """Is CLIENT PAUSE in force? serve says until when there, in lines: ms of CLOCK_MONOTONIC."""
+    os.set_blocking(fd, False)
+    until_ms, rest = 0, b""
+
+    def paused() -> bool:
+        nonlocal until_ms, rest
+        with contextlib.suppress(BlockingIOError):
+            while part := os.read(fd, 65536):
+                rest += part
+        *lines, rest = rest.split(b"\n")
+        if lines:
+            until_ms = int(lines[-1])
+        return time.monotonic() * 1000 < until_ms
+
+    return paused
+
+
 def do_supervise(args: argparse.Namespace) -> int:
     from shmcache.supervisor.loop import Supervisor
 
@@ -638,7 +661,7 @@ def do_supervise(args: argparse.Namespace) -> int:
             notice(f"shmcache: {args.name} is written back, and nobody stores: say --store")
         supervisor = Supervisor(
             cache, args.parent, folder=folder, every=args.snapshot_every, keep=args.keep, compress=args.compress, log=args.log,
-            store=store if writes_back else None,
+            store=store if writes_back else None, spares=_pauses(args.pauses) if args.pauses is not None else lambda: False,
         )  # fmt: skip
         if asked:
             supervisor.stop()
@@ -822,6 +845,7 @@ def parser() -> argparse.ArgumentParser:
     p.set_defaults(run=do_supervise)
     _supervise_options(p)
     p.add_argument("--parent", type=int, help=argparse.SUPPRESS)
+    p.add_argument("--pauses", type=int, help=argparse.SUPPRESS)
     text = "Serve a segment over the Redis protocol, with a supervisor; till SIGTERM."
     p = commands.add_parser("serve", help=text, description=text)
     p.set_defaults(run=do_serve)

@@ -18,24 +18,24 @@ from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_FillInfo
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.exc cimport PyErr_CheckSignals
 from libc.errno cimport EAGAIN, EINTR, errno
-from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memchr, memcmp, memcpy, memmove, memset
 
 from shmcache.core._core cimport Mapping, Table, buried
-from shmcache.core.atomics cimport ld32, ld64, likely, prefetch, unlikely
+from shmcache.core.atomics cimport fence_acquire, ld32, ld32r, ld64, ld64r, ldi64r, likely, prefetch, unlikely
 from shmcache.core.bucket cimport bucket_of, pthread_self, stripe_of, stripe_release, stripe_take
 from shmcache.core.clock cimport now_ms
 from shmcache.core.envelope cimport CODEC_ENVELOPE, STATE_FRESH, STATE_NEGATIVE, STATE_STALE, envelope_open, envelope_t
 from shmcache.core.dirty cimport writes_back
-from shmcache.core.layout cimport FLAG_COPY_TTL, FLAG_RAW, MAX_KEY, NAMESPACES_FIRST, POLICY_BACK, seg_t
+from shmcache.core.layout cimport FLAG_COPY_TTL, FLAG_RAW, MAX_KEY, NAMESPACES_FIRST, POLICY_BACK, SLOTS, bucket_t, seg_t
 from shmcache.core.lock cimport wait_until
 from shmcache.core.number cimport shm_digits, shm_number
 from shmcache.core.ring cimport log_t, ring_of
 from shmcache.core.siphash cimport siphash13
 from shmcache.core.table cimport (
     ALWAYS, IF_ABSENT, IF_PRESENT, IF_VERSION, LARGE_COPY, RESTARTS, envelope_state, next_keys, prefetch_item, put_t, read_begin, read_copy, read_end, read_t)
-from shmcache.core.token cimport ABSENT, BUSY, EXISTS, INTR, NO_ROOM, NO_STORE, OK, OVERFLOW, mono_ns, wall_ms
+from shmcache.core.token cimport ABSENT, BUSY, EXISTS, INTR, NO_ROOM, NO_STORE, OK, OVERFLOW, mono_ns, wall_ns
 
 import threading
 from os import register_at_fork, urandom
@@ -93,6 +93,8 @@ cdef enum:
     UNKNOWN = 2                 # finish_raw(): a miss, of which nobody has said that the store has not got it either
     LOADS = 1                   # Executor.backed, of a loop
     KNOWS = 2                   # of a thread of the pool, between know() and forget()
+    LOOKS_BEFORE_STRIPES = 128  # keys()
+    LOOKS_BETWEEN_CLOCKS = 256
     CLOCK_SLACK = 5             # ms by which two readings of an expiry may differ
 
 cdef const uint64_t NEVER = <uint64_t>-1      # an expiry: none, whatever the segment's default is
@@ -164,7 +166,8 @@ cdef class Executor:
     cdef size_t* argl
     cdef size_t room                    # of both
     cdef size_t argc
-    cdef int64_t offset                 # unix time - the segment's time, ms: steady, so that a time that was set reads as it was set
+    cdef int64_t offset                 # unix time - the segment's time, ms: steady, so that a time that was set reads as it was set; rounded up, so
+                                        # that an expiry is not later than it was said
     cdef uint8_t* scratch               # a value that is being changed
     cdef uint64_t room_scratch
     cdef stat_t* stats                  # by index
@@ -180,7 +183,7 @@ cdef class Executor:
     cdef public bint locked             # no client may run anything but F_NOAUTH before it is authenticated
     cdef public uint64_t most_pending   # bytes that are kept of what a client has sent and is not executed
     cdef readonly int64_t tick_ms       # the segment's clock at the last tick(): as fine as idle times have to be
-    cdef public int64_t paused_until    # ms, monotonic: CLIENT PAUSE
+    cdef public int64_t paused_until    # ms, monotonic: CLIENT PAUSE. Of a pool's: its loop's, while it runs a command
     cdef public bint paused_writes_only
     cdef object lock                    # HOLDING, as it was when
     cdef list holding                   # hold() took stripes of these numbers,
@@ -191,6 +194,7 @@ cdef class Executor:
     cdef uint8_t named[MAX_KEY + PREFIX_MOST]
     cdef dict pinned                    # by database, while stripes are held or about to be: what its keys begin with (`named`)
     cdef readonly int databases
+    cdef uint16_t* some                 # ask_stripes()
     cdef readonly uint64_t held_ns      # when it did, on the monotonic clock
     cdef readonly int backed            # 0: as if there was no store behind the segment; LOADS, KNOWS
     cdef readonly int put_off           # flags of commands that the pool runs for clients of the first database
@@ -256,6 +260,7 @@ cdef class Executor:
         free(self.argl)
         free(self.scratch)
         free(self.stats)
+        free(self.some)
 
     def __getbuffer__(self, Py_buffer* view, int flags):
         PyBuffer_FillInfo(view, self, self.read_buffer, READ_BYTES, False, flags)
@@ -265,8 +270,24 @@ cdef class Executor:
         return READ_BYTES
 
     cdef inline void clock(self) noexcept:
-        cdef int64_t offset = <int64_t>wall_ms() - <int64_t>now_ms(self.s)
-        if offset - self.offset > 1 or offset - self.offset < -1:
+        cdef int64_t ns = <int64_t>wall_ns()
+        cdef int64_t offset = offset_of(self.s, ns - <int64_t>mono_ns())
+        if unlikely(offset > self.offset or offset < self.offset - 1):
+            self.measure()
+
+    cdef void measure(self) noexcept:
+        """Set `offset`. Between two readings of clocks this thread may be put off: the best of several, and the later that the wall's can be."""
+        cdef int64_t before, wall, took, best = 0, ns = 0, offset
+        cdef int i
+        for i in range(8):
+            before = <int64_t>mono_ns()
+            wall = <int64_t>wall_ns()
+            took = <int64_t>mono_ns() - before
+            if i == 0 or took < best:
+                best = took
+                ns = wall - before
+        offset = offset_of(self.s, ns)
+        if offset > self.offset or offset < self.offset - 1:
             self.offset = offset
 
     cdef inline int64_t unix_ms(self) noexcept:
@@ -616,15 +637,55 @@ cdef class Executor:
     def n_buckets(self):
         return self.s.n_buckets
 
-    def keys(self, uint64_t at, uint64_t end, size_t enough=<size_t>-1):
-        """(the bucket to go on with, the keys of those before it): from bucket `at` up to `end`, or till there are enough. Those of a bucket are
-        of one instant."""
+    def keys(self, uint64_t at, uint64_t end, size_t enough=<size_t>-1, uint64_t within_ns=0):
+        """(the bucket to go on with, the keys of those before it): from bucket `at` up to `end`, until there are enough keys, or so much time has
+        gone (0: any), after one bucket at least. Those of a bucket are of one instant; no lock is taken, unless writers overtake again and again.
+
+        Once some buckets were empty the stripes are asked, and those that have no item are passed over, since most are empty then.
+        Invariant: a key that was there before the call is found. Its write was over, so its stripe counted it; a write that is under way, or
+        whose process died in it, has its intent in the stripe before its item is to be seen (as nothing_counted() relies on). A key that is
+        replaced is counted all the while."""
+        cdef seg_t* s = self.table.ready()
         cdef list found = []
-        end = min(end, self.s.n_buckets)
+        cdef uint64_t looked = 0, until = mono_ns() + within_ns if within_ns else <uint64_t>-1
+        cdef uint32_t n_some = 0
+        cdef bint asked = False, stands
+        end = min(end, s.n_buckets)
         while at < end and <size_t>len(found) < enough:
-            self.keys_of(at, found)
-            at += 1
+            if looked < LOOKS_BEFORE_STRIPES:
+                stands = pass_empty(s, &at, end, NULL, 0, &looked, LOOKS_BEFORE_STRIPES, until)
+            else:
+                if not asked:
+                    n_some = self.ask_stripes()
+                    asked = True
+                if self.table.impatient:
+                    stands = pass_empty(s, &at, end, self.some, n_some, &looked, <uint64_t>-1, until)
+                else:
+                    with nogil:
+                        stands = pass_empty(s, &at, end, self.some, n_some, &looked, <uint64_t>-1, until)
+            if stands:
+                self.keys_of(at, found)
+                at += 1
+            if within_ns and mono_ns() >= until:
+                break
         return at, found
+
+    cdef uint32_t ask_stripes(self) except? 0:
+        """Note in `some`, ascending, which may have items: how many."""
+        cdef seg_t* s = self.s
+        cdef uint32_t i, n = 0
+        cdef uint64_t busy, count, epoch = s.held_epoch if self.has_stripes() else ld32(&s.header.epoch)
+        if self.some == NULL:
+            self.some = <uint16_t*>malloc(s.n_stripes * sizeof(uint16_t))
+            if self.some == NULL:
+                raise MemoryError
+        for i in range(s.n_stripes):
+            busy = ld64(&s.stripes[i].new)      # first: an item is counted before it is cleared
+            count = ld64(&s.stripes[i].count)
+            if busy or (count >> 32 >= epoch and <uint32_t>count):
+                self.some[n] = <uint16_t>i
+                n += 1
+        return n
 
     cdef int keys_of(self, uint64_t bucket, list found) except -1:
         cdef seg_t* s = self.table.ready()
@@ -661,6 +722,52 @@ cdef class Executor:
         """The key's version, 0 if it is not there."""
         cdef raw_t raw
         return raw.version if look(self, <const uint8_t*>PyBytes_AS_STRING(key), PyBytes_GET_SIZE(key), &raw, False) else 0
+
+
+cdef bint is_empty(seg_t* s, uint64_t b) noexcept nogil:
+    """At one instant. False: something is in its chain, or was meanwhile."""
+    cdef bucket_t* bucket = &s.buckets[b]
+    cdef uint32_t v = ld32(&bucket.version)
+    cdef uint64_t any = ld32r(&bucket.overflow)
+    cdef int i
+    for i in range(SLOTS):
+        any |= ld64r(&bucket.slot[i])
+    fence_acquire()
+    return any == 0 and ld32r(&bucket.version) == v
+
+
+cdef bint pass_empty(seg_t* s, uint64_t* at, uint64_t end, const uint16_t* some, uint32_t n_some, uint64_t* looked, uint64_t most,
+                     uint64_t until_ns) noexcept nogil:
+    """From at on, up to end, to the next bucket in which something is: True. some: of these stripes alone; NULL: of all. looked: counted up, to
+    most. until_ns: or till then."""
+    cdef uint64_t b = at[0], stripe = b & (s.n_stripes - 1), ahead
+    cdef uint32_t j = 0
+    if some != NULL:
+        while j < n_some and some[j] < stripe:
+            j += 1
+    while True:
+        if some != NULL:
+            if j == n_some:
+                b = (b | (s.n_stripes - 1)) + 1
+                j = 0
+            if n_some == 0 or b >= end:
+                break
+            b = (b & ~<uint64_t>(s.n_stripes - 1)) + some[j]
+            ahead = b + s.n_stripes
+            if ahead < end:
+                prefetch(&s.buckets[ahead])
+        if b >= end or looked[0] >= most:
+            break
+        looked[0] += 1
+        if not is_empty(s, b):
+            at[0] = b
+            return True
+        b += some == NULL
+        j += 1
+        if looked[0] % LOOKS_BETWEEN_CLOCKS == 0 and mono_ns() >= until_ns:
+            break
+    at[0] = end if some != NULL and n_some == 0 else min(b, end)
+    return False
 
 
 # ---- keys and values -------------------------------------------------------------------------------------------------------------
@@ -797,6 +904,13 @@ cdef bint is_none(Executor ex, const uint8_t* key, size_t n) except -1:
     return True
 
 
+cdef int take_expired(Executor ex, const uint8_t* key, size_t n, uint64_t h) except -1:
+    """What was found expired goes; not during a pause."""
+    if ex.paused_until == 0:
+        ex.table.remove_view(ex.s, ex.mapping, key, n, h, 0, True, NULL)
+    return 0
+
+
 cdef bint look_at(Executor ex, const uint8_t* key, size_t n, raw_t* raw, int whole) except -1:
     """The same, of the segment's key."""
     cdef seg_t* s = ex.s
@@ -808,7 +922,7 @@ cdef bint look_at(Executor ex, const uint8_t* key, size_t n, raw_t* raw, int who
         if rc == ABSENT:
             s.row.misses += 1
             if r.expired:
-                ex.table.remove_view(s, ex.mapping, key, n, h, 0, True, NULL)
+                take_expired(ex, key, n, h)
             return unlikely(ex.backed) and missed(ex, key, n, raw)
         if rc == OK:
             raw.n = r.value_bytes
@@ -1042,12 +1156,14 @@ cdef class Client:
     cdef uint8_t* out
     cdef uint64_t n_out
     cdef uint64_t room_out
+    cdef public uint64_t most_out       # bytes of `out`: a reply that does not fit is an error
     cdef uint64_t carry                 # of a command that is run again: what its earlier part has counted,
     cdef size_t carry_at                # and where it goes on
     cdef public int protocol            # 2 or 3
     cdef public int db                  # SELECT's
     cdef public bint authenticated
     cdef public bint blocked            # a command is being run elsewhere: nothing more is executed, what comes is kept
+    cdef public int untold              # so many things others have to know before what is in `out` is true: it is not sent
     cdef public bint closing            # after what is in `out`
     cdef public bint in_multi
     cdef public bint in_pubsub
@@ -1070,6 +1186,7 @@ cdef class Client:
     cdef public bint lost               # the connection is gone
     cdef bint failed                    # the command being executed has an error for a reply
     cdef readonly uint64_t took_ns      # by the last command
+    cdef list asked                     # a command that asks others, and is told to `slow` when they have answered
     cdef list pushed                    # what others sent to it while it is in_pool
     cdef readonly uint64_t log_end      # its replies leave when the ring is durable up to here
     cdef object __weakref__
@@ -1078,6 +1195,7 @@ cdef class Client:
         self.home = self.ex = ex
         self.protocol = 2
         self.authenticated = not ex.locked
+        self.most_out = OUT_LIMIT
         self.fd = -1
         self.left = -1
         self.last_command = -1
@@ -1166,6 +1284,10 @@ cdef class Client:
     def overflow(self):
         """More came than is kept while a command runs elsewhere."""
 
+    def attacked(self):
+        """It sends HTTP: a web page makes its reader's browser send commands, say. Nothing more of it is executed."""
+        self.closing = True
+
     def writing_now(self):
         """Has the transport something to send, or waits a reply for the disk?"""
         return self.log_end != 0 or (self.writing and self.transport.get_write_buffer_size() > 0)
@@ -1201,7 +1323,7 @@ cdef class Client:
         if unlikely(self.lost):
             self.n_out = 0
             return 0
-        if unlikely(self.in_pool):
+        if unlikely(self.in_pool or self.untold):
             return 0
         if unlikely(self.log_end != 0):
             if self.unheld:
@@ -1420,7 +1542,7 @@ cdef class Client:
         cdef uint64_t room
         cdef uint8_t* larger
         if unlikely(self.n_out + n > self.room_out):
-            if self.n_out + n > OUT_LIMIT:
+            if self.n_out + n > self.most_out:
                 raise CommandError(b"ERR the reply is larger than this server sends at once")
             room = max(self.n_out + n, min(2 * self.room_out, self.room_out + (1 << 22)), <uint64_t>1024)
             larger = <uint8_t*>realloc(self.out, room)
@@ -1494,6 +1616,9 @@ cdef class Client:
         cdef Executor ex = self.ex
         cdef name_t* command = ex.find(ex.argv[0], ex.argl[0])
         if unlikely(command == NULL):
+            if is_http(ex.argv[0], ex.argl[0]):
+                self.attacked()
+                return 0
             return self.refuse(b"ERR unknown command '" + clean(ex.argv[0], min(ex.argl[0], <size_t>128)) +
                                b"', with args beginning with: " + self.beginning(), NULL)
         self.last_command = command.index
@@ -1501,7 +1626,7 @@ cdef class Client:
             return self.refuse(b"ERR wrong number of arguments for '" + command.name[:command.n] + b"' command", command)
         if unlikely(not self.authenticated and ex.locked and not command.flags & F_NOAUTH):
             return self.refuse(b"NOAUTH Authentication required.", command)
-        if unlikely(self.in_multi or self.in_pubsub or self.restricted or ex.watched or ex.paused_until):
+        if unlikely(self.in_multi or self.in_pubsub or self.restricted or ex.watched or ex.paused_until or self.untold):
             if self.unusual(command):
                 ex.stats[command.index].rejected += self.failed
                 return 0
@@ -1510,6 +1635,8 @@ cdef class Client:
         if not self.blocked and unlikely(self.took_ns >= ex.slower_than_ns) and not command.flags & F_NOAUTH:
             # argc is 0 if other commands were part of it
             ex.slow(self, self.arguments(0) if ex.argc else [<bytes>command.name[:command.n]], self.took_ns)
+        elif self.blocked and not self.in_pool and unlikely(self.took_ns >= ex.slower_than_ns) and ex.argc:
+            self.asked = self.arguments(0)
         return 0
 
     cdef int perform(self, name_t* command) except -1:
@@ -1599,12 +1726,16 @@ cdef class Client:
             self.error(error_text(e))
         if unlikely(self.silent or self.skip):
             self.hush(out)
+        if self.asked is not None:
+            self.home.slow(self, self.asked, self.took_ns)
+            self.asked = None
 
     def retry(self, Executor executor not None):
         """Run the command that would have had to wait once more: in a thread of the pool, with its executor, which may wait. Then resume() is to
         be called in the loop; till then the loop sends nothing of this client's."""
         cdef uint64_t out = self.n_out
         self.ex = executor
+        executor.paused_until = self.home.paused_until
         self.point(self.retried)
         self.perform(executor.find(executor.argv[0], executor.argl[0]))
         if unlikely(self.silent or self.skip):
@@ -1753,7 +1884,7 @@ cdef class Client:
                     break
                 s.row.misses += 1
                 if unlikely(r.expired):
-                    ex.table.remove_view(s, ex.mapping, key, n, h, 0, True, NULL)
+                    take_expired(ex, key, n, h)
                 return self.nil()
             if rc == OK and (r.codec == CODEC_INT or r.codec == CODEC_ENVELOPE):
                 break
@@ -2301,7 +2432,16 @@ cdef class Client:
         return True
 
 
+cdef inline int64_t offset_of(seg_t* s, int64_t ns) noexcept:
+    """Of the wall's clock before the monotonic one, as Executor.offset."""
+    return (ns + 999_999) // 1_000_000 - ldi64r(&s.header.clock_shift_ms)
+
+
 # ---- error replies, inline commands ---------------------------------------------------------------------------------------------
+
+cdef bint is_http(const uint8_t* name, size_t n) noexcept:
+    return (n == 4 and shm_same_name(name, b"post", 4)) or (n == 5 and shm_same_name(name, b"host:", 5))
+
 
 cdef bytes clean(const uint8_t* p, size_t n):
     """For an error: up to the first zero byte, as C prints a string."""

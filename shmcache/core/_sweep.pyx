@@ -761,8 +761,8 @@ cdef class Supervision:
             shm_let_signals(&before)
         return evicted, moved
 
-    def sweep(self, uint64_t first, uint64_t end):
-        """Free what has expired or was cleared, and settle what the dead left, in pages first to end: how many were freed."""
+    def sweep(self, uint64_t first, uint64_t end, bint spares=False):
+        """Free what has expired or was cleared (spares: it stays), and settle what the dead left, in pages first to end: how many were freed."""
         cdef seg_t* s = self.s
         cdef uint64_t p, addr, w, freed = 0
         cdef uint32_t k, cls
@@ -780,7 +780,7 @@ cdef class Supervision:
                     it = item_at(s, addr)
                     w = ld64(&it.word)
                     if kind_of(w) == LIVE:
-                        if seems_stale(s, it) and evict_chunk(s, addr, cls, True, mono_ns() + PATIENCE_NS) == OK:
+                        if not spares and seems_stale(s, it) and evict_chunk(s, addr, cls, True, mono_ns() + PATIENCE_NS) == OK:
                             #! sweep: evicted
                             chunk_free_list(s, cls, addr, mono_ns() + PATIENCE_NS)
                             freed += 1

@@ -170,7 +170,8 @@ cdef extern from *:
     #endif
     #define SHM_GEN_UNKNOWN UINT64_MAX
     static inline uint64_t mono_ns(void) { return shm_clock_ns(CLOCK_MONOTONIC); }
-    static inline uint64_t wall_ms(void) { return shm_clock_ns(CLOCK_REALTIME) / 1000000u; }
+    static inline uint64_t wall_ns(void) { return shm_clock_ns(CLOCK_REALTIME); }
+    static inline uint64_t wall_ms(void) { return wall_ns() / 1000000u; }
     """
     const uint32_t SUPERVISOR_BYTE "SHM_SUPERVISOR_BYTE"
     const uint32_t RESTORER_BYTE "SHM_RESTORER_BYTE"
@@ -187,6 +188,7 @@ cdef extern from *:
     void* shm_keep_description(int fd) noexcept nogil
     uint64_t* shm_wiped_page() noexcept nogil
     uint64_t mono_ns() noexcept nogil
+    uint64_t wall_ns() noexcept nogil
     uint64_t wall_ms() noexcept nogil
     int getpid() noexcept nogil
     int close(int fd) noexcept nogil

@@ -21,6 +21,7 @@ from shmcache import errors
 from shmcache.core._text import matches
 from shmcache.sidecar import replies
 from shmcache.sidecar.commands.table import NO_AUTH, SUBCOMMANDS, TABLE, WRITE, categories, family, full_name, keys_in, shown
+from shmcache.sidecar.elsewhere import ELSEWHERE
 from shmcache.sidecar.replies import bulk, integer
 from shmcache.supervisor.format import open_regular
 
@@ -35,6 +36,7 @@ ACCESS = {
         ["bitfield", "decr", "decrby", "eval", "evalsha", "fcall", "getdel", "getex", "getset", "incr", "incrby", "incrbyfloat", "setbit"],
         (3, 3),
     ),
+    "lease.get": (3, 3),
     "rename": (3, WRITES), "renamenx": (3, WRITES), "copy": (READS, WRITES), "bitop": (WRITES, READS),
 }  # fmt: skip
 CHANNELS = {"publish": False, "subscribe": False, "psubscribe": True}  # are the channels patterns?
@@ -82,6 +84,7 @@ class User:
     later: bool = False  # after +@all: commands that there are not yet, too
     commands: set[str] = field(default_factory=set)  # full names
     first_arguments: dict[str, dict[bytes, None]] = field(default_factory=dict)  # with which a command is allowed that else is not
+    elsewhere: dict[str, None] = field(default_factory=dict)  # what Redis has and is not here, and the opposite of `later` was said of
 
     @property
     def restricted(self) -> bool:
@@ -124,7 +127,7 @@ class User:
             self.all_channels, self.channels = word != b"resetchannels", {}
         elif word in (b"allcommands", b"+@all", b"nocommands", b"-@all"):
             self.later = word in (b"allcommands", b"+@all")
-            self.commands, self.first_arguments = set(all_commands()) if self.later else set(), {}
+            self.commands, self.first_arguments, self.elsewhere = set(all_commands()) if self.later else set(), {}, {}
         elif word == b"reset":
             for each in (b"resetpass", b"resetkeys", b"resetchannels", b"off", b"sanitize-payload", b"-@all"):
                 self.apply(each)
@@ -181,19 +184,32 @@ class User:
         if name in all_commands():
             self.allow(family(name), allow)
             return
+        if name in ELSEWHERE:
+            self.note_elsewhere(name, allow)
+            return
         parent, bar, word = name.rpartition("|")
-        if not (allow and bar and parent in all_commands()):
+        if not (allow and bar and (parent in all_commands() or parent in ELSEWHERE)):
             raise UnknownName("Unknown command or category name in ACL")
         if "|" in parent:
             raise BadRule("Allowing first-arg of a subcommand is not supported")
         if not word or has_spaces(word.encode("latin-1")):
             raise BadRule("Syntax error")
-        if parent in SUBCOMMANDS:
+        if parent in SUBCOMMANDS or any(other.startswith(parent + "|") for other in ELSEWHERE):
             raise UnknownName("Unknown command or category name in ACL")
+        if parent in ELSEWHERE:
+            self.note_elsewhere(name, allow)
+            return
         known = self.first_arguments.setdefault(parent, {})
         as_said = said.rpartition("|")[2].encode("latin-1")
         if as_said.lower() not in (other.lower() for other in known):
             known[as_said] = None
+
+    def note_elsewhere(self, name: str, allow: bool) -> None:
+        """It changes nothing here: it is written again."""
+        if allow == self.later:
+            self.elsewhere.pop(name, None)
+        else:
+            self.elsewhere[name] = None
 
     def allow(self, names: Iterable[str], allow: bool) -> None:
         for name in names:
@@ -248,7 +264,7 @@ class User:
                     made.allow(family(full), allowed_now)
                 if not allowed_now:
                     rules += [b"+%b|%b" % (full.encode(), argument) for argument in self.first_arguments.get(full, ())]
-        return rules
+        return rules + [(b"-" if self.later else b"+") + name.encode("latin-1") for name in self.elsewhere]
 
     @property
     def rules(self) -> list[bytes]:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from shmcache import errors
 from shmcache.core import _core, _resp, _text
 from shmcache.core._claims import Claims, Marks
-from shmcache.sidecar.commands.table import OF_CACHE, TABLE, WRITE, Error, keys_in
+from shmcache.sidecar.commands.table import CLAIM, OF_CACHE, TABLE, WRITE, Error, keys_in
 from shmcache.sidecar.commands.transactions import discard_transaction
 from shmcache.stored import BATCH, LOADED_ANEW, MISSING, StoredCache, is_over
 from shmcache.stores import Entry, masked
@@ -69,7 +69,7 @@ def planned(client: Connection, through: bool) -> Plan:
         elif db:
             continue
         names = dict.fromkeys(key for key in keys if key[:1] > b"\0")
-        if TABLE[name].flags & WRITE and keys:
+        if TABLE[name].flags & WRITE and keys and name != CLAIM:
             plan.writes = plan.writes or bool(names)
         plan.own = plan.own or any(key not in names for key in keys)
         plan.names |= names

@@ -65,7 +65,7 @@ def serving(
             stack.enter_context(contextlib.closing(sock))
         if unix is not None:
             sockets.append(stack.enter_context(contextlib.closing(server_module.listen_unix(unix))))
-            stack.callback(server_module.remove, unix)
+            stack.callback(server_module.remover(unix))
         started: Future[Any] = Future()  # of (the loop, what ends it)
 
         async def serve() -> None:

@@ -24,9 +24,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shmcache import cache as cache_module
-from shmcache import errors
+from shmcache import errors, segment
 from shmcache.notices import notice
-from shmcache.sidecar import server
+from shmcache.sidecar import server, worker
 from shmcache.sidecar.bus import Hub
 
 START_LIMIT = 60.0  # seconds for a worker to be ready
@@ -89,18 +89,28 @@ class Service:
             signal.signal(number, self.stop)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         self.children: list[Child] = []
-        self.hub = Hub(self.users)
+        self.hub = Hub(self.users, self.paused)
+        self.paused_until_ms = 0
+        try:
+            worker.context_of(self.tls)  # each worker makes its own: but what is wrong is said here, before there is anything
+        except OSError as e:
+            raise errors.UsageError(f"--tls-cert, --tls-key, --tls-ca: {e}") from None
         with contextlib.ExitStack() as stack:
+            for fd in (pipe := os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)):
+                stack.callback(os.close, fd)
+            self.pauses, self.tell_pauses = pipe
             if self.port:  # nobody else's; workers of ours share it
                 reserved = [stack.enter_context(contextlib.closing(reserve(host, self.port))) for host in self.bind]
                 del reserved
             self.listening: socket.socket | None = None
             if self.unix is not None:
                 self.listening = stack.enter_context(contextlib.closing(server.listen_unix(self.unix, self.unix_mode)))
-                stack.callback(server.remove, self.unix)
+                stack.callback(server.remover(self.unix))
             metrics = server.listen(self.metrics_bind, self.metrics_port, shared=False) if self.metrics_port else []
             for sock in metrics:
                 stack.enter_context(contextlib.closing(sock))
+            self.was, self.serving = inode_of(self.name), False
+            stack.push(self.take_back)
             stack.callback(self.end_all)
             self.start_supervisor()
             for i in range(self.workers):
@@ -108,6 +118,7 @@ class Service:
                     self.start_worker(i)
             if metrics and not self.stopping:
                 self.start_metrics([sock.fileno() for sock in metrics])
+            self.serving = True
             if not self.stopping:
                 notify("READY=1\nSTATUS=serving " + self.name)
                 if not self.quiet:
@@ -127,8 +138,9 @@ class Service:
     # -- children
 
     def start_supervisor(self) -> None:
-        argv = [sys.executable, "-m", "shmcache.cli", "supervise", "--quiet", "--parent", str(os.getpid()), *self.supervise]
-        child = Child("the supervisor", argv=[*argv, self.name])
+        mine = ["--quiet", "--parent", str(os.getpid()), "--pauses", str(self.pauses)]
+        argv = [sys.executable, "-m", "shmcache.cli", "supervise", *mine, *self.supervise]
+        child = Child("the supervisor", argv=[*argv, self.name], fds=(self.pauses,))
         if self.store:
             child.argv, child.told = [*argv, "--store-file", "-", self.name], os.fsencode(self.store[0])
         self.children.append(child)
@@ -216,8 +228,15 @@ class Service:
             if child.process is None and time.monotonic() >= child.start_at and not self.stopping:
                 if i == 0:
                     self.start(child)
+                    self.paused(self.paused_until_ms)
                 else:
                     self.launch(child, i - 1, wait=False)
+
+    def paused(self, until_ms: int) -> None:
+        """Tell the supervisor of CLIENT PAUSE: nothing that has expired goes till then. One that does not run is not waited for."""
+        self.paused_until_ms = until_ms
+        with contextlib.suppress(BlockingIOError):
+            os.write(self.tell_pauses, b"%d\n" % until_ms)
 
     def pause(self, seconds: float, also: int | None = None) -> None:
         """Till a signal comes, or something to read from `also`, or so long. Meanwhile the workers talk."""
@@ -234,6 +253,19 @@ class Service:
             if any(other in ready for other in others) or left <= 0:
                 return
 
+    def take_back(self, kind: type[BaseException] | None, *_: object) -> None:
+        """What cannot begin leaves no segment that it has made; but one that others use, or that has what no snapshot has."""
+        made = inode_of(self.name)
+        if kind is None or self.serving or made in (None, self.was):
+            return
+        supervisor = self.children[0].process
+        with contextlib.suppress(errors.ShmcacheError):
+            with cache_module.attach_unsettled(self.name) as cache:
+                others = [process for process in cache.processes() if process["pid"] != os.getpid()]
+                kept = bool(others) or (len(cache) > 0 and (supervisor is None or supervisor.returncode != 0))
+            if not kept and inode_of(self.name) == made:
+                segment.unlink(self.name)
+
     def end_all(self) -> None:
         """Workers first: what they have acknowledged is in the supervisor's last snapshot."""
         for group in (self.children[1:], self.children[:1]):
@@ -245,15 +277,20 @@ class Service:
                     continue
                 deadline = time.monotonic() + (LAST_SNAPSHOT_LIMIT if child is self.children[0] else STOP_LIMIT)
                 held = True
-                while True:
-                    with contextlib.suppress(subprocess.TimeoutExpired):
-                        child.process.wait(STOP_LIMIT)
-                        break
+                while not self.ends(child):
                     held, before = self.supervises(child), held
                     if time.monotonic() >= deadline or not (held or before):  # one that has just let go of it has its time, too
                         child.process.kill()
                         child.process.wait()
                         break
+
+    def ends(self, child: Child) -> bool:
+        """Does it end within STOP_LIMIT? What the workers still have to tell each other is handed on."""
+        assert child.process is not None
+        deadline = time.monotonic() + STOP_LIMIT
+        while child.process.poll() is None and time.monotonic() < deadline:
+            self.pause(deadline - time.monotonic())
+        return child.process.returncode is not None
 
     def supervises(self, child: Child) -> bool:
         """Does this process hold the segment? One that does not has not begun, or is through: it has nothing to save. One that was seen to
@@ -269,6 +306,14 @@ class Service:
             return child.segment is not None
         except (errors.ShmcacheError, OSError):  # nobody knows
             return True
+
+
+def inode_of(name: str) -> int | None:
+    """Of the segment of this name; None: there is none."""
+    try:
+        return os.stat(segment.check_name(name)).st_ino
+    except FileNotFoundError:
+        return None
 
 
 def reserve(host: str, port: int) -> socket.socket:

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import socket
+import stat
 import threading
 import time
 from collections import deque
@@ -23,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from shmcache import cache as cache_module
 from shmcache.core import _core, _resp
+from shmcache.notices import notice
 from shmcache.sidecar import acl, backed, bus, commands
 from shmcache.sidecar.commands import connection, pubsub, scripting, transactions
 
@@ -36,6 +39,8 @@ CRON_EVERY = 0.1  # seconds
 WRITE_HIGH = 1 << 20  # bytes that the transport holds before its connection is paused
 SLOW_LIMIT = 60.0  # seconds that a connection may be paused before it is dropped
 NEVER = (1 << 64) - 1  # nanoseconds
+WARN_EVERY = 60.0  # seconds, of attacks
+KEEPALIVE = 300  # seconds of silence after which TCP asks whether the other end is still there
 
 
 class Connection(_resp.Client):
@@ -61,6 +66,7 @@ class Connection(_resp.Client):
         self.no_evict = False
         self.monitoring = False
         self.full_since = 0.0
+        self.n_pushed = 0  # bytes that others have sent while the pool runs its command
         self.retried_by_pause: list[bytes] | None = None  # what CLIENT PAUSE keeps
 
     # -- of the event loop
@@ -102,6 +108,9 @@ class Connection(_resp.Client):
 
     # -- of commands
 
+    def check_time(self) -> None:
+        """In a command that may take long. Raises: CommandError: it is a script's, and the script's time is over."""
+
     def refused(self, text: bytes, name: str) -> bytes:
         if name == "exec":
             transactions.discard_transaction(self)
@@ -112,13 +121,22 @@ class Connection(_resp.Client):
     def before(self, name: str, flags: int, arguments: list[bytes]) -> bool:
         return transactions.before(self, name, flags, arguments)
 
+    def attacked(self) -> None:
+        self.server.attacked(self)
+        self.drop()
+
+    def resume(self) -> None:
+        self.n_pushed = 0
+        super().resume()
+
     def unsent(self) -> int:
         """Bytes that wait to be sent."""
-        return 0 if self.lost else self.buffered[1] + int(self.transport.get_write_buffer_size())
+        return 0 if self.lost else self.n_pushed + self.buffered[1] + int(self.transport.get_write_buffer_size())
 
     def drop(self) -> None:
         """Close it now, whatever it has not read."""
         self.closing = True
+        pubsub.forget(self)
         if self.transport is not None:
             self.transport.abort()
 
@@ -167,6 +185,7 @@ class Server:
         self.slowlog: deque[tuple[int, float, int, list[bytes], str, bytes]] = deque(maxlen=int(self.settings["slowlog-max-len"]))
         self.slow_number = worker
         self.acl_log: list[acl.Refusal] = []
+        self.next_warning = 0.0
         self.rates: deque[tuple[float, int]] = deque([(0.0, 0)], maxlen=10)
         self.lag = 0.0  # of the loop: how late the last tick came, seconds
         self.worst_lag = 0.0
@@ -187,6 +206,11 @@ class Server:
         self.cut_off: Callable[[], None] = lambda: None  # called when the others cannot be reached any more
 
     @property
+    def alone(self) -> bool:
+        """Is there never another event loop?"""
+        return self.of_workers == 1 or self.link.sock is None
+
+    @property
     def written_through(self) -> bool:
         """Do its writes change the store, before they are answered?"""
         return self.policy in ("through", "around")
@@ -197,7 +221,9 @@ class Server:
         """Serve on these listening sockets; tls: an SSLContext for those of TCP; link: to the other event loops (bus.py)."""
         self.loop = asyncio.get_running_loop()
         if link is not None:
+            self.link.read_also_from(link)
             await self.loop.create_connection(lambda: self.link, sock=link)
+            await self.link.begin()
         for sock in sockets:
             if sock.family == socket.AF_UNIX:
                 server = await self.loop.create_unix_server(self.connection, sock=sock, backlog=511)
@@ -216,7 +242,9 @@ class Server:
         for server in self.servers:
             server.close()
         deadline = self.loop.time() + grace
-        while self.loop.time() < deadline and any(c.blocked or c.buffered[1] or c.writing_now() for c in self.clients.values()):
+        while self.loop.time() < deadline and any(
+            not c.untold and (c.blocked or c.buffered[1] or c.writing_now()) for c in self.clients.values()
+        ):
             await asyncio.sleep(0.01)
         self.scripts.doom = b"ERR Script killed: the server ends."
         self.ticker.cancel()
@@ -224,8 +252,7 @@ class Server:
             client.drop()
         await asyncio.sleep(0)
         self.cut_off = lambda: None
-        if self.link.transport is not None:
-            self.link.transport.close()
+        self.link.close()
         self.ended = True
         self.wake.set()
         self.watcher.join()
@@ -250,6 +277,10 @@ class Server:
                 if (client.full_since and clock - client.full_since > SLOW_LIMIT) or (
                     idle_limit and client.idle_ms > idle_limit * 1000 and not client.in_pubsub and not client.blocked
                 ):
+                    client.drop()
+        if self.link.tellings and clock - self.link.tellings[0][0] > bus.UNTOLD_LIMIT:
+            for client in list(self.clients.values()):
+                if client.untold:
                     client.drop()
         if self.executor.paused_until and self.executor.paused_until <= clock * 1000:
             connection.unpause(self)
@@ -287,6 +318,20 @@ class Server:
         self.clients.pop(client.id, None)
         self.paused.discard(client)
         pubsub.forget(client)
+
+    def keep_replies(self, client: Connection) -> Callable[[], None]:
+        """From here on no reply leaves for this client until what is returned is called, in the loop and not within a command: the other
+        event loops know then what the replies say. Subscriptions and PINGs of the client run meanwhile (transactions.before)."""
+        client.untold += 1
+
+        def let_go() -> None:
+            client.untold -= 1
+            if not client.untold and client.retried_by_pause is not None:
+                connection.go_on(self, client)
+            elif not client.untold:
+                client.flush()
+
+        return let_go
 
     def deliver(self, channel: bytes, message: bytes) -> int:
         return pubsub.deliver(self, channel, message)
@@ -443,6 +488,16 @@ class Server:
         (then, before), (now, after) = self.rates[0], (self.loop.time(), self.executor.commands)
         return int((after - before) / max(0.001, now - then))
 
+    def attacked(self, client: Connection) -> None:
+        """Say so, once a minute."""
+        now = _core.monotonic()
+        if now >= self.next_warning:
+            self.next_warning = now + WARN_EVERY
+            notice(
+                f"shmcache: somebody at {client.address} sends POST or Host:, as a browser does in which a web page makes it send commands "
+                "(cross-protocol scripting): the connection is dropped"
+            )
+
     def denied(self, client: Connection, reason: str, context: str, what: bytes, name: bytes | None = None) -> None:
         """For ACL LOG: what a user may not. name: his, if it is not the client's."""
         info = connection.info_line(client)
@@ -450,19 +505,13 @@ class Server:
         acl.note(self.acl_log, refusal, int(self.settings["acllog-max-len"]))
 
     def slow(self, client: Connection, arguments: list[bytes], ns: int) -> None:
-        arguments = without_passwords(arguments)
+        arguments = commands.without_passwords(arguments)
         words = arguments[:31] if len(arguments) > 32 else arguments
         words = [w if len(w) <= 128 else w[:128] + b"... (%d more bytes)" % (len(w) - 128) for w in words]
         if len(arguments) > 32:
             words.append(b"... (%d more arguments)" % (len(arguments) - 31))
         self.slowlog.appendleft((self.slow_number, time.time(), ns // 1000, words, client.address, client.name))
         self.slow_number += self.of_workers
-
-
-def without_passwords(arguments: list[bytes]) -> list[bytes]:
-    begin = [word.lower() for word in arguments[:2]]
-    hidden = {i + 1 for i, word in enumerate(arguments) if begin == [b"config", b"set"] and word.lower() == b"requirepass"}
-    return [b"(redacted)" if i in hidden or (i > 1 and begin == [b"acl", b"setuser"]) else word for i, word in enumerate(arguments)]
 
 
 def _loopback(host: str) -> bool:
@@ -477,6 +526,10 @@ def listen(host: str, port: int, shared: bool = True) -> list[socket.socket]:
             sock = socket.socket(family, kind, protocol)
             found.append(sock)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # as the next three, of what is accepted, too
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE // 3)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
             if shared:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             if family == socket.AF_INET6:
@@ -496,24 +549,42 @@ def listen_unix(path: str, mode: int = 0o700) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX)
     try:
         with contextlib.closing(socket.socket(socket.AF_UNIX)) as probe:
+            probe.setblocking(False)
             try:
-                probe.connect(path)
-                raise OSError(98, "somebody listens on it", path)
+                with contextlib.suppress(BlockingIOError):  # as many wait already as may
+                    probe.connect(path)
+                raise OSError(errno.EADDRINUSE, "somebody listens on it", path)
             except ConnectionRefusedError:
+                if not is_socket(path):
+                    raise OSError(errno.EEXIST, "it is there, and no socket: it is not replaced", path) from None
                 os.unlink(path)
             except FileNotFoundError:
                 pass
         sock.bind(path)
-        os.chmod(path, mode)
-        sock.setblocking(False)
-        sock.listen(511)
+        try:
+            os.chmod(path, mode)
+            sock.setblocking(False)
+            sock.listen(511)
+        except BaseException:
+            os.unlink(path)
+            raise
     except BaseException:
         sock.close()
         raise
     return sock
 
 
-def remove(path: str) -> None:
-    """A unix socket's file."""
-    with contextlib.suppress(OSError):
-        os.unlink(path)
+def is_socket(path: str) -> bool:
+    return stat.S_ISSOCK(os.lstat(path).st_mode)
+
+
+def remover(path: str) -> Callable[[], None]:
+    """What removes a unix socket's file, as it is there now: what has taken its place by then stays."""
+    inode = os.lstat(path).st_ino
+
+    def remove() -> None:
+        with contextlib.suppress(OSError):
+            if os.lstat(path).st_ino == inode:
+                os.unlink(path)
+
+    return remove

@@ -45,6 +45,7 @@ async def serve(options: dict[str, Any], ready: Callable[[], None]) -> None:
         for host in options["bind"]:
             sockets += server_module.listen(host, options["port"])
     server.cut_off = end.set
+    server.link.know(state["counts"])
     await server.start(sockets=sockets, tls=context_of(options["tls"]), link=link)
     gc.freeze()
     ready()

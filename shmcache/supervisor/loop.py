@@ -4,13 +4,15 @@ Each tick it looks at one small column, the free chunks of each slab class, and 
 watermark it lets the class's CLOCK hand evict up to the high one. The hand, and the choice of the page that moves to a class whose items
 are younger, are the writers' own (core/clock.pxd): there is one eviction policy, run ahead of demand here and on demand there.
 
-Between ticks it sweeps a slice of the pages for what has expired and what the dead left. A whole sweep begins as often as keeps it below
-half a percent of a core, at once when a process has died, and at least every MOST_BETWEEN_SWEEPS.
+Between ticks it sweeps the pages, some in each tick, for what has expired and what the dead left. A whole sweep begins LEAST_BETWEEN_SWEEPS
+after the last one has ended, later if sweeps would take more than half a percent of a core, at once when a process has died, and at
+least every MOST_BETWEEN_SWEEPS. So in a small segment what has expired is gone within a third of a second, though nobody asks for it.
 
 With a data directory it writes snapshots, in a thread of its own: every so many seconds, when asked (shmcache-admin snapshot), and one
 more at its end. One that has failed is tried again when its disk has more room than it had then, at longer and longer intervals.
 
-Ticks come every BUSY_TICK seconds while chunks are used up, else it sleeps on its doorbell, which a writer rings that had to evict.
+Ticks come every BUSY_TICK seconds while chunks are used up or a sweep is under way, else it sleeps, at most until the next sweep, on its
+doorbell, which a writer rings that had to evict.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import contextlib
 import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,9 +45,10 @@ LOW = 0.01  # watermark: of a class's chunks
 HIGH_OF_LOW = 2
 MOST = 0.04  # of a class's chunks are ever kept free
 RATE_TICKS = 4  # the low watermark covers the demand of so many busy ticks
-SLICE = 64  # pages swept in a tick
+SLICE = 64  # pages swept at a time
+SLICE_TIME = 0.0002  # seconds of work after which a tick sweeps no more
 SWEEP_SHARE = 0.005  # of a core
-LEAST_BETWEEN_SWEEPS = 1.0
+LEAST_BETWEEN_SWEEPS = 0.25
 MOST_BETWEEN_SWEEPS = 60.0
 ROWS_EVERY = 0.5  # seconds between two looks for the dead
 SNAPSHOT_EVERY = 300.0  # seconds
@@ -58,7 +62,7 @@ class Supervisor:
     Args: cache: a handle of its own. parent: pid of the process that started it, with which it ends; None: it stays. folder: a data
     directory that was taken (datadir.take), for snapshots every so many seconds, of which the newest `keep` are left. log: "no",
     "everysec" or "always": what is written is logged there, too (appendlog.py). None, "off": it is not. store: of a segment whose policy
-    is write-back: what is written is stored there (writeback.py).
+    is write-back: what is written is stored there (writeback.py). spares: asked before each part of a sweep: True: what has expired stays.
     Raises: SupervisorRunning; UsageError: the segment was created without a log_buffer; StripeBusy: it cannot be adopted (datadir.py);
     NewerFormat, OSError.
     """
@@ -66,10 +70,12 @@ class Supervisor:
     def __init__(
         self, cache: Cache, parent: int | None = None, *, folder: Path | None = None, every: float = SNAPSHOT_EVERY,
         keep: int = snapshot.KEEP, compress: bool = False, log: str | None = None, store: Store | None = None,
+        spares: Callable[[], bool] = lambda: False,
     ) -> None:
         self.cache = cache
         self.hold = _sweep.Supervision(cache)
         self.parent = parent
+        self.spares = spares
         self.stopping = False
         segment = cache.segment
         self.classes = segment.classes
@@ -131,15 +137,17 @@ class Supervisor:
                 self.hold.beat()
                 if self.parent is not None and os.getppid() != self.parent:
                     return
-                if self.fill() or self.sweep(now):
+                if self.fill():
                     busy_till = now + BUSY_FOR
+                self.sweep(now)
                 if self.writeback is not None:
                     self.writeback.look()
                 self.look_for_the_dead(now)
                 self.snapshots(now)
                 if self.log is not None and not self.log.thread.is_alive():
                     raise RuntimeError("the thread that writes the log has ended")
-                if self.hold.sleep(BUSY_TICK if now < busy_till else IDLE_TICK):
+                until_sweep = 0.0 if self.swept else self.next_sweep - now
+                if self.hold.sleep(BUSY_TICK if now < busy_till else max(BUSY_TICK, min(IDLE_TICK, until_sweep))):
                     busy_till = time.monotonic() + BUSY_FOR
             if self.writeback is not None:
                 self.writeback.stop()
@@ -177,13 +185,15 @@ class Supervisor:
         self.free = self.classes["n_free"].astype(np.int64)
         return evicted + int(used.sum())
 
-    def sweep(self, now: float) -> int:
-        """Go on with the sweep if one is due: how many items were freed."""
+    def sweep(self, now: float) -> None:
+        """Go on with the sweep if one is due."""
         if self.swept == 0 and now < self.next_sweep:
-            return 0
+            return
         began = time.thread_time()
-        freed = self.hold.sweep(self.swept, self.swept + SLICE)
-        self.swept += SLICE
+        spares = self.spares()
+        while self.swept < self.n_pages and time.thread_time() - began < SLICE_TIME:
+            self.hold.sweep(self.swept, self.swept + SLICE, spares)
+            self.swept += SLICE
         if self.swept >= self.n_pages:
             self.hold.sweep_overflow()
             self.swept = 0
@@ -191,7 +201,6 @@ class Supervisor:
         if self.swept == 0:
             self.next_sweep = now + min(max(self.sweep_took / SWEEP_SHARE, LEAST_BETWEEN_SWEEPS), MOST_BETWEEN_SWEEPS)
             self.sweep_took = 0.0
-        return freed or self.swept  # in the middle of a sweep: come again soon
 
     def look_for_the_dead(self, now: float) -> None:
         """If a process died since the last look, sweep at once: what it had in hand is settled. Of an unlinked segment nobody new

@@ -40,7 +40,7 @@ import numpy as np
 
 import shmcache
 from shmcache import errors
-from shmcache.core import _core, _dirty, _stream, _sweep
+from shmcache.core import _core, _dirty, _resp, _stream, _sweep
 from shmcache.stores import Entry
 from shmcache.supervisor import appendlog
 from shmcache.supervisor import format as fmt
@@ -270,6 +270,12 @@ def absent(b: Bench) -> None:
 
 @scenario(prepare=absent)
 def set_new(b: Bench) -> None:
+    b.cache.set(VICTIM, NEW)
+
+
+@scenario(prepare=lambda b: setattr(b, "victim", [None, NEW]))
+def set_first(b: Bench) -> None:
+    """Its stripe has no other item."""
     b.cache.set(VICTIM, NEW)
 
 
@@ -1246,6 +1252,9 @@ def read_all(b: Bench, evicts: bool) -> list[str]:
     got = b.cache.get(VICTIM)
     if not any(type(got) is type(v) and got == v for v in b.victim):
         wrong.append(f"the operation's key reads {got!r:.60}")
+    _, scanned = _resp.Executor(b.cache, {}, impatient=False).keys(0, b.n_buckets)
+    if not {key for key in b.cache.scan() if key[:1] > b"\0"} <= set(scanned):
+        wrong.append("the sidecar's SCAN, which passes over stripes that count nothing, does not find all keys")
     return (wrong + read_states(b, evicts))[:5]
 
 

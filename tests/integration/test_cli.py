@@ -51,6 +51,44 @@ def test_create(name):
     assert "/dev/shm" in admin("create", name + "x", "--size", "900T", code=1)
 
 
+def on_a_terminal(*args):
+    """What a command prints there."""
+    ours, theirs = pty.openpty()
+    p = subprocess.Popen([BIN / "shmcache-admin", *args], stdout=theirs)
+    os.close(theirs)
+    text = b""
+    try:
+        while part := os.read(ours, 65536):
+            text += part
+    except OSError:  # EIO: the other side was closed
+        pass
+    finally:
+        os.close(ours)
+    assert p.wait(60) == 0
+    return text
+
+
+COMMANDS = {  # of a terminal, and how they are shown
+    b"\x1b]0;title\x07": b"\\x1b]0;title\\x07", b"\x1b[2J\r": b"\\x1b[2J\\r", "\x9b2J".encode(): b"\\x9b2J", b"\xff\x9b": b"\\xff\\x9b",
+    "\u202eevil".encode(): b"\\u202eevil", "grün\x7f".encode(): "grün\\x7f".encode(),
+}  # fmt: skip
+
+
+KINDS = {"bytes": bytes, "str": bytes.decode, "list": lambda data: [data.decode("latin-1")]}
+
+
+@pytest.mark.parametrize(("command", "kind"), [(c, kind) for c in COMMANDS for kind in KINDS if kind != "str" or c[:1] != b"\xff"])
+def test_a_terminal_is_given_no_commands(cache, command, kind):
+    cache.set(b"k" + command, KINDS[kind](b"two\nlines\t" + command))
+    assert on_a_terminal("scan", cache.name) == b"k" + COMMANDS[command] + b"\r\n"
+    assert admin("scan", cache.name).encode() == b"k" + COMMANDS[command] + b"\n"  # for what reads lines, too
+    said = on_a_terminal("get", cache.name, b"k" + command)
+    assert said.decode().replace("\r\n", "").replace("\t", "").isprintable()
+    if kind != "list":
+        assert said == b"two\r\nlines\t" + COMMANDS[command] + b"\r\n"
+        assert admin("get", cache.name, b"k" + command).encode("utf-8", "surrogateescape").startswith(b"two\nlines\t" + command)  # as it is
+
+
 def test_create_json(name):
     made = data("create", name, "--size", "8M")
     assert made["name"] == name

@@ -18,8 +18,15 @@ import pytest
 import redis
 
 import shmcache
+from shmcache import segment
+from shmcache.core import _resp
+from shmcache.sidecar import server
 from shmcache.supervisor import datadir, snapshot
 from tests.integration.service import LIMIT, is_worker, running, until
+from tests.redis.inprocess import InProcess
+from tests.redis.servers import free_port
+
+ROOT = Path(shmcache.__file__).parents[1]
 
 
 def raw(service, *words, read=1):
@@ -641,3 +648,153 @@ def test_pause_and_unpause(serve):
     assert done.wait(LIMIT)
     thread.join()
     assert other.get("k") == b"v"
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_who_is_paused_is_blocked_and_nothing_expires_meanwhile(serve, workers):
+    service = serve("--workers", workers)
+    client = service.client(single_connection_client=True)
+    until(lambda: client.info("server")["workers_counted"] == int(workers))
+    client.mset({"a": 1, "b": 2})
+    client.client_pause(LIMIT * 1000, all=False)
+    waiting = service.client(single_connection_client=True)
+    with running(threading.Thread(target=lambda: waiting.set("k", "v")), stop=threading.Event()):
+        until(lambda: client.info("clients")["blocked_clients"] == 1)
+        client.client_unpause()
+    assert client.info("clients")["blocked_clients"] == 0
+    expired = client.info("stats")["expired_keys"]
+    with client.pipeline() as pipe:
+        pipe.pexpire("a", 1).pexpire("b", 1).client_pause(LIMIT * 1000, all=False).execute()
+    for read in (lambda: client.get("a"), lambda: client.strlen("b"), lambda: client.lcs("a", "b")):  # the last by the pool
+        until(lambda read=read: not read())
+    assert client.info("stats")["expired_keys"] == expired
+    client.client_unpause()
+    assert client.get("a") is None and client.strlen("b") == 0
+    assert client.info("stats")["expired_keys"] == expired + 2
+
+
+@pytest.mark.parametrize("end", ["its time", "unpause", "another supervisor"])
+def test_what_nobody_asks_for_expires_after_a_pause(serve, name, end):
+    service = serve("--workers", "2")
+    client = service.client(single_connection_client=True)
+
+    def expired():
+        return client.info("stats")["expired_keys"]
+
+    client.set("first", "v", px=1)
+    until(lambda: expired() == 1)  # of itself
+    client.mset({str(i): i for i in range(20)})
+    with client.pipeline() as pipe:
+        for i in range(20):
+            pipe.pexpire(str(i), 1)
+        pipe.client_pause(5000 if end == "its time" else LIMIT * 1000, all=False).execute()
+    began = time.monotonic()
+    if end == "another supervisor":
+        with shmcache.attach(name) as cache:
+            was = cache.supervisor()["pid"]
+            os.kill(was, signal.SIGKILL)
+            until(lambda: cache.supervisor()["alive"] and cache.supervisor()["pid"] != was)
+    if end == "its time":
+        until(lambda: expired() == 21)
+        assert time.monotonic() - began > 4.9
+    else:
+        while time.monotonic() - began < 5:
+            assert expired() == 1
+        client.client_unpause()
+        until(lambda: expired() == 21)
+
+
+def test_who_watches_and_resets_watches_no_more(serve):
+    service = serve()
+    other = service.client()
+    with other.monitor() as seen, socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(LIMIT)
+        sock.connect(service.path)
+        sock.sendall(b"MONITOR\r\n")
+        assert sock.recv(100) == b"+OK\r\n"
+        sock.sendall(b"RESET\r\n")
+        said = b""
+        while b"RESET\r\n" not in said:
+            said += sock.recv(1000)
+        other.set("k", "v")
+        sock.sendall(b"PING\r\n")
+        while b"PONG" not in said:
+            said += sock.recv(1000)
+        assert said == b"+RESET\r\n+PONG\r\n"
+        told = []
+        while not told or told[-1] != "PING":
+            told.append(seen.next_command()["command"])
+        assert "reset" in told
+
+
+def test_maxmemory_is_the_segments_size(serve, name):
+    client = serve(size="32M").client()
+    with shmcache.attach(name) as cache:
+        size = int(cache.segment.header["size_bytes"])
+    assert client.config_get("maxmemory") == {"maxmemory": str(size)}
+    with pytest.raises(redis.ResponseError, match=rf"'maxmemory'.*immutable config: the segment has {size} bytes"):
+        client.config_set("maxmemory", "1gb")
+
+
+def test_a_time_to_live_is_never_more_than_was_said(cache):
+    """The wall's clock and the segment's change their millisecond at different moments: at any of them, and with any difference."""
+    inprocess = InProcess(cache.name)
+    for _ in range(20):
+        executor = _resp.Executor(inprocess.cache, inprocess.commands)  # it measures the difference
+        client = server.Connection(executor, inprocess)
+        for i in range(1000):
+            at = time.time_ns() // 1_000_000 + 10_000
+            client.feed(b"SET k v PXAT %d\r\nPTTL k\r\nPEXPIRETIME k\r\n" % at)
+            said = client.take().split(b"\r\n")
+            assert said[0] == b"+OK" and 5_000 < int(said[1][1:]) <= 10_000 and int(said[2][1:]) == at, i
+        del client, executor
+    inprocess.close()
+
+
+# ---- what cannot begin ----------------------------------------------------------------------------------------------------------------
+
+
+def without_uvloop(folder):
+    (folder / "uvloop.py").write_text("raise ImportError('not here')\n")
+    return {**os.environ, "PYTHONPATH": str(folder)}
+
+
+CANNOT = {
+    "a port that is taken": (["--port", "PORT"], "in use"),
+    "a port that is taken, and a unix socket": (["--port", "PORT", "--unix", "socket"], "in use"),
+    "a socket that is no socket": (["--unix", "file"], "no socket"),
+    "a bad file of users": (["--acl-file", "file"], "should start with user"),
+    "no file of users": (["--acl-file", "none"], "No such file"),
+    "a bad certificate": (["--tls-cert", "file", "--tls-key", "file"], "--tls-cert"),
+    "no certificate": (["--tls-cert", "none", "--tls-key", "none"], "--tls-cert"),
+    "no such store": (["--store", "none:none"], "none"),
+    "too many workers": (["--workers", "65"], "1 to 64"),
+    "no event loop": ([], "needs uvloop"),
+}
+
+
+@pytest.mark.parametrize("why", CANNOT)
+@pytest.mark.parametrize("there", [False, True], ids=["new", "there"])
+def test_what_cannot_begin_leaves_no_segment_of_its_own(tmp_path, name, why, there):
+    options, said = CANNOT[why]
+    (tmp_path / "file").write_text("nothing of the kind\n")
+    (tmp_path / "path").mkdir()
+    environment = without_uvloop(tmp_path / "path") if why == "no event loop" else dict(os.environ)
+    if there:
+        with shmcache.create(name, "8M") as cache:
+            cache["k"] = "v"
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as taken:
+        options = [str(taken.getsockname()[1]) if word == "PORT" else word for word in options]
+        port = [] if "--port" in options else ["--port", str(free_port())]
+        done = subprocess.run(
+            [sys.executable, "-m", "shmcache.cli", "serve", name, "--size", "8M", *port, *options],
+            capture_output=True, text=True, timeout=LIMIT, check=False, cwd=tmp_path,
+            env=environment | {"PYTHONPATH": os.pathsep.join([environment.get("PYTHONPATH", ""), str(ROOT)])},
+        )  # fmt: skip
+    assert done.returncode in (1, 2) and said in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert os.path.exists(segment.check_name(name)) == there
+    assert not (tmp_path / "socket").exists() and (tmp_path / "file").read_text() == "nothing of the kind\n"
+    if there:
+        with shmcache.attach(name) as cache:
+            assert cache["k"] == "v"
+        shmcache.unlink(name)

@@ -248,6 +248,20 @@ def test_client_list_is_of_all_processes(pair):
     assert sorted(int(c["id"]) for c in one.client_list(client_id=[str(i) for i in ids])) == sorted(ids)
 
 
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_what_is_asked_of_all_processes_is_logged_as_slow_too(serve, workers):
+    """As Redis does: SLOWLOG RESET is the first entry of the new log."""
+    service = serve("--workers", workers)
+    client = next(iter(one_of_each(service).values()))
+    client.config_set("slowlog-log-slower-than", 0)
+    client.get("k")
+    client.slowlog_reset()
+    assert [entry["command"] for entry in client.slowlog_get()] == [b"SLOWLOG RESET"]
+    client.client_list()
+    client.get("k")
+    assert [entry["command"] for entry in client.slowlog_get()] == [b"GET k", b"CLIENT LIST", b"SLOWLOG GET", b"SLOWLOG RESET"]
+
+
 def test_client_kill_finds_its_client_in_any_process(pair):
     service, one, other = pair
     victim = redis.Redis(port=service.port, single_connection_client=True, retry=None)

@@ -138,3 +138,35 @@ def test_make_room_by_hand(make):
         hold.make_room(99, 1)
     hold.end()
     assert not cache.supervisor()["alive"]
+
+
+class Watched:
+    """A supervisor's hold that notes when it sweeps from the first page, and how long it is to sleep; it stops the supervisor after so many sweeps."""
+
+    def __init__(self, supervisor, sweeps):
+        self.hold, self.supervisor, self.left, self.asleep = supervisor.hold, supervisor, sweeps, []
+
+    def __getattr__(self, name):
+        return getattr(self.hold, name)
+
+    def sweep(self, first, end, spares):
+        if first == 0:
+            self.asleep.append(0.0)
+            self.left -= 1
+            self.supervisor.stopping = self.left == 0
+        return self.hold.sweep(first, end, spares)
+
+    def sleep(self, seconds):
+        self.asleep[-1] += seconds
+        return self.hold.sleep(seconds)
+
+
+def test_what_has_expired_in_a_small_segment_waits_half_a_second_at_most(make):
+    """Though nobody asks for it: Redis' own tests, and its users, look at DBSIZE a second after a key was set that lives for half of one."""
+    cache = make("8M")
+    cache.set("k", "v", ttl=0.2)
+    supervisor = Supervisor(cache)
+    supervisor.hold = watched = Watched(supervisor, 6)
+    supervisor.run()
+    assert max(watched.asleep) <= 0.5
+    assert len(cache) == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from shmcache.sidecar.commands.table import OURS, SUBCOMMANDS, TABLE, categories_of, family
+from shmcache.sidecar.elsewhere import ELSEWHERE
 from tests.redis import servers
 from tests.redis.resp import Connection, Item, parse
 
@@ -196,3 +197,16 @@ def test_commands_by_category(both, command):
         assert ours - NOT_IN_7_0 - OURS == reference & ours_all, category
     for connection in connections:
         connection.close()
+
+
+def test_rules_may_name_whatever_redis_has():
+    try:
+        with servers.redis_server() as where:
+            client = Connection(where[:2], 20.0)
+            infos = parse(client.call(b"COMMAND"))[0].value
+            client.close()
+    except servers.Missing as e:
+        pytest.skip(str(e))
+    theirs = {info.value[0].value.decode() for info in infos} | {sub.value[0].value.decode() for info in infos for sub in info.value[9].value}
+    assert theirs - set(ELSEWHERE) == {full for name in TABLE for full in family(name)} - set(OURS) - NOT_IN_7_0
+    assert theirs >= ELSEWHERE

@@ -50,6 +50,11 @@ def user(*rules):
         ("+select|0 +select -select", "off resetchannels -@all"),
         ("+@list +@hash", "off resetchannels -@all"),
         ("%RW~* ~a", "off %RW~* ~a resetchannels -@all"),
+        ("+LPUSH +get +xinfo|stream +client|tracking", "off resetchannels -@all +get +lpush +xinfo|stream +client|tracking"),
+        ("-lpush +lpush -lpush", "off resetchannels -@all"),
+        ("+@all -lpush -zadd +zadd", "off resetchannels +@all -lpush"),
+        ("+lpush +@all", "off resetchannels +@all"),
+        ("-@all +lpush|x", "off resetchannels -@all +lpush|x"),
     ],
 )
 def test_what_rules_come_to(rules, line):
@@ -65,6 +70,9 @@ def test_what_rules_come_to(rules, line):
         ("+config|nope", "Error in ACL SETUSER modifier '+config|nope': Unknown command or category name in ACL"),
         ("+config|get|x", "Error in ACL SETUSER modifier '+config|get|x': Allowing first-arg of a subcommand is not supported"),
         ("+get|", "Error in ACL SETUSER modifier '+get|': Syntax error"),
+        ("-lpush|x", "Error in ACL SETUSER modifier '-lpush|x': Unknown command or category name in ACL"),
+        ("+xinfo|nope", "Error in ACL SETUSER modifier '+xinfo|nope': Unknown command or category name in ACL"),
+        ("+client|nope", "Error in ACL SETUSER modifier '+client|nope': Unknown command or category name in ACL"),
         ("+", "Error in ACL SETUSER modifier '+': Unknown command or category name in ACL"),
         ("what", "Error in ACL SETUSER modifier 'what': Syntax error"),
         ("%~a", "Error in ACL SETUSER modifier '%~a': Syntax error"),
@@ -108,7 +116,7 @@ rule = st.one_of(
          b"sanitize-payload", b"skip-sanitize-payload", b"+select|0", b"+SELECT|x", b"+debug|object", b"+select|a b"]
     ),
     st.builds(bytes.__add__, st.sampled_from([b">", b"~", b"%R~", b"%W~", b"%RW~", b"&"]), words),
-    st.builds(lambda sign, name: f"{sign}{name}".encode(), st.sampled_from("+-"), st.sampled_from(full_names)),
+    st.builds(lambda sign, name: f"{sign}{name}".encode(), st.sampled_from("+-"), st.sampled_from([*full_names, "lpush", "xinfo|stream"])),
     st.builds(lambda sign, name: f"{sign}@{name}".encode(), st.sampled_from("+-"), st.sampled_from(sorted(categories()))),
 )  # fmt: skip
 
@@ -123,8 +131,8 @@ def test_a_line_read_again_is_the_same_user(rules):
             pass
     other = acl.of_line(one.line)
     assert other.line == one.line
-    assert (other.on, other.nopass, other.passwords, other.channels, other.all_channels, other.commands, other.later) == (
-        one.on, one.nopass, one.passwords, one.channels, one.all_channels, one.commands, one.later,
+    assert (other.on, other.nopass, other.passwords, other.channels, other.all_channels, other.commands, other.elsewhere, other.later) == (
+        one.on, one.nopass, one.passwords, one.channels, one.all_channels, one.commands, one.elsewhere, one.later,
     )  # fmt: skip
     for name in TABLE:
         assert other.denied(name, [b"a", b"b"]) == one.denied(name, [b"a", b"b"])

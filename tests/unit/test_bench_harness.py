@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import sys
 from pathlib import Path
+
+import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 
 import harness
+
+BENCH = Path(harness.__file__).parent
 
 
 def test_peers_alternate_and_the_first_round_is_dropped():
@@ -33,3 +39,19 @@ def test_fresh_keys_are_new_objects():
     drawn = harness.fresh(keys, 100, 1)
     assert set(drawn) == set(keys)
     assert len({id(k) for k in drawn}) == 100
+
+
+@pytest.mark.parametrize("path", sorted(BENCH.glob("*.py")), ids=lambda path: path.stem)
+def test_what_a_usage_names_is_taken(path):
+    """Numbers where numbers are read: --size 1G is none."""
+    tree = ast.parse(path.read_text())
+    types = {
+        call.args[0].value: kind.id
+        for call in ast.walk(tree)
+        if isinstance(call, ast.Call) and getattr(call.func, "attr", "") == "add_argument" and isinstance(call.args[0], ast.Constant)
+        for kind in [word.value for word in call.keywords if word.arg == "type"]
+        if isinstance(kind, ast.Name)
+    }
+    for option, value in re.findall(r"(--[\w-]+) ([^\s\]]+)", ast.get_docstring(tree) or ""):
+        if types.get(option) in ("int", "float") and value[0].isdigit():
+            {"int": int, "float": float}[types[option]](value)

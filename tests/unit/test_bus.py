@@ -40,7 +40,7 @@ def test_what_is_no_frame_is_refused():
 def hub():
     hub = Hub({})
     hub.ends = {i: hub.join(i) for i in range(3)}
-    assert [bus.read_state(end) for end in hub.ends.values()] == 3 * [{"config": {}, "users": {}}]
+    assert [bus.read_state(end) for end in hub.ends.values()] == 3 * [{"config": {}, "users": {}, "counts": []}]
 
     def turn():
         while ready := select.select(hub.readers(), [], [], 0)[0]:
@@ -53,7 +53,7 @@ def hub():
             data += part
         return parts_of(data)
 
-    hub.settle, hub.heard = turn, heard
+    hub.settle_frames, hub.heard = turn, heard
     yield hub
     for i, end in hub.ends.items():
         hub.leave(i)
@@ -69,7 +69,7 @@ def test_the_hub_hands_a_frame_to_all_others_or_to_the_one_it_is_for(hub):
 
 def test_who_leaves_is_gone_for_the_others(hub):
     hub.ends[1].close()
-    hub.settle()
+    hub.settle_frames()
     assert hub.heard(0) == [["gone", 1]] == hub.heard(2)
     assert set(hub.links) == {0, 2}
 
@@ -78,12 +78,108 @@ def test_who_does_not_read_is_cut_off(hub, monkeypatch):
     monkeypatch.setattr(bus, "MOST_WAITING", 1 << 20)
     for _ in range(4):
         hub.ends[0].sendall(frame("publish", 0, b"c", b"x" * (100 << 10)))
-        hub.settle()
+        hub.settle_frames()
     assert set(hub.links) == {0, 1, 2}, "it has some time"
     for _ in range(20):
         hub.ends[0].sendall(frame("publish", 0, b"c", b"x" * (100 << 10)))
-        hub.settle()
+        hub.settle_frames()
     assert set(hub.links) == {0}
+
+
+# ---- what is told before it is acknowledged -------------------------------------------------------------------------------------------
+
+
+def tell(hub, i, *parts):
+    hub.ends[i].sendall(frame(parts[0], i, *parts[1:], to=bus.TOLD))
+    hub.settle_frames()
+
+
+def serving(hub, *numbers):
+    for i in numbers:
+        tell(hub, i, "hello")
+        assert hub.heard(i)[-1] == ["told", i]
+    for i in hub.ends:
+        hub.heard(i)
+
+
+def fill(hub, i, sender):
+    """Until its socket takes no more."""
+    while not hub.waiting[i]:
+        hub.ends[sender].sendall(frame("publish", sender, b"c", b"x" * (50 << 10), to=i))
+        hub.settle_frames()
+
+
+def test_a_sender_is_told_when_all_have_it(hub):
+    serving(hub, 0, 1, 2)
+    tell(hub, 0, "counts", {b"c": 1}, {})
+    assert select.select([hub.ends[1]], [], [], 0)[0] and select.select([hub.ends[2]], [], [], 0)[0]
+    assert hub.heard(0) == [["told", 0]]
+    assert hub.heard(1) == [["counts", 0, {b"c": 1}, {}]] == hub.heard(2)
+
+
+def test_a_sender_is_not_told_while_one_that_serves_cannot_read_it(hub):
+    serving(hub, 0, 1)
+    fill(hub, 1, 2)
+    tell(hub, 0, "counts", {b"c": 1}, {})
+    assert hub.heard(0) == []
+    for _ in range(1000):
+        hub.ends[1].recv(1 << 20)
+        hub.turn([], hub.writers())
+        if not hub.waiting[1]:
+            break
+    assert hub.heard(0) == [["told", 0]]
+
+
+def test_nobody_waits_for_a_process_that_does_not_serve_yet_or_has_ended(hub):
+    serving(hub, 0, 1)
+    fill(hub, 2, 1)
+    tell(hub, 0, "counts", {b"c": 1}, {})
+    assert hub.heard(0) == [["told", 0]]
+    fill(hub, 1, 2)
+    tell(hub, 0, "counts", {b"c": 2}, {})
+    assert hub.heard(0) == []
+    hub.leave(1)
+    assert hub.heard(0) == [["gone", 1], ["told", 0]]
+
+
+def test_a_process_that_does_not_read_what_is_to_be_acknowledged_is_cut_off(hub, monkeypatch):
+    serving(hub, 0, 1)
+    fill(hub, 1, 2)
+    tell(hub, 0, "counts", {b"c": 1}, {})
+    hub.turn([], [])
+    assert 1 in hub.links
+    monkeypatch.setattr(bus, "TELL_LIMIT", -1.0)
+    hub.turn([], [])
+    assert set(hub.links) == {0, 2}
+    assert hub.heard(0) == [["gone", 1], ["told", 0]]
+
+
+def test_a_successor_is_not_told_what_the_dead_has_said(hub):
+    serving(hub, 0, 1)
+    fill(hub, 1, 2)
+    tell(hub, 0, "counts", {b"c": 1}, {})
+    hub.leave(0)
+    hub.ends[0].close()
+    hub.ends[0] = hub.join(0)
+    bus.read_state(hub.ends[0])
+    hub.leave(1)
+    assert hub.heard(0) == [["gone", 1]]
+
+
+def test_a_process_that_begins_is_told_the_counts_of_those_that_serve(hub):
+    serving(hub, 0, 1)
+    tell(hub, 0, "counts", {b"c": 2, b"d": 1}, {b"p*": 1})
+    tell(hub, 0, "counts", {b"d": 0}, {b"p*": 3})
+    tell(hub, 1, "counts", {b"e": 1}, {})
+    tell(hub, 2, "counts", {b"not": 1}, {b"serving": 1})
+    end = hub.join(3)
+    assert bus.read_state(end)["counts"] == [[0, {b"c": 2}, {b"p*": 3}], [1, {b"e": 1}, {}]]
+    hub.leave(0)
+    hub.leave(3)
+    end.close()
+    end = hub.join(3)
+    assert bus.read_state(end)["counts"] == [[1, {b"e": 1}, {}]]
+    end.close()
 
 
 # ---- what is kept -------------------------------------------------------------------------------------------------------------------
@@ -145,7 +241,7 @@ def turn(hub):
 def test_who_begins_is_told_what_was_changed(workers):
     hub, make = workers
     one, two = make(0), make(1)
-    assert one.state == {"config": {}, "users": {b"default": b"user default on nopass ~* &* +@all"}}
+    assert one.state == {"config": {}, "users": {b"default": b"user default on nopass ~* &* +@all"}, "counts": []}
     one.set(timeout="7")
     one.link.change("users", {b"bob": b"user bob on", b"eve": b"user eve on"})
     two.link.change("users", {b"eve": None})

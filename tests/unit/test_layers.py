@@ -30,7 +30,7 @@ ALLOWED = {  # module -> what of ours it may import
     "supervisor": {"errors", "codec", "core", "segment", "cache", "policy", "stores", "notices", "supervisor"},
     "metrics": set(),
     "notices": set(),
-    "sidecar": {"errors", "core", "cache", "metrics", "notices", "policy", "stored", "stores", "through", "supervisor", "sidecar"},
+    "sidecar": {"errors", "core", "segment", "cache", "metrics", "notices", "policy", "stored", "stores", "through", "supervisor", "sidecar"},
     "cli": {"errors", "core", "segment", "policy", "stores", "supervisor", "metrics", "notices", "sidecar"},
     "__init__": {"errors", "segment", "cache", "policy", "supervisor", "stores", "aio"},
 }

@@ -27,7 +27,7 @@ HELPERS = b"""
     end
     local function string_of(value, n, name) return typed(value, n, name, "string", function(v) return type(v) ~= "table" and v and tostring(v) end) end
     local function number_of(value, n, name) return typed(value, n, name, "number", tonumber) end
-    return fail, bad, string_of, number_of
+    return fail, bad, string_of, number_of, string.gsub
 """
 
 
@@ -38,8 +38,8 @@ def lua():
 
 @pytest.fixture(scope="module")
 def chunk(lua):
-    fail, bad, string_of, number_of = lua.execute(HELPERS)
-    arguments = {"pattern": (fail, string_of, number_of, bad), "cjson": (fail, bad, string_of), "bit": (number_of,)}
+    fail, bad, string_of, number_of, replaced = lua.execute(HELPERS)
+    arguments = {"pattern": (fail, string_of, number_of, bad), "cjson": (fail, bad, string_of, replaced), "bit": (number_of,)}
     return lambda name: lua.compile((FOLDER / f"{name}.lua").read_bytes())(*arguments[name])
 
 

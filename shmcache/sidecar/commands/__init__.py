@@ -19,9 +19,10 @@ from shmcache.sidecar.commands import (  # each enters its commands
     transactions,
 )
 from shmcache.sidecar.commands.everywhere import PARTS
-from shmcache.sidecar.commands.table import SETTINGS, TABLE, WRITE, table
+from shmcache.sidecar.commands.table import SETTINGS, TABLE, WRITE, table, without_passwords
 
 __all__ = [
     "PARTS", "SETTINGS", "TABLE", "WRITE",
     "acl", "bits", "connection", "info", "keys", "leases", "pubsub", "scripting", "server", "strings", "table", "transactions",
+    "without_passwords",
 ]  # fmt: skip

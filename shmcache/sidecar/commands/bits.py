@@ -70,16 +70,17 @@ def bitpos(client: Connection, arguments: list[bytes]) -> bytes:
         return integer(-1)
     at, end = low >> 3, high >> 3
     plain = b"\0" if wanted else b"\xff"  # a byte with none of the bits
-    if value[at : at + 1] == plain:
-        at = min(end, len(value) - len(value[at:].lstrip(plain)))
-    for i in range(at, end + 1):
-        byte = value[i] if wanted else value[i] ^ 0xFF
-        if i == low >> 3:
+    while at <= end:
+        byte = value[at] if wanted else value[at] ^ 0xFF
+        if at == low >> 3:
             byte &= 0xFF >> (low & 7)
-        if i == high >> 3:
+        if at == high >> 3:
             byte &= 0xFF << (7 - (high & 7)) & 0xFF
         if byte:
-            return integer(i * 8 + 8 - byte.bit_length())
+            return integer(at * 8 + 8 - byte.bit_length())
+        at += 1
+        if value[at : at + 1] == plain:  # once, if the range does not end there
+            at = len(value) - len(value[at:].lstrip(plain))
     return integer(-1 if wanted or end_given else len(value) * 8)
 
 
@@ -94,6 +95,7 @@ def bitop(client: Connection, arguments: list[bytes]) -> bytes:
     with all_of(client, [to, *sources]):
         result, size = 0, 0
         for i, key in enumerate(sources):  # one at a time: they may be large
+            client.check_time()
             value = found[0] if (found := ex.read(key)) else b""
             number = int.from_bytes(value, "big")
             if len(value) < size:

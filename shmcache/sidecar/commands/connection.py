@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from shmcache.core import _core, _text
 from shmcache.sidecar import acl, replies
 from shmcache.sidecar.commands.everywhere import everywhere, part
-from shmcache.sidecar.commands.pubsub import forget
+from shmcache.sidecar.commands.pubsub import forget, tell_monitors
 from shmcache.sidecar.commands.table import (
     FREE,
     IN_MULTI,
@@ -110,6 +110,8 @@ def checked_name(name: bytes, error: str = "ERR Client names cannot contain spac
 @command("reset", 1, NO_AUTH | IN_MULTI | IN_PUBSUB | FREE, group="connection")
 def reset(client: Connection, arguments: list[bytes]) -> bytes:
     forget(client)
+    if client.home.watched:
+        tell_monitors(client, [b"reset"])  # now: it is none itself any more
     discard_transaction(client)
     client.name, client.protocol = b"", 2
     client.silent, client.skip, client.no_evict, client.db = False, 0, False, 0
@@ -120,6 +122,7 @@ def reset(client: Connection, arguments: list[bytes]) -> bytes:
 
 @command("quit", -1, NO_AUTH | IN_MULTI | IN_PUBSUB | FREE, group="connection")
 def quit_(client: Connection, arguments: list[bytes]) -> bytes:
+    forget(client)
     client.closing = True
     return OK
 
@@ -274,11 +277,13 @@ def end(asked_by: int, clients: list[Connection]) -> int:
 @part
 def pause(server: Server, until_ms: int, writes_only: bool) -> None:
     server.executor.paused_until, server.executor.paused_writes_only = until_ms, writes_only
+    server.link.say_paused(until_ms)
 
 
 @part
 def unpause(server: Server) -> None:
     server.executor.paused_until = 0
+    server.link.say_paused(0)
     for client in list(server.clients.values()):
         if client.retried_by_pause is not None:
             server.loop.call_soon(go_on, server, client)

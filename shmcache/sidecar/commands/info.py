@@ -33,6 +33,7 @@ def state(server: Server) -> dict[str, Any]:
         "clients": len(server.clients),
         "in_pubsub": sum(c.in_pubsub for c in server.clients.values()),
         "in_pool": server.in_pool,  # commands
+        "paused": sum(client.retried_by_pause is not None for client in server.clients.values()),
         "waiting": len(server.waiting),  # clients whose replies wait for the disk
         "buffer_bytes": sum(c.memory for c in server.clients.values()),
         "accepted": server.accepted,
@@ -129,7 +130,7 @@ def all_sections(server: Server, states: list[dict[str, Any]]) -> dict[str, dict
         "clients": {
             "connected_clients": total("clients"),
             "maxclients": server.settings["maxclients"],
-            "blocked_clients": total("in_pool"),
+            "blocked_clients": total("in_pool") + total("paused"),
             "pubsub_clients": total("in_pubsub"),
             "clients_waiting_for_the_disk": total("waiting"),
         },

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from shmcache.core import _resp, _text
+from shmcache.core import _core, _text
 from shmcache.core._text import matches
 from shmcache.sidecar import replies
-from shmcache.sidecar.commands.table import ONE, RAW, SCAN_BUCKETS, SYNTAX, WRITE, Error, command, container, in_pool, integer_of
+from shmcache.sidecar.commands.table import ONE, RAW, SCAN_NS, SCAN_TIME, SYNTAX, WRITE, Error, command, container, in_pool, integer_of
 from shmcache.sidecar.replies import OK, array, bulk, integer, nil
 
 if TYPE_CHECKING:
     from shmcache.sidecar.server import Connection
 
-def all_keys(ex: _resp.Executor) -> Iterator[bytes]:
-    """Of the database in use. In parts: the loop's thread gets its turns."""
-    at = 0
+MOST_PATTERN = 4096  # bytes, as of a key: a match takes at most the product of both in steps, some 10 ms
+SHORT_PATTERN = 64  # with which it is some 0.1 ms
+
+
+def all_keys(client: Connection) -> Iterator[bytes]:
+    """Of the database in use. In parts: the loop's thread gets its turns. Raises: what check_time() does."""
+    at, ex = 0, client.ex
     while at < ex.n_buckets:
+        client.check_time()
         at, some = ex.keys(at, at + 1024)
         yield from some
 
@@ -28,7 +33,7 @@ def dbsize(client: Connection, arguments: list[bytes]) -> bytes:
     if client.ex.databases == 1:
         return integer(len(client.server.cache))
     in_pool(client)
-    return integer(sum(1 for _ in all_keys(client.ex)))
+    return integer(sum(1 for _ in all_keys(client)))
 
 
 def check_flush(arguments: list[bytes]) -> None:
@@ -61,11 +66,11 @@ def flushdb(client: Connection, arguments: list[bytes]) -> bytes:
         ex.table.namespace(f"db:{client.db}").clear()
         ex.unpin()
     elif client.server.store is None:
-        for key in all_keys(ex):
+        for key in all_keys(client):
             ex.remove(key)
     else:
         ex.table.flush()
-        for key in all_keys(ex):
+        for key in all_keys(client):
             if key[:1] > b"\0":
                 ex.table.discard(key)  # the store keeps it
             else:
@@ -73,10 +78,21 @@ def flushdb(client: Connection, arguments: list[bytes]) -> bytes:
     return OK
 
 
+def that_match(client: Connection, pattern: bytes, keys: Iterable[bytes]) -> Iterator[bytes]:
+    """Raises: what check_time() does; Error: the pattern is too long."""
+    if len(pattern) > MOST_PATTERN:
+        raise Error(f"ERR a pattern has at most {MOST_PATTERN} bytes")
+    for key in keys:
+        if len(pattern) > SHORT_PATTERN:
+            client.check_time()
+        if matches(pattern, key):
+            yield key
+
+
 @command("keys", 2)
 def keys(client: Connection, arguments: list[bytes]) -> bytes:
     in_pool(client)
-    return array([bulk(key) for key in all_keys(client.ex) if matches(arguments[0], key)])
+    return array([bulk(key) for key in that_match(client, arguments[0], all_keys(client))])
 
 
 @command("scan", -2)
@@ -102,8 +118,14 @@ def scan(client: Connection, arguments: list[bytes]) -> bytes:
         in_pool(client)
     ex = client.ex
     at = min(int(cursor) % (1 << 64), ex.n_buckets)
-    at, found = ex.keys(at, at + min(max(10 * count, SCAN_BUCKETS), ex.n_buckets), count)
-    found = [bulk(key) for key in found if kind == b"string" and matches(pattern, key)]
+    at, found = ex.keys(at, ex.n_buckets, count, SCAN_NS)
+    if at < ex.n_buckets and len(found) < count and not ex.holds:
+        in_pool(client)
+        until = _core.monotonic() + SCAN_TIME
+        while at < ex.n_buckets and len(found) < count and _core.monotonic() < until:
+            at, more = ex.keys(at, ex.n_buckets, count - len(found), SCAN_NS)
+            found += more
+    found = [bulk(key) for key in that_match(client, pattern, found if kind == b"string" else [])]
     return array((bulk(b"%d" % (at if at < ex.n_buckets else 0)), array(found)))
 
 
@@ -112,13 +134,14 @@ def randomkey(client: Connection, arguments: list[bytes]) -> bytes:
     ex = client.ex
     if len(client.server.cache):
         for _ in range(100):
-            _, found = ex.keys(random.randrange(ex.n_buckets), ex.n_buckets, 1)
+            _, found = ex.keys(random.randrange(ex.n_buckets), ex.n_buckets, 1, SCAN_NS // 100)
             if found:
                 return bulk(random.choice(found))
         in_pool(client)
-        _, found = ex.keys(0, ex.n_buckets, 1)
-        if found:
-            return bulk(found[0])
+        for start in (random.randrange(ex.n_buckets), 0):
+            _, found = ex.keys(start, ex.n_buckets, 1)
+            if found:
+                return bulk(random.choice(found))
     return nil(client.protocol)
 
 

@@ -1,6 +1,6 @@
 """LEASE.GET, LEASE.FILL, LEASE.RELEASE: for clients that fill by hand what they miss (Cache.get_lease, and fill). Redis has none of them.
 
-    LEASE.GET key [seconds]                          [value, nil]; [nil, token]: fill it; [nil, nil]: another does
+    LEASE.GET key [seconds]                          [value, nil]; [nil, token]: fill it; [nil, nil]: another does. It writes: the claim
     LEASE.FILL key token value [EX s | PX ms]        1, or 0: somebody has set, deleted or cleared the key since, or the seconds are over
     LEASE.RELEASE key token                          1, or 0
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from shmcache.sidecar.server import Connection
 
 SECONDS = 10  # that a lease stands, unless its taker says otherwise
-MOST_SECONDS = 86_400
+MOST_SECONDS = 300  # for it is not given back when the client goes
 TRIES = 16
 MOST_NUMBER = 1 << 53
 
 
-@command("lease.get", -2, 0, ONE)
+@command("lease.get", -2, WRITE, ONE)
 def lease_get(client: Connection, arguments: list[bytes]) -> bytes:
     if len(arguments) > 2:
         raise Error(SYNTAX)

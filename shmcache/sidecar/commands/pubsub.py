@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING
 
 from shmcache.core._text import matches
 from shmcache.sidecar import replies
-from shmcache.sidecar.commands.table import IN_PUBSUB, PUSH_LIMIT, PUSHES, SYNTAX, Error, categories, command, container, full_name
+from shmcache.sidecar.commands.table import (
+    IN_PUBSUB,
+    PUSH_LIMIT,
+    PUSHES,
+    SYNTAX,
+    Error,
+    categories,
+    command,
+    container,
+    full_name,
+    without_passwords,
+)
 from shmcache.sidecar.replies import OK, array, bulk, integer, nil
 
 if TYPE_CHECKING:
@@ -22,34 +33,50 @@ def subscription(client: Connection, kind: str, channel: bytes | None) -> bytes:
 
 def add_subscription(client: Connection, kind: str, names: list[bytes], pattern: bool) -> None:
     mine, everybody = of_kind(client, pattern)
+    counts: dict[bytes, int] = {}
+    said = []
     for name in names:
         if name not in mine:
             mine[name] = None
             everybody.setdefault(name, {})[client] = None
-            client.server.link.subscribed(name, len(everybody[name]), pattern)
+            counts[name] = len(everybody[name])
         client.in_pubsub = True
-        client.add(subscription(client, kind, name))
+        said.append(subscription(client, kind, name))
+    tell(client, counts, pattern)
+    client.add(b"".join(said))
 
 
 def end_subscription(client: Connection, kind: str, names: list[bytes], pattern: bool) -> None:
     mine, _ = of_kind(client, pattern)
+    counts: dict[bytes, int] = {}
+    said = []
     names = names or list(mine)
     for name in names:
-        remove_subscription(client, name, pattern)
+        counts |= remove_subscription(client, name, pattern)
         client.in_pubsub = bool(client.channels or client.patterns)
-        client.add(subscription(client, kind, name))
-    if not names:
-        client.add(subscription(client, kind, None))
+        said.append(subscription(client, kind, name))
+    tell(client, counts, pattern)
+    client.add(b"".join(said or [subscription(client, kind, None)]))
 
 
-def remove_subscription(client: Connection, name: bytes, pattern: bool) -> None:
+def remove_subscription(client: Connection, name: bytes, pattern: bool) -> dict[bytes, int]:
+    """{name: how many there are then}, if this client had it."""
     mine, everybody = of_kind(client, pattern)
-    if name in mine:
-        del mine[name]
-        del everybody[name][client]
-        client.server.link.subscribed(name, len(everybody[name]), pattern)
-        if not everybody[name]:
-            del everybody[name]
+    if name not in mine:
+        return {}
+    del mine[name]
+    del everybody[name][client]
+    n = len(everybody[name])
+    if not n:
+        del everybody[name]
+    return {name: n}
+
+
+def tell(client: Connection, counts: dict[bytes, int], pattern: bool) -> None:
+    """The other event loops; the client's replies wait until it is sure that these know (bus.py)."""
+    server = client.server
+    if counts and not server.alone:
+        server.link.subscribed(counts, pattern, None if client.closing else server.keep_replies(client))
 
 
 def of_kind(client: Connection, pattern: bool) -> tuple[dict[bytes, None], dict[bytes, dict[Connection, None]]]:
@@ -95,6 +122,8 @@ def deliver(server: Server, channel: bytes, message: bytes, but: Connection | No
 def send(to: Connection, data: bytes, but: Connection | None) -> None:
     """Who does not read what is pushed to him is dropped."""
     to.push(data)
+    if to.in_pool:
+        to.n_pushed += len(data)
     if to is not but:
         to.flush()
     if to.unsent() > PUSH_LIMIT:
@@ -104,34 +133,42 @@ def send(to: Connection, data: bytes, but: Connection | None) -> None:
 @command("publish", 3, group="pubsub")
 def publish(client: Connection, arguments: list[bytes]) -> bytes:
     channel, message = arguments
+    catch_up(client)
     link, n = client.server.link, deliver(client.server, channel, message, client)
     elsewhere = [
         count
-        for other in link.others.values()
-        for count in (other.channels.get(channel, 0), *(count for pattern, count in other.patterns.items() if matches(pattern, channel)))
+        for channels, patterns in link.elsewhere.values()
+        for count in (channels.get(channel, 0), *(count for pattern, count in patterns.items() if matches(pattern, channel)))
     ]
     if any(elsewhere):
         link.say("publish", channel, message)
     return integer(n + sum(elsewhere))
 
 
+def catch_up(client: Connection) -> None:
+    """Before this client's command counts subscribers. A transaction has done it before it took its stripes."""
+    if not client.ex.holds:
+        client.server.link.catch_up()
+
+
 def all_channels(server: Server) -> dict[bytes, int]:
     """Subscribers of each, in all processes."""
     found = {name: len(clients) for name, clients in server.subscribers.items()}
-    for other in server.link.others.values():
-        for name, n in other.channels.items():
+    for channels, _ in server.link.elsewhere.values():
+        for name, n in channels.items():
             found[name] = found.get(name, 0) + n
     return found
 
 
 def all_patterns(server: Server) -> set[bytes]:
-    return {*server.pattern_subscribers, *(p for other in server.link.others.values() for p in other.patterns)}
+    return {*server.pattern_subscribers, *(p for _, patterns in server.link.elsewhere.values() for p in patterns)}
 
 
 @command("pubsub", -2, group="pubsub")
 @container
 def pubsub(client: Connection, arguments: list[bytes]) -> bytes:
     word, rest, server = arguments[0].lower(), arguments[1:], client.server
+    catch_up(client)
     if word == b"channels" and len(rest) <= 1:
         return array(bulk(c) for c in all_channels(server) if not rest or matches(rest[0], c))
     if word == b"numsub":
@@ -155,8 +192,10 @@ def forget(client: Connection) -> None:
     """The connection is gone, or begins anew."""
     server = client.server
     for pattern in (False, True):
+        counts: dict[bytes, int] = {}
         for name in list(of_kind(client, pattern)[0]):
-            remove_subscription(client, name, pattern)
+            counts |= remove_subscription(client, name, pattern)
+        tell(client, counts, pattern)
     client.in_pubsub = False
     client.watching = {}
     client.retried_by_pause = None
@@ -168,9 +207,13 @@ def forget(client: Connection) -> None:
 
 @command("monitor", 1, group="server")
 def monitor(client: Connection, arguments: list[bytes]) -> bytes:
-    client.server.monitors[client] = None
+    server = client.server
+    server.monitors[client] = None
     client.monitoring = True
-    client.server.monitors_changed()
+    server.monitors_changed()
+    if server.link.others:  # OK is said when each of them shows its commands: behind it what they have shown before
+        let_go = server.keep_replies(client)
+        server.link.ask("heard", [], lambda _: let_go())
     return OK
 
 
@@ -178,7 +221,7 @@ def tell_monitors(client: Connection, arguments: list[bytes], who: str = "") -> 
     """Of any command but those of administrators. who: if it is not the client itself."""
     if full_name(arguments[0].decode("latin-1").lower(), arguments[1:]) in categories()["admin"]:
         return
-    words = " ".join('"' + "".join(escape(c) for c in word) + '"' for word in arguments)
+    words = " ".join('"' + "".join(escape(c) for c in word) + '"' for word in without_passwords(arguments))
     line = f"{time.time():.6f} [{client.db} {who or client.address}] {words}"
     show(client.server, [line], client)
     client.server.link.seen(line)

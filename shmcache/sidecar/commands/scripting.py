@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import secrets
 import struct
 import weakref
 from importlib import resources
@@ -41,6 +42,7 @@ MOST_KEPT = 16 << 20  # bytes of a state that is used again
 MOST_SCRIPTS = 1000  # known by their SHA, and
 MOST_SOURCE = 1 << 20  # bytes of all of them; of one that is run
 LOG_NOTICE = 2  # what is said at this level and above is printed
+MOST_SAID = 1024  # characters of it: a line that a pipe takes at once (PIPE_BUF), for stripes are held
 MOST_NAMED = 3  # parameters of a function with ... : Lua 5.1 does not look whether its stack has room for them
 NOT_IN_SCRIPTS = {
     "acl", "auth", "bgrewriteaof", "bgsave", "client", "config", "debug", "discard", "eval", "eval_ro", "evalsha", "evalsha_ro", "exec",
@@ -100,7 +102,16 @@ class Runtime:
             raise Error('ERR this server has no Lua: pip install "shmcache[scripts]"') from None
         self.errors = LuaError
         self.server = client.server
+        me = weakref.ref(self)  # no cycle: who drops a state has its memory back
+
+        def check_time() -> None:
+            runtime = me()
+            if runtime is not None and runtime.over() and runtime.doom:
+                raise _resp.CommandError(runtime.doom)
+
         self.caller = type(client)(client.ex, client.server)  # that runs the commands of scripts
+        self.caller.check_time = check_time  # type: ignore[method-assign]
+        self.caller.most_out = MOST_MEMORY  # it could not have a larger reply
         self.doom: bytes | None = None
         self.deadline = 0.0
         self.declared: set[bytes] = set()
@@ -114,14 +125,13 @@ class Runtime:
             self.lua.compile((folder / f"{name}.lua").read_bytes(), name=f"@{name}.lua")
             for name in ("sandbox", "resp", "pattern", "cjson", "bit")
         ]
-        me = weakref.ref(self)  # no cycle: who drops a state has its memory back
 
         def ask(*words: bytes) -> bytes:
             runtime = me()
             assert runtime is not None
             return runtime.ask(*words)
 
-        self.compile_in_lua, self.run_in_lua = chunks[0](ask, *chunks[1:])
+        self.compile_in_lua, self.run_in_lua = chunks[0](ask, secrets.randbits(31), *chunks[1:])
         self.restrict(0)
 
     @property
@@ -132,12 +142,17 @@ class Runtime:
         """Lua's limit, with room for so many bytes that are about to be handed over: where they are, a failure could not be caught."""
         self.lua.set_max_memory(max(MOST_MEMORY, self.used + size + ROOM), total=True)
 
-    def compile(self, sha: bytes, source: bytes) -> bool:
+    def begin(self, executor: _resp.Executor) -> None:
+        """From now on it has the time limit; or what is left of it, where stripes are held: within a transaction."""
+        began = executor.held_ns / 1e9 if executor.holds else _core.monotonic()
+        self.doom, self.deadline = None, began + int(self.server.settings["lua-time-limit"]) / 1000
+
+    def compile(self, client: Connection, sha: bytes, source: bytes) -> bool:
         """Make it known to this state. Does it say of itself that it only reads? Raises: Error."""
         if len(source) > MOST_SOURCE:
             raise Error(f"ERR a script has at most {MOST_SOURCE} bytes")
         source, reads_only = without_shebang(source)
-        self.doom, self.deadline = None, float("inf")
+        self.begin(client.ex)
         self.restrict(len(source))
         with self.caught():
             why = self.compile_in_lua(sha, source)
@@ -147,10 +162,7 @@ class Runtime:
 
     def run(self, client: Connection, sha: bytes, keys: list[bytes], arguments: list[bytes], reads_only: bool) -> bytes:
         """Its reply."""
-        executor = client.ex
-        limit = int(self.server.settings["lua-time-limit"]) / 1000
-        began = executor.held_ns / 1e9 if executor.holds else _core.monotonic()
-        self.doom, self.deadline = None, began + limit
+        self.begin(client.ex)
         self.declared, self.reads_only, self.caller.protocol = set(keys), reads_only, 2
         self.caller.user, self.caller.restricted, self.caller.db = client.user, client.restricted, client.db
         handed = array(map(bulk, keys)), array(map(bulk, arguments))
@@ -172,7 +184,7 @@ class Runtime:
             yield
         except self.errors as e:
             self.forget()
-            said = b"ERR the script failed: " + " ".join(str(e).split()).encode("utf-8", "replace")
+            said = b"ERR the script failed: " + " ".join((str(e) or "not enough memory").split()).encode("utf-8", "replace")
             raise _resp.CommandError(self.doom or said) from None
         if self.used > MOST_KEPT:
             self.forget()
@@ -185,8 +197,10 @@ class Runtime:
     def ask(self, what: bytes, *words: bytes) -> bytes:
         """Strings in, a string out, and it never raises: so nothing of Python gets into Lua. A reply that begins with ! ends the script."""
         try:
-            reply = b"!" + self.doom if self.over() and self.doom else self.answer(what, words)
-            if self.used + len(reply) > MOST_MEMORY:
+            reply = b"" if self.over() else self.answer(what, words)
+            if self.over() and self.doom:
+                reply = b"!" + self.doom
+            elif self.used + len(reply) > MOST_MEMORY:
                 self.doom = b"ERR the script needs more than %d MB of memory" % (MOST_MEMORY >> 20)
                 reply = b"!" + self.doom
         except Exception as e:
@@ -205,9 +219,10 @@ class Runtime:
         elif what == b"sha1":
             return sha_of(words[0])
         elif what == b"check":
-            return b"" if sound(words[0]) else b"no"
+            return b"" if sound(words[0], self.deadline) else b"no"
         elif what == b"log" and int(words[0]) >= LOG_NOTICE:
-            notice(f"shmcache: a script says: {ascii(words[1][:1024].decode('utf-8', 'replace'))[1:-1]}")
+            said = ascii(words[1][:MOST_SAID].decode("utf-8", "replace"))[1:-1]
+            notice(f"shmcache: a script says: {said[:MOST_SAID]}")
         return b""
 
     def over(self) -> bool:
@@ -267,8 +282,8 @@ def denied(thing: Any, name: Any, setting: bool) -> Any:
     raise AttributeError("not from Lua")
 
 
-def sound(dump: bytes) -> bool:
-    """Of a function as string.dump() gives it: False if it, or one in it, has `...` and more parameters than MOST_NAMED."""
+def sound(dump: bytes, deadline: float = float("inf")) -> bool:
+    """Of a function as string.dump() gives it: False if it, or one in it, has `...` and over MOST_NAMED parameters; or time is over."""
     at = 12  # behind its header
 
     def skip(n: int) -> None:
@@ -286,7 +301,11 @@ def sound(dump: bytes) -> bool:
         if variable & 2 and named > MOST_NAMED:
             return False
         skip(4 * take("i"))  # instructions
-        for _ in range(take("i")):  # constants: nil, a boolean, a number, a string
+        if _core.monotonic() > deadline:
+            return False
+        for i in range(take("i")):  # constants: nil, a boolean, a number, a string
+            if i % 1024 == 1023 and _core.monotonic() > deadline:
+                return False
             kind = take("B")
             skip(take("Q") if kind == 4 else {0: 0, 1: 1, 3: 8}[kind])
         for _ in range(take("i")):
@@ -352,7 +371,7 @@ def evaluate(client: Connection, arguments: list[bytes], by_sha: bool, reads_onl
         sha = sha_of(source)
     in_pool(client)
     lua = runtime(client)
-    declared_so = lua.compile(sha, source)
+    declared_so = lua.compile(client, sha, source)
     if reads_only and source.startswith(b"#!") and not declared_so:
         raise Error("ERR Can not execute a script with write flag using *_ro command.")
     if not by_sha:
@@ -390,7 +409,7 @@ def script(client: Connection, arguments: list[bytes]) -> bytes:
     if word == b"load":
         in_pool(client)
         sha = sha_of(rest[0])
-        runtime(client).compile(sha, rest[0])
+        runtime(client).compile(client, sha, rest[0])
         server.loop.call_soon_threadsafe(learn, server, rest[0])
         return bulk(sha)
     if word == b"exists":

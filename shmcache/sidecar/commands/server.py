@@ -54,7 +54,8 @@ def config(client: Connection, arguments: list[bytes]) -> bytes | None:
             if name not in server.settings:
                 raise Error(f"ERR Unknown option or number of arguments for CONFIG SET - '{name}'")
             if name not in CHANGEABLE:
-                raise Error(f"ERR CONFIG SET failed (possibly related to argument '{name}') - can't set immutable config")
+                why = f": the segment has {server.settings[name]} bytes, for as long as it lives" if name == "maxmemory" else ""
+                raise Error(f"ERR CONFIG SET failed (possibly related to argument '{name}') - can't set immutable config{why}")
             limits = CHANGEABLE[name]
             if limits is not None:
                 n = _text.number(value_b)
@@ -276,7 +277,7 @@ def latency(client: Connection, arguments: list[bytes]) -> bytes:
 
 
 @command("debug", -2, group="server")
-def debug(client: Connection, arguments: list[bytes]) -> bytes:
+def debug(client: Connection, arguments: list[bytes]) -> bytes | None:
     if client.server.settings["enable-debug-command"] != "yes":
         raise Error("ERR DEBUG command not allowed: start the server with --enable-debug-command")
     word, rest = arguments[0].lower(), arguments[1:]
@@ -296,9 +297,17 @@ def debug(client: Connection, arguments: list[bytes]) -> bytes:
         return OK
     if word == b"protocol" and len(rest) == 1:
         return protocol_sample(client, rest[0].lower())
-    if word in (b"jmap", b"set-active-expire", b"reload", b"loadaof", b"change-repl-id", b"replybuffer", b"stringmatch-len", b"pause-cron"):
+    if word == b"set-active-expire" and len(rest) == 1:
+        return everywhere(client, set_active_expire, [rest[0] != b"0"], lambda _: OK)
+    if word in (b"jmap", b"reload", b"loadaof", b"change-repl-id", b"replybuffer", b"stringmatch-len", b"pause-cron"):
         return OK
     raise unknown_subcommand("debug", arguments[0])
+
+
+@part
+def set_active_expire(server: Server, on: bool) -> None:
+    """As a pause for the supervisor, without end."""
+    server.link.say_paused(int(server.executor.paused_until) if on else 1 << 62)
 
 
 def protocol_sample(client: Connection, kind: bytes) -> bytes:

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from shmcache.sidecar.server import Connection
 
 
+MOST_COMPARED = 1 << 28  # pairs of bytes in LCS: a second or two,
+MOST_HELD = 1 << 25  # and some 0.2 s where stripes are held, in a transaction or a script
+
+
 @command("incrbyfloat", 3, WRITE, ONE, group="string")
 def incrbyfloat(client: Connection, arguments: list[bytes]) -> bytes:
     ex, (key, by) = client.ex, arguments
@@ -50,7 +54,7 @@ def lcs(client: Connection, arguments: list[bytes]) -> bytes:
         raise Error("ERR If you want both the length and indexes, please just use IDX.")
     in_pool(client)
     a, b = (found[0] if (found := client.ex.read(key)) else b"" for key in arguments[:2])
-    if (len(a) + 1) * (len(b) + 1) > 1 << 28:
+    if (len(a) + 1) * (len(b) + 1) > (MOST_HELD if client.ex.holds else MOST_COMPARED):
         raise Error("ERR Insufficient memory, transient memory for LCS exceeds proto-max-bulk-len")
     common, ranges, size = _text.longest_common(a, b)
     if length:

@@ -51,7 +51,8 @@ class Error(_resp.CommandError):
 
 PUSH_LIMIT = 32 << 20  # bytes that wait for a subscriber
 RAW = 256  # _resp's, with a codec
-SCAN_BUCKETS = 1 << 16  # that one SCAN may look at, if they are empty
+SCAN_NS = 1_000_000  # that a SCAN may take in the loop
+SCAN_TIME = 0.02  # seconds that a SCAN goes on in the pool, if it has not found enough
 SYNTAX = "ERR syntax error"
 NOT_AN_INTEGER = "ERR value is not an integer or out of range"
 
@@ -119,6 +120,7 @@ NOT_IN_MULTI = {"save", "bgsave", "bgrewriteaof", "shutdown", "debug", "monitor"
 NOT_IN_MULTI_BACKED = {"flushall", "flushdb"}  # in front of a store: they wait for it
 NOT_IN_MULTI_THROUGH = {"select", "eval", "evalsha"}  # that is written through, or around
 OF_CACHE = {"flushall", "flushdb", "lease.fill", "lease.release"}  # they write, but nothing that a store gets
+CLAIM = "lease.get"  # nor does it; but it is told what the store has
 OURS = frozenset({"lease.get", "lease.fill", "lease.release"})  # Redis has none of them
 
 
@@ -188,7 +190,7 @@ _CATEGORIES = {  # as Redis has them, in its order; name|*: all its subcommands
     "keyspace": "copy dbsize del dump exists flushall flushdb keys lease.fill lease.get lease.release object|* randomkey rename renamenx "
     "restore scan touch type unlink "
     + _EXPIRY,
-    "read": "bitcount bitfield_ro bitpos dbsize dump exists expiretime getbit keys lease.get memory|usage object|encoding object|freq "
+    "read": "bitcount bitfield_ro bitpos dbsize dump exists expiretime getbit keys memory|usage object|encoding object|freq "
     "object|idletime object|refcount pexpiretime pttl randomkey scan touch ttl type " + _STRINGS_READ,
     "write": "function|flush",  # and all that are flagged so
     "set": "", "sortedset": "", "list": "", "hash": "",
@@ -253,6 +255,30 @@ def check_subcommand(client: Connection, name: str, arguments: list[bytes]) -> N
 def fits(arity: int, n: int) -> bool:
     """So many words, with the name."""
     return n == arity if arity > 0 else n >= -arity
+
+
+def without_passwords(words: list[bytes]) -> list[bytes]:
+    """A command as MONITOR and SLOWLOG show it."""
+    name, hidden = words[0].lower(), set[int]()
+    if name == b"auth":
+        hidden = set(range(1, len(words)))
+    elif name == b"hello":
+        at = 2
+        while at < len(words):
+            word = words[at].lower()
+            if word == b"setname":
+                at += 2
+            elif word == b"auth":
+                hidden |= {at + 1, at + 2}
+                at += 3
+            else:  # nobody knows what it is
+                hidden |= set(range(at, len(words)))
+                break
+    elif name == b"config" and words[1:] and words[1].lower() == b"set":
+        hidden = {i + 1 for i, word in enumerate(words) if word.lower() == b"requirepass"}
+    elif name == b"acl" and words[1:] and words[1].lower() == b"setuser":
+        hidden = set(range(2, len(words)))
+    return [b"(redacted)" if i in hidden else word for i, word in enumerate(words)]
 
 
 def container(run: Run) -> Run:

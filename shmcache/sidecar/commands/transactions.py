@@ -33,6 +33,8 @@ from shmcache.sidecar.replies import OK, nil_array
 if TYPE_CHECKING:
     from shmcache.sidecar.server import Connection
 
+MOST_UNTOLD = 1 << 20  # bytes of replies that wait for the other event loops, beyond which nothing of the connection is executed
+
 REASONS = {  # at EXEC
     "command": "no permission to execute the command or subcommand",
     "key": "no permission to touch the specified keys",
@@ -105,11 +107,13 @@ def before(client: Connection, name: str, flags: int, arguments: list[bytes]) ->
         client.add(replies.QUEUED)
         return True
     executor = server.executor
-    if executor.paused_until and not flags & FREE and (not executor.paused_writes_only or flags & WRITE or name in ("exec", "publish")):
+    if (client.untold and (not flags & IN_PUBSUB or client.buffered[1] > MOST_UNTOLD)) or (
+        executor.paused_until and not flags & FREE and (not executor.paused_writes_only or flags & WRITE or name in ("exec", "publish"))
+    ):
         client.retried_by_pause = arguments
         client.blocked = True
         return True
-    if executor.watched and name not in ("auth", "hello", "exec", "quit"):
+    if executor.watched and name not in ("exec", "quit", "reset"):
         tell_monitors(client, arguments)
     return False
 
@@ -209,6 +213,8 @@ def execute(client: Connection) -> bytes | None:
         log_bytes += (sum(map(len, words)) + 64 * max(1, len(found))) if TABLE[name].flags & WRITE else 0
     if long or client.server.store is not None:
         in_pool(client)
+    if any(TABLE[words[0].decode("latin-1").lower()].group == "pubsub" for words in queue) and client.ex is client.server.executor:
+        client.server.link.catch_up()  # what is read must not be handled while stripes are held
     looked_at = elsewhere or client.server.executor.watched
     try:
         done = client.transact(queue, keys, client.watching, log_bytes, functools.partial(is_answered, client), looked_at)

@@ -1,10 +1,12 @@
 -- JSON, as the library cjson of Redis reads and writes it: cjson.encode, cjson.decode, cjson.null.
 
-local fail, bad, string_of = ...
-local char, concat, find, floor, format, gsub, huge, len, next, sub, tonumber, type =
-    string.char, table.concat, string.find, math.floor, string.format, string.gsub, math.huge, string.len, next, string.sub, tonumber, type
+local fail, bad, string_of, replaced = ...
+local byte, char, concat, find, floor, format, huge, len, min, next, rawget, sub, tonumber, type =
+    string.byte, string.char, table.concat, string.find, math.floor, string.format, math.huge, string.len, math.min, next, rawget, string.sub, tonumber,
+    type
 
 local MOST_NESTED = 1000
+local PIECE = 65536         -- bytes that are looked at, in C, between two calls of the hook
 local null = newproxy()
 
 local ESCAPES = {['"'] = '\\"', ["\\"] = "\\\\", ["/"] = "\\/", ["\b"] = "\\b", ["\t"] = "\\t", ["\n"] = "\\n", ["\f"] = "\\f", ["\r"] = "\\r"}
@@ -14,7 +16,7 @@ ESCAPES["\127"] = "\\u007f"
 -- ---- encode -----------------------------------------------------------------------------------------------------------------------------
 
 local function quoted(text)
-    return '"' .. gsub(text, '[%c"\\/]', ESCAPES) .. '"'
+    return '"' .. replaced(text, '[%c"\\/]', ESCAPES) .. '"'
 end
 
 local function number(n)
@@ -91,10 +93,21 @@ local function hex_at(s, at)
     return find(digits, "^%x%x%x%x$") and tonumber(digits, 16)
 end
 
+local function special_at(s, at, to)    -- where the first byte is, up to `to`, that a string does not have as it is
+    local size = 64         -- of a piece: they grow, for most strings are short, and may have many such bytes
+    while to - at > PIECE do
+        local found = find(sub(s, at, at + size - 1), '[%z\1-\31"\\]')
+        if found then return at + found - 1 end
+        at, size = at + size, min(2 * size, PIECE)
+    end
+    return find(s, '[%z\1-\31"\\]', at)
+end
+
 local function string_at(s, at)     -- at: behind the quote. The text and the place behind it; nil, what is wrong, where
-    local parts = {}
+    local parts, quote = {}, 0
     while true do
-        local stop = find(s, '[%z\1-\31"\\]', at)
+        if quote < at then quote = find(s, '"', at, true) or len(s) + 1 end
+        local stop = special_at(s, at, quote)
         if not stop then return nil, "unexpected end of string", len(s) + 1 end
         parts[#parts + 1] = sub(s, at, stop - 1)
         local c = sub(s, stop, stop)
@@ -123,9 +136,13 @@ local function string_at(s, at)     -- at: behind the quote. The text and the pl
 end
 
 local function token(s, at)     -- its kind, its value, where it begins, the place behind it
-    at = find(s, "[^ \t\r\n]", at)
-    if not at then return "T_END", nil, len(s) + 1, len(s) + 1 end
-    local c = sub(s, at, at)
+    local c = byte(s, at)
+    while c == 32 or c == 9 or c == 13 or c == 10 do
+        at = at + 1
+        c = byte(s, at)
+    end
+    if not c then return "T_END", nil, len(s) + 1, len(s) + 1 end
+    c = char(c)
     if PUNCTUATION[c] then return PUNCTUATION[c], nil, at, at + 1 end
     if c == '"' then
         local text, after, wrong_at = string_at(s, at + 1)

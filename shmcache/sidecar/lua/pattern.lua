@@ -2,12 +2,13 @@
 -- with the pattern, where no hook is called, and recurse as deep as a pattern is long. Here the hook is called, and the stack is Lua's.
 
 local fail, string_of, number_of, bad = ...
-local byte, concat, find_plain, floor, gsub_once, len, sub, tostring, type, unpack =
-    string.byte, table.concat, string.find, math.floor, string.gsub, string.len, string.sub, tostring, type, unpack
+local byte, char, concat, find_plain, floor, len, max, sub, tostring, type, unpack =
+    string.byte, string.char, table.concat, string.find, math.floor, string.len, math.max, string.sub, tostring, type, unpack
 local is = string.find
 
 local MOST_CAPTURES = 32
-local MOST_COMPARED = 1e9       -- bytes of a search for a plain text, which is done in C
+local MOST_COMPARED = 1e7       -- bytes of a search for a plain text, in C, between two calls of the hook
+local SPECIAL = "^$*+?.([%-"
 local OPEN, PLACE = -1, -2      -- lengths of captures that are none
 
 local CLASSES = {}              -- letter: which bytes
@@ -222,8 +223,40 @@ end
 
 local function pattern_of(value, name)      -- up to a zero byte, which ends it
     local p = string_of(value, 2, name)
-    local zero = is(p, "%z")
+    local zero = find_plain(p, "\0", 1, true)
     return zero and sub(p, 1, zero - 1) or p, p
+end
+
+local function is_plain(p)
+    for i = 1, len(SPECIAL) do
+        if find_plain(p, sub(SPECIAL, i, i), 1, true) then return false end
+    end
+    return true
+end
+
+local function find_in_pieces(s, p, init)
+    local size = len(p)
+    if (len(s) - init) * size <= MOST_COMPARED then return find_plain(s, p, init, true) end
+    local step = max(1, floor(MOST_COMPARED / size))
+    for at = init, len(s) - size + 1, step do
+        local from, to = find_plain(sub(s, at, at + step + size - 2), p, 1, true)
+        if from then return from + at - 1, to + at - 1 end
+    end
+    return nil
+end
+
+local function parts_of(by)     -- what takes the place of a match: texts, and numbers of captures
+    local parts, at = {}, 1
+    while true do
+        local stop = find_plain(by, "%", at, true)
+        if not stop then break end
+        local c = byte(by, stop + 1)
+        parts[#parts + 1] = sub(by, at, stop - 1)
+        parts[#parts + 1] = c and (c >= 48 and c <= 57 and c - 48 or char(c)) or nil
+        at = stop + 2
+    end
+    parts[#parts + 1] = sub(by, at)
+    return parts
 end
 
 local function search(s, p, init, plain, name)
@@ -233,10 +266,7 @@ local function search(s, p, init, plain, name)
     init = init == nil and 1 or floor(number_of(init, 3, name))
     if init < 0 then init = init + len(s) + 1 end
     if init < 1 then init = 1 elseif init > len(s) + 1 then init = len(s) + 1 end
-    if name == "find" and (plain or not is(p, "[%^%$%*%+%?%.%(%[%%%-]")) then
-        if (len(s) - len(whole)) * len(whole) > MOST_COMPARED then fail("too long a text to search for") end
-        return find_plain(s, whole, init, true)
-    end
+    if name == "find" and (plain or is_plain(p)) then return find_in_pieces(s, whole, init) end
     local begin, captures = matcher(s, p)
     local anchored = byte(p, 1) == 94
     for i = init, anchored and init or len(s) + 1 do
@@ -284,6 +314,7 @@ function patterns.gsub(s, p, by, most)
     most = most == nil and len(s) + 1 or number_of(most, 4, "gsub")
     local begin, captures, capture = matcher(s, p)
     local anchored = byte(p, 1) == 94
+    local parts = kind == "string" and parts_of(by)
     local out, i, n = {}, 1, 0
     while n < most do
         local stop = begin(i, anchored and 2 or 1)
@@ -291,11 +322,15 @@ function patterns.gsub(s, p, by, most)
             n = n + 1
             local value
             if kind == "string" then
-                value = gsub_once(by, "%%(.?)", function(c)
-                    local digit = byte(c)
-                    if not digit or digit < 48 or digit > 57 then return c end
-                    return digit == 48 and sub(s, i, stop - 1) or tostring(capture(digit - 48, i, stop))
-                end)
+                value = by
+                if #parts > 1 then
+                    local texts = {}
+                    for k = 1, #parts do
+                        local part = parts[k]
+                        texts[k] = type(part) == "string" and part or part == 0 and sub(s, i, stop - 1) or tostring(capture(part, i, stop))
+                    end
+                    value = concat(texts)
+                end
             elseif kind == "table" then
                 value = by[capture(1, i, stop)]
             else

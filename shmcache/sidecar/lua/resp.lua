@@ -1,8 +1,9 @@
 -- Replies as Lua values, and Lua values as replies, as Redis documents it. `script`: the protocol that the script asked for (redis.setresp),
 -- `client`: the one of who is answered.
 
-local byte, concat, find, format, gsub, len, next, rawget, sub, tonumber, type =
-    string.byte, table.concat, string.find, string.format, string.gsub, string.len, next, rawget, string.sub, tonumber, type
+local replaced = ...
+local byte, concat, find, format, len, next, rawget, sub, tonumber, type =
+    string.byte, table.concat, string.find, string.format, string.len, next, rawget, string.sub, tonumber, type
 
 local MOST_NESTED = 86      -- as deep as Redis gets
 
@@ -79,7 +80,7 @@ function resp.trimmed(text)     -- not by a pattern, which would look at n newli
 end
 
 function resp.one_line(text)
-    return (gsub(resp.trimmed(text), "[\r\n]", " "))
+    return replaced(resp.trimmed(text), "[\r\n]", " ")
 end
 
 local one_line = resp.one_line
