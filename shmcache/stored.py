@@ -37,6 +37,7 @@ BATCH = 500  # keys in one call of the store
 DELETED = -5  # of claim(): in the store, too, as soon as the supervisor comes to it
 NOT_NOW = -100  # of a claim: it cannot be made
 UNFIT_PREFIX = b"\x00unfit\x00"
+UNFIT_LIFE = 1.0  # seconds; those that wait look some sixty times a second
 LOADED_ANEW: Any = errors.StoreUnavailable("another caller loads this key anew")  # never raised
 MISSING: Any = flight.MISSING
 
@@ -246,10 +247,13 @@ class StoredCache(Cache):
             entry, version = found.get(name), claims.version(name)
             if entry is not None:
                 filled = self._filled(name, entry, version, head, False, uncached)
-                if name in uncached:
+                if name in uncached and not isinstance(uncached[name], errors.CapacityError):  # there is no room for a note, either
                     self._say_unfit(name)
+            elif name in refused:
+                filled = False
+                self._say_unfit(name)
             else:
-                filled = name not in refused and self._filled_negative(name, version)
+                filled = self._filled_negative(name, version)
             if filled:
                 claims.drop(name)
         uncached |= {name: just_now() for name in found if name not in heads}
@@ -266,10 +270,11 @@ class StoredCache(Cache):
     def _say_unfit(self, name: bytes) -> None:
         """To those that wait for this caller's claim: what it has loaded cannot be cached, so they need not wait for each other's loads.
 
-        A claim, for it is not logged, and ends by itself. If it cannot be made, they wait for each other, up to policy.timeout.
+        A claim, for it is not logged, and ends by itself: soon, for a claim is not evicted. If it cannot be made, they wait for each other, up to
+        policy.timeout.
         """
         with contextlib.suppress(errors.CapacityError):
-            self.claim(flight.key_behind(UNFIT_PREFIX, name), self.policy.timeout)
+            self.claim(flight.key_behind(UNFIT_PREFIX, name), min(self.policy.timeout, UNFIT_LIFE))
 
     def _is_negative(self, name: bytes) -> bool:
         """Is it remembered that this key is not in the store?"""

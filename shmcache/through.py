@@ -102,16 +102,20 @@ class ThroughCache(StoredCache):
     def _write_all(self, values: dict[bytes, Any], ttl: float | None) -> Steps[None]:
         """_write() in batches; what the store refuses of one does not keep it from the others."""
         refused: dict[bytes, Exception] = {}
+        unsettled = False
         names = list(values)
         for i in range(0, len(names), BATCH):
             try:
                 yield from self._write({name: values[name] for name in names[i : i + BATCH]}, ttl)
             except errors.RowsRefused as e:
                 refused |= e.errors
+                unsettled |= e.unsettled
                 if e.errors.keys().isdisjoint(names):  # what it is about nobody knows: none of these is known to be stored
                     raise
         if refused:
-            raise errors.RowsRefused(refused)
+            error = errors.RowsRefused(refused)
+            error.unsettled = unsettled
+            raise error
 
     def _write(self, values: dict[bytes, Any], ttl: float | None) -> Steps[None]:
         """Store those values, or delete where it is DELETE (all, or none of them)."""

@@ -97,7 +97,7 @@ class Store(Protocol):
 
 def masked(text: str) -> str:
     """A text with the passwords of the urls in it replaced by ***. Of a text that is only like an url rather more is replaced."""
-    text = re.sub(r"(://[^:/@\s]*:)\S{0,200}@", r"\1***@", text)
+    text = re.sub(r"(://[^:/@\s]*:)\S{0,4000}@", r"\1***@", text)
     return re.sub(r"(?i)([?&][\w-]*password=)[^&\s]*", r"\1***", text)
 
 

@@ -154,8 +154,10 @@ class Columns:
             return statement.where(self._among_keys())
         if self._dialect != "postgresql":
             return statement.where(self.key == sa.bindparam("k"), self._older_than(sa.bindparam("v")))
-        arrays = [sa.bindparam(name, type_=postgresql.ARRAY(of)) for name, of in (("k", self.key.type), ("v", sa.BigInteger()))]
-        columns = sa.column("k", self.key.type), sa.column("v", sa.BigInteger())
+        # Of text without its length: a cast to VARCHAR(n)[] cuts a longer key, without an error, to another row's.
+        kind = sa.Text() if isinstance(self.key.type, sa.String) and not isinstance(self.key.type, sa.Enum) else self.key.type
+        arrays = [sa.bindparam(name, type_=postgresql.ARRAY(of)) for name, of in (("k", kind), ("v", sa.BigInteger()))]
+        columns = sa.column("k", kind), sa.column("v", sa.BigInteger())
         rows = sa.func.unnest(*arrays).table_valued(*columns, name="rows").render_derived()
         return statement.where(self.key == rows.c.k, self._older_than(rows.c.v))
 

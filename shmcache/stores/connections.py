@@ -106,7 +106,7 @@ class Connections:
             if self._call is not None:
                 self._call.deadline = deadline
             with self._engine.connect() as c, c.begin():
-                c.info["limited"] = -math.inf  # by a transaction before
+                self.forget_limit(c)  # of a transaction before
                 self.limit(c, deadline)
                 if self._sqlite:
                     c.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
@@ -127,6 +127,10 @@ class Connections:
             if self._call is not None:
                 self._call.deadline = 0.0
             slots.release()
+
+    def forget_limit(self, c: sa.Connection) -> None:
+        """What limit() has set is not in force any more: it was rolled back."""
+        c.info["limited"] = -math.inf
 
     def limit(self, c: sa.Connection, deadline: float) -> None:
         """Let the next statement not go on after the deadline. Raises: StoreUnavailable."""

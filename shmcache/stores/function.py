@@ -98,21 +98,27 @@ class FunctionStore:
         if versions is not None:
             raise errors.UsageError("a FunctionStore is not ordered: do not give it versions")
         refused: dict[bytes, Exception] = {}
-        for key in self._in_time(keys, timeout):
-            try:
-                _call(function, key)
-            except errors.StoreUnavailable as e:
-                e.unsettled = True
-                raise
-            except (errors.UsageError, ValueError, TypeError) as e:
-                refused[key] = e
-            except Exception as e:
-                unknown = errors.StoreUnavailable(f"{type(e).__name__}: {e}; it was done or not, or will be; try again")
-                unknown.unsettled = True
-                raise unknown from e
+        unsettled = False  # of what is refused
+        try:
+            for key in self._in_time(keys, timeout):
+                try:
+                    _call(function, key)
+                except errors.StoreUnavailable as e:
+                    e.unsettled = True
+                    raise
+                except (errors.UsageError, ValueError, TypeError) as e:
+                    refused[key] = e
+                    unsettled |= not isinstance(e, errors.UsageError)
+                except Exception as e:
+                    unknown = errors.StoreUnavailable(f"{type(e).__name__}: {e}; it was done or not, or will be; try again")
+                    unknown.unsettled = True
+                    raise unknown from e
+        except errors.StoreUnavailable as e:  # the time may be over behind one that may still be done
+            e.unsettled |= unsettled
+            raise
         if refused:
             error = errors.RowsRefused(refused)
-            error.unsettled = not all(isinstance(e, errors.UsageError) for e in refused.values())
+            error.unsettled = unsettled
             raise error
 
     def _in_time(self, of: Iterable[Any], timeout: float | None) -> Iterable[Any]:

@@ -255,6 +255,7 @@ class SQLStore:
                 if not isinstance(error, RowRefused):
                     raise
                 c.exec_driver_sql("ROLLBACK TO SAVEPOINT half")
+                self._connections.forget_limit(c)
             c.exec_driver_sql("RELEASE SAVEPOINT half")
             if error is None:
                 continue

@@ -43,7 +43,7 @@ import redis
 from shmcache.sidecar import commands, server
 from shmcache.sidecar.commands import pubsub
 from shmcache.sidecar.commands.table import TABLE
-from tests.integration.service import LIMIT
+from tests.integration.service import LIMIT, until
 from tests.redis.inprocess import InProcess, Pipe
 from tests.redis.resp import encode
 
@@ -82,6 +82,7 @@ def test_http_is_not_executed(serve, kind):
     assert b"OK" not in said and said.count(b"\r\n") <= 4  # what came before it may be answered
     assert client.get("stolen") is None
     said_to(service, REQUESTS[kind])
+    until(lambda: "POST or Host:" in service.said())
     assert service.said().count("POST or Host:") == 1  # once a minute
     assert client.ping()
 

@@ -19,6 +19,7 @@ import pytest
 import shmcache
 from shmcache import errors
 from shmcache.sidecar import serve as serve_module
+from shmcache.sidecar.bus import Hub
 from shmcache.supervisor import appendlog, loop, writeback
 from shmcache.supervisor import format as fmt
 from shmcache.supervisor.appendlog import AppendLog
@@ -208,14 +209,29 @@ def is_restored(name):
     return False
 
 
-def test_the_wait_for_a_supervisor_that_does_not_end_has_a_limit(name, monkeypatch):
+@pytest.fixture
+def service_of():
+    """service_of(name, its supervisor) -> a Service as run() leaves it, when it ends its children."""
+    wake_r, wake_w = os.pipe()
+
+    def service(name, supervisor):
+        made = serve_module.Service(name, [])
+        made.hub, made.wake = Hub({}), wake_r
+        made.children = [serve_module.Child("the supervisor", process=supervisor)]
+        return made
+
+    yield service
+    os.close(wake_r)
+    os.close(wake_w)
+
+
+def test_the_wait_for_a_supervisor_that_does_not_end_has_a_limit(name, service_of, monkeypatch):
     """It does not hold the segment: nothing is lost with it."""
     monkeypatch.setattr(serve_module, "STOP_LIMIT", 0.1)
     hangs = subprocess.Popen(["sh", "-c", "trap '' TERM; echo; while :; do sleep 1; done"], stdout=subprocess.PIPE)
     with hangs:
         hangs.stdout.read(1)
-        service = serve_module.Service(name, [])
-        service.children = [serve_module.Child("the supervisor", process=hangs)]
+        service = service_of(name, hangs)
         ends = threading.Thread(target=service.end_all, daemon=True)
         ends.start()
         ends.join(LIMIT)
@@ -225,7 +241,7 @@ def test_the_wait_for_a_supervisor_that_does_not_end_has_a_limit(name, monkeypat
     assert not was_hanging
 
 
-def test_a_supervisor_that_holds_the_segment_is_waited_for(make, monkeypatch):
+def test_a_supervisor_that_holds_the_segment_is_waited_for(make, service_of, monkeypatch):
     """Its last snapshot may take long."""
     cache, looks = make("16M"), []
     monkeypatch.setattr(serve_module, "STOP_LIMIT", 0.1)
@@ -234,8 +250,7 @@ def test_a_supervisor_that_holds_the_segment_is_waited_for(make, monkeypatch):
     with process([*SUPERVISE, cache.name], subprocess.DEVNULL) as it:
         until(lambda: supervised_by(cache.name) == it.pid)
         it.send_signal(signal.SIGSTOP)
-        service = serve_module.Service(cache.name, [])
-        service.children = [serve_module.Child("the supervisor", process=it)]
+        service = service_of(cache.name, it)
         ends = threading.Thread(target=service.end_all, daemon=True)
         ends.start()
         try:
@@ -273,7 +288,7 @@ store = Store
 """
 
 
-def test_a_supervisor_whose_segment_was_unlinked_stores_what_waits(name, tmp_path, monkeypatch):
+def test_a_supervisor_whose_segment_was_unlinked_stores_what_waits(name, service_of, tmp_path, monkeypatch):
     """It is waited for: it was seen to hold the segment."""
     monkeypatch.setattr(serve_module, "STOP_LIMIT", 0.2)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -282,8 +297,7 @@ def test_a_supervisor_whose_segment_was_unlinked_stores_what_waits(name, tmp_pat
     arguments = [name, "--quiet", "--size", "16M", "--policy", "back", "--store", "slow_rows:store"]
     with process([*SUPERVISE, *arguments], subprocess.DEVNULL) as it:
         until(lambda: supervised_by(name) == it.pid)
-        service = serve_module.Service(name, [])
-        service.children = [serve_module.Child("the supervisor", process=it)]
+        service = service_of(name, it)
         assert service.supervises(service.children[0])
         with shmcache.attach(name) as cache:
             for i in range(100):

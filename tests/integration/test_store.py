@@ -809,6 +809,49 @@ def test_poison_rows_are_found_and_the_others_stored(database, n):
         assert values(store, list(items)) == {key: value for key, (value, _) in items.items() if key not in poison}
 
 
+@pytest.mark.parametrize("kind", ["VARCHAR(8)", "CHAR(8)", "TEXT"])
+def test_a_delete_of_a_key_too_long_for_its_column_deletes_no_other(postgresql, kind):
+    store = postgresql.mapped(f"k {kind} PRIMARY KEY, v TEXT, n BIGINT", version_column="n")
+    postgresql.run(f"INSERT INTO {postgresql.table} VALUES ('user:100', 'precious', 1)")
+    store.delete_many([b"user:1001", b"user:10"], versions={b"user:1001": 5, b"user:10": 5})
+    assert postgresql.run(f"SELECT v, n FROM {postgresql.table}") == [("precious", 1)]
+    store.delete_many([b"user:100"], versions={b"user:100": 5})
+    assert postgresql.rows() == 0
+
+
+def test_a_limit_that_was_rolled_back_is_set_again(postgresql):
+    """A half that is refused late leaves the limit of the transaction's begin in force."""
+    store = postgresql.mapped("k TEXT PRIMARY KEY, v TEXT CHECK (v <> 'bad')")
+    postgresql.run(SLEEPS)
+    postgresql.run(f"CREATE TRIGGER slow BEFORE INSERT ON {postgresql.table} FOR EACH ROW EXECUTE FUNCTION slow('0.2')")
+    limits, was = [], shmcache.stores.connections.Connections.forget_limit
+
+    def forget(self, c):
+        was(self, c)
+        limits.append(c.info["limited"])
+
+    shmcache.stores.connections.Connections.forget_limit = forget
+    try:
+        with pytest.raises(errors.RowsRefused):
+            store.store_many({b"a": ("bad", None), b"b": ("good", None)}, timeout=30)
+    finally:
+        shmcache.stores.connections.Connections.forget_limit = was
+    assert limits == [-math.inf] * 3  # of two transactions, and of the half
+    assert postgresql.rows() == 1
+
+
+def test_what_is_not_settled_stays_so_when_the_time_is_over(monkeypatch):
+    def save(key, value, ttl):
+        if key == b"a":
+            raise ValueError("a client's own error: it may land later")
+        time.sleep(0.3)  # the store is slow
+
+    store = shmcache.FunctionStore(load=lambda key: None, save=save)
+    with pytest.raises(errors.StoreUnavailable, match="the time was over") as raised:
+        store.store_many({b"a": (1, None), b"b": (1, None), b"c": (1, None)}, timeout=0.2)
+    assert raised.value.unsettled
+
+
 def test_a_value_too_long_for_its_column(postgresql):
     store = postgresql.mapped("k TEXT PRIMARY KEY, v VARCHAR(3)")
     with pytest.raises(errors.RowsRefused, match="too long"):
