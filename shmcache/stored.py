@@ -270,8 +270,8 @@ class StoredCache(Cache):
     def _say_unfit(self, name: bytes) -> None:
         """To those that wait for this caller's claim: what it has loaded cannot be cached, so they need not wait for each other's loads.
 
-        A claim, for it is not logged, and ends by itself: soon, for a claim is not evicted. If it cannot be made, they wait for each other, up to
-        policy.timeout.
+        A claim, for it is not logged, and ends by itself: soon, for a claim is not evicted. If it cannot be made, they wait for each
+        other, up to policy.timeout.
         """
         with contextlib.suppress(errors.CapacityError):
             self.claim(flight.key_behind(UNFIT_PREFIX, name), min(self.policy.timeout, UNFIT_LIFE))

@@ -820,24 +820,23 @@ def test_a_delete_of_a_key_too_long_for_its_column_deletes_no_other(postgresql, 
 
 
 def test_a_limit_that_was_rolled_back_is_set_again(postgresql):
-    """A half that is refused late leaves the limit of the transaction's begin in force."""
-    store = postgresql.mapped("k TEXT PRIMARY KEY, v TEXT CHECK (v <> 'bad')")
-    postgresql.run(SLEEPS)
-    postgresql.run(f"CREATE TRIGGER slow BEFORE INSERT ON {postgresql.table} FOR EACH ROW EXECUTE FUNCTION slow('0.2')")
-    limits, was = [], shmcache.stores.connections.Connections.forget_limit
+    """A refused half takes the limit back that was set in it; the next half, and COMMIT, are not to have the one of the transaction's begin."""
+    store = postgresql.store()
+    columns, connections, refused, left = store._open(time.monotonic() + 60), store._connections, {}, []
+    deadline = time.monotonic() + 60
 
-    def forget(self, c):
-        was(self, c)
-        limits.append(c.info["limited"])
+    def action(c, rows):
+        if rows == ["bad"]:
+            c.exec_driver_sql("SELECT pg_sleep(0.2)")
+            connections.limit(c, deadline)
+            c.exec_driver_sql(f"INSERT INTO {postgresql.table} (key) VALUES (NULL)")
+        left.append(c.exec_driver_sql("SHOW statement_timeout").scalar())
 
-    shmcache.stores.connections.Connections.forget_limit = forget
-    try:
-        with pytest.raises(errors.RowsRefused):
-            store.store_many({b"a": ("bad", None), b"b": ("good", None)}, timeout=30)
-    finally:
-        shmcache.stores.connections.Connections.forget_limit = was
-    assert limits == [-math.inf] * 3  # of two transactions, and of the half
-    assert postgresql.rows() == 1
+    with connections.transaction(deadline, write=True) as c:
+        before = c.exec_driver_sql("SHOW statement_timeout").scalar()
+        store._sift(c, lambda c, rows: action(c, [name for name, _ in rows]), [("bad", 0), ("good", 0)], deadline, refused)
+    assert columns is not None and set(refused) == {"bad"}
+    assert len(left) == 1 and left != [before]
 
 
 def test_what_is_not_settled_stays_so_when_the_time_is_over(monkeypatch):
