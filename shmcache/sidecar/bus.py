@@ -155,7 +155,8 @@ class Telling:
 
     sender: int
     left: dict[int, int]
-    began: float
+    moved: float  # when one of them was last seen to read
+    sent: dict[int, int]  # and what each had been sent then
 
 
 class Hub:
@@ -226,6 +227,8 @@ class Hub:
             self.cut(member)
             return False
         for each in frames:
+            if member not in self.links:  # what it said has had others cut off, and them it
+                return False
             _, to = HEADER.unpack_from(each)
             if to == PARENT:
                 self.paused(msgpack.unpackb(memoryview(each)[HEADER.size :])[2])
@@ -236,8 +239,8 @@ class Hub:
                 self.count(member, each)
             self.send(each, but=None if to == KEPT else member)
             if to == TOLD:
-                left = {i: self.sent[i] + len(self.waiting[i]) for i in self.counts if i != member and self.waiting[i]}
-                self.tellings.append(Telling(member, left, _core.monotonic()))
+                left = {i: self.sent[i] + len(self.waiting[i]) for i in self.counts if i != member and self.waiting.get(i)}
+                self.tellings.append(Telling(member, left, _core.monotonic(), {}))
         return True
 
     def settle(self) -> None:
@@ -245,10 +248,14 @@ class Hub:
         while self.tellings:
             telling = self.tellings[0]
             telling.left = {member: end for member, end in telling.left.items() if self.sent[member] < end}
+            sent = {member: self.sent[member] for member in telling.left}
             if not telling.left:
                 self.tellings.popleft()
                 self.send(frame("told", telling.sender, to=telling.sender))
-            elif _core.monotonic() - telling.began > TELL_LIMIT:
+            elif sent != telling.sent:  # much may wait before it: one that reads has its time
+                telling.sent, telling.moved = sent, _core.monotonic()
+                return
+            elif _core.monotonic() - telling.moved > TELL_LIMIT:
                 for member in list(telling.left):
                     self.cut(member)
             else:
@@ -286,9 +293,11 @@ class Hub:
         except BlockingIOError:
             if len(waiting) > MOST_WAITING:
                 self.cut(member)
-        except OSError:  # it has ended: read() finds that out, after what it said before
+        except ConnectionError:  # it has ended: read() finds that out, after what it said before
             self.sent[member] += len(waiting)
             waiting.clear()
+        except OSError:  # of memory: what it has of a frame nobody knows
+            self.cut(member)
 
 
 class Other:
@@ -322,12 +331,14 @@ class Member(asyncio.Protocol):
         self.last_question = time.monotonic_ns()  # an answer to what a process asked that died is no answer to its successor
         self.heard: dict[str, Callable[..., None]] = {"hello": self.hello, "gone": self.gone, "answer": self.answered}
         self.unhandled: deque[tuple[str, list[Any]]] = deque()
+        self.heard_at = 0.0  # when something came last
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport
         self.say("look")
 
     def data_received(self, data: bytes) -> None:
+        self.heard_at = _core.monotonic()
         for kind, parts in self.read(data):
             self.unhandled.append((kind, parts))
         self.handle()
@@ -460,7 +471,12 @@ class Link(Member):
         command. Raises: CommandError: this process was cut off."""
         left = self.most  # what comes meanwhile would never end
         while self.sock is not None and left > 0 and self.ready.poll(0):
-            data = self.sock.recv(1 << 16, socket.MSG_DONTWAIT)
+            try:
+                data = self.sock.recv(1 << 16, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return
+            except OSError:
+                data = b""
             left -= len(data)
             if not data:
                 raise _resp.CommandError(b"ERR this event loop was cut off from the others, and ends: connect again")

@@ -235,8 +235,14 @@ class Service:
     def paused(self, until_ms: int) -> None:
         """Tell the supervisor of CLIENT PAUSE: nothing that has expired goes till then. One that does not run is not waited for."""
         self.paused_until_ms = until_ms
-        with contextlib.suppress(BlockingIOError):
-            os.write(self.tell_pauses, b"%d\n" % until_ms)
+        line = b"%d\n" % until_ms
+        try:
+            os.write(self.tell_pauses, line)
+        except BlockingIOError:  # it has not read for long: only the last one counts
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    os.read(self.pauses, 1 << 16)
+            os.write(self.tell_pauses, line)
 
     def pause(self, seconds: float, also: int | None = None) -> None:
         """Till a signal comes, or something to read from `also`, or so long. Meanwhile the workers talk."""

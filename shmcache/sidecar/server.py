@@ -278,7 +278,7 @@ class Server:
                     idle_limit and client.idle_ms > idle_limit * 1000 and not client.in_pubsub and not client.blocked
                 ):
                     client.drop()
-        if self.link.tellings and clock - self.link.tellings[0][0] > bus.UNTOLD_LIMIT:
+        if self.link.tellings and clock - max(self.link.tellings[0][0], self.link.heard_at) > bus.UNTOLD_LIMIT:
             for client in list(self.clients.values()):
                 if client.untold:
                     client.drop()
@@ -326,10 +326,10 @@ class Server:
 
         def let_go() -> None:
             client.untold -= 1
-            if not client.untold and client.retried_by_pause is not None:
-                connection.go_on(self, client)
-            elif not client.untold:
-                client.flush()
+            if not client.untold:
+                client.flush()  # whatever its next command waits for
+                if client.retried_by_pause is not None:
+                    connection.go_on(self, client)
 
         return let_go
 

@@ -175,7 +175,7 @@ def named(e: Exception) -> Exception:
     """StoreUnavailable, StoreRefused or RowRefused for an error of the database or its driver; any other as it is."""
     if isinstance(e, exc.DBAPIError):
         cause: Any = e.orig
-        text = masked(" ".join(str(cause).split())[:2000])[:500]
+        text = masked(" ".join(str(cause).split()))[:500]
         state, code = getattr(cause, "sqlstate", None), getattr(cause, "sqlite_errorcode", None)
         if e.connection_invalidated or (state is None and code is None and isinstance(e, exc.OperationalError)):
             return errors.StoreUnavailable(f"{text}; try again")  # no connection

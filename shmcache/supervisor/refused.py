@@ -82,7 +82,7 @@ class Refused:
         self.remove(key)
         text = sys.intern(type(error).__name__)
         if len(self.rows) < ERRORS:
-            text = masked(f"{text}: {error}"[: 4 * LONGEST_ERROR])[:LONGEST_ERROR].encode("utf-8", "backslashreplace").decode()
+            text = masked(f"{text}: {error}")[:LONGEST_ERROR].encode("utf-8", "backslashreplace").decode()
         self.rows[key] = Row(version, size, text, known.since if known else time.time(), tries, again, alone)
         self.size += size
         self.changes += 1

@@ -463,7 +463,7 @@ class WriteBack:
             if error is not None and self.refused.add(item[0], item[4], item[6], error, alone):
                 self.n_unsaid += 1
                 if self.n_unsaid <= SAID:  # not the error: with it would stay what its frames have
-                    self.unsaid.append(masked(f"{item[0]!r:.100}: {error}"[: 4 * LONGEST_SAID])[:LONGEST_SAID])
+                    self.unsaid.append(masked(f"{item[0]!r:.100}: {error}")[:LONGEST_SAID])
         this.left += len(refused)
 
     def _say_refused(self) -> None:

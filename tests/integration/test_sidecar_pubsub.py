@@ -66,6 +66,18 @@ def test_what_follows_a_subscription_in_a_pipeline_is_not_done_before_it_is_know
     assert second.call(b"PUBLISH", b"news", b"x") == b":1\r\n"
 
 
+def test_what_a_pause_keeps_does_not_keep_the_acknowledgement(loops):
+    _, by_loop = loops
+    (first, _), (second, _) = by_loop.idle.values()
+    first.call(b"HELLO", b"3")
+    assert second.call(b"CLIENT", b"PAUSE", b"600000", b"WRITE") == b"+OK\r\n"
+    first.send(encode((b"SUBSCRIBE", b"news")) + encode((b"SET", b"k", b"v")))
+    assert first.reply() == b">3\r\n$9\r\nsubscribe\r\n$4\r\nnews\r\n:1\r\n"
+    assert is_silent(first)
+    assert second.call(b"CLIENT", b"UNPAUSE") == b"+OK\r\n"
+    assert first.reply() == b"+OK\r\n"
+
+
 def test_what_is_published_meanwhile_comes_behind_the_acknowledgement(loops):
     service, by_loop = loops
     (first, neighbour), _ = by_loop.idle.values()

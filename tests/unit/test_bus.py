@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import select
 import socket
@@ -152,6 +153,25 @@ def test_a_process_that_does_not_read_what_is_to_be_acknowledged_is_cut_off(hub,
     hub.turn([], [])
     assert set(hub.links) == {0, 2}
     assert hub.heard(0) == [["gone", 1], ["told", 0]]
+
+
+def test_a_process_that_reads_slowly_is_not_cut_off(hub, monkeypatch):
+    """However much waits before it."""
+    serving(hub, 0, 1)
+    fill(hub, 1, 2)
+    for _ in range(20):
+        hub.ends[2].sendall(frame("publish", 2, b"c", b"x" * (50 << 10), to=1))
+        hub.settle_frames()
+    tell(hub, 0, "counts", {b"c": 1}, {})
+    monkeypatch.setattr(bus, "TELL_LIMIT", -1.0)
+    hub.ends[1].setblocking(False)
+    while hub.tellings:
+        with contextlib.suppress(BlockingIOError):
+            while hub.ends[1].recv(1 << 20):
+                pass
+        hub.turn([], [hub.links[1]])
+        assert 1 in hub.links
+    assert hub.heard(0) == [["told", 0]]
 
 
 def test_a_successor_is_not_told_what_the_dead_has_said(hub):

@@ -153,6 +153,8 @@ class Runtime:
             raise Error(f"ERR a script has at most {MOST_SOURCE} bytes")
         source, reads_only = without_shebang(source)
         self.begin(client.ex)
+        if self.over():  # in a transaction: each script that is ended costs the state, and to make another takes as long as many commands
+            raise Error((self.doom or b"").decode())
         self.restrict(len(source))
         with self.caught():
             why = self.compile_in_lua(sha, source)
