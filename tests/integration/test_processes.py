@@ -605,7 +605,7 @@ def site_demo(*args, **kwargs):
 @pytest.mark.slow
 def test_site_demo_survives_a_killed_worker_and_a_reload():
     pytest.importorskip("gunicorn", reason="the site demo needs gunicorn")
-    out = site_demo("--seconds", "6", "--workers", "2", "--size", "4M", "--json")
+    out = site_demo("--seconds", "12", "--workers", "2", "--size", "4M", "--json")  # enough requests on a slow machine, too
     assert out.returncode == 0, out.stderr
     r = json.loads(out.stdout)
     assert r["verify"] == []
