@@ -1,4 +1,4 @@
-"""Standard error of a process that goes on: nobody who writes to it waits.
+"""Standard error of a process that goes on: no writer waits for its reader.
 
 A pipe or terminal whose reader is slow, or does not read, makes a plain write wait for good: of a warning or a traceback as of what is said
 on purpose. Here every text goes into a queue, and one thread writes them: in order, each line in one write. Whether a write would wait
@@ -39,7 +39,6 @@ class Stderr(io.TextIOBase):
 
     def __init__(self, plain: TextIO) -> None:
         fd = plain.fileno()
-        self.plain = plain
         self.encoding = getattr(plain, "encoding", None) or "utf-8"
         self.begun = threading.local()  # text: of a line whose end this thread has not written yet: lines of two threads are not mixed
         self.texts: queue.SimpleQueue[bytes | threading.Event] = queue.SimpleQueue()

@@ -739,7 +739,7 @@ cdef bint is_empty(seg_t* s, uint64_t b) noexcept nogil:
 cdef bint pass_empty(seg_t* s, uint64_t* at, uint64_t end, const uint16_t* some, uint32_t n_some, uint64_t* looked, uint64_t most,
                      uint64_t until_ns) noexcept nogil:
     """From at on, up to end, to the next bucket in which something is: True. some: of these stripes alone; NULL: of all. looked: counted up, to
-    most. until_ns: or till then."""
+    most. until_ns: or until then."""
     cdef uint64_t b = at[0], stripe = b & (s.n_stripes - 1), ahead
     cdef uint32_t j = 0
     if some != NULL:

@@ -244,7 +244,7 @@ class Hub:
         return True
 
     def settle(self) -> None:
-        """Tell the senders what all have, in its order; cut off who does not read."""
+        """Tell the senders what all have, in its order; cut off a member that does not read."""
         while self.tellings:
             telling = self.tellings[0]
             telling.left = {member: end for member, end in telling.left.items() if self.sent[member] < end}
@@ -455,7 +455,7 @@ class Link(Member):
     # -- what is read
 
     def read(self, data: bytes) -> Iterator[tuple[str, list[Any]]]:
-        """Counts, and who is gone, are known as soon as they are read: catch_up()."""
+        """Counts, and which workers are gone, are known as soon as they are read: catch_up()."""
         for kind, parts in super().read(data):
             if kind == "counts":
                 worker, *changes = parts

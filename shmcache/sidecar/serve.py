@@ -233,7 +233,7 @@ class Service:
                     self.launch(child, i - 1, wait=False)
 
     def paused(self, until_ms: int) -> None:
-        """Tell the supervisor of CLIENT PAUSE: nothing that has expired goes till then. One that does not run is not waited for."""
+        """Tell the supervisor of CLIENT PAUSE: nothing that has expired goes until then. A stopped supervisor is not waited for."""
         self.paused_until_ms = until_ms
         line = b"%d\n" % until_ms
         try:
