@@ -57,6 +57,24 @@ def place(cache):
         delattr(p, name)
 
 
+@contextlib.contextmanager
+def living(cache):
+    """The token of another process, which lives meanwhile and does nothing."""
+    holder = os.fork()
+    if holder == 0:
+        cache.get(b"x")  # takes a row of its own
+        signal.pause()
+    try:
+        deadline = time.monotonic() + 30
+        while holder not in {p["pid"] for p in cache.processes()}:
+            assert time.monotonic() < deadline
+        row = next(p["row"] for p in cache.processes() if p["pid"] == holder)
+        yield int(cache.views().rows["gen"][row]) << 16 | row + 1
+    finally:
+        os.kill(holder, signal.SIGKILL)
+        os.waitpid(holder, 0)
+
+
 def settled(place):
     _sweep.settle(place.cache)
     assert place.cache.verify() == []
@@ -282,16 +300,8 @@ def test_chunks_freed_while_no_list_is_to_be_had_come_back(make):
     full = len(cache)
     seg = cache.views(writable=True)
     cls = next(i for i, c in enumerate(cache.stats()["slab_classes"]) if c["live"])
-    holder = os.fork()
-    if holder == 0:
-        cache.get(b"x")  # takes a row of its own
-        signal.pause()
-    try:
-        deadline = time.monotonic() + 30
-        while holder not in {p["pid"] for p in cache.processes()}:
-            assert time.monotonic() < deadline
-        row = next(p["row"] for p in cache.processes() if p["pid"] == holder)
-        seg.classes["word"][cls] = int(seg.rows["gen"][row]) << 16 | row + 1
+    with living(cache) as token:
+        seg.classes["word"][cls] = token
         for k in list(cache.scan())[:20]:
             assert cache.delete(k)
         seg.classes["word"][cls] = 0
@@ -299,9 +309,6 @@ def test_chunks_freed_while_no_list_is_to_be_had_come_back(make):
         for i in range(3 * full):
             cache.set(b"again %d" % i, value)
         assert len(cache) == full
-    finally:
-        os.kill(holder, signal.SIGKILL)
-        os.waitpid(holder, 0)
         del seg
 
 
@@ -319,16 +326,8 @@ def test_who_is_in_the_way_is_said(make, left):
     if left == "chunks of the dead":
         pages = np.flatnonzero((seg.pages["cls"] & 0xFFFF) == cls)
         seg.items(cls)["word"][pages] = RETIRED << 56 | DEAD
-    holder = os.fork()
-    if holder == 0:
-        cache.get(b"x")  # takes a row of its own
-        signal.pause()
-    try:
-        deadline = time.monotonic() + 30
-        while holder not in {p["pid"] for p in cache.processes()}:
-            assert time.monotonic() < deadline
-        row = next(p["row"] for p in cache.processes() if p["pid"] == holder)
-        seg.stripes["word"][stripes] = int(seg.rows["gen"][row]) << 16 | row + 1
+    with living(cache) as token:
+        seg.stripes["word"][stripes] = token
         cache.lock_limit = 0.001
         claims, i, refused = [], 0, 0
         while refused < 10:  # in a row; claims are not evicted
@@ -343,9 +342,6 @@ def test_who_is_in_the_way_is_said(make, left):
         for i in range(3):
             with pytest.raises(StripeBusy):
                 cache.set(b"new %d" % i, value)
-    finally:
-        os.kill(holder, signal.SIGKILL)
-        os.waitpid(holder, 0)
     del claims, seg
     for _ in range(100):  # the hand has passed 32 claims each time
         with contextlib.suppress(NoRoom):
