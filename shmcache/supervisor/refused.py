@@ -79,12 +79,11 @@ class Refused:
         tries = known.tries + 1 if known and known.version == version else 1
         wait = (FIRST_RETRY_ALONE if alone else FIRST_RETRY) * 2 ** min(tries - 1, 30)  # 30: by then it is the longest one
         again = _core.monotonic() + min(wait, LONGEST_RETRY)
-        self.remove(key)
         text = sys.intern(type(error).__name__)
-        if len(self.rows) < ERRORS:
+        if len(self.rows) < ERRORS + (known is not None):
             text = masked(f"{text}: {error}")[:LONGEST_ERROR].encode("utf-8", "backslashreplace").decode()
-        self.rows[key] = Row(version, size, text, known.since if known else time.time(), tries, again, alone)
-        self.size += size
+        self.rows[key] = Row(version, size, text, known.since if known else time.time(), tries, again, alone)  # it is there all the while
+        self.size += size - (known.size if known else 0)
         self.changes += 1
         self.some_wait = True
         return tries == 1
@@ -114,7 +113,7 @@ class Refused:
         asked = _asked(cache)
         if not isinstance(asked.get("asks"), bytes):
             return
-        key, known = asked.get("key"), list(self.rows.items())
+        key, known = asked.get("key"), list(self.rows.copy().items())  # the thread changes it
         if isinstance(key, bytes):
             known = [(k, row) for k, row in known if k == key]
         rows: list[list[Any]] = []

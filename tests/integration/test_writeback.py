@@ -907,6 +907,16 @@ def test_a_refused_row_is_sent_again_seldom_and_less_and_less(back, monkeypatch)
         assert told(thread)[b"bad"].again - time.time() > 1.0
 
 
+def test_a_row_that_is_refused_again_is_listed_all_the_while(monkeypatch):
+    rows = refused.Refused()
+    rows.add(b"bad", 1, 100, ValueError("no"), False)
+    seen = []
+    monkeypatch.setattr(refused, "masked", lambda text: seen.append(rows.rows.get(b"bad")) or text)
+    assert not rows.add(b"bad", 1, 300, ValueError("no"), False)
+    assert seen[0].tries == 1
+    assert (rows.rows[b"bad"].tries, rows.size) == (2, 300)
+
+
 def test_one_refused_row_that_is_taken_lets_the_others_be_tried_at_once(back, monkeypatch):
     store = Poisoned()
     cache = back()
