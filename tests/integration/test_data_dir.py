@@ -22,7 +22,7 @@ from shmcache.supervisor import format as fmt
 from shmcache.supervisor.appendlog import POLICIES, AppendLog, is_whole
 from shmcache.supervisor.loop import Supervisor
 
-LIMIT = 6  # seconds, of any wait
+LIMIT = 30  # seconds, of any wait
 
 
 def cut(path):
