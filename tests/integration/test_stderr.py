@@ -211,8 +211,9 @@ def is_restored(name):
 
 @pytest.fixture
 def service_of():
-    """service_of(name, its supervisor) -> a Service as run() leaves it, when it ends its children."""
-    wake_r, wake_w = os.pipe()
+    """service_of(name, its supervisor) -> a Service as run() leaves it, when it ends its children: told by a signal when one has ended."""
+    wake_r, wake_w = os.pipe2(os.O_NONBLOCK)
+    handler, woken = signal.signal(signal.SIGCHLD, lambda *args: None), signal.set_wakeup_fd(wake_w)
 
     def service(name, supervisor):
         made = serve_module.Service(name, [])
@@ -221,6 +222,8 @@ def service_of():
         return made
 
     yield service
+    signal.set_wakeup_fd(woken)
+    signal.signal(signal.SIGCHLD, handler)
     os.close(wake_r)
     os.close(wake_w)
 
