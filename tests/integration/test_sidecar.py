@@ -664,7 +664,7 @@ def test_who_is_paused_is_blocked_and_nothing_expires_meanwhile(serve, workers):
     assert client.info("clients")["blocked_clients"] == 0
     expired = client.info("stats")["expired_keys"]
     with client.pipeline() as pipe:
-        pipe.pexpire("a", 1).pexpire("b", 1).client_pause(LIMIT * 1000, all=False).execute()
+        pipe.pexpire("a", 1000).pexpire("b", 1000).client_pause(LIMIT * 1000, all=False).execute()
     for read in (lambda: client.get("a"), lambda: client.strlen("b"), lambda: client.lcs("a", "b")):  # the last by the pool
         until(lambda read=read: not read())
     assert client.info("stats")["expired_keys"] == expired
@@ -686,7 +686,7 @@ def test_what_nobody_asks_for_expires_after_a_pause(serve, name, end):
     client.mset({str(i): i for i in range(20)})
     with client.pipeline() as pipe:
         for i in range(20):
-            pipe.pexpire(str(i), 1)
+            pipe.pexpire(str(i), 1000)
         pipe.client_pause(5000 if end == "its time" else LIMIT * 1000, all=False).execute()
     began = time.monotonic()
     if end == "another supervisor":
