@@ -52,6 +52,8 @@ def strike():
                     operation()
             except Struck:
                 pass
+            finally:  # if the operation raises something else, that is what is to be seen
+                inside.clear()
             left += bool(held())
         return left
 
