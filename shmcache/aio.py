@@ -45,6 +45,8 @@ if TYPE_CHECKING:
     from datetime import timedelta
     from typing import TypeVar
 
+    from shmcache.core._claims import Lock
+
     T = TypeVar("T")
     Key = bytes | str
     Ttl = float | timedelta | None
@@ -225,16 +227,17 @@ class Cache:
         try:
             with _claims.Giving(held):
                 async with asyncio.timeout(timeout):
-                    wait = flight.FIRST_WAIT
-                    while not held.acquire(blocking=False):
-                        if held.beneath:
-                            raise errors.UsageError(
-                                "the thread that runs this event loop holds the lock, and goes on only when the loop has ended"
-                            )
-                        wait = await self._pause(key, wait)
+                    await self._acquire(held, key)
                 yield
         finally:
             self._wake(key)
+
+    async def _acquire(self, held: Lock, key: bytes) -> None:
+        wait = flight.FIRST_WAIT
+        while not held.acquire(blocking=False):
+            if held.beneath:
+                raise errors.UsageError("the thread that runs this event loop holds the lock, and goes on only when the loop has ended")
+            wait = await self._pause(key, wait)
 
     # ---- life ----
 

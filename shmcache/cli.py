@@ -622,11 +622,15 @@ def _pauses(fd: int) -> Callable[[], bool]:
     os.set_blocking(fd, False)
     until_ms, rest = 0, b""
 
+    def read() -> bytes:
+        with contextlib.suppress(BlockingIOError):
+            return os.read(fd, 65536)
+        return b""
+
     def paused() -> bool:
         nonlocal until_ms, rest
-        with contextlib.suppress(BlockingIOError):
-            while part := os.read(fd, 65536):
-                rest += part
+        while part := read():
+            rest += part
         *lines, rest = rest.split(b"\n")
         if lines:
             until_ms = int(lines[-1])

@@ -280,10 +280,9 @@ def _clear_aside(name: str) -> bool:
     """Remove what killed restorers of this name have left aside. Was there anything?"""
     left = False
     try:
-        for entry, of in aside(name):
-            if of == name and aside_state(entry) == 2:
-                _remove(f"{SHM_DIR}/{entry}")
-                left = True
+        for entry in (entry for entry, of in aside(name) if of == name and aside_state(entry) == 2):
+            _remove(f"{SHM_DIR}/{entry}")
+            left = True
     except OSError:  # it may not be listed, or removed, by this user: what is asked for does not need it
         pass
     return left

@@ -144,15 +144,22 @@ class StoredCache(Cache):
                 return (yield from self._refreshed(name, value, seen))
         deadline = _core.monotonic() + self.policy.timeout
         with Claims(self) as claims:
-            while (version := (yield from self._claim(claims, name, deadline))) == 0:
-                value = self.peek(name, MISSING)
-                if value is not MISSING:
-                    return Entry(value), None
+            version, value = yield from self._claim_or_value(claims, name, deadline)
+            if not version:
+                return Entry(value), None
             if version == DELETED:
                 return None, None
             uncached: dict[bytes, Exception] = {}
             entry = (yield from steps(self._loaded, [name], claims, uncached)).get(name)
             return entry, uncached.get(name)
+
+    def _claim_or_value(self, claims: Claims, name: bytes, deadline: float) -> Steps[tuple[int, Any]]:
+        """As _claim(), and if there is a value (0) that."""
+        while (version := (yield from self._claim(claims, name, deadline))) == 0:
+            value = self.peek(name, MISSING)
+            if value is not MISSING:
+                return 0, value
+        return version, MISSING
 
     def _got(self, key: Key) -> Steps[Any]:
         """Steps of get(); MISSING."""

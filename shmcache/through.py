@@ -128,9 +128,15 @@ class ThroughCache(StoredCache):
                 versions[name] = yield from self._mark(marks, name, deadline, alone=False)
             yield from self._store(values, ttl, marks)
             if self._fills and ttl != 0:
-                for name, value in encoded.items():
-                    if value is not DELETE and self._filled(name, Entry(value, ttl), versions[name], heads[name]):
-                        marks.drop(name)
+                self._fill_written(encoded, ttl, marks, versions, heads)
+
+    def _fill_written(
+        self, encoded: dict[bytes, Any], ttl: float | None, marks: Marks, versions: dict[bytes, int], heads: dict[bytes, bytes | None]
+    ) -> None:
+        """What the store has now, in the places of its marks."""
+        for name, value in encoded.items():
+            if value is not DELETE and self._filled(name, Entry(value, ttl), versions[name], heads[name]):
+                marks.drop(name)
 
     def _mark(self, marks: Marks, name: bytes, deadline: float, alone: bool, version: int = 0) -> Steps[int]:
         """Put a mark on a key: its version, 0 if another's was there, -1: the key has not this version.

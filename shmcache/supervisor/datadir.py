@@ -212,20 +212,25 @@ def note_first(cache: Cache, folder: Path) -> None:
     with _noting:
         if (mine, folder) not in _unnoted and not is_unnoted(cache, folder):
             return
-        noted, passed = Noted(), Noted()
-        with contextlib.suppress(errors.DamagedFile):  # what stood there is not known any more
-            noted, passed = notes(folder)
-        if (mine, folder) in _unnoted or mine not in noted:
-            here = {one for of_kind in heads(folder) for head in of_kind if (one := life_of(head)) is not None}
-            restored_from = _unnoted.get((mine, folder), set())
-            noted[mine] = restored_from.union(*(noted.get(one, set()) for one in restored_from))
-            passed[mine] = here - noted[mine]
-            head: dict[str, Any] = {"name": cache.name, "created_ms": int(time.time() * 1000)}
-            for key, of in (("lives", noted), ("passed", passed)):
-                head[key] = [(one, sorted(others & here)) for one, others in of.items() if one in here or one == mine]
-            _replace(folder / LIVES_NAME, head)
+        _note_first(cache, folder, mine)
         _unnoted.pop((mine, folder), None)
         cache.views(writable=True).header["unnoted"] = 0
+
+
+def _note_first(cache: Cache, folder: Path, mine: int) -> None:
+    noted, passed = Noted(), Noted()
+    with contextlib.suppress(errors.DamagedFile):  # what stood there is not known any more
+        noted, passed = notes(folder)
+    if (mine, folder) not in _unnoted and mine in noted:
+        return
+    here = {one for of_kind in heads(folder) for head in of_kind if (one := life_of(head)) is not None}
+    restored_from = _unnoted.get((mine, folder), set())
+    noted[mine] = restored_from.union(*(noted.get(one, set()) for one in restored_from))
+    passed[mine] = here - noted[mine]
+    head: dict[str, Any] = {"name": cache.name, "created_ms": int(time.time() * 1000)}
+    for key, of in (("lives", noted), ("passed", passed)):
+        head[key] = [(one, sorted(others & here)) for one, others in of.items() if one in here or one == mine]
+    _replace(folder / LIVES_NAME, head)
 
 
 def is_unnoted(cache: Cache, folder: Path) -> bool:

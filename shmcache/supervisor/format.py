@@ -308,13 +308,17 @@ def preamble(kind: FileKind) -> bytes:
 def _write_all(file: Writable, buffer: Buffer) -> int:
     # every view is released whatever happens: the caller may want to resize its bytearray
     with memoryview(buffer) as view, view.cast("B") as flat:
-        done = 0
-        while done < len(flat):
-            with flat[done:] as rest:
-                taken = file.write(rest)
-            if taken is None or not 0 < taken <= len(flat) - done:
-                raise OSError(errno.EIO, f"a write of {len(flat) - done} bytes returned {taken}")
-            done += taken
+        return _write_view(file, flat)
+
+
+def _write_view(file: Writable, flat: memoryview) -> int:
+    done = 0
+    while done < len(flat):
+        with flat[done:] as rest:
+            taken = file.write(rest)
+        if taken is None or not 0 < taken <= len(flat) - done:
+            raise OSError(errno.EIO, f"a write of {len(flat) - done} bytes returned {taken}")
+        done += taken
     return done
 
 
@@ -574,14 +578,17 @@ class Reader:
         data = bytearray(n_bytes)
         self._file.seek(at)
         with memoryview(data) as view:
-            done = 0
-            while done < n_bytes:
-                with view[done:] as rest:
-                    n_read = self._readinto(at + done, rest)
-                if not n_read:
-                    raise self._damaged(at + done, "the file became shorter while it was read")
-                done += n_read
+            self._fill(at, view)
         return data
+
+    def _fill(self, at: int, view: memoryview) -> None:
+        done = 0
+        while done < len(view):
+            with view[done:] as rest:
+                n_read = self._readinto(at + done, rest)
+            if not n_read:
+                raise self._damaged(at + done, "the file became shorter while it was read")
+            done += n_read
 
     def _readinto(self, at: int, view: memoryview) -> int | None:
         try:

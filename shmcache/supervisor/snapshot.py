@@ -265,7 +265,11 @@ def _write_file(
     walk = _stream.Walk(cache, BLOCK_BYTES, copies=False)
     synced, sync = 0, Sync(file.fileno())
     try:
-        while walk.block():
+        while True:
+            if stop.is_set():
+                raise errors.SnapshotStopped("the snapshot was stopped before it was whole; the one before it is kept")
+            if not walk.block():
+                break
             with memoryview(walk) as payload:
                 writer.records(payload)
             if writer.bytes_written - synced >= SYNC_BYTES:
@@ -273,11 +277,9 @@ def _write_file(
                 sync = Sync(file.fileno())
                 sync.start()  # beside the walk: what the last one has to wait for stays small
                 synced = writer.bytes_written
-            progress(walk.stripe, walk.n_stripes)
             if throttle:
                 throttle.pause()
-            if stop.is_set():
-                raise errors.SnapshotStopped("the snapshot was stopped before it was whole; the one before it is kept")
+            progress(walk.stripe, walk.n_stripes)
     finally:
         if sync.ident is not None:
             sync.join()  # the file is closed next
@@ -519,9 +521,9 @@ def _put_all(
     with fmt.Reader(found.path, "snapshot") as reader:
         for offset, payload in reader.blocks():
             into.put(payload, clock_back_ms, heat, epoch, generations, tail, False, found.ahead)
-            progress(offset, reader.size_bytes)
             if into.cleared and not generations:
-                return
+                break
+            progress(offset, reader.size_bytes)
 
 
 def _none_whole(folder: Path, damaged: list[str]) -> str:

@@ -7,16 +7,19 @@ import gc
 import os
 import random
 import signal
+import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
 import shmcache
 from shmcache import errors, flight
 from shmcache.core import _claims
+from tests import holes
 from tests.integration.test_store import DictStore
 
 ROUNDS = 300
@@ -68,6 +71,31 @@ def claims(cache, *keys):
     left = [key for key in keys if (version := cache.claim_version(key)) and cache.unclaim(key, version) is not None]
     cache.delete_many(keys)
     return left
+
+
+def interpreter(version):
+    """One of that version of the machine's, or None."""
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
+    for folder in [*os.get_exec_path(), *pyenv.glob(f"versions/{version}.*/bin")]:
+        path = Path(folder) / f"python{version}"
+        if path.exists() and subprocess.run([path, "-c", ""], stderr=subprocess.DEVNULL).returncode == 0:
+            return path
+    return None
+
+
+# of processes of ours, whose handlers only set a flag, or of threads, to which no handler comes
+NO_HANDLER_RAISES = ["sidecar/", "supervisor/appendlog.py", "supervisor/loop.py", "supervisor/writeback.py"]
+
+
+@pytest.mark.parametrize("version", ["3.11", "3.12", "3.13"])
+def test_no_jump_leaves_a_block_without_its_end(version):
+    python = sys.executable if sys.version.startswith(version) else interpreter(version)
+    if python is None:
+        pytest.skip(f"there is no Python {version} here")
+    root = Path(shmcache.__file__).parent
+    lines = subprocess.run([python, holes.__file__, root], check=True, capture_output=True, text=True).stdout.splitlines()
+    found = [line for line in lines if not any(line.startswith(f"{root}/{part}") for part in NO_HANDLER_RAISES)]
+    assert not found, "make such a loop a function of its own"
 
 
 def test_locks(cache, strike):
