@@ -36,7 +36,8 @@ class Forked(Exception):
 
 @pytest.fixture
 def strike():
-    """strike(operation, held): how many of ROUNDS loops of the operation left something held when a handler raised in them."""
+    """strike(operation, held, ends=True): how many of ROUNDS loops of the operation left something held when a handler raised in them.
+    One that ends is done once before: what a handler raises in a callback of the import system is lost."""
     rng = random.Random(17)
     inside = []
 
@@ -45,8 +46,10 @@ def strike():
             inside.clear()
             raise Struck
 
-    def strike(operation, held):
+    def strike(operation, held, ends=True):
         left = 0
+        if ends:
+            operation()
         for _ in range(ROUNDS):
             try:
                 inside.append(True)
@@ -197,7 +200,7 @@ def test_waits_end_when_a_handler_raises(cache, strike):
     there.wait()
     try:
         version = cache.claim_version(LOCK)
-        assert strike(lambda: cache.lock("l").acquire(timeout=60), lambda: cache.claim_version(LOCK) != version) == 0
+        assert strike(lambda: cache.lock("l").acquire(timeout=60), lambda: cache.claim_version(LOCK) != version, False) == 0
     finally:
         over.set()
         holder.join()
