@@ -1,8 +1,9 @@
 """Loops whose jump back is in none of the handlers of the `with` and `try` blocks around it. A program of its own: holes.py FOLDER.
 
-CPython 3.12 and 3.13 leave a jump out of the exception table that the compiler makes late: back to the head of a loop, where the loop's
-last statement may be skipped (an `if` without an `else`), or where a `while` tests again at its end (python/cpython#130279). An exception
-of a signal's handler comes at jumps back. There it leaves such a block without its __exit__ or its finally.
+An exception of a signal's handler comes at jumps back, and CPython has let it pass by the block, its __exit__ or its finally. 3.13: the
+compiler leaves the jumps out of the exception table that it makes late: to the head of a loop that ends in a condition, or that tests
+again at its end (python/cpython#130279). Before: the exception counts as one of the instruction before the loop's head, which in a loop
+of one line may be outside of the block (python/cpython#108214).
 """
 
 from __future__ import annotations
@@ -38,11 +39,9 @@ def holes(code: CodeType) -> Iterator[int | None]:
             offset = target
 
     for i, instruction in enumerate(instructions):
-        # behind CLEANUP_THROW (3.12): an exception was thrown into an inner generator, which went on without it. None does so in a block
-        # that holds a mark; a claim is given back when the frame goes
-        before = next((at.opname for at in instructions[i - 1 :: -1] if at.opname != "EXTENDED_ARG"), "")
-        if instruction.opname == "JUMP_BACKWARD" and before != "CLEANUP_THROW":
-            missing = handlers(instruction.argval) - handlers(instruction.offset)
+        if instruction.opname == "JUMP_BACKWARD" or instruction.opname.startswith("POP_JUMP_BACKWARD"):
+            raised_at = instruction.offset if sys.version_info >= (3, 13) else instruction.argval - 2
+            missing = handlers(instruction.argval) - handlers(raised_at)
             if any(names[target] == "PUSH_EXC_INFO" for target in missing):
                 yield next((at.positions.lineno for at in instructions[i::-1] if at.positions and at.positions.lineno), None)
 
