@@ -723,7 +723,7 @@ class Series:
             elif plan.event == "damaged":
                 files.damage(whole[-1], self.rng.random(), self.rng.randrange(8))
             else:
-                (files.path / whole[-1]).unlink()
+                files.remove(whole[-1])
         if plan.copied and plan.end != "quick" and not self.files.is_empty() and plan.event is None:
             if len(self.copies) == COPIES:
                 shutil.rmtree(self.copies.pop(0).path)

@@ -96,6 +96,14 @@ class Files:
         path.with_name("damage").rename(path)
         self.damaged.add(name)
 
+    def remove(self, name: str) -> None:
+        """A snapshot, by hand. The next one that is written may have its number again."""
+        (self.path / name).unlink()
+        del self.snapshots[name]
+        self.damaged.discard(name)
+        if self.gap_behind is not None:
+            self.gap_behind = self.gap_behind - {name}
+
     # ---- whose files these are ----
 
     def parents(self) -> set[int]:
