@@ -280,6 +280,7 @@ def _clear_aside(name: str) -> bool:
     """Remove what killed restorers of this name have left aside. Was there anything?"""
     left = False
     try:
+        # the condition is not in this loop: DECISIONS.md, "No loop that ends in a condition"
         for entry in (entry for entry, of in aside(name) if of == name and aside_state(entry) == 2):
             _remove(f"{SHM_DIR}/{entry}")
             left = True

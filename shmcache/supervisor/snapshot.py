@@ -265,7 +265,7 @@ def _write_file(
     walk = _stream.Walk(cache, BLOCK_BYTES, copies=False)
     synced, sync = 0, Sync(file.fileno())
     try:
-        while True:
+        while True:  # its last line is no condition: DECISIONS.md of the package, "No loop that ends in a condition"
             if stop.is_set():
                 raise errors.SnapshotStopped("the snapshot was stopped before it was whole; the one before it is kept")
             if not walk.block():

@@ -97,10 +97,9 @@ class Files:
         self.damaged.add(name)
 
     def remove(self, name: str) -> None:
-        """A snapshot, by hand. The next one that is written may have its number again."""
+        """A whole snapshot, by hand. The next one that is written may have its number again."""
         (self.path / name).unlink()
         del self.snapshots[name]
-        self.damaged.discard(name)
         if self.gap_behind is not None:
             self.gap_behind = self.gap_behind - {name}
 
