@@ -21,6 +21,9 @@ from shmcache.core.token cimport ABSENT, BUSY, INTR, MISMATCH, OK
 
 from shmcache import errors
 
+cdef extern from *:
+    int popcount "__builtin_popcountll"(uint64_t) nogil
+
 cdef enum:
     CHAIN_BYTES = 400 * 4098        # keys of the longest chain
 cdef uint64_t GROUP = 1024          # buckets of a look at all, before signals are seen to
@@ -293,13 +296,27 @@ cdef class Dirty:
     def items(self):
         """How many bits are set: so many items are dirty, or nearly."""
         cdef seg_t* s = self.table.ready()
-        cdef uint64_t i, bits, total = 0
-        for i in range(self.words):
-            bits = ld64(&s.dirty[i])
-            while bits:
-                bits &= bits - 1
-                total += 1
+        cdef uint64_t i, total = 0
+        with nogil:
+            for i in range(self.words):
+                total += popcount(ld64(&s.dirty[i]))
         return total
+
+    def place(self, uint64_t n):
+        """Where find() begins so that it leaves out the first n items of the map, or nearly."""
+        cdef seg_t* s = self.table.ready()
+        cdef uint64_t i, bits, at = 0
+        with nogil:
+            for i in range(self.words):
+                bits = ld64(&s.dirty[i])
+                if n < <uint64_t>popcount(bits):
+                    while n:
+                        bits &= bits - 1
+                        n -= 1
+                    at = i << 6 | <uint64_t>popcount((bits & -bits) - 1)
+                    break
+                n -= popcount(bits)
+        return at
 
 
 cdef uint64_t read_size(seg_t* s, read_t* r) noexcept:

@@ -9,8 +9,9 @@ of his successor, which the store leaves alone. A batch that fails may have been
 smaller ones: the store leaves a row alone that has its version. Of a key no older version follows a newer one within a pass (Pass.later).
 
 When rows fail alone, too, the store is down: it is tried again, after a pause that doubles, with jitter, up to LONGEST_PAUSE. A pass puts
-off rows that have failed alone, so that a few that always do keep nobody waiting. If it stores others, and these fail alone once more,
-they are taken for refused.
+off rows that have failed alone, so that a few that always do keep nobody waiting. Many may stand together, those of one program, say: so
+before a pass takes the store for down it tries some from anywhere, and goes on when one is stored. Those that failed alone in a pass that
+stored others, and fail alone once more, are taken for refused.
 
 A row that the store refuses stays dirty, is said once, and set aside (refused.py): it is tried again when it is written again, and else at
 longer and longer intervals, behind the others. Writers are not to wait for what does not get less: header.dirty_limit is raised by what is
@@ -64,7 +65,8 @@ BATCH = 500  # keys in one call of the store, at most
 FIRST_PAUSE = 0.05  # seconds
 LONGEST_PAUSE = 5.0
 PROBES = 3  # rows in a row that fail alone, before a pass takes the store for down
-QUICK_PROBES = 30  # of a store that says so at once
+QUICK_PROBES = 30  # of a store that says so at once; the last third of them from anywhere
+ELSEWHERE = 3  # places that are looked at for one that has not failed yet
 SAY_EVERY = 10.0  # seconds at least, which rows are refused
 SAID = 3  # of these, with what is wrong
 LONGEST_SAID = 600  # characters, of each
@@ -267,7 +269,9 @@ class WriteBack:
         self.since |= this.seen
         if self.since:
             self.header["oldest_dirty_ms"] = int(min(self.since.values()) * 1000)
-        if not this.worked and int(self.header["dirty"]) >= int(self.header["dirty_limit"]):
+        if this.worked:
+            self.pause = FIRST_PAUSE
+        elif int(self.header["dirty"]) >= int(self.header["dirty_limit"]):
             self.spare = min(self.spare + (self.limit >> SPARE_SHIFT + 2), self.limit >> SPARE_SHIFT)
         self._set_aside()
         return False
@@ -299,7 +303,11 @@ class WriteBack:
             if this.began and (self._is_late() or self._enough(this)):
                 this.left += len(items)
                 return False
-            n = self.size.cut(items)
+            if 3 * this.misses >= 2 * self._probes(this) and (item := self._elsewhere(this)):
+                items = [item, *(other for other in items if other[0] != item[0])]
+                n = 1
+            else:
+                n = self.size.cut(items)
             if self._stored(this, items[:n]):
                 items = items[n:]
             elif n == 1:
@@ -310,6 +318,7 @@ class WriteBack:
 
     def _store_later(self, this: Pass) -> bool:
         """What was put off, and what failed alone in this pass. False: it is the store that fails, or stop() has no time for more."""
+        this.missed = [(key, version) for key, version in this.missed if key not in this.later]  # met again, if it was found elsewhere
         later = self._noted(this, [*this.later.values()])
         known = {item[0]: self.refused.rows[item[0]] for item in later if self.refused.has(item[0], item[4])}
         suspects = [item for item in later if item[0] not in known]
@@ -355,10 +364,24 @@ class WriteBack:
                 self.alone[key] = version
         self._set_aside()
 
+    def _elsewhere(self, this: Pass) -> _dirty.Item | None:
+        """An item from anywhere in the map that has not failed alone: this pass has met no newer version of it. None: none was found."""
+        for _ in range(ELSEWHERE):
+            found, _ = self.dirty.find(self.dirty.place(random.randrange(max(1, self.dirty.items()))), 1)
+            for item in self._noted(this, found):
+                key, version = item[0], item[4]
+                if version not in (self.dirty.passed.get(key), self.alone.get(key)) and not self.refused.has(key, version):
+                    this.seen.setdefault(key, self.since.get(key, time.time()))
+                    this.later.pop(key, None)
+                    return _until(item)
+        return None
+
+    def _probes(self, this: Pass) -> int:
+        """How many rows may fail alone, one behind the other, before this pass takes the store for down."""
+        return QUICK_PROBES if _core.monotonic() - this.missed_at < self.policy.timeout / 2 else PROBES
+
     def _enough(self, this: Pass) -> bool:
-        """Have so many rows failed alone, one behind the other, that this pass is not to try more?"""
-        quick = _core.monotonic() - this.missed_at < self.policy.timeout / 2
-        return this.misses >= (QUICK_PROBES if quick else PROBES)
+        return this.misses >= self._probes(this)
 
     def _is_late(self) -> bool:
         return self.stopping and (self.until is None or _core.monotonic() > self.until)

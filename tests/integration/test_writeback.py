@@ -720,6 +720,34 @@ def test_rows_that_fail_alone_keep_no_other_from_the_store(back):
         until(lambda: cache.stats()["store"]["refused"] == 0)
 
 
+def test_many_rows_that_fail_alone_and_stand_in_front_keep_no_other_from_the_store(back):
+    """Thirty behind one another look like a store that is down."""
+    store, cache = Limited(), back()
+    store.bad = {b"bad%d" % i for i in range(1500)}
+    for i in range(1500):
+        cache.set(f"bad{i}", i)
+    for i in range(200):
+        cache.set(f"good{i}", i)
+    with flushing(cache, store):
+        until(lambda: store.values().keys() >= {b"good%d" % i for i in range(200)})
+        assert cache.stats()["store"]["dirty_items"] == 1500
+        store.bad = set()
+        refused.retry_all(cache)
+        until(lambda: cache.stats()["store"]["dirty_items"] == 0)
+        assert len(store.values()) == 1700
+
+
+def test_a_dirty_item_is_found_wherever_it_is(back, store):
+    cache = back()
+    for i in range(300):
+        cache.set(f"k{i}", b"x" * (i % 7 * 100))
+    dirty = _dirty.Dirty(cache)
+    every, _ = dirty.find(0, 300)
+    assert dirty.items() == 300
+    assert [dirty.find(dirty.place(n), 1)[0] for n in range(300)] == [[item] for item in every]
+    assert dirty.place(300) == 0
+
+
 def test_a_store_that_was_down_blames_no_row(back, capsys):
     store = Limited()
     store.down = True
