@@ -2,14 +2,15 @@
 
     python bench/sidecar.py [--parts rates,openloop,search] [--idle 10000] [--workers 2] [--transport unix|tcp] [--json FILE]
 
-- rates: redis-benchmark, 50 clients, 22-byte keys drawn from --keys, 100-byte values; GET and SET at pipeline 1 and 16, MGET of 100 keys.
-  Medians of --rounds by turns: commands per second, p50 and p99, and the CPU that the serving process used per command (/proc/PID/stat).
-  What the other processes of that command line used, the supervisor's, is a figure of its own.
+- rates: redis-benchmark, 50 clients, 22-byte keys drawn from --keys; GET and SET of 64 and 1,024 bytes at pipeline 1 and 16, MGET of 100
+  keys, through a unix socket and through TCP. Medians of --rounds by turns: commands per second, p50 and p99, and the CPU that the
+  serving process used per command (/proc/PID/stat). What the other processes of that command line used, the supervisor's, is a figure of
+  its own.
 - openloop: --rate requests a second by a fixed schedule for --seconds, 9 GETs to 1 SET, latency from the scheduled instant (openloop.c).
 - search: the highest rate whose p99 is at most 1 ms, to 5 %, by trials of --trial seconds, in turns; a rate fails by three of them.
 - --idle N: so many connections over TCP, each of which has sent one PING: the rise of the server's RSS by each, at once and after
   --settle seconds.
-- --workers N: the rates of ours with N workers over those with one.
+- --workers N: the rates of ours with N workers over those with one, with 100-byte values, through --transport.
 
 --ours-command is the command line to compare with redis-server: {python} {name} {size} {port} {path} {folder} {workers} stand for what
 they say. Servers listen on a free port of loopback and a socket in a directory of their own.
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import itertools
 import json
 import os
 import resource
@@ -45,6 +47,8 @@ HERE = Path(__file__).parent
 REDIS = "redis-server --bind 127.0.0.1 --port {port} --unixsocket {path} --dir {folder} --save '' --appendonly no --maxclients 30000"
 OURS = "{python} -m shmcache.cli serve {name} --size {size} --port {port} --unix {path} --bind 127.0.0.1 --workers {workers}"
 MANY = 100  # keys of an MGET
+SIZES = (64, 1024)  # bytes of a value
+TRANSPORTS = ("unix", "tcp")
 TICK = os.sysconf("SC_CLK_TCK")
 BENCH_SECONDS = 300.0  # no run of redis-benchmark takes so long
 PROBES = 64  # connections by which to see who serves
@@ -193,12 +197,13 @@ def started(who: str, template: str, args: Any, workers: int = 1, tcp: bool = Fa
                 shmcache.unlink(name)
 
 
-def fill(server: Server, args: Any) -> None:
-    """Every key has its value."""
+def fill(server: Server, args: Any, size: int = len(VALUE)) -> None:
+    """Every key has a value of so many bytes."""
+    value = b"v" * size
     with server.connect(args.transport) as s:
         for first in range(0, args.keys, 500):
             n = min(500, args.keys - first)
-            s.sendall(b"".join(b"*3\r\n$3\r\nSET\r\n$22\r\n%s\r\n$100\r\n%s\r\n" % (key(i), VALUE) for i in range(first, first + n)))
+            s.sendall(b"".join(b"*3\r\n$3\r\nSET\r\n$22\r\n%s\r\n$%d\r\n%s\r\n" % (key(i), size, value) for i in range(first, first + n)))
             got = b""
             while len(got) < 5 * n:
                 more = s.recv(1 << 16)
@@ -212,10 +217,10 @@ def fill(server: Server, args: Any) -> None:
 # ---- redis-benchmark ------------------------------------------------------------------------------------------------------------
 
 
-def commands(args: Any) -> dict[str, tuple[list[str], int, int]]:
+def commands(args: Any, size: int) -> dict[str, tuple[list[str], int, int]]:
     """Case -> command, pipeline, how many of a round. The key is that of harness.key()."""
     one = "key:000000__rand_int__"
-    get, put = ["GET", one], ["SET", one, VALUE.decode()]
+    get, put = ["GET", one], ["SET", one, "v" * size]
     return {
         "GET, pipeline 1": (get, 1, args.ops),
         "SET, pipeline 1": (put, 1, args.ops),
@@ -225,12 +230,12 @@ def commands(args: Any) -> dict[str, tuple[list[str], int, int]]:
     }
 
 
-def benchmark(server: Server, args: Any, command: list[str], pipeline: int, n: int, at_once: int) -> dict[str, float]:
+def benchmark(server: Server, args: Any, transport: str, command: list[str], pipeline: int, n: int, at_once: int) -> dict[str, float]:
     """One redis-benchmark, or so many at once that share the clients and commands: rates are added, of latencies the worst counts.
 
     Its own --threads would round the time it took up to its timer's next quarter of a second.
     """
-    argv = [program("redis-benchmark"), *server.where(args.transport), "-c", str(args.clients // at_once), "-n", str(n // at_once),
+    argv = [program("redis-benchmark"), *server.where(transport), "-c", str(args.clients // at_once), "-n", str(n // at_once),
             "-P", str(pipeline), "-r", str(args.keys), "--csv", *command]  # fmt: skip
     before = server.times()
     children = [subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(at_once)]
@@ -256,19 +261,22 @@ def benchmark(server: Server, args: Any, command: list[str], pipeline: int, n: i
     }
 
 
-def by_turns(servers: list[Server], args: Any, at_once: int = 1) -> dict[str, dict[str, Any]]:
+def by_turns(servers: list[Server], args: Any, transport: str, size: int, at_once: int = 1) -> dict[str, dict[str, Any]]:
     """Case -> server -> figure -> median; with every round's rate and CPU per command. A first round more is dropped."""
     result: dict[str, dict[str, Any]] = {}
-    for case, (command, pipeline, n) in commands(args).items():
+    for s in servers:
+        fill(s, args, size)
+    for what, (command, pipeline, n) in commands(args, size).items():
+        case = f"{transport}, {size} bytes, {what}"
         rounds: dict[str, list[dict[str, float]]] = {s.who: [] for s in servers}
         for r in range(args.rounds + 1):
             for s in servers:
-                figures = benchmark(s, args, command, pipeline, n if r else max(at_once, n // 4), at_once)
+                figures = benchmark(s, args, transport, command, pipeline, n if r else max(at_once, n // 4), at_once)
                 if r:
                     rounds[s.who].append(figures)
         result[case] = {who: medians(of) for who, of in rounds.items()}
         for who, of in result[case].items():
-            print(f"{case:17} {who:14} {of['per_s']:10,.0f}/s   p50 {of['p50_ms']:7.3f}  p99 {of['p99_ms']:7.3f} ms   "
+            print(f"{case:34} {who:14} {of['per_s']:10,.0f}/s   p50 {of['p50_ms']:7.3f}  p99 {of['p99_ms']:7.3f} ms   "
                   f"CPU {of['cpu_us']:7.2f} us a command ({100 * of['cpu_share']:.0f} % of a core; others {of['others_cpu_us']:.2f})",
                   flush=True)  # fmt: skip
     return result
@@ -281,7 +289,9 @@ def medians(rounds: list[dict[str, float]]) -> dict[str, Any]:
 
 
 def rates(servers: list[Server], args: Any) -> dict[str, Any]:
-    cases = by_turns(servers, args)
+    cases: dict[str, Any] = {}
+    for transport, size in itertools.product(TRANSPORTS, SIZES):
+        cases |= by_turns(servers, args, transport, size)
     theirs, ours = (s.who for s in servers)
     for of in cases.values():
         of["ours_over_redis"] = {
@@ -293,11 +303,8 @@ def rates(servers: list[Server], args: Any) -> dict[str, Any]:
 def workers(args: Any) -> dict[str, Any]:
     """Ours with more workers over ours with one; two redis-benchmarks at once, since one of them limits two workers."""
     with contextlib.ExitStack() as stack:
-        servers = []
-        for n in (1, args.workers):
-            servers.append(stack.enter_context(started(f"ours, {n}", args.ours_command, args, workers=n)))
-            fill(servers[-1], args)
-        cases: dict[str, Any] = by_turns(servers, args, at_once=2)
+        servers = [stack.enter_context(started(f"ours, {n}", args.ours_command, args, workers=n)) for n in (1, args.workers)]
+        cases: dict[str, Any] = by_turns(servers, args, args.transport, len(VALUE), at_once=2)
         for of in cases.values():
             of["rise"] = round(of[servers[1].who]["per_s"] / of[servers[0].who]["per_s"], 3)
             of["processes that serve"] = {s.who: len(s.serving) for s in servers}
@@ -451,7 +458,7 @@ def main() -> int:
     parser = options(__doc__ or "")
     parser.add_argument("--parts", default="rates,openloop,search", help="of these, with commas (all)")
     parser.add_argument("--ours-command", default=OURS, metavar="COMMAND")
-    parser.add_argument("--transport", choices=("unix", "tcp"), default="unix", help="idle connections are always TCP's")
+    parser.add_argument("--transport", choices=TRANSPORTS, default="unix", help="of openloop, search and --workers")
     parser.add_argument("--size", default="256M", help="of our segment")
     parser.add_argument("--clients", type=int, default=50, help="of redis-benchmark")
     parser.add_argument("--rate", type=float, default=50_000, help="of openloop, requests/s; search begins at its half")
@@ -477,12 +484,12 @@ def main() -> int:
         with contextlib.ExitStack() as stack:
             lines = {"redis-server": REDIS, "ours": args.ours_command}
             servers = [stack.enter_context(started(who, line, args)) for who, line in lines.items()]
-            for s in servers:
-                fill(s, args)
             if "rates" in parts:
                 with neighbours("rates", servers, notes):
                     cases["rates"] = rates(servers, args)
             if parts & {"openloop", "search"}:
+                for s in servers:
+                    fill(s, args)
                 tool = compiled(folder)
                 if "openloop" in parts:
                     with neighbours("openloop", servers, notes):
