@@ -171,7 +171,10 @@ cdef inline int evict_one(seg_t* s, uint32_t cls, uint64_t most, uint64_t until_
         elif kind_of(w) == FREE:
             relist_page(s, page_of(s, addr), cls)
         elif token_of(w) != s.me[0]:
-            if not settle_chunk(s, addr, until_ns):
+            rc = settle_chunk(s, addr, until_ns)
+            if rc == INTR:
+                return INTR
+            if rc == BUSY:
                 busy |= dead(s, token_of(w))        # else it is a write that goes on: nothing to be evicted
     if lowest != 0:
         rc = evict_chunk(s, lowest, cls, False, until_ns)
@@ -206,8 +209,10 @@ cdef inline int empty_chunk(seg_t* s, uint64_t addr, uint32_t cls, uint64_t unti
                 return OK
         elif token_of(w) == s.me[0]:
             return NO_ROOM
-        elif not settle_chunk(s, addr, until_ns):
-            return BUSY
+        else:
+            rc = settle_chunk(s, addr, until_ns)
+            if rc != OK:
+                return rc
     return NO_ROOM
 
 cdef inline int drain_page(seg_t* s, uint64_t p, uint32_t cls, uint64_t until_ns) noexcept nogil:

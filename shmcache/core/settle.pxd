@@ -43,23 +43,24 @@ cdef inline bint late(seg_t* s, uint64_t until_ns) noexcept nogil:
     has taken several stripes waits for each lock for an instant, and for no other stripe: it looks everywhere."""
     return until_ns != 0 and mono_ns() > until_ns and s.holder == 0
 
-cdef inline bint settle_chunk(seg_t* s, uint64_t addr, uint64_t until_ns) noexcept nogil:
-    """Put a dead process's chunk in order. True: the chunk is settled (or was not a dead one's)."""
+cdef inline int settle_chunk(seg_t* s, uint64_t addr, uint64_t until_ns) noexcept nogil:
+    """Put a dead process's chunk in order: OK: it is, or was nobody's. BUSY: its owner lives, or a lock of the dead's chunk is busy. INTR."""
     cdef item_t* it = item_at(s, addr)
     cdef uint64_t w = ld64(&it.word), h, b
-    cdef int kind = kind_of(w), cls
+    cdef int kind = kind_of(w), cls, rc
     cdef uint32_t index = 0
     cdef stripe_t* st
     if (kind != RESERVED and kind != RETIRED and kind != KEPT) or token_of(w) == s.me[0]:
-        return True
+        return OK
     #~ settle: word loaded
     if not dead(s, token_of(w)):
-        return False
+        return BUSY
     h = ld64(&it.hash)
     b = bucket_of(s, h)
     st = stripe_of(s, b)
-    if stripe_take(s, st, until_ns) != OK:
-        return False
+    rc = stripe_take(s, st, until_ns)
+    if rc != OK:
+        return rc
     if ld64(&it.word) == w and ld64(&it.hash) == h and slot_naming(s, b, addr) != NULL:
         if kind != RETIRED:                                 # R2
             bump(s, b)
@@ -73,7 +74,8 @@ cdef inline bint settle_chunk(seg_t* s, uint64_t addr, uint64_t until_ns) noexce
             big_free_item_pages(s, addr, 0)                 # now, without the stripe, and give it away. Else they would name as their
                                                             # head what lives here next
         cls = chunk_class(s, addr, &index)
-        if cls >= 0 and class_take(s, cls, within(until_ns, INNER_NS)) == OK:
+        rc = class_take(s, cls, within(until_ns, INNER_NS)) if cls >= 0 else OK
+        if cls >= 0 and rc == OK:
             if chunk_class(s, addr, &index) == cls and ld64(&it.hash) == h and \
                     cas64(&it.word, w, word_of(RETIRED, s.me[0])):
                 #! settle: claimed
@@ -84,7 +86,7 @@ cdef inline bint settle_chunk(seg_t* s, uint64_t addr, uint64_t until_ns) noexce
                 add64(&s.row.repairs[REPAIRED_CHUNK], 1)
             class_release(s, cls)
     stripe_release(s, st)
-    return True
+    return rc
 
 cdef inline int settle_big_page(seg_t* s, uint64_t p, uint64_t w, uint64_t until_ns) noexcept nogil:
     """w: the page's word, by which it was seen to be a big value's. It is not loaded again: what it says now may be of a page of items."""

@@ -588,8 +588,8 @@ cdef inline int place_locked(seg_t* s, put_t* op, uint64_t b, found_t* f, uint64
             return rc           # the pool may have one: come again with time to wait
     if f.slot == NULL:
         find_dull_locked(s, b, f)
-        if f.dull == NULL:
-            return NO_ROOM
+        if f.dull == NULL:      # nothing but claims: the pool may have room for one more
+            return BUSY if rc == BUSY else NO_ROOM
         f.slot = f.dull
         add64(&s.row.chain_evictions, 1)
         add64(&s.row.inline_evictions, 1)

@@ -75,6 +75,19 @@ def living(cache):
         os.waitpid(holder, 0)
 
 
+def held_by_claims(cache):
+    """All the room that is left is given to claims, which are not evicted. Returns: these."""
+    claims, i, refused = [], 0, 0
+    while refused < 10:  # in a row
+        i += 1
+        try:
+            claims.append(cache.claim(b"claim %d" % i, 1000.0))
+            refused = 0
+        except CapacityError:
+            refused += 1
+    return claims
+
+
 def settled(place):
     _sweep.settle(place.cache)
     assert place.cache.verify() == []
@@ -329,14 +342,7 @@ def test_who_is_in_the_way_is_said(make, left):
     with living(cache) as token:
         seg.stripes["word"][stripes] = token
         cache.lock_limit = 0.001
-        claims, i, refused = [], 0, 0
-        while refused < 10:  # in a row; claims are not evicted
-            i += 1
-            try:
-                claims.append(cache.claim(b"claim %d" % i, 1000.0))
-                refused = 0
-            except CapacityError:
-                refused += 1
+        claims = held_by_claims(cache)
         cache.lock_limit = 0.2
         seg.refs[:] = 0
         for i in range(3):
@@ -348,6 +354,52 @@ def test_who_is_in_the_way_is_said(make, left):
             cache.set(b"new", value)
             break
     assert cache.get(b"new") == value
+    _sweep.settle(cache)
+
+
+def test_an_overflow_lock_that_is_in_the_way_is_said(make):
+    """A chain has nothing but claims, and whether there is a bucket more nobody can see: StripeBusy, not that there is no room."""
+    cache = make("64M", lock_limit=0.05)
+    with living(cache) as token:
+        cache.views(writable=True).header["overflow_word"] = token
+        with pytest.raises(StripeBusy):
+            for i in range(1_000_000):
+                cache.claim(b"claim %d" % i, 1000.0)
+    cache.claim(b"claim %d" % i, 1000.0)
+
+
+def test_a_signal_is_heard_among_chunks_of_the_dead(make):
+    """Each of them has its stripe in the hand of a living process that does not run."""
+    cache = make("4M", lock_limit=0.2)
+    before = cache.views().stripes["count"].copy()
+    cache.set(b"n0", bytes(30_000))
+    cache.set(b"n1", bytes(30_000))
+    seg = cache.views(writable=True)
+    stripes = np.flatnonzero(seg.stripes["count"] != before)
+    cls = next(i for i, c in enumerate(cache.stats()["slab_classes"]) if c["live"])
+    pages = np.flatnonzero((seg.pages["cls"] & 0xFFFF) == cls)
+    seg.items(cls)["word"][pages] = RETIRED << 56 | DEAD
+
+    def handler(signum, frame):
+        raise TimeoutError
+
+    with living(cache) as token:
+        seg.stripes["word"][stripes] = token
+        cache.lock_limit = 0.001
+        claims = held_by_claims(cache)
+        cache.lock_limit = 30.0
+        former = signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, 0.2, 0.2)  # one that comes between two slices of the wait is not heard
+        began = time.monotonic()
+        try:
+            with pytest.raises(TimeoutError):
+                cache.set(b"new", bytes(30_000))
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, former)
+        assert time.monotonic() - began < 15.0
+    del claims, seg
+    cache.lock_limit = 0.2
     _sweep.settle(cache)
 
 
