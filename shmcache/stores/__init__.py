@@ -96,9 +96,10 @@ class Store(Protocol):
 
 
 def masked(text: str) -> str:
-    """A text with the passwords of the urls in it replaced by ***. Of a text that is only like an url rather more is replaced."""
-    text = re.sub(r"(://[^:/@\s]*:)\S{0,4000}@", r"\1***@", text)
-    return re.sub(r"(?i)([?&][\w-]*password=)[^&\s]*", r"\1***", text)
+    """A text with the passwords of the urls and connection strings in it replaced by ***. Of a text that is only like one rather more is
+    replaced."""
+    text = re.sub(r"(://[^:/@\s]*:)(?:\S{0,4000}@|[^\n]{0,200}@)", r"\1***@", text)  # with spaces in it if it is none without
+    return re.sub(r"(?i)((?:[?&;\s]|%3B|^)[\w-]*(?:password|passwd|pwd)(?:=|%3D))(?:'[^'\n]*'|(?:(?!%3B)[^&;\s])*)", r"\1***", text)
 
 
 def opened(spec: str, table: str | None = None) -> Store:

@@ -1271,7 +1271,9 @@ def test_what_is_wrong_with_a_url_is_said_without_its_password(spec):
         ("postgresql://u:p@host/x", "postgresql://u:***@host/x"), ("--store postgresql://u:p@ss/w:@host/x --quiet", "--store postgresql://u:***@host/x --quiet"),
         ("postgresql://:p@host", "postgresql://:***@host"), ("x://host/?Password=p&a=1 b", "x://host/?Password=***&a=1 b"),
         ("x://h?a=1&sslpassword=p", "x://h?a=1&sslpassword=***"), ("sqlite:////a/b.db", "sqlite:////a/b.db"), ("postgresql://u@host:5432/x", "postgresql://u@host:5432/x"),
-        ("module:function a@b", "module:function a@b"),
+        ("module:function a@b", "module:function a@b"), ("no x://u:my pass w@ord@host/x there", "no x://u:***@host/x there"), ("x://h?passwd=p;a=1", "x://h?passwd=***;a=1"),
+        ("x://h:1/\ny@z", "x://h:1/\ny@z"), ("x://h?odbc_connect=UID%3Du%3BPWD%3Dp%3Ba%3D1", "x://h?odbc_connect=UID%3Du%3BPWD%3D***%3Ba%3D1"),
+        ("Driver=x;Uid=u;Pwd=p;A=1", "Driver=x;Uid=u;Pwd=***;A=1"), ("x://h?ssl_key_password=p w", "x://h?ssl_key_password=*** w"), ("dsn: user=u password='p q' host=h", "dsn: user=u password=*** host=h"),
     ],
 )  # fmt: skip
 def test_the_passwords_in_a_text_are_masked(text, shown):
