@@ -6,7 +6,8 @@
 
 An input is what one new connection sends, most often a pipeline, in one read or in several; some connections are open at a time, and their
 reads come in turns. Inputs are made of the grammar of grammar.py and of commands that it leaves out, then most of them are damaged: bits
-flipped, lengths lied about, parts cut, doubled, put in; some are inline commands, some are random bytes. Each batch has a segment of its own,
+flipped, lengths lied about, parts cut, doubled, put in; some are inline commands, some are random bytes, some are scripts: calls of every
+function that a script can reach, with false lengths and numbers at limits. Each batch has a segment of its own,
 so that an input is made by its seed and number alone, and found again with its batch. With PYTHONMALLOC=malloc the sanitizers see the bounds
 of small Python objects, too, for half as much time again.
 
@@ -70,6 +71,21 @@ WORDS = [*KEYS, *NUMBERS, *grammar.FLOATS, *grammar.NO_FLOATS, *grammar.JUNK, *g
 DUMPS = [b"\0\xc3\t@d\1aa\xe0W\0\1aa\n\0\xe8\xa3\xb5\7\xb0m\xf2q", b"\0\xc0{\n\0H\xe2S\xe1\0zg\xb9", b"\0\xc3\xc1\xff\xff\xff\xff" + bytes(12)]
 NAMES = [name.encode() for name in commands.TABLE]
 RARE = {"keys", "info", "command", "hello", "flushall", "flushdb", "shutdown", "quit", "monitor", "client", "config", "lcs"}  # costly, or end others' work
+FUNCTIONS = (
+    b"assert collectgarbage error getfenv getmetatable ipairs load loadstring next pairs pcall rawequal rawget rawset select setfenv setmetatable tonumber tostring type unpack xpcall "
+    b"string.byte string.char string.dump string.find string.format string.gmatch string.gsub string.len string.lower string.match string.rep string.reverse string.sub string.upper "
+    b"table.concat table.foreach table.foreachi table.getn table.insert table.maxn table.remove table.setn table.sort "
+    b"math.abs math.ceil math.exp math.floor math.fmod math.frexp math.ldexp math.log math.max math.min math.modf math.pow math.random math.randomseed math.sqrt "
+    b"bit.arshift bit.band bit.bnot bit.bor bit.bswap bit.bxor bit.lshift bit.rol bit.ror bit.rshift bit.tobit bit.tohex cjson.encode cjson.decode "
+    b"coroutine.create coroutine.resume coroutine.running coroutine.status coroutine.wrap coroutine.yield "
+    b"redis.call redis.pcall redis.error_reply redis.status_reply redis.sha1hex redis.log redis.setresp redis.acl_check_cmd redis.set_repl"
+).split()  # fmt: skip
+VALUES = (
+    b"nil true false 0 1 -1 2 255 256 0/0 1/0 -1/0 2^31 2^31-1 -2^31 2^32 2^53 2^63 1e300 0.5 '' 'a' '-1' '\\0' '%' '%1' '%b()' '(.-)%1' '[^' '.-b' '%s%d%q' '[1,{' '{\"a\":1}' {} {1,2,3} {err='x'} "
+    b"{ok='x\\r\\n'} {n=1e9} {[2^30]=1} {double=1} KEYS ARGV KEYS[1] ARGV[1] t s big _G string print tostring f co t.t"
+).split()  # fmt: skip
+BEFORE = (b"local t = {} for i = 29, 0, -1 do t[2 ^ i] = 1 end t.t = t local s, big = ('x'):rep(300), ('ab'):rep(40000) "
+          b"local function f(...) return ... end local co = coroutine.create(f) ")  # fmt: skip
 LENGTH = re.compile(rb"(?<=[*$])-?\d{1,20}(?=\r\n)")
 
 OTHERS = [grammar.c(*words.split()) for words in (
@@ -84,6 +100,7 @@ OTHERS = [grammar.c(*words.split()) for words in (
     "AUTH default secret", "AUTH other secret", "HELLO 3 AUTH default secret SETNAME n", "HELLO 2 AUTH default wrong", "RESET", "QUIT", "MULTI", "EXEC",
     "ACL SETUSER bob on nopass ~k* %R~h* &a* +@all -@dangerous +select|0", "ACL SETUSER bob resetkeys -get", "AUTH bob x", "AUTH bob x", "ACL DELUSER bob",
     "ACL SETUSER default off", "ACL LIST", "ACL GETUSER bob", "ACL CAT read", "ACL LOG", "ACL LOG RESET", "ACL DRYRUN bob GET k1", "ACL WHOAMI", "ACL SAVE",
+    "SCRIPT FLUSH", "SCRIPT FLUSH ASYNC", "SCRIPT EXISTS 0 da39a3ee5e6b4b0d3255bfef95601890afd80709", "SCRIPT KILL", "EVALSHA da39a3ee5e6b4b0d3255bfef95601890afd80709 0",
 )]  # fmt: skip
 
 
@@ -97,6 +114,7 @@ class Maker:
         self.corpus += [encode(rng.choice(OTHERS)) for _ in range(12)]
         names = [rng.choice(NAMES) for _ in range(60)]
         self.corpus += [encode((name, *rng.choices(WORDS, k=rng.choice((0, 1, 1, 2, 2, 3, 4, 6))))) for name in names if self.often_enough(name)]
+        self.corpus += [encode(self.script()) for _ in range(12)]
         self.large = [self.of_a_limit() for _ in range(10)]
 
     def grammars(self, seed: int, batch: int) -> Iterator[tuple[grammar.Command, bytes | None]]:
@@ -113,6 +131,28 @@ class Maker:
 
     def word_of_a_dump(self, command: grammar.Command) -> grammar.Command:
         return tuple(self.rng.choice(DUMPS) if word == grammar.DUMPED else word for word in command)
+
+    def script(self) -> grammar.Command:
+        """Of some calls. A script that is run again has learnt nothing."""
+        rng, lines = self.rng, [BEFORE]
+        for _ in range(rng.choice((1, 2, 4, 8))):
+            called = rng.choice(FUNCTIONS)
+            if called in (b"redis.call", b"redis.pcall") or rng.random() < 0.3:
+                words = rng.choice([rng.choice(OTHERS), (rng.choice(NAMES), *rng.choices(WORDS, k=rng.choice((0, 1, 2, 3))))])
+                given = [b"'" + b"".join(b"\\%03d" % c for c in word[:300]) + b"'" for word in words]
+                called = rng.choice((b"redis.call", b"redis.pcall"))
+            else:
+                given = rng.choices(VALUES, k=rng.choice((0, 1, 1, 2, 2, 3, 4)))
+            call = b", ".join((called, *given))
+            lines.append(rng.choice((
+                b"local ok, r = pcall(%b) ", b"t[#t + 1] = {pcall(%b)} ", b"for i = 1, 30 do pcall(%b) end ", b"coroutine.wrap(function() return pcall(%b) end)() ",
+                b"local r = select(2, pcall(%b)) t.r = r ", b"xpcall(function() return pcall(%b) end, f) ",
+            )) % call)  # fmt: skip
+        lines.append(rng.choice((b"", b"return 1", b"return t", b"return s", b"return {t, s}", b"return pcall(f, t)", b"error(t)", b"error(s)", b"return t.r", b"while true do end")))
+        if rng.random() < 0.1:
+            return grammar.c("SCRIPT", "LOAD", b"".join(lines))
+        keys = rng.choices(KEYS, k=rng.choice((0, 1, 1, 2)))
+        return grammar.c(rng.choice(("EVAL", "EVAL", "EVAL_RO")), b"".join(lines), len(keys), keys, rng.choices(WORDS, k=rng.choice((0, 1, 2))))
 
     def of_a_limit(self) -> bytes:
         """Near what a value, a key, a reply, or the number of arguments may have."""
@@ -246,7 +286,7 @@ class Batch:
         self.maker = Maker(self.seed, batch, locked)
         cache = shmcache.create(name, "4M", max_value=MAX_VALUE, stripes=64, max_processes=4)
         try:
-            self.server = server = InProcess(name, {"databases": "4", **({"requirepass": PASSWORD.decode()} if locked else {})})
+            self.server = server = InProcess(name, {"databases": "4", "lua-time-limit": "20", **({"requirepass": PASSWORD.decode()} if locked else {})})
             server.executor.most_pending = MOST_PENDING
             self.settings, self.users = dict(server.settings), dict(server.users)
             self.serve(n, show)
