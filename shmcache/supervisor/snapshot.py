@@ -85,9 +85,10 @@ def _nobody(done: int, total: int) -> None:
 
 
 def step_back(nice: int) -> None:
-    """Let this thread, from here on, have less of the processors than the workers that want them."""
+    """Let this thread, from here on, have less of the processors than the workers that want them. It never gets more than it had."""
+    thread = threading.get_native_id()
     with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
+        os.setpriority(os.PRIO_PROCESS, thread, max(nice, os.getpriority(os.PRIO_PROCESS, thread)))
 
 
 # ---- writing ------------------------------------------------------------------------------------------------------------------------

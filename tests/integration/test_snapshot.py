@@ -825,3 +825,19 @@ def test_a_data_directory_is_made_and_let_go(tmp_path):
     with datadir.take(tmp_path / "a" / "b"):
         pass
     shutil.rmtree(tmp_path / "a")
+
+
+@pytest.mark.parametrize("nice, then", [(0, 10), (15, 15)])
+def test_a_thread_that_steps_back_gets_no_more_than_it_had(nice, then):
+    had = []
+
+    def go():
+        thread = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, thread, nice)
+        snapshot.step_back(10)
+        had.append(os.getpriority(os.PRIO_PROCESS, thread))
+
+    thread = threading.Thread(target=go)
+    thread.start()
+    thread.join()
+    assert had == [then]
