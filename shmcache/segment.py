@@ -139,6 +139,7 @@ def _sections(fixed: dict[str, int], n_pages: int) -> dict[str, int]:
     sections = {
         "rows": fixed["n_rows"] * size_of["row"],
         "stripes": fixed["n_stripes"] * size_of["stripe"],
+        "databases": fixed["n_stripes"] * size_of["databases"],
         "classes": fixed["n_classes"] * size_of["class"],
         "pages": n_pages * size_of["page"],
         "refs": slab_bytes >> 7,
@@ -608,6 +609,11 @@ class Segment:
     def stripes(self) -> np.ndarray[Any, Any]:
         """(n_stripes,) stripes."""
         return self._section("stripe", "n_stripes", "stripes")
+
+    @property
+    def databases(self) -> np.ndarray[Any, Any]:
+        """(n_stripes,) what each stripe counts of the sidecar's databases."""
+        return self._section("databases", "n_stripes", "databases")
 
     @property
     def classes(self) -> np.ndarray[Any, Any]:

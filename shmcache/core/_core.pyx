@@ -33,9 +33,9 @@ from shmcache.core.envelope cimport (
     TAKE_EARLY, TAKE_STALE, envelope_open, envelope_t)
 from shmcache.core.dirty cimport any_dirty, writes_back
 from shmcache.core.layout cimport (
-    BATCH_CLASSES, BATCH_SLOTS, CLS_POOL, CONFIG_BYTES, FLAG_CLAIM, FLAG_COPY_TTL, FLAG_LOCK, FLAG_WRITING, LAYOUT_VERSION, LOG_ALWAYS, LOG_OFF, MAX_CLASSES, MAX_KEY, MAX_ROWS, MIN_CHUNK,
+    BATCH_CLASSES, BATCH_SLOTS, CLS_POOL, CONFIG_BYTES, DATABASES, FLAG_CLAIM, FLAG_COPY_TTL, FLAG_LOCK, FLAG_WRITING, LAYOUT_VERSION, LOG_ALWAYS, LOG_OFF, MAX_CLASSES, MAX_KEY, MAX_ROWS, MIN_CHUNK,
     NAMESPACES_FIRST, PARKED_SLOTS, POLICY_BACK, VERSIONS_SHIFT,
-    bucket_t, class_t, header_t, item_t, lock_t, overflow_t, page_t, pool_t, ring_t,
+    bucket_t, class_t, databases_t, header_t, item_t, lock_t, overflow_t, page_t, pool_t, ring_t,
     row_t, seg_t, stripe_t)
 from shmcache.core.lock cimport wait_until
 from shmcache.core.ring cimport log_t, record_room, ring_of, ring_release, ring_secure, ring_wait, wake_drainer
@@ -142,7 +142,7 @@ cdef uint64_t DURABLE_WAIT_NS = 10000000000     # for an fsync
 
 cdef uint32_t ABI = <uint32_t>(1 << 8 | sizeof(void*) * 8)
 
-CONSTANTS = {"row": sizeof(row_t), "header": sizeof(header_t), "stripe": sizeof(stripe_t), "class": sizeof(class_t),
+CONSTANTS = {"row": sizeof(row_t), "header": sizeof(header_t), "stripe": sizeof(stripe_t), "databases": sizeof(databases_t), "class": sizeof(class_t),
                "page": sizeof(page_t), "bucket": sizeof(bucket_t), "overflow": sizeof(overflow_t), "item": sizeof(item_t), "ring": sizeof(ring_t),
                "max_rows": MAX_ROWS, "versions_shift": VERSIONS_SHIFT, "max_classes": MAX_CLASSES, "max_key": MAX_KEY, "min_chunk": MIN_CHUNK,
                "config": CONFIG_BYTES, "layout_version": LAYOUT_VERSION, "abi": ABI}
@@ -271,6 +271,7 @@ def layout():
     cdef header_t* h = NULL
     cdef row_t* r = NULL
     cdef stripe_t* t = NULL
+    cdef databases_t* d = NULL
     cdef class_t* c = NULL
     cdef pool_t* o = NULL
     cdef page_t* p = NULL
@@ -321,12 +322,12 @@ def layout():
             ("log_epoch", <size_t>&h.log_epoch, "<u8", 1), ("log_bell", <size_t>&h.log_bell, "<u4", 1),
             ("snapshot_begun_ms", <size_t>&h.snapshot_begun_ms, "<u8", 1), ("unnoted", <size_t>&h.unnoted, "<u8", 1), ("dirty_off", <size_t>&h.dirty_off, "<u8", 1),
             ("dirty_bytes", <size_t>&h.dirty_bytes, "<u8", 1), ("dirty_limit", <size_t>&h.dirty_limit, "<u8", 1),
-            ("version_base", <size_t>&h.version_base, "<u8", 1),
+            ("version_base", <size_t>&h.version_base, "<u8", 1), ("databases_off", <size_t>&h.databases_off, "<u8", 1),
             ("dirty", <size_t>&h.dirty, "<u8", 1), ("flushes_asked", <size_t>&h.flushes_asked, "<u8", 1),
             ("flushes_ended", <size_t>&h.flushes_ended, "<u8", 1), ("flushed_ms", <size_t>&h.flushed_ms, "<u8", 1),
             ("flush_failed_ms", <size_t>&h.flush_failed_ms, "<u8", 1), ("flush_refused", <size_t>&h.flush_refused, "<u8", 1),
             ("oldest_dirty_ms", <size_t>&h.oldest_dirty_ms, "<u8", 1), ("restored_from", <size_t>&h.restored_from, "<u8", 1), ("log_number", <size_t>&h.log_number, "<u8", 1),
-            ("log_bytes", <size_t>&h.log_bytes, "<u8", 1)]),
+            ("log_bytes", <size_t>&h.log_bytes, "<u8", 1), ("newest", <size_t>&h.newest, "<u4", DATABASES)]),
         "ring": (sizeof(ring_t), [
             ("head", <size_t>&g.head, "<u8", 1), ("drained", <size_t>&g.drained, "<u8", 1), ("durable", <size_t>&g.durable, "<u8", 1),
             ("bell", <size_t>&g.bell, "<u4", 1)]),
@@ -350,7 +351,9 @@ def layout():
         "stripe": (sizeof(stripe_t), [
             ("word", <size_t>&t.lock.word, "<u8", 1), ("stalled", <size_t>&t.lock.stalled, "<u8", 1), ("bell", <size_t>&t.lock.bell, "<u4", 1),
             ("seq", <size_t>&t.seq, "<u8", 1), ("old", <size_t>&t.old, "<u8", 1), ("new", <size_t>&t.new, "<u8", 1),
-            ("count", <size_t>&t.count, "<u8", 1), ("count_next", <size_t>&t.count_next, "<u8", 1)]),
+            ("count", <size_t>&t.count, "<u8", 1), ("count_next", <size_t>&t.count_next, "<u8", 1),
+            ("turn", <size_t>&t.turn, "<u8", 1), ("others", <size_t>&t.others, "<u8", 1), ("expiring", <size_t>&t.expiring, "<u8", 1)]),
+        "databases": (sizeof(databases_t), [("tag", <size_t>&d.tag, "<u4", DATABASES), ("n", <size_t>&d.n, "<u4", DATABASES), ("expiring", <size_t>&d.expiring, "<u4", DATABASES)]),
         "class": (sizeof(class_t), [
             ("word", <size_t>&c.lock.word, "<u8", 1), ("stalled", <size_t>&c.lock.stalled, "<u8", 1), ("bell", <size_t>&c.lock.bell, "<u4", 1),
             ("chunk_bytes", <size_t>&c.chunk_bytes, "<u4", 1), ("page_in_hand", <size_t>&c.page_in_hand, "<u4", 1),
@@ -427,7 +430,7 @@ def format_segment(int fd, dict g, list chunk_bytes, bytes boot_id, bytes hash_k
         h.n_rows = g["n_rows"]; h.n_stripes = g["n_stripes"]; h.n_classes = g["n_classes"]; h.page_shift = g["page_shift"]
         h.n_pages = g["n_pages"]; h.n_buckets = g["n_buckets"]; h.n_overflow = g["n_overflow"]
         h.refs_bytes = g["refs_bytes"]; h.sketch_bytes = g["sketch_bytes"]; h.rings_bytes = g["rings_bytes"]
-        h.rows_off = g["rows_off"]; h.stripes_off = g["stripes_off"]; h.classes_off = g["classes_off"]
+        h.rows_off = g["rows_off"]; h.stripes_off = g["stripes_off"]; h.databases_off = g["databases_off"]; h.classes_off = g["classes_off"]
         h.pages_off = g["pages_off"]; h.refs_off = g["refs_off"]; h.sketch_off = g["sketch_off"]
         h.buckets_off = g["buckets_off"]; h.overflow_off = g["overflow_off"]; h.rings_off = g["rings_off"]
         h.slab_off = g["slab_off"]
@@ -680,6 +683,7 @@ cdef class Mapping:
         s.header = h
         s.rows = <row_t*>(s.base + h.rows_off)
         s.stripes = <stripe_t*>(s.base + h.stripes_off)
+        s.databases = <databases_t*>(s.base + h.databases_off)
         s.classes = <class_t*>(s.base + h.classes_off)
         s.pages = <page_t*>(s.base + h.pages_off)
         s.refs = s.base + h.refs_off
@@ -713,8 +717,8 @@ cdef class Mapping:
             s.page_chunks[i] = <uint32_t>(s.page_bytes // classes[i].chunk_bytes)
 
     cdef bint geometry_sound(self, header_t* h, uint64_t size):
-        cdef uint64_t off[11]
-        cdef uint64_t need[11]
+        cdef uint64_t off[12]
+        cdef uint64_t need[12]
         cdef class_t* classes
         cdef uint32_t i, last = 0
         if not (0 < h.n_rows <= MAX_ROWS and 0 < h.n_classes <= MAX_CLASSES and 0 < h.n_stripes <= 65536):
@@ -730,12 +734,12 @@ cdef class Mapping:
             return False
         if h.n_pages >> 32 or h.n_buckets == 0 or h.n_buckets >> 32 or h.n_overflow == 0 or h.n_overflow >> 31:
             return False
-        off = [h.rows_off, h.stripes_off, h.classes_off, h.pages_off, h.refs_off, h.sketch_off, h.buckets_off, h.overflow_off,
+        off = [h.rows_off, h.stripes_off, h.databases_off, h.classes_off, h.pages_off, h.refs_off, h.sketch_off, h.buckets_off, h.overflow_off,
                h.dirty_off, h.rings_off, h.slab_off]
-        need = [h.n_rows * sizeof(row_t), h.n_stripes * sizeof(stripe_t), h.n_classes * sizeof(class_t),
+        need = [h.n_rows * sizeof(row_t), h.n_stripes * sizeof(stripe_t), h.n_stripes * sizeof(databases_t), h.n_classes * sizeof(class_t),
                 h.n_pages * sizeof(page_t), (h.n_pages << h.page_shift) >> 7, h.sketch_bytes, h.n_buckets * sizeof(bucket_t),
                 h.n_overflow * sizeof(overflow_t), h.dirty_bytes, h.rings_bytes, h.n_pages << h.page_shift]
-        for i in range(11):
+        for i in range(12):
             if off[i] & 63 or off[i] < sizeof(header_t) or off[i] > size or need[i] > size - off[i]:
                 return False
             if i and off[i] < off[i - 1] + need[i - 1]:

@@ -28,13 +28,14 @@ from shmcache.core.bucket cimport bucket_of, pthread_self, stripe_of, stripe_rel
 from shmcache.core.clock cimport now_ms
 from shmcache.core.envelope cimport CODEC_ENVELOPE, STATE_FRESH, STATE_NEGATIVE, STATE_STALE, envelope_open, envelope_t
 from shmcache.core.dirty cimport writes_back
-from shmcache.core.layout cimport FLAG_COPY_TTL, FLAG_RAW, MAX_KEY, NAMESPACES_FIRST, POLICY_BACK, SLOTS, bucket_t, seg_t
+from shmcache.core.layout cimport DATABASES, FLAG_COPY_TTL, FLAG_RAW, MAX_KEY, NAMESPACES_FIRST, POLICY_BACK, SLOTS, bucket_t, seg_t
 from shmcache.core.lock cimport wait_until
 from shmcache.core.number cimport shm_digits, shm_number
 from shmcache.core.ring cimport log_t, ring_of
 from shmcache.core.siphash cimport siphash13
+from shmcache.core.sizes cimport size_in, sized_t
 from shmcache.core.table cimport (
-    ALWAYS, IF_ABSENT, IF_PRESENT, IF_VERSION, LARGE_COPY, RESTARTS, envelope_state, next_keys, prefetch_item, put_t, read_begin, read_copy, read_end, read_t)
+    ALWAYS, IF_ABSENT, IF_PRESENT, IF_VERSION, LARGE_COPY, RESTARTS, count_items, envelope_state, next_keys, prefetch_item, put_t, read_begin, read_copy, read_end, read_generation, read_t)
 from shmcache.core.token cimport ABSENT, BUSY, EXISTS, INTR, NO_ROOM, NO_STORE, OK, OVERFLOW, mono_ns, wall_ns
 
 import threading
@@ -124,6 +125,7 @@ cdef enum:
     F_WRITE = 8
     F_PUSHES = 32       # what it sends are pushes: not held back by CLIENT REPLY OFF
     F_FREE = 16         # also while the connection is being asked nothing else (CLIENT REPLY, RESET, QUIT)
+COUNTED = DATABASES             # so many databases, from the first on, know their sizes
 FLAGS = {"no_auth": F_NOAUTH, "in_multi": F_IN_MULTI, "in_pubsub": F_IN_PUBSUB, "write": F_WRITE, "free": F_FREE, "pushes": F_PUSHES}
 
 ctypedef struct name_t:
@@ -630,6 +632,55 @@ cdef class Executor:
         if n > N_ASIDE and key[0] == 0 and memcmp(key, PyBytes_AS_STRING(ASIDE), 5) == 0:
             return None
         return PyBytes_FromStringAndSize(<char*>key, <Py_ssize_t>n)
+
+    # -- sizes
+
+    def size(self):
+        """(items of the database in use, those of them that expire): of one of the first 16, by the stripes' counts. As len() of a cache, with what
+        has expired and is not taken out yet. Raises: WouldWait, StripeBusy."""
+        cdef uint32_t generation = 0
+        if self.db:
+            memcpy(&generation, self.named + self.n_prefix - 8, 4)
+        return self.size_of(self.db, generation, True)
+
+    def sizes(self):
+        """{database: as size()} of those of the first 16 that have a key. Of a stripe that a process holds as it changes its counts: what they say."""
+        cdef seg_t* s = self.table.ready()
+        cdef uint8_t key[9]
+        cdef uint64_t generation = 0
+        cdef tuple first = self.size_of(0, 0, False)
+        cdef dict found = {0: first if self.databases > 1 else (count_items(s), first[1])}
+        cdef int d
+        memcpy(key, <const char*>b"\0ns\0db:", 7)
+        for d in range(1, min(self.databases, <int>DATABASES)):
+            if read_generation(s, key, 7 + shm_digits(<char*>key + 7, d), &generation) == OK:
+                found[d] = self.size_of(d, <uint32_t>generation, False)
+        return {d: size for d, size in found.items() if size[0]}
+
+    cdef tuple size_of(self, int d, uint32_t generation, bint exact):
+        cdef seg_t* s = self.table.ready()
+        cdef bint waits = not (exact and self.table.impatient)
+        cdef sized_t size
+        cdef uint64_t items = 0, expiring = 0, until = 0
+        cdef uint32_t i
+        cdef int rc
+        for i in range(s.n_stripes):
+            rc = size_in(s, i, d, generation, waits, 0, &size)
+            while rc != OK and exact:
+                if self.table.impatient:
+                    raise WouldWait
+                until = until or wait_until(s)
+                with nogil:
+                    rc = size_in(s, i, d, generation, True, until, &size)
+                if rc == INTR:
+                    PyErr_CheckSignals()
+                    if s.me[0] == 0:
+                        self.mapping.revive()
+                elif rc != OK:
+                    raise errors.StripeBusy("a living process holds a lock that this call needs and does not run: try again")
+            items += size.items
+            expiring += size.expiring
+        return items, expiring
 
     # -- all keys
 

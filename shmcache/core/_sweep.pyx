@@ -25,6 +25,7 @@ Invariants, by the numbers that verify() reports. They hold for whoever holds th
     I20  the header still says what it said when this process attached                                   (none)
     I21  a page's row says free, being cut, of a class, or of a big value, and its class fits            (page pool)
     I22  the map has the bit of every dirty item (dirty.pxd, D2)                                         (stripe; looked at five times)
+    I23  a stripe whose turn is even counts the items of databases (databases.pxd, C1 to C3)             (stripe)
 """
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_CheckSignals
@@ -40,12 +41,13 @@ from shmcache.core.big cimport big_lists, big_owns, big_shape, big_t
 from shmcache.core.bucket cimport (
     ADDR_MASK, MAX_HOPS, bucket_of, bump, chain_first, chain_next, chain_t, overflow_push_locked, overflow_repair, overflow_take, slot_naming, stripe_of, stripe_release, stripe_take, version_of)
 from shmcache.core.layout cimport (
-    BATCH_CLASSES, BATCH_SLOTS, CLS_BIG, CLS_POOL, FLAG_BIG, FLAG_DIRTY, MAX_KEY, MAX_REFS, OV_SLOTS, REFS_SHIFT, PARKED_SLOTS, POLICY_BACK, MIN_CHUNK, class_t, item_t, overflow_t, page_t, seg_t, stripe_t)
+    BATCH_CLASSES, BATCH_SLOTS, CLS_BIG, CLS_POOL, DATABASES, FLAG_BIG, FLAG_DIRTY, MAX_KEY, MAX_REFS, OV_SLOTS, REFS_SHIFT, PARKED_SLOTS, POLICY_BACK, MIN_CHUNK, class_t, databases_t, item_t, overflow_t, page_t, seg_t, stripe_t)
 from shmcache.core.dirty cimport dirty_bit
 from shmcache.core.clock cimport evict_chunk, evict_one, give_page, seems_stale, take_page
 from shmcache.core.lock cimport lock_release, lock_take, shm_ring, shm_sleep, wait_until
 from shmcache.core.settle cimport in_chain, settle_chunk, settle_overflow, settle_page, settle_pages
 from shmcache.core.siphash cimport siphash13
+from shmcache.core.sizes cimport census_t, in_epoch, take_census
 from shmcache.core.slab cimport (
     chunk_addr, chunk_class, chunk_free_list, cls_mark, chunk_push_locked, class_release, class_repair, class_take, in_slab, item_at, page_cls, page_in_class, page_room, pool_push_locked, pool_repair, pool_take, rebuild_page_locked,
     refs_of, value_offset, avail_push_locked)
@@ -84,7 +86,7 @@ cdef enum:
     MOST_IN_CHAIN = 512     # 7 slots, and 64 hops of 6
 
 cdef enum:                  # of TEXTS
-    V_COUNT, V_CHAIN_END, V_CHAIN, V_ADDRESS, V_KIND, V_TAG, V_BUCKET, V_VERSION, V_SIZE, V_HASH, V_TWICE, V_BIG_PAGE, V_REFS, V_LOST, V_KEPT, V_DIRTY
+    V_COUNT, V_CHAIN_END, V_CHAIN, V_ADDRESS, V_KIND, V_TAG, V_BUCKET, V_VERSION, V_SIZE, V_HASH, V_TWICE, V_BIG_PAGE, V_REFS, V_LOST, V_KEPT, V_DIRTY, V_OTHERS, V_ITEMS, V_EXPIRING, V_NEWEST
     V_HEAD_ADDRESS, V_HEAD, V_RING, V_AVAIL_END, V_LISTS, V_NO_RING, V_NO_AVAIL, V_ON_AVAIL, V_CLASS_FREE, V_FREE_END, V_FREE_TWICE, V_FREE_KIND
     V_FREE_COUNT, V_POOL_KIND, V_POOL, V_OVERFLOW_USED, V_OVERFLOW, V_ROW, V_HEADER, V_CHUNK_BYTES
 
@@ -105,6 +107,10 @@ TEXTS = (
     "I9 page {0} chunk {1}: LIVE, and no slot of bucket {2} names it",
     "I19 page {0} chunk {1}: KEPT by row {2}, none of whose slots names it",
     "I22 page {0} chunk {1}: dirty, and the map does not have it",
+    "I23 stripe {0}: counts {1} items of other databases than the first, its buckets hold {2}",
+    "I23 stripe {0}: counts {2} items of database {1}, its buckets hold {3}",
+    "I23 stripe {0}: counts {2} items of database {1} that expire, its buckets hold {3}",
+    "I23 stripe {0}: {2} items of database {1} carry its newest generation, and the stripe counts another's",
     "I14 page {0}: its head {1} is no address",
     "I14 page {0}: BIG, and the item at {1} does not list it",
     "I11 class {0}: its ring has {1} pages and ends at {2}, n_pages is {3}",
@@ -160,6 +166,27 @@ cdef void check_stripe(seg_t* s, uint32_t i, notes_t* o) noexcept nogil:
     c = st.count if st.count >> 32 == epoch else 0
     if <uint32_t>c != n:
         note(o, V_COUNT, i, <uint32_t>c, n)
+    if st.turn & 1 == 0:
+        check_databases(s, i, st, epoch, o)
+
+cdef void check_databases(seg_t* s, uint32_t i, stripe_t* st, uint32_t epoch, notes_t* o) noexcept nogil:
+    cdef databases_t* of = &s.databases[i]
+    cdef census_t c
+    cdef int d
+    for d in range(DATABASES):
+        c.asked[d] = of.tag[d]
+    take_census(s, i, epoch, &c)
+    if in_epoch(st.others, epoch) != c.others:
+        note(o, V_OTHERS, i, in_epoch(st.others, epoch), c.others)
+    if in_epoch(st.expiring, epoch) != c.expiring:
+        note(o, V_EXPIRING, i, 0, in_epoch(st.expiring, epoch), c.expiring)
+    for d in range(1, DATABASES):
+        if of.n[d] != c.n[d]:
+            note(o, V_ITEMS, i, d, of.n[d], c.n[d])
+        if of.expiring[d] != c.n_expiring[d]:
+            note(o, V_EXPIRING, i, d, of.expiring[d], c.n_expiring[d])
+        if c.newest[d] != of.tag[d] and c.n_newest[d]:
+            note(o, V_NEWEST, i, d, c.n_newest[d])
 
 cdef uint64_t check_chain(seg_t* s, uint64_t b, stripe_t* st, uint32_t epoch, notes_t* o) noexcept nogil:
     """How many items of this epoch the chain holds."""
@@ -867,6 +894,7 @@ def repair(Table table not None):
             st = &s.stripes[i]
             if stripe_take(s, st, wait_until(s)) != OK:
                 continue
+            st64(&st.turn, st.turn | 1)         # sizes.pxd counts anew
             n = 0
             epoch = ld32(&s.header.epoch)
             b = i

@@ -20,6 +20,7 @@
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from shmcache.core.atomics cimport add64, ld32, ld64, likely, mulhi64, or64, st32, st64, unlikely
+from shmcache.core.databases cimport changes_tally, tally, tally_begin, tally_end
 from shmcache.core.layout cimport FLAG_CLAIM, OV_SLOTS, REPAIRED_FINISHED, REPAIRED_POOL, REPAIRED_REMOVED, REPAIRED_UNDONE, SLOTS, bucket_t, item_t, overflow_t, pool_t, seg_t, stripe_t
 from shmcache.core.lock cimport lock_release, lock_take
 from shmcache.core.record cimport RECORD_DELETE, RECORD_REF
@@ -353,9 +354,11 @@ cdef inline void remove_locked(seg_t* s, stripe_t* st, uint64_t b, uint64_t* slo
 
     Crash: before the slot's store repair makes it LIVE again; after it repair counts version and count, and the hand frees it.
     """
+    cdef uint32_t epoch = epoch_of(s, st)
+    cdef bint tallied = changes_tally(s, addr, 0) and tally_begin(st)
     if unlikely(ld32(&s.header.restoring)):
         depart_with(s, addr, op)
-    note_intent(st, op, addr, 0, count_without(s, count_at(st, epoch_of(s, st)), addr))
+    note_intent(st, op, addr, 0, count_without(s, count_at(st, epoch), addr))
     st64(&item_at(s, addr).word, word_of(RETIRED, s.me[0]))
     #! remove: RETIRED
     st64(slot, 0)
@@ -368,6 +371,9 @@ cdef inline void remove_locked(seg_t* s, stripe_t* st, uint64_t b, uint64_t* slo
     #! remove: seq
     st64(&st.count, st.count_next)
     #! remove: count
+    if tallied:
+        tally(s, st, addr, epoch, False)
+        tally_end(st)
     st64(&st.old, 0)
     #! remove: old cleared
     while s.buckets[b].overflow and chain_shrink_locked(s, b):      # those before it may have become empty earlier

@@ -10,7 +10,7 @@
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 cdef enum:
-    LAYOUT_VERSION = 9      # bump = attach refuses older segments, every host starts cold
+    LAYOUT_VERSION = 10     # bump = attach refuses older segments, every host starts cold
     SLOTS = 7               # of a bucket
     OV_SLOTS = 6            # of an overflow bucket; its last word says whose it is
     GRANULE = 16            # bytes; unit of an address
@@ -27,6 +27,7 @@ cdef enum:
     MAX_KEY = 4096
     CONFIG_BYTES = 1024
     MAX_REFS = 3
+    DATABASES = 16          # of the sidecar, whose items are counted: the first, and 1 to 15 (databases.pxd)
     VERSIONS_SHIFT = 20     # a new segment's row versions begin at the wall clock's milliseconds, times 2^20: no stripe has so many writes in one
     ITEM_HEADER = 48
     # kinds of repair
@@ -68,7 +69,16 @@ ctypedef struct stripe_t:   # 128 bytes; bucket b belongs to stripe b & (n_strip
     uint64_t new            # intent: address of the chunk that is to come
     uint64_t count          # epoch << 32 | items of that epoch in this stripe's buckets
     uint64_t count_next     # intent: what count is once the write is through
-    uint64_t pad[8]
+    # a line of its own: databases.pxd
+    uint64_t turn           # odd: what follows, and the databases_t, is being changed, or a writer died as it changed it
+    uint64_t others         # epoch << 32 | items of that epoch whose keys are not of the first database
+    uint64_t expiring       # epoch << 32 | items of that epoch and of the first database that expire; no claims
+    uint64_t pad[5]
+
+ctypedef struct databases_t:    # 192 bytes, one per stripe. Writer: the holder of the stripe. Of [0] nothing is used
+    uint32_t tag[16]        # DATABASES: of a generation; 0: of none
+    uint32_t n[16]          # items that carry it
+    uint32_t expiring[16]   # of these: those that expire; no claims
 
 ctypedef struct class_t:    # 128 bytes, one per slab class. Writer: the holder of its lock, but for the hand
     lock_t lock
@@ -170,7 +180,7 @@ ctypedef struct header_t:   # 4,096 bytes. Written at creation only, where nothi
     uint64_t dirty_bytes
     uint64_t dirty_limit    # bytes of items; who would write beyond waits. Writer: creation, and the supervisor, which adds what is set aside (supervisor/refused.py)
     uint64_t version_base   # added to an item's version: its row's version. A restored segment has that of the one before it
-    uint64_t pad10
+    uint64_t databases_off
     uint64_t dirty          # bytes of dirty items. Anyone, no lock; counted anew by the supervisor, for a death loses count
     uint64_t flushes_asked  # counted up by who wants everything stored. Any process, no lock
     uint64_t flushes_ended  # flushes_asked when the last pass over everything began that left nothing. Writer: the supervisor
@@ -183,7 +193,9 @@ ctypedef struct header_t:   # 4,096 bytes. Written at creation only, where nothi
     # the log's file, which is to be there when the log goes on: appendlog.py
     uint64_t log_number     # of the newest that was begun; 0: none was, and nobody has emptied the rings. Writer: the supervisor
     uint64_t log_bytes      # that it has at least: all that has left the rings is in them, or in earlier files. Writer: the supervisor
-    uint64_t pad11[254]
+    uint64_t pad10[6]
+    uint32_t newest[16]     # DATABASES: the tag of each one's newest generation; 0: none. Writer: the holder of the stripe of the generation's key
+    uint64_t pad11[240]
 
 # ---- process rows ---------------------------------------------------------------------------------------------------
 
@@ -313,6 +325,7 @@ ctypedef struct seg_t:
     uint64_t size_bytes
     uint64_t slab_off
     stripe_t* stripes
+    databases_t* databases
     class_t* classes
     page_t* pages
     overflow_t* overflow

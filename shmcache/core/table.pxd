@@ -20,6 +20,7 @@ from shmcache.core.bucket cimport ADDR_MASK, OP_DELETE, OP_EVICT, OP_SET, OP_TOU
     chain_grow_locked, chain_next, chain_t, count_at, count_without, depart, depart_with, departed, epoch_of, holds, note_intent, pthread_self, remove_locked, \
     slot_naming, slot_word, stripe_of, stripe_release, stripe_take
 from shmcache.core.clock cimport claim_stands, now_ms, over, stale, stale_at, take_page, take_room
+from shmcache.core.databases cimport changes_tally, expires, note_newest, tally, tally_begin, tally_end
 from shmcache.core.dirty cimport dirty_chunk, dirty_clear, dirty_gone, dirty_in_place, dirty_placed, dirty_set, writes_back
 from shmcache.core.layout cimport CLS_BIG, FLAG_BIG, FLAG_CLAIM, FLAG_COPY_TTL, FLAG_DIRTY, FLAG_LOCK, FLAG_WRITING, MAX_REFS, \
     NAMESPACES_FIRST, POLICY_AROUND, POLICY_THROUGH, bucket_t, item_t, seg_t, stripe_t
@@ -703,6 +704,7 @@ cdef inline int put(seg_t* s, put_t* op, uint64_t until_ns) noexcept nogil:
     cdef stripe_t* st = stripe_of(s, b)
     cdef item_t* it
     cdef found_t f
+    cdef bint tallied
     cdef int rc
     if unlikely(passes_by(s, op.key)) and not op.loaded:
         return NO_STORE
@@ -744,6 +746,9 @@ cdef inline int put(seg_t* s, put_t* op, uint64_t until_ns) noexcept nogil:
     #! put: cas
     if unlikely(op.flags & FLAG_DIRTY):
         dirty_placed(s, op.chunk, old)
+    if unlikely(op.key[0] == 0) and op.value_bytes == 8 and (op.when != RESTORED or ld32(&s.header.restoring) == NAMESPACES_FIRST):
+        note_newest(s, op.key, op.key_bytes, op.value, f.epoch)
+    tallied = changes_tally(s, old, op.chunk) and tally_begin(st)
     note_intent(st, OP_SET, old, op.chunk, (count_without(s, count, old) if old else count) + 1)     # 4
     if old:
         st64(&item_at(s, old).word, word_of(RETIRED, s.me[0]))      # 5
@@ -763,6 +768,11 @@ cdef inline int put(seg_t* s, put_t* op, uint64_t until_ns) noexcept nogil:
     #! put: seq
     st64(&st.count, st.count_next)
     #! put: count
+    if tallied:
+        if old:
+            tally(s, st, old, f.epoch, False)
+        tally(s, st, op.chunk, f.epoch, True)
+        tally_end(st)
     op.chunk = 0
     stripe_release(s, st)                                              # 11
     #! put: released
@@ -982,6 +992,7 @@ cdef inline int set_expiry(seg_t* s, const uint8_t* key, size_t n, uint64_t h, u
     cdef stripe_t* st = stripe_of(s, b)
     cdef found_t f
     cdef item_t* it
+    cdef bint tallied
     cdef int rc = NO_STORE if unlikely(passes_by(s, key)) else stripe_take(s, st, until_ns)
     if rc != OK:
         return rc
@@ -993,9 +1004,15 @@ cdef inline int set_expiry(seg_t* s, const uint8_t* key, size_t n, uint64_t h, u
         it = item_at(s, f.addr)
         if unlikely(writes_back(s, key)):
             dirty_in_place(s, f.addr)
+        tallied = expires(it) != (expiry_ms != 0) and tally_begin(st)
         note_intent(st, OP_TOUCH, f.addr, 0, st.count)
+        if tallied:
+            tally(s, st, f.addr, f.epoch, False)
         st64(&it.expiry_ms, expiry_ms + f.stale_ms if expiry_ms else 0)
         #! touch: expiry
+        if tallied:
+            tally(s, st, f.addr, f.epoch, True)
+            tally_end(st)
         if unlikely(writes_back(s, key)):
             st8r(&it.flags, (it.flags & ~FLAG_COPY_TTL) | (FLAG_COPY_TTL if copy_ttl else 0))
             #! touch: whose time

@@ -161,6 +161,8 @@ class Server:
         self.store = store
         self.worker, self.of_workers = worker, of_workers
         self.settings = {**commands.SETTINGS, **(settings or {})}
+        if store is not None and "databases" not in (settings or {}):
+            self.settings["databases"] = "1"  # what others hold would not be stored
         self.users = users or {acl.DEFAULT: acl.default_user(self.settings["requirepass"].encode("latin-1"))}
         self.disabled = disabled
         self.cache = cache_module.attach(name, store=store)

@@ -27,7 +27,8 @@ import shmcache
 from shmcache import errors
 from shmcache.core import _sweep
 
-SECTIONS = ("header", "rows", "stripes", "classes", "pages", "refs", "buckets", "overflow", "items", "free chunks", "big pages", "heads")
+SECTIONS = ("header", "rows", "stripes", "databases", "classes", "pages", "refs", "buckets", "overflow", "items", "free chunks", "big pages",
+            "heads")  # fmt: skip
 ADDRESS = (1 << 48) - 1
 STUCK = 30.0  # seconds without progress
 
@@ -120,8 +121,8 @@ def places(cache: shmcache.Cache, section: str, rng: random.Random) -> tuple[int
     h = seg.header
     if section == "header":
         return (216, 4096 - 216) if rng.random() < 0.5 else (0, 4096)
-    by_name = {"rows": (seg.rows, "rows_off"), "stripes": (seg.stripes, "stripes_off"), "classes": (seg.classes, "classes_off"), "pages": (seg.pages, "pages_off"),
-               "refs": (seg.refs, "refs_off"), "buckets": (seg.buckets, "buckets_off"), "overflow": (seg.overflow, "overflow_off")}  # fmt: skip
+    by_name = {"rows": (seg.rows, "rows_off"), "stripes": (seg.stripes, "stripes_off"), "databases": (seg.databases, "databases_off"),
+               "classes": (seg.classes, "classes_off"), "pages": (seg.pages, "pages_off"), "refs": (seg.refs, "refs_off"), "buckets": (seg.buckets, "buckets_off"), "overflow": (seg.overflow, "overflow_off")}  # fmt: skip
     if section in by_name:
         array, off = by_name[section]
         i = rng.randrange(len(array)) if section not in ("rows", "stripes", "pages") else rng.randrange(min(len(array), 64))

@@ -14,7 +14,7 @@ few stores between intent and release; with --points workers arm themselves, aft
 random fault point. A kill counts if its victim had done at least 100 operations. Workers are forked from this
 process, which is warm; they check every value they read and note the longest time that one call took. Nobody is stopped, so nobody
 may reach the limit for a lock (a stall). Ends with every survivor's figures, verify(), and the count of chunks: each FREE, LIVE, or
-in the hand of the living. Exit code 0: nothing wrong; 77: this machine does not allow it.
+in the hand of the living; and what databases count is what is in the slots. Exit code 0: nothing wrong; 77: this machine does not allow it.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ import numpy as np
 
 import shmcache
 from shmcache import errors
-from shmcache.core import _core, _sweep
+from shmcache.core import _core, _resp, _sweep
 from shmcache.supervisor.loop import Supervisor
-from tests import special
+from tests import census, special
 from tests.stress.mixed import Worker
 
 FIELDS = ("wrong", "errors", "longest", "ops", "life", "row", "pid", "dead")  # of a slot in memory that the test shares
@@ -56,12 +56,15 @@ def worker(name: str, seed: int, keys: int | list[int], figures: Any, fault: str
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     cache = shmcache.attach(name)
     w = Worker(cache, seed, keys, 1 << 60)
+    rng = random.Random(seed)
     cache.get(b"takes a row")
     figures["row"] = cache.row
     while True:
         began = time.monotonic()
         try:
             w.step()
+            if rng.random() < 0.2:
+                in_databases(cache, rng)
         except errors.ShmcacheError as e:
             figures["errors"] += 1
             print(f"ERROR in row {cache.row}: {type(e).__name__}: {e}", flush=True)
@@ -70,6 +73,20 @@ def worker(name: str, seed: int, keys: int | list[int], figures: Any, fault: str
         figures["life"] = w.count["ops"]
         if fault and figures["life"] >= LEAST_OPS:
             os.environ["SHMCACHE_FAULT"], fault = fault, None
+
+
+def in_databases(cache: shmcache.Cache, rng: random.Random) -> None:
+    """An operation in one of the sidecar's databases, whose items are counted."""
+    space, key = cache.namespace(f"db:{rng.randrange(1, 4)}"), b"%d" % rng.randrange(500)
+    what = rng.random()
+    if what < 0.6:
+        space.set(key, rng.randbytes(rng.choice((20, 200, 2000))), rng.choice((None, 60)))
+    elif what < 0.8:
+        space.delete(key)
+    elif what < 0.995:
+        space.touch(key, rng.choice((None, 60)))
+    else:
+        space.clear()
 
 
 def in_namespace(name: str, seed: int, keys: int | list[int], figures: Any, fault: str | None) -> None:
@@ -236,6 +253,8 @@ class Storm:
         try:
             before = self.cache.verify()
             chunks = _sweep.settle(self.cache)
+            unsure = int((self.cache.segment.stripes["turn"] & 1).sum())
+            sizes, there = _resp.Executor(self.cache, {}, impatient=False, databases=16).sizes(), census.sizes(self.cache)
             after = self.cache.verify()
         except errors.StripeBusy as e:  # held for ever
             return {**self.total, "stalls": self.cache.counters()["stalls"], "verify": str(e)}, False
@@ -252,11 +271,14 @@ class Storm:
             "chunks": chunks,
             "chunks_lost": lost,
             "items": len(self.cache),
+            "databases": sizes,
+            "databases_of_the_slots": there,
+            "stripes_counted_anew": unsure,
             **{k: stats[k] for k in ("takeovers", "repairs", "settled", "evictions", "lock_waits", "stalls", "unlisted", "pages_moved")},
             "max_lock_wait_ms": stats["max_wait_ns"] / 1e6,
             "attaches": int((self.cache.segment.rows["gen"] % (1 << 23) // 2).sum()),  # every other number is one
         }
-        bad = self.total["wrong"] or self.total["errors"] or before or after or lost or stats["stalls"] or longest > 1000 * self.args.longest
+        bad = self.total["wrong"] or self.total["errors"] or before or after or lost or sizes != there or stats["stalls"] or longest > 1000 * self.args.longest
         return report, not bad
 
     def close(self) -> None:

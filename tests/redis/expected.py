@@ -10,6 +10,7 @@ SETTINGS = "CONFIG has the settings that a segment has; most of them cannot be c
 LONG_KEY = "a key of a segment has at most 4,096 bytes"
 UNDECLARED = "a script touches the keys that it declares, no others"
 ENDED = "a script that runs too long is ended: nobody is told BUSY"
+NO_MOVE = "a key stays in its database: there is neither MOVE nor SWAPDB"
 NO_LIBRARY = "of the libraries there are bit, and encode, decode and null of cjson"
 DENIED: dict[str, dict[str, str]] = {
     "unit/type/string": {
@@ -38,6 +39,11 @@ DENIED: dict[str, dict[str, str]] = {
         "COPY basic usage for hashtable hash": "needs hashes",
         "COPY basic usage for stream": "needs streams",
         "COPY basic usage for stream-cgroups": "needs streams",
+        "MOVE basic usage": NO_MOVE,
+        "MOVE against key existing in the target DB": NO_MOVE,
+        "MOVE against non-integer DB (#1428)": NO_MOVE,
+        "MOVE can move key expire metadata as well": NO_MOVE,
+        "MOVE does not create an expire if it does not exist": NO_MOVE,
     },
     "unit/scan": {
         "SSCAN with encoding intset": "needs sets",
@@ -72,6 +78,11 @@ DENIED: dict[str, dict[str, str]] = {
         "just EXEC and script timeout": ENDED,
         "Blocking commands ignores the timeout": "needs lists, sorted sets, streams",
         "MULTI with SAVE": "needs SAVE",
+        "SWAPDB is able to touch the watched keys that exist": NO_MOVE,
+        "SWAPDB is able to touch the watched keys that do not exist": NO_MOVE,
+        "SWAPDB does not touch watched stale keys": NO_MOVE,
+        "SWAPDB does not touch non-existing key replaced with stale key": NO_MOVE,
+        "SWAPDB does not touch stale key replaced with another stale key": NO_MOVE,
     },
     "unit/pubsub": {
         "Keyspace notifications: we receive keyspace notifications": NO_EVENTS,

@@ -179,7 +179,7 @@ def run(source: Path, unit: str, host: str, port: int, denied: dict[str, str], o
         (folder / "skip").write_text("".join(f"{test}\n" for test in denied))
         argv = [servers.need("tclsh", "tcl"), "tests/test_helper.tcl", "--host", host, "--port", str(port), "--single", unit, "--durable"]
         argv += ["--skipfile", "skip", "--timeout", str(options.idle), "--tags", " ".join(f"-{tag}" for tag in options.without)]
-        argv += [] if options.databases else ["--singledb"]
+        argv += ["--singledb"] if options.singledb else []
         argv += [x for test in options.only for x in ("--only", test)]
         before = {p.pid for p in psutil.Process().children()}
         output = folder / "output"
@@ -241,7 +241,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--unit", action="append", help="such as unit/type/string; may be repeated; else all")
     parser.add_argument("--only", action="append", default=[], help="a test, or /pattern; may be repeated")
     parser.add_argument("--all", action="store_true", help="leave nothing out that expected.py has")
-    parser.add_argument("--databases", action="store_true", help="the server has more than one database: SELECT is used")
+    parser.add_argument("--singledb", action="store_true", help="the server has one database: no test uses SELECT")
     parser.add_argument("--without", action="append", default=["needs:repl"], help="a tag of tests to leave out, as slow or needs:debug")
     parser.add_argument("--idle", type=int, default=60, help="seconds without progress till a unit is given up (60)")
     parser.add_argument("--longest", type=int, default=300, help="seconds that a unit may take (300)")

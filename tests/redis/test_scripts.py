@@ -398,7 +398,7 @@ COMMANDS = [  # of one connection, in this order
 def both():
     """(ours, Redis)"""
     try:
-        with servers.redis_server("--databases", "1") as theirs, servers.shmcache_server() as ours:
+        with servers.redis_server() as theirs, servers.shmcache_server() as ours:
             yield ours[:2], theirs[:2]
     except servers.Missing as e:
         pytest.skip(str(e))

@@ -12,7 +12,7 @@ import pytest
 from shmcache import segment
 from shmcache.core import _core
 
-SIZES = {"header": 4096, "row": 1024, "stripe": 128, "class": 128, "page": 64, "bucket": 64, "overflow": 64, "item": 48, "ring": 192}
+SIZES = {"header": 4096, "row": 1024, "stripe": 128, "databases": 192, "class": 128, "page": 64, "bucket": 64, "overflow": 64, "item": 48, "ring": 192}
 OFFSETS = {
     "header": "magic 0 layout_version 8 abi 12 size_bytes 16 created_ms 24 boot_id 32 hash_key 48 n_rows 64 n_stripes 68 n_classes 72 "
     "page_shift 76 n_pages 80 n_buckets 88 n_overflow 96 refs_bytes 104 sketch_bytes 112 rings_bytes 120 rows_off 128 stripes_off 136 "
@@ -22,12 +22,13 @@ OFFSETS = {
     "pages_word 376 pages_stalled 384 pages_list 400 pages_n_free 408 pages_cursor 416 overflow_word 504 overflow_stalled 512 "
     "overflow_list 528 overflow_n_free 536 overflow_cursor 544 big_word 632 big_stalled 640 big_list 656 big_n_free 664 "
     "big_cursor 672 config 760 ring_bytes 1848 log_policy 1856 log_gaps 1864 log_healed 1872 log_failed_ms 1880 log_asleep 1888 log_epoch 1896 log_bell 1904 snapshot_begun_ms 1912 unnoted 1920 "
-    "dirty_off 1928 dirty_bytes 1936 dirty_limit 1944 version_base 1952 dirty 1968 flushes_asked 1976 flushes_ended 1984 "
-    "flushed_ms 1992 flush_failed_ms 2000 flush_refused 2008 oldest_dirty_ms 2016 restored_from 2024 log_number 2048 log_bytes 2056",
+    "dirty_off 1928 dirty_bytes 1936 dirty_limit 1944 version_base 1952 databases_off 1960 dirty 1968 flushes_asked 1976 flushes_ended 1984 "
+    "flushed_ms 1992 flush_failed_ms 2000 flush_refused 2008 oldest_dirty_ms 2016 restored_from 2024 log_number 2048 log_bytes 2056 newest 2112",
     "row": "gen 0 pid 8 started_ms 16 gen_check 24 home 32 home_check 40 hits 64 misses 72 sets 80 deletes 88 expired 96 evictions 104 inline_evictions 112 "
     "chain_evictions 120 retries 128 lock_waits 136 takeovers 144 settled 152 pages_moved 160 stalls 168 max_wait_ns 176 unlisted 184 "
     "repairs 192 hazard 256 parked 320 batch 448 store_loads 960 store_found 968 store_writes 976 store_errors 984 locks_lost 992",
-    "stripe": "word 0 stalled 8 bell 16 seq 24 old 32 new 40 count 48 count_next 56",
+    "stripe": "word 0 stalled 8 bell 16 seq 24 old 32 new 40 count 48 count_next 56 turn 64 others 72 expiring 80",
+    "databases": "tag 0 n 64 expiring 128",
     "class": "word 0 stalled 8 bell 16 chunk_bytes 24 page_in_hand 28 ring 32 avail 36 hand 40 n_pages 48 n_free 52",
     "page": "word 0 head 8 stamp 16 next 24 prev 28 next_avail 32 prev_avail 36 free 40 n_free 44 cls 48 cls_check 50 listed 52",
     "bucket": "version 0 overflow 4 slot 8",
@@ -53,7 +54,7 @@ def test_hot_lines_do_not_share():
     assert len(set(line.values())) == len(line)
 
 
-SECTIONS = ("rows", "stripes", "classes", "pages", "refs", "sketch", "buckets", "overflow", "dirty", "rings", "slab")
+SECTIONS = ("rows", "stripes", "databases", "classes", "pages", "refs", "sketch", "buckets", "overflow", "dirty", "rings", "slab")
 
 
 @pytest.mark.parametrize("size", [4 << 20, 16 << 20, (64 << 20) + 4096, 1 << 30, (4 << 30) - 4096, 4 << 30, 1 << 40, 4 << 40])

@@ -30,11 +30,18 @@ if TYPE_CHECKING:
     from shmcache.sidecar.server import Connection, Server
 
 
+OUT_OF_RANGE = "ERR DB index is out of range"
+OUT_OF_RANGE_BACKED = (
+    "ERR DB index is out of range: the store behind this cache has one database. Others are the cache's alone, what is written there may be "
+    "evicted and is not stored; start the server with --databases N if that will do"
+)
+
+
 @command("select", 2, 0, group="connection")
 def select(client: Connection, arguments: list[bytes]) -> bytes:
     n = integer_of(arguments[0])
     if not 0 <= n < client.home.databases:
-        raise Error("ERR DB index is out of range")
+        raise Error(OUT_OF_RANGE if client.server.store is None else OUT_OF_RANGE_BACKED)
     client.db = n
     return OK
 

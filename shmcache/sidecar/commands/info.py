@@ -94,7 +94,7 @@ def all_sections(server: Server, states: list[dict[str, Any]]) -> dict[str, dict
     size = int(header["size_bytes"])
     used = size - int(header["pages_n_free"]) * (1 << int(header["page_shift"]))
     rss = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()  # noqa: SIM115
-    keys_n = len(cache)
+    sizes = server.executor.sizes()  # of databases beyond the 16th nothing is said
     uptime = int(now - min(s["began"] for s in states))
     writing, logged = durability["snapshot_writing_s"], durability["log"] != "off"
     errors = summed([s["errors"] for s in states])
@@ -198,7 +198,7 @@ def all_sections(server: Server, states: list[dict[str, Any]]) -> dict[str, dict
         "modules": {},
         "errorstats": {f"errorstat_{word.decode('latin-1')}": f"count={n}" for word, n in errors.items()},
         "cluster": {"cluster_enabled": 0},
-        "keyspace": {"db0": f"keys={keys_n},expires=0,avg_ttl=0"} if keys_n else {},
+        "keyspace": {f"db{d}": f"keys={items},expires={expiring},avg_ttl=0" for d, (items, expiring) in sizes.items()},
         "commandstats": {
             f"cmdstat_{name}": f"calls={calls},usec={ns // 1000},usec_per_call={ns / 1000 / max(1, calls):.2f},"
             f"rejected_calls={rejected},failed_calls={failed}"

@@ -24,7 +24,7 @@ REDIS_VERSION = "7.0.15"  # whose semantics these are
 
 SETTINGS: dict[str, str] = {  # CONFIG's, and what they are if nobody says otherwise
     "daemonize": "no", "aclfile": "", "acllog-max-len": "128",
-    "appendonly": "no", "bind": "127.0.0.1", "databases": "1", "hash-max-listpack-entries": "128", "lfu-log-factor": "10",
+    "appendonly": "no", "bind": "127.0.0.1", "databases": "16", "hash-max-listpack-entries": "128", "lfu-log-factor": "10",
     "maxclients": "10000", "maxmemory": "0", "maxmemory-policy": "allkeys-lru", "port": "6379", "proto-max-bulk-len": "536870912",
     "protected-mode": "yes", "requirepass": "", "save": "", "slowlog-log-slower-than": "10000", "slowlog-max-len": "128",
     "tcp-keepalive": "300", "timeout": "0", "unixsocket": "", "latency-monitor-threshold": "0", "enable-debug-command": "no",

@@ -1,0 +1,162 @@
+# How many items each of the sidecar's databases has, and how many of these expire: what DBSIZE and INFO keyspace say without a walk.
+#
+# A key of database d, 1 to 15, is b"\0ns\0db:<d>\0", the 8 bytes of a generation (namespace.py), then the client's key. FLUSHDB stores another
+# generation under b"\0ns\0db:<d>"; items that carry the old one stay until a CLOCK hand meets them. So what a stripe counts of a database says
+# of which generation: by a tag, made of the generation's first bytes and the item's epoch. All keys that begin with b"\0ns\0db:", those of
+# generations too, are counted together as `others`: the first database has what the stripe counts, less these. As there, claims and what
+# has expired count until they are taken out.
+#
+# header.newest has a tag for each database: that of the generation that was stored last. put() stores it, under the stripe of the generation's
+# key, before the key's slot. Generations are random, and none is stored again: so newest is never again what it was before.
+#
+# Invariants, for the holder of the stripe, if its turn is even
+#   C1  others is the number of items of its epoch whose keys begin so; expiring, of those with other keys that expire
+#   C2  n[d] is the number of items of database d that carry tag[d]; expiring[d], of those of them that expire
+#   C3  no item of database d carries newest[d], unless tag[d] is newest[d]
+# A write that changes one of these makes the turn odd before its intent, and even when the counts are as the slots are: for a reader without
+# the stripe it is a seqlock. C3 is why an item whose tag is newest, in a stripe that has another tag, is the first there: its tag is taken
+# and 1 counted. An item with a tag that is neither is not counted.
+#
+# Race table
+#   count vs write          the turn was odd, or has changed: the count looks again, at last under the stripe (sizes.pxd)
+#   count vs FLUSHDB        the count says how many carry the generation that it began with
+#   FLUSHDB vs FLUSHDB      the stripe of the generation's key decides; newest is of the later one, as the key is
+#   insert vs FLUSHDB       the insert carries what it read before: it is counted under that tag if the stripe still has it, or not at all
+#   recount vs FLUSHDB      the recount loads newest once, under the stripe. An item with a newer tag was not in the stripe before, since its
+#                           generation was stored later, and comes when the stripe is free
+#   write vs clear          the tag has the epoch with which the item is stored: what a clear took away is not counted with what comes
+# Crash
+#   the turn is odd         it stays odd: writers leave the counts alone, until sizes.pxd has counted the stripe's items under its lock
+#   newest stored, the generation's key not: newest is no generation. A stripe that has another tag than the generation's is counted by a walk,
+#                           once: it has the generation's tag then
+#   a generation that newest was not told of (restored late): the same
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.string cimport memcmp, memcpy
+
+from shmcache.core.atomics cimport ld8r, ld16r, ld32, ld64r, st32, st64
+from shmcache.core.layout cimport DATABASES, FLAG_CLAIM, databases_t, item_t, seg_t, stripe_t
+from shmcache.core.slab cimport item_at, page_room
+
+cdef enum:
+    N_OTHERS = 7            # bytes of b"\0ns\0db:"
+
+cdef inline uint32_t tag_of(uint32_t generation, uint32_t epoch) noexcept nogil:
+    """Of a generation's first bytes: odd, so that 0 is none's."""
+    return (generation + (epoch << 1)) | 1
+
+cdef inline bint is_others(const uint8_t* key, uint64_t n) noexcept nogil:
+    return n > N_OTHERS and memcmp(key, <const char*>b"\0ns\0db:", N_OTHERS) == 0
+
+cdef inline int number_in(const uint8_t* key, uint64_t n, uint64_t* end) noexcept nogil:
+    """The number behind b"\\0ns\\0db:", if it is 1 to 15, and where it ends; else 0."""
+    cdef int d = key[N_OTHERS] - 48
+    end[0] = N_OTHERS + 1
+    if d == 1 and n > N_OTHERS + 1 and 48 <= key[N_OTHERS + 1] <= 57:
+        d = 10 + key[N_OTHERS + 1] - 48
+        end[0] += 1
+    return d if 0 < d < DATABASES else 0
+
+cdef inline int database_of(const uint8_t* key, uint64_t n, uint32_t* generation) noexcept nogil:
+    """Of a key that is_others(): whose item it is, and the first bytes of the generation that it carries. 0: no database's, or of one that is
+    not counted by itself."""
+    cdef uint64_t end = 0
+    cdef int d = number_in(key, n, &end)
+    if d == 0 or n < end + 9 or key[end] != 0:
+        return 0
+    memcpy(generation, key + end + 1, 4)
+    return d
+
+cdef inline int whose_generation(const uint8_t* key, uint64_t n) noexcept nogil:
+    """The database whose generation's key this is; 0: none's."""
+    cdef uint64_t end = 0
+    cdef int d = number_in(key, n, &end) if is_others(key, n) else 0
+    return d if n == end else 0
+
+cdef inline uint64_t key_bytes_of(seg_t* s, uint64_t addr) noexcept nogil:
+    """Of an item, clamped."""
+    cdef uint64_t room = page_room(s, addr)
+    return min(<uint64_t>ld16r(&item_at(s, addr).key_bytes), room - 48) if room > 48 else 0
+
+cdef inline bint expires(item_t* it) noexcept nogil:
+    """Is it counted as one that expires?"""
+    return ld64r(&it.expiry_ms) != 0 and not ld8r(&it.flags) & FLAG_CLAIM
+
+# ---- what a write does, the stripe held ----------------------------------------------------------------------------------------
+
+cdef inline bint begins_with_nul(item_t* it) noexcept nogil:
+    """Does its key begin with NUL, as all do that are others'?"""
+    return (<uint8_t*>it)[48] == 0
+
+cdef inline bint changes_tally(seg_t* s, uint64_t old, uint64_t new) noexcept nogil:
+    """Does it change one of the counts above that `new` comes and `old` goes (0: none)? It may say so of what does not."""
+    cdef item_t* it = item_at(s, new if new else old)
+    cdef item_t* goes
+    cdef bint more = expires(it)
+    if begins_with_nul(it):
+        return True
+    if new and old:
+        goes = item_at(s, old)
+        if begins_with_nul(goes):
+            return True
+        if goes.epoch == it.epoch:
+            return more != expires(goes)
+    return more
+
+cdef inline bint tally_begin(stripe_t* st) noexcept nogil:
+    """Before the intent of a write that changes a count. False: they are worth nothing; leave them alone."""
+    if st.turn & 1:
+        return False
+    st64(&st.turn, st.turn + 1)
+    #! tally: begun
+    return True
+
+cdef inline void tally_in(uint64_t* at, uint32_t epoch, item_t* it, bint comes) noexcept nogil:
+    """A count of one epoch, as a stripe's is."""
+    cdef uint64_t count = at[0] if at[0] >> 32 == epoch else <uint64_t>epoch << 32
+    if it.epoch == epoch and (comes or <uint32_t>count):
+        count = count + 1 if comes else count - 1
+    st64(at, count)
+
+cdef inline void tally(seg_t* s, stripe_t* st, uint64_t addr, uint32_t epoch, bint comes) noexcept nogil:
+    """Between begin and end: this item has come into its slot, or has left it. epoch: of this operation (bucket.pxd, epoch_of)."""
+    cdef databases_t* of = &s.databases[st - s.stripes]
+    cdef item_t* it = item_at(s, addr)
+    cdef const uint8_t* key = <uint8_t*>it + 48
+    cdef uint64_t n = key_bytes_of(s, addr)
+    cdef uint32_t generation = 0, tag, by = 1 if comes else <uint32_t>-1
+    cdef int d
+    if not is_others(key, n):
+        if expires(it):
+            tally_in(&st.expiring, epoch, it, comes)
+        return
+    tally_in(&st.others, epoch, it, comes)
+    #! tally: others
+    d = database_of(key, n, &generation)
+    if d == 0:
+        return
+    tag = tag_of(generation, it.epoch)
+    if of.tag[d] != tag:
+        if not comes or ld32(&s.header.newest[d]) != tag:
+            return
+        st32(&of.tag[d], tag)
+        #! tally: tag
+        st32(&of.n[d], 0)
+        st32(&of.expiring[d], 0)
+    if comes or of.n[d]:
+        st32(&of.n[d], of.n[d] + by)
+    #! tally: counted
+    if expires(it) and (comes or of.expiring[d]):
+        st32(&of.expiring[d], of.expiring[d] + by)
+
+cdef inline void tally_end(stripe_t* st) noexcept nogil:
+    st64(&st.turn, st.turn + 1)
+    #! tally: over
+
+cdef inline void note_newest(seg_t* s, const uint8_t* key, uint64_t n, const uint8_t* value, uint32_t epoch) noexcept nogil:
+    """Before the slot's store of an item of 8 bytes: if it is a generation, no item carries it yet."""
+    cdef int d = whose_generation(key, n)
+    cdef uint32_t generation
+    if d:
+        memcpy(&generation, value, 4)
+        st32(&s.header.newest[d], tag_of(generation, epoch))
+        #! put: newest

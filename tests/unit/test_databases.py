@@ -1,0 +1,225 @@
+"""How many items each database has: DBSIZE and INFO keyspace, against a look at every slot."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from shmcache.sidecar.commands import keys
+from tests import census
+from tests.redis.inprocess import InProcess
+from tests.redis.resp import encode
+
+
+@pytest.fixture
+def serve():
+    servers = []
+
+    def start(name, **settings):
+        servers.append(InProcess(name, settings))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+def ask(server, client, *commands):
+    """The lines of the replies to these commands."""
+    client.transport.written.clear()
+    words = [command if isinstance(command, tuple) else tuple(command.encode().split()) for command in commands]
+    return server.say(client, b"".join(map(encode, words))).split(b"\r\n")[:-1]
+
+
+def dbsizes(server, client, databases=range(16)):
+    return {d: int(ask(server, client, f"SELECT {d}", "DBSIZE")[-1][1:]) for d in databases}
+
+
+def keyspace(server, client):
+    lines = ask(server, client, "INFO keyspace")
+    return {int(line[2 : line.index(b":")]): line.split(b":")[1] for line in lines if line.startswith(b"db")}
+
+
+def agree(server, client, cache):
+    """What all that say it say is what is there."""
+    there = census.sizes(cache)
+    said = keyspace(server, client)
+    assert said == {d: b"keys=%d,expires=%d,avg_ttl=0" % size for d, size in there.items()}
+    assert dbsizes(server, client) == {d: there.get(d, (0, 0))[0] for d in range(16)}
+    assert cache.verify() == []
+
+
+def unsure(cache):
+    return int((cache.segment.stripes["turn"] & 1).sum())
+
+
+def test_sixteen_databases_are_the_default(make, serve):
+    server = serve(make().name)
+    client = server.connect()
+    assert ask(server, client, "SELECT 15", "SET k v", "CONFIG GET databases", "SELECT 16") == [
+        b"+OK", b"+OK", b"*2", b"$9", b"databases", b"$2", b"16", b"-ERR DB index is out of range",
+    ]  # fmt: skip
+
+
+def test_each_database_is_counted(make, serve):
+    cache = make()
+    server = serve(cache.name)
+    client = server.connect()
+    ask(server, client, "SET zero 0", "SET nil 0 EX 100", "SELECT 1", "SET one 1", "SET uno 1", "SET eins 1", "SELECT 15", "SET k v EX 9", "SET l v")
+    assert dbsizes(server, client, (0, 1, 2, 15)) == {0: 2, 1: 3, 2: 0, 15: 2}
+    assert keyspace(server, client) == {
+        0: b"keys=2,expires=1,avg_ttl=0", 1: b"keys=3,expires=0,avg_ttl=0", 15: b"keys=2,expires=1,avg_ttl=0",
+    }  # fmt: skip
+    ask(server, client, "SELECT 15", "EXPIRE l 9", "PERSIST k", "SELECT 1", "FLUSHDB", "SET one again", "SELECT 0", "DEL zero", "PERSIST nil")
+    assert keyspace(server, client) == {
+        0: b"keys=1,expires=0,avg_ttl=0", 1: b"keys=1,expires=0,avg_ttl=0", 15: b"keys=2,expires=1,avg_ttl=0",
+    }  # fmt: skip
+    ask(server, client, "FLUSHALL")
+    assert keyspace(server, client) == {}
+    agree(server, client, cache)
+
+
+def test_a_size_is_not_a_walk(make, serve, monkeypatch):
+    """Nor does a database that was flushed, or that others have written to, need one."""
+    cache = make("16M")
+    server = serve(cache.name)
+    client = server.connect()
+    for d in (0, 1, 2):
+        ask(server, client, f"SELECT {d}", *(f"SET k{i} v" for i in range(300)))
+    ask(server, client, "SELECT 2", "FLUSHDB", *(f"SET l{i} v" for i in range(40)))
+    before = bytes(cache.segment.stripes["turn"]), bytes(cache.segment.databases)
+    assert dbsizes(server, client, (0, 1, 2)) == {0: 300, 1: 300, 2: 40}
+    assert (bytes(cache.segment.stripes["turn"]), bytes(cache.segment.databases)) == before, "a stripe was counted anew"
+    monkeypatch.setattr("shmcache.sidecar.commands.keys.all_keys", None)
+    assert dbsizes(server, client, (0, 1, 2)) == {0: 300, 1: 300, 2: 40}
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_counts_are_what_a_look_at_every_slot_says(make, serve, seed):
+    rng = random.Random(seed)
+    cache = make("4M", stripes=16 if seed % 2 else 1024)
+    server = serve(cache.name)
+    client = server.connect()
+    sizes = (1, 60, 900, 9000, 200_000)
+    for _ in range(40):
+        for _ in range(rng.randrange(120)):
+            d, key = rng.choice((0, 0, 0, 1, 2, 9, 15)), b"k%d" % rng.randrange(300)
+            value = b"v" * rng.choices(sizes, (30, 20, 10, 3, 1))[0]
+            expiry = rng.choice(((), (), (b"EX", b"100"), (b"PX", b"1")))
+            command = rng.choices(
+                ((b"SET", key, value, *expiry), (b"DEL", key), (b"EXPIRE", key, b"50"), (b"PERSIST", key), (b"INCR", key), (b"GETDEL", key),
+                 (b"RENAME", key, b"renamed"), (b"COPY", key, key, b"DB", b"2", b"REPLACE"), (b"GET", key), (b"LEASE.GET", key, b"1")),
+                (60, 8, 6, 6, 4, 3, 3, 3, 20, 2))[0]  # fmt: skip
+            ask(server, client, f"SELECT {d}", command)
+        what = rng.randrange(12)
+        if what == 0:
+            ask(server, client, "FLUSHALL")
+        elif what < 4:
+            ask(server, client, f"SELECT {rng.choice((1, 2, 9))}", "FLUSHDB")
+        elif what == 4:
+            ask(server, client, "SELECT 0", "FLUSHDB")
+        elif what == 5:
+            cache.namespace("db:2").clear()
+        elif what == 6:  # as worker processes do it, and what databases have nothing to do with
+            for name in ("db:9", "db:16", "db:100", "db:01", "db:", "db", "other", "db:x"):
+                space = cache.namespace(name)
+                space.set(f"w{rng.randrange(20)}", b"worker", rng.choice((None, 60)), tags=["t"] if rng.random() < 0.3 else None)
+        elif what == 7:
+            cache.set_many({b"fill%d" % i: b"f" * 500 for i in range(3000)})  # evicts
+        elif what == 8:
+            cache.clear()
+        elif what == 9:  # who holds stripes of several databases at once
+            ask(server, client, "SELECT 1", "MULTI", "SET m 1", "SELECT 2", "SET m 2 EX 9", "SELECT 9", "FLUSHDB", "SET m 3", "DBSIZE", "EXEC")
+        elif what == 10:
+            cache.delete(b"\0ns\0db:%d" % rng.choice((1, 2, 9)))  # as if it was evicted
+        agree(server, client, cache)
+
+
+def test_without_databases_all_keys_are_the_firsts(make, serve):
+    cache = make()
+    server = serve(cache.name, databases="1")
+    client = server.connect()
+    cache.namespace("db:1").set("k", 1)
+    ask(server, client, "SET k v")
+    assert ask(server, client, "DBSIZE") == [b":%d" % len(cache)] == [b":3"]
+    assert keyspace(server, client) == {0: b"keys=3,expires=0,avg_ttl=0"}
+
+
+def test_databases_beyond_the_sixteenth_are_counted_by_a_walk(make, serve):
+    cache = make()
+    server = serve(cache.name, databases="20")
+    client = server.connect()
+    ask(server, client, "SET zero 0", "SELECT 17", "SET a 1", "SET b 1", "SELECT 3", "SET c 1")
+    assert dbsizes(server, client, (0, 3, 16, 17)) == {0: 1, 3: 1, 16: 0, 17: 2}
+    assert ask(server, client, "SELECT 0", "FLUSHDB", "DBSIZE", "SELECT 17", "DBSIZE") == [b"+OK", b"+OK", b":0", b"+OK", b":2"]
+
+
+def test_flushdb_of_the_first_is_one_write_if_no_other_has_a_key(make, serve, monkeypatch):
+    cache = make()
+    server = serve(cache.name)
+    client = server.connect()
+    ask(server, client, "SELECT 3", "SET k v", "SELECT 0", *(f"SET k{i} v" for i in range(50)))
+    epoch = int(cache.segment.header["epoch"])
+    assert ask(server, client, "FLUSHDB", "DBSIZE", "SELECT 3", "GET k") == [b"+OK", b":0", b"+OK", b"$1", b"v"]
+    assert int(cache.segment.header["epoch"]) == epoch, "the other's key would have gone"
+    ask(server, client, "DEL k", "SELECT 0", *(f"SET k{i} v" for i in range(50)))
+    monkeypatch.setattr("shmcache.sidecar.commands.keys.all_keys", None)
+    assert ask(server, client, "FLUSHDB", "DBSIZE", "GET k1") == [b"+OK", b":0", b"$-1"]
+    assert int(cache.segment.header["epoch"]) == epoch + 1
+
+
+def test_what_is_not_known_is_counted_once(make, serve):
+    """Of stripes in which a writer died, and of a generation that no write has told of, as one that is restored late."""
+    cache = make()
+    server = serve(cache.name)
+    client = server.connect()
+    for d in (0, 1, 2):
+        ask(server, client, f"SELECT {d}", *(f"SET k{i} v EX 50" for i in range(100)))
+    view = cache.views(writable=True)
+    view.stripes["turn"] |= 1
+    view.stripes["others"] = view.stripes["expiring"] = 77
+    view.databases["n"] = view.databases["tag"] = 99
+    ask(server, client, "SELECT 1", "SET more v", "DEL k3")
+    assert unsure(cache) == len(view.stripes), "a writer believed them"
+    agree(server, client, cache)
+    assert unsure(cache) == 0
+    ask(server, client, "SELECT 1", "SET still v", "SELECT 2", "FLUSHDB", "SET k v")
+    agree(server, client, cache)
+
+    for d in (1, 2):  # the header has not been told of their generations, and they are written to
+        view.header["newest"][d] = 1
+        view.databases["tag"][:, d] = 0
+        view.databases["n"][:, d] = view.databases["expiring"][:, d] = 0
+        ask(server, client, f"SELECT {d}", *(f"SET m{i} v" for i in range(50)))
+    agree(server, client, cache)
+    tags = bytes(view.databases["tag"])
+    ask(server, client, "SELECT 1", *(f"SET n{i} v" for i in range(50)))
+    agree(server, client, cache)
+    assert bytes(view.databases["tag"]) == tags, "they were counted again"
+    del view
+
+
+def test_who_asks_by_an_old_generation_takes_no_count_from_the_new(make, serve, monkeypatch):
+    """A transaction goes on with the generation that it began with, and counts what carries it, while others have flushed the database."""
+    cache = make(stripes=16)
+    server = serve(cache.name)
+    client = server.connect()
+    ask(server, client, "SELECT 1", "SET old 1")
+    counted = keys.size_of
+
+    def meanwhile(client):
+        space = cache.namespace("db:1")
+        space.clear()
+        space.set("new", 1)
+        view = cache.views(writable=True)
+        view.stripes["turn"] |= 1
+        del view
+        return counted(client)
+
+    monkeypatch.setattr(keys, "size_of", meanwhile)
+    assert ask(server, client, "MULTI", "SET old2 1", "DBSIZE", "EXEC")[-3:] == [b"*2", b"+OK", b":2"]
+    monkeypatch.undo()
+    assert dbsizes(server, client, (1,)) == {1: 1}
+    assert unsure(cache) == 0
+    agree(server, client, cache)
