@@ -691,10 +691,12 @@ def do_serve(args: argparse.Namespace) -> int:
     store = _store_of(args)
     settings = {
         "bind": " ".join(args.bind), "port": str(args.port), "unixsocket": args.unix or "", "maxclients": str(args.maxclients),
-        "timeout": str(int(args.timeout)), "protected-mode": args.protected_mode, **({"databases": str(args.databases)} if args.databases else {}),
+        "timeout": str(int(args.timeout)), "protected-mode": args.protected_mode,
         "lua-time-limit": str(args.lua_time_limit),
         "enable-debug-command": "yes" if args.enable_debug_command else "no",
     }  # fmt: skip
+    if args.databases is not None:
+        settings["databases"] = str(args.databases)
     if args.password_file is not None:
         settings["requirepass"] = _secret(args.password_file, "the password").decode("latin-1")
     password = settings.get("requirepass", "").encode("latin-1")
@@ -866,7 +868,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--protected-mode", choices=("yes", "no"), default="yes", help="without a password serve loopback only (yes)")
     p.add_argument("--maxclients", type=int, default=10000, metavar="N", help="connections of a process (10000)")
     p.add_argument("--databases", type=_databases, metavar="N",
-                   help="what SELECT chooses from, each with keys of its own (16; with a store 1, the others are the cache's alone)")  # fmt: skip
+                   help="what SELECT chooses from, each with keys of its own (16; with a store 1: others are the cache's alone)")  # fmt: skip
     p.add_argument("--timeout", type=float, default=0, metavar="S", help="close a connection that is idle so long; 0: never (0)")
     p.add_argument("--lua-time-limit", type=int, default=500, metavar="MS", help="end a script that runs so long (500)")
     p.add_argument("--tls-cert", metavar="F", help="TCP with TLS: the certificate")

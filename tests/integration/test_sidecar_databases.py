@@ -9,7 +9,6 @@ import redis
 
 import shmcache
 from shmcache.sidecar import serving
-from shmcache.stores import SQLStore
 from tests import census
 from tests.integration.service import running, until
 
@@ -28,7 +27,7 @@ def test_a_url_may_name_any_of_sixteen_databases(serve):
     assert [client.dbsize() for client in clients] == [d + 1 for d in range(16)]
     assert sizes(clients[7]) == {d: (d + 1, 1) for d in range(16)}
     assert clients[0].config_get("databases") == {"databases": "16"}
-    with pytest.raises(redis.ResponseError, match="^DB index is out of range$"):
+    with pytest.raises(redis.ResponseError, match=r"^DB index is out of range$"):
         redis.Redis.from_url(f"redis://127.0.0.1:{service.port}/16").get("k")
     for client in clients:
         client.close()
@@ -38,12 +37,12 @@ def test_behind_a_store_there_is_one_database_and_select_says_why(serve, tmp_pat
     service = serve("--store", f"sqlite:///{tmp_path / 'store.db'}")
     with service.client() as client, service.client(db=1) as other:
         assert client.config_get("databases") == {"databases": "1"}
-        with pytest.raises(redis.ResponseError, match="^DB index is out of range: the store .* --databases N"):
+        with pytest.raises(redis.ResponseError, match=r"^DB index is out of range: the store .* --databases N"):
             other.get("k")
 
 
 def test_an_embedded_server_has_as_many(name, tmp_path):
-    for store, wanted in ((None, "16"), (SQLStore(f"sqlite:///{tmp_path / 'store.db'}"), "1")):
+    for store, wanted in ((None, "16"), (shmcache.SQLStore(f"sqlite:///{tmp_path / 'store.db'}"), "1")):
         with serving(name, size="8M", store=store) as address, redis.Redis(port=address.port) as client:
             assert client.config_get("databases") == {"databases": wanted}
         shmcache.unlink(name)

@@ -16,6 +16,7 @@ class Bytes:
     """Writable views of a cache with small items, one big item, a chain with overflow."""
 
     def __init__(self, cache):
+        self.cache = cache
         for i in range(30_000):
             cache.set(b"key:%d" % i, b"value")
         i = 30_000
@@ -26,7 +27,7 @@ class Bytes:
         cache.delete(b"key:29999")  # its chunk stays in hand
         self.seg = cache.views(writable=True)
         self.h, self.b, self.o, self.p = self.seg.header, self.seg.buckets, self.seg.overflow, self.seg.pages
-        self.c, self.s, self.r = self.seg.classes, self.seg.stripes, self.seg.rows
+        self.c, self.s, self.r, self.d = self.seg.classes, self.seg.stripes, self.seg.rows, self.seg.databases
         self.bytes, self.refs = self.seg.bytes, self.seg.refs
         self.full = int(np.flatnonzero((self.b["slot"][:, 0] != 0) & (self.b["slot"][:, 1] != 0))[0])
 
@@ -146,10 +147,34 @@ def page_class(x):
     x.p["cls"][x.page(2)] ^= 1
 
 
+def others(x):
+    x.s["others"][3] = int(x.h["epoch"]) << 32 | 1
+
+
+def expiring(x):
+    x.s["expiring"][3] = int(x.h["epoch"]) << 32 | 1
+
+
+def database(x):
+    x.d["n"][3, 2] += 1
+
+
+def database_expiring(x):
+    x.d["expiring"][3, 2] += 1
+
+
+def not_the_newest(x):
+    """A stripe that has items of a database's newest generation counts those of another one."""
+    x.cache.namespace("db:2").set("k", 1)
+    at = int(np.flatnonzero(x.d["tag"][:, 2])[0])
+    x.d["tag"][at, 2] = 7
+    x.d["n"][at, 2] = 0
+
+
 PLANTED = [
     (1, bad_address), (2, wrong_kind), (3, wrong_tag), (4, wrong_bucket), (5, wrong_key), (6, too_long), (7, twice), (8, version_ahead), (9, lost),
     (10, free_list), (11, ring), (11, avail), (11, class_free), (12, pool), (13, big_page), (14, big_page_unlisted), (15, count), (16, chain), (17, overflow_pool),
-    (18, refs), (19, in_hand), (20, header), (21, page_class),
+    (18, refs), (19, in_hand), (20, header), (21, page_class), (23, others), (23, expiring), (23, database), (23, database_expiring), (23, not_the_newest),
 ]  # fmt: skip
 
 
@@ -183,4 +208,4 @@ def test_a_dirty_item_that_the_map_has_not_is_named(make):
 def test_every_invariant_has_a_plant():
     numbers = {int(n) for n in re.findall(r"^    I(\d+) ", sweep.__doc__, re.MULTILINE)}
     assert numbers == {n for n, _ in PLANTED} | {22}
-    assert len(numbers) == 22
+    assert len(numbers) == 23
