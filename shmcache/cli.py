@@ -868,7 +868,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--protected-mode", choices=("yes", "no"), default="yes", help="without a password serve loopback only (yes)")
     p.add_argument("--maxclients", type=int, default=10000, metavar="N", help="connections of a process (10000)")
     p.add_argument("--databases", type=_databases, metavar="N",
-                   help="what SELECT chooses from, each with keys of its own (16; with a store 1: others are the cache's alone)")  # fmt: skip
+                   help="what SELECT chooses from, each with keys of its own (16; with a store 1: others are not stored)")  # fmt: skip
     p.add_argument("--timeout", type=float, default=0, metavar="S", help="close a connection that is idle so long; 0: never (0)")
     p.add_argument("--lua-time-limit", type=int, default=500, metavar="MS", help="end a script that runs so long (500)")
     p.add_argument("--tls-cert", metavar="F", help="TCP with TLS: the certificate")

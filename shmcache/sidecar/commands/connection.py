@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 OUT_OF_RANGE = "ERR DB index is out of range"
 OUT_OF_RANGE_BACKED = (
-    "ERR DB index is out of range: the store behind this cache has one database. Others are the cache's alone: what is written there is not "
-    "stored, and may be evicted. Start the server with --databases N if that will do"
+    "ERR DB index is out of range: the store behind this cache has one database. Others are the cache's alone: what is written there is "
+    "not stored, and may be evicted. Start the server with --databases N if that will do"
 )
 
 
