@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from shmcache.core import _sweep
 from shmcache.sidecar.commands import keys
 from tests import census
 from tests.redis.inprocess import InProcess
@@ -223,3 +224,40 @@ def test_who_asks_by_an_old_generation_takes_no_count_from_the_new(make, serve, 
     assert dbsizes(server, client, (1,)) == {1: 1}
     assert unsure(cache) == 0
     agree(server, client, cache)
+
+
+def test_a_write_that_a_flush_overtook_is_not_counted(make, serve):
+    """As of a worker that has slept since it asked for the generation."""
+    cache = make(stripes=16)
+    server = serve(cache.name)
+    client = server.connect()
+    space = cache.namespace("db:1")
+    old = space.prefix()
+    for i in range(40):
+        space.set(f"before{i}", 1)
+    space.clear()
+    for i in range(40):
+        cache.set(old + b"late%d" % i, 1)
+        space.set(f"k{i}", 1)
+        cache.set(old + b"later%d" % i, 1, 60)
+        cache.delete(old + b"before%d" % i)
+    assert dbsizes(server, client, (0, 1)) == {0: 0, 1: 40}
+    agree(server, client, cache)
+    assert unsure(cache) == 0
+
+
+def test_repair_mends_what_damage_has_made_of_the_counts(make, serve):
+    cache = make()
+    server = serve(cache.name)
+    client = server.connect()
+    ask(server, client, *(f"SET k{i} v EX 50" for i in range(100)), "SELECT 1", *(f"SET k{i} v EX 50" for i in range(100)))
+    view = cache.views(writable=True)
+    view.databases["n"] += 3
+    view.databases["tag"][:, 1] ^= 2
+    view.stripes["others"] += 1
+    view.stripes["expiring"] ^= 1 << 33
+    del view
+    assert cache.verify() != []
+    _sweep.repair(cache)
+    agree(server, client, cache)
+    assert unsure(cache) == 0
