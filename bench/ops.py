@@ -165,9 +165,16 @@ def of_our_own(args: Any, keys: list[bytes], notes: list[str]) -> dict[str, Any]
         def with_tag(k: bytes) -> None:
             put(k, VALUE, None, ("one",))
 
+        def with_ttl(k: bytes) -> None:
+            put(k, VALUE, 100)
+
+        new = itertools.count(2 * 10**9)
         puts: dict[str, tuple[Any, Callable[[bytes], Any]]] = {
             "shmcache": (with_value(put, VALUE), lambda k: k),
             "value with one tag": (with_tag, lambda k: b"tag" + k),
+            "with a ttl": (with_ttl, lambda k: b"ttl" + k),
+            "new key": (with_value(put, VALUE), lambda k: key(next(new))),
+            "new key with a ttl": (with_ttl, lambda k: key(next(new))),
         }
         times = {kind: [] for kind in puts}
         for r in range(args.rounds + 1):

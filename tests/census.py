@@ -31,7 +31,7 @@ def sizes(cache: shmcache.Cache) -> dict[int, tuple[int, int]]:
     heads = cache.segment.bytes[at[:, None] + np.arange(80)]  # an item's header, and the first bytes of its key
     items = np.ascontiguousarray(heads[:, :48]).view(cache.segment.items(0).dtype)[:, 0]
     expiring = (items["expiry_ms"] != 0) & (items["flags"] & CLAIM == 0)
-    others = (heads[:, 48:55] == np.frombuffer(OTHERS, np.uint8)).all(axis=1) & (items["key_bytes"] > len(OTHERS))
+    others = (heads[:, 48:55] == np.frombuffer(OTHERS, np.uint8)).all(axis=1) & (items["key_bytes"] >= len(OTHERS))
     now = items["epoch"] == cache.segment.header["epoch"]
     found = {0: (int((now & ~others).sum()), int((now & ~others & expiring).sum()))}
     for d in range(1, 16):

@@ -105,6 +105,7 @@ cdef class Table:
     cdef int give_back(self, object key, uint64_t version, bint known) except -100
     cdef int wait_stored(self, seg_t* s, Mapping held) except -1
     cdef int bury(self, seg_t* s, const uint8_t* key, size_t n, uint64_t h, uint64_t version, log_t* log) except -100
+    cdef int discard_view(self, seg_t* s, Mapping held, const uint8_t* key, size_t n, log_t* log) except -100
     cdef int remove_now(self, seg_t* s, Mapping held, const uint8_t* key, size_t n, uint64_t h, uint64_t version,
                         bint only_expired, log_t* log) except -100
     cdef int remove_key(self, object key, uint64_t version) except -100

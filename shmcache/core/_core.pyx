@@ -1856,23 +1856,22 @@ cdef class Table:
         cdef const uint8_t* k
         cdef size_t n
         cdef log_t log
-        cdef seg_t* s
-        cdef Mapping held = self.mapping
-        cdef int rc
-        cdef bint logged
         key_view(key, &k, &n)
-        s = self.ready()
+        return self.discard_view(self.ready(), self.mapping, k, n, &log) == OK
+
+    cdef int discard_view(self, seg_t* s, Mapping held, const uint8_t* key, size_t n, log_t* log) except -100:
+        cdef int rc
+        cdef bint logged = s.ring_bytes != 0 and not passes_by(s, key)
         log.bytes = 0
         log.end = 0
-        logged = s.ring_bytes != 0 and not passes_by(s, k)
         if logged:
-            self.secure(s, held, &log, record_room(s, n, 0))
+            self.secure(s, held, log, record_room(s, n, 0))
         try:
-            rc = self.remove_now(s, held, k, n, siphash13(k, n, s.k0, s.k1), 0, False, &log)
+            rc = self.remove_now(s, held, key, n, siphash13(key, n, s.k0, s.k1), 0, False, log)
         finally:
             if logged:
-                self.over(s, &log, False)
-        return rc == OK
+                self.over(s, log, False)
+        return rc
 
     def flush(self, double timeout=30.0):
         """Write-back: wait till the store has everything that was written before this call. With any other policy it has.
@@ -2439,11 +2438,11 @@ cdef class Table:
         self.enter(s)
         try:
             while b < min(end, s.n_buckets):
-                rc = next_keys(s, b, buffer, room, &used, 0)
+                rc = next_keys(s, b, False, buffer, room, &used, 0)
                 if rc == BUSY:
                     until = until or wait_until(s)
                     with nogil:
-                        rc = next_keys(s, b, buffer, room, &used, until)
+                        rc = next_keys(s, b, False, buffer, room, &used, until)
                 if rc == NO_ROOM:           # 391 keys of 4,096 bytes in one chain
                     larger = <uint8_t*>malloc(2 * <size_t>room)
                     if larger == NULL or room > 1 << 26:

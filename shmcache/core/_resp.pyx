@@ -26,17 +26,18 @@ from shmcache.core._core cimport Mapping, Table, buried
 from shmcache.core.atomics cimport fence_acquire, ld32, ld32r, ld64, ld64r, ldi64r, likely, prefetch, unlikely
 from shmcache.core.bucket cimport bucket_of, pthread_self, stripe_of, stripe_release, stripe_take
 from shmcache.core.clock cimport now_ms
+from shmcache.core.databases cimport is_others
 from shmcache.core.envelope cimport CODEC_ENVELOPE, STATE_FRESH, STATE_NEGATIVE, STATE_STALE, envelope_open, envelope_t
 from shmcache.core.dirty cimport writes_back
 from shmcache.core.layout cimport DATABASES, FLAG_COPY_TTL, FLAG_RAW, MAX_KEY, NAMESPACES_FIRST, POLICY_BACK, SLOTS, bucket_t, seg_t
 from shmcache.core.lock cimport wait_until
 from shmcache.core.number cimport shm_digits, shm_number
-from shmcache.core.ring cimport log_t, ring_of
+from shmcache.core.ring cimport log_t, record_room, ring_of, ring_release, ring_secure
 from shmcache.core.siphash cimport siphash13
-from shmcache.core.sizes cimport size_in, sized_t
+from shmcache.core.sizes cimport has_first, size_counted, size_said, sized_t
 from shmcache.core.table cimport (
-    ALWAYS, IF_ABSENT, IF_PRESENT, IF_VERSION, LARGE_COPY, RESTARTS, count_items, envelope_state, next_keys, prefetch_item, put_t, read_begin, read_copy, read_end, read_generation, read_t)
-from shmcache.core.token cimport ABSENT, BUSY, EXISTS, INTR, NO_ROOM, NO_STORE, OK, OVERFLOW, mono_ns, wall_ns
+    ALWAYS, IF_ABSENT, IF_PRESENT, IF_VERSION, LARGE_COPY, RESTARTS, count_items, envelope_state, next_keys, passes_by, prefetch_item, put_t, read_begin, read_copy, read_end, read_generation, read_t, remove)
+from shmcache.core.token cimport ABSENT, AGAIN, BUSY, EXISTS, INTR, NO_ROOM, NO_STORE, OK, OVERFLOW, mono_ns, wall_ns
 
 import threading
 from os import register_at_fork, urandom
@@ -94,6 +95,12 @@ cdef enum:
     UNKNOWN = 2                 # finish_raw(): a miss, of which nobody has said that the store has not got it either
     LOADS = 1                   # Executor.backed, of a loop
     KNOWS = 2                   # of a thread of the pool, between know() and forget()
+    # of a stripe that does not know its size (add_sizes)
+    WAITING             # for its lock, as long as a call does
+    TRYING              # so long that a dead holder is found; then it is what the counts say
+    BRIEFLY             # its lock is only tried, and that until BRIEFLY_NS have gone: then, too. What has another generation's counts has 0
+    TRYING_NS = 2_000_000
+    BRIEFLY_NS = 10_000_000
     LOOKS_BEFORE_STRIPES = 128  # keys()
     LOOKS_BETWEEN_CLOCKS = 256
     CLOCK_SLACK = 5             # ms by which two readings of an expiry may differ
@@ -625,7 +632,7 @@ cdef class Executor:
             if n < self.n_prefix or memcmp(key, self.named, self.n_prefix):
                 return None
             return PyBytes_FromStringAndSize(<char*>key + self.n_prefix, <Py_ssize_t>(n - self.n_prefix))
-        if self.databases > 1 and n > 7 and memcmp(key, <const char*>b"\0ns\0db:", 7) == 0:
+        if self.databases > 1 and is_others(key, n):
             return None
         if n == <size_t>PyBytes_GET_SIZE(EMPTY_KEY) and memcmp(key, PyBytes_AS_STRING(EMPTY_KEY), n) == 0:
             return b""
@@ -637,50 +644,90 @@ cdef class Executor:
 
     def size(self):
         """(items of the database in use, those of them that expire): of one of the first 16, by the stripes' counts. As len() of a cache, with what
-        has expired and is not taken out yet. Raises: WouldWait, StripeBusy."""
-        cdef uint32_t generation = 0
-        if self.db:
-            memcpy(&generation, self.named + self.n_prefix - 8, 4)
-        return self.size_of(self.db, generation, True)
+        has expired and is not taken out yet. Of a stripe of the first that a stopped process holds, and while this thread holds stripes, what they
+        say. Raises: WouldWait; StripeBusy, of another database than the first."""
+        cdef sized_t size = self.size_of(self.db, BRIEFLY if self.has_stripes() else WAITING if self.db else TRYING)
+        return size.items, size.expiring
 
-    def sizes(self):
-        """{database: as size()} of those of the first 16 that have a key. Of a stripe that a process holds as it changes its counts: what they say."""
+    def sizes(self, bint exact=False):
+        """{database: as size()} of those of the first 16 that have a key. Not exact: soon, without waiting for a lock: some stripes may not know."""
         cdef seg_t* s = self.table.ready()
-        cdef uint8_t key[9]
-        cdef uint64_t generation = 0
-        cdef tuple first = self.size_of(0, 0, False)
-        cdef dict found = {0: first if self.databases > 1 else (count_items(s), first[1])}
-        cdef int d
-        memcpy(key, <const char*>b"\0ns\0db:", 7)
-        for d in range(1, min(self.databases, <int>DATABASES)):
-            if read_generation(s, key, 7 + shm_digits(<char*>key + 7, d), &generation) == OK:
-                found[d] = self.size_of(d, <uint32_t>generation, False)
-        return {d: size for d, size in found.items() if size[0]}
-
-    cdef tuple size_of(self, int d, uint32_t generation, bint exact):
-        cdef seg_t* s = self.table.ready()
-        cdef bint waits = not (exact and self.table.impatient)
         cdef sized_t size
-        cdef uint64_t items = 0, expiring = 0, until = 0
-        cdef uint32_t i
+        cdef dict found = {}
+        cdef int d
+        for d in range(min(self.databases, <int>DATABASES)):
+            size = self.size_of(d, WAITING if exact else BRIEFLY)
+            if d == 0 and self.databases == 1:
+                size.items = count_items(s)
+            if size.items:
+                found[d] = size.items, size.expiring
+        return found
+
+    cdef sized_t size_of(self, int d, int how) except *:
+        """Its generation is loaded again when a stripe knows nothing of it: if somebody has flushed the database meanwhile, the sum begins again."""
+        cdef seg_t* s = self.table.ready()
+        cdef sized_t size
+        cdef uint64_t generation = 0
+        cdef int tries
+        for tries in range(RESTARTS):
+            size.items = size.expiring = 0
+            if d and not self.generation_of(s, d, &generation) or self.add_sizes(s, d, generation, how, tries + 1 == RESTARTS, &size):
+                break
+        return size
+
+    cdef bint generation_of(self, seg_t* s, int d, uint64_t* generation):
+        """Of database d, which is not the first: does it have one?"""
+        cdef uint8_t key[9]
+        if self.pinned is not None and d in self.pinned:
+            memcpy(generation, PyBytes_AS_STRING(self.pinned[d]) + PyBytes_GET_SIZE(self.pinned[d]) - 8, 8)
+            return True
+        return read_generation(s, key, generation_key(key, d), generation) == OK
+
+    cdef bint add_sizes(self, seg_t* s, int d, uint64_t generation, int how, bint is_last, sized_t* sum) except -1:
+        """size_of(). False: the generation is another one now."""
+        cdef sized_t size
+        cdef uint8_t key[9]
+        cdef uint64_t now = generation, until = 0
+        cdef uint32_t i, at
+        cdef bint is_asked = False
         cdef int rc
         for i in range(s.n_stripes):
-            rc = size_in(s, i, d, generation, waits, 0, &size)
-            while rc != OK and exact:
-                if self.table.impatient:
-                    raise WouldWait
-                until = until or wait_until(s)
-                with nogil:
-                    rc = size_in(s, i, d, generation, True, until, &size)
-                if rc == INTR:
-                    PyErr_CheckSignals()
-                    if s.me[0] == 0:
-                        self.mapping.revive()
-                elif rc != OK:
-                    raise errors.StripeBusy("a living process holds a lock that this call needs and does not run: try again")
-            items += size.items
-            expiring += size.expiring
-        return items, expiring
+            rc = size_said(s, i, d, <uint32_t>generation, &size)
+            if rc == ABSENT and not is_last:
+                if how == WAITING and not is_asked and not self.table.impatient:
+                    # newest is stored before the generation: under the lock that its writer holds both are, or neither (databases.pxd)
+                    at = <uint32_t>(stripe_of(s, bucket_of(s, siphash13(key, generation_key(key, d), s.k0, s.k1))) - s.stripes)
+                    self.count_stripe(s, at, d, <uint32_t>generation, how, &until, &size)
+                    is_asked = True
+                    rc = size_said(s, i, d, <uint32_t>generation, &size)
+                if not (self.generation_of(s, d, &now) and now == generation):
+                    return False
+            if rc == AGAIN and how == BRIEFLY:
+                until = until or mono_ns() + BRIEFLY_NS
+                if mono_ns() < until:
+                    size_counted(s, i, d, <uint32_t>generation, 0, &size)
+            elif rc != OK and how != BRIEFLY:
+                self.count_stripe(s, i, d, <uint32_t>generation, how, &until, &size)
+            sum.items += size.items
+            sum.expiring += size.expiring
+        return True
+
+    cdef int count_stripe(self, seg_t* s, uint32_t i, int d, uint32_t generation, int how, uint64_t* until, sized_t* size) except -1:
+        cdef int rc
+        if self.table.impatient:
+            raise WouldWait
+        until[0] = until[0] or (wait_until(s) if how == WAITING else mono_ns() + TRYING_NS)
+        while True:
+            with nogil:
+                rc = size_counted(s, i, d, generation, until[0], size)
+            if rc != INTR:
+                break
+            PyErr_CheckSignals()
+            if s.me[0] == 0:
+                self.mapping.revive()
+        if rc != OK and how == WAITING:
+            raise errors.StripeBusy("a living process holds a lock that this call needs and does not run: try again")
+        return 0
 
     # -- all keys
 
@@ -744,11 +791,11 @@ cdef class Executor:
         cdef uint64_t until = 0
         cdef int rc
         while True:
-            rc = next_keys(s, bucket, self.scratch, <uint32_t>min(self.room_scratch, <uint64_t>0xffffffff), &used, 0)
+            rc = next_keys(s, bucket, False, self.scratch, <uint32_t>min(self.room_scratch, <uint64_t>0xffffffff), &used, 0)
             if rc != OK and rc != NO_ROOM and not self.table.impatient:
                 until = until or wait_until(s)
                 with nogil:
-                    rc = next_keys(s, bucket, self.scratch, <uint32_t>min(self.room_scratch, <uint64_t>0xffffffff), &used, until)
+                    rc = next_keys(s, bucket, False, self.scratch, <uint32_t>min(self.room_scratch, <uint64_t>0xffffffff), &used, until)
             if rc == NO_ROOM:
                 self.grow_scratch(2 * self.room_scratch)
             elif rc == INTR:
@@ -768,6 +815,51 @@ cdef class Executor:
                 found.append(key)
             at += 2 + n
         return 0
+
+    # -- FLUSHDB of the first database
+
+    @property
+    def n_stripes(self):
+        return self.s.n_stripes
+
+    def empty_first(self, uint32_t stripe, uint64_t within_ns):
+        """Remove, from this stripe on, every key of the first database that was there when this was called, for as long as that, from one stripe at
+        least: the stripe to go on with. Claims go, too, and the marks of writers fill nothing more. What waits to be stored stays.
+
+        Each stripe is emptied by itself: a key that is stored meanwhile may stay or go. Raises: StripeBusy, LogFull; some keys are removed then.
+        """
+        cdef seg_t* s = self.table.ready()
+        cdef emptying_t e
+        cdef log_t log
+        cdef const uint8_t* key
+        cdef uint64_t until = mono_ns() + within_ns
+        cdef uint32_t n
+        cdef int rc
+        self.table.room_in_log(s, self.mapping, record_room(s, MAX_KEY, 0))
+        memset(&e, 0, sizeof(e))
+        e.stripe = stripe
+        while True:
+            with nogil:
+                rc = empty_on(s, &e, self.scratch, <uint32_t>min(self.room_scratch, <uint64_t>0xffffffff), until)
+            if rc == OK:
+                break
+            if rc == NO_ROOM:
+                self.grow_scratch(2 * self.room_scratch)
+            elif rc == AGAIN:
+                key = take_key(self.scratch, &e.at, &n)
+                self.table.discard_view(s, self.mapping, key, n, &log)
+                e.log_end = max(e.log_end, log.end)
+            elif rc == INTR:
+                PyErr_CheckSignals()
+                if s.me[0] == 0:
+                    self.mapping.revive()
+            else:
+                raise errors.StripeBusy("a living process holds a lock that this call needs and does not run: try again")
+        if e.log_end:
+            log.end = e.log_end
+            log.token = s.me[0]
+            self.table.note_log(&log)
+        return e.stripe
 
     def version(self, bytes key not None):
         """The key's version, 0 if it is not there."""
@@ -819,6 +911,76 @@ cdef bint pass_empty(seg_t* s, uint64_t* at, uint64_t end, const uint16_t* some,
             break
     at[0] = end if some != NULL and n_some == 0 else min(b, end)
     return False
+
+
+cdef inline size_t generation_key(uint8_t* key, int d) noexcept nogil:
+    """Of database d, in 9 bytes."""
+    memcpy(key, <const char*>b"\0ns\0db:", 7)
+    return 7 + shm_digits(<char*>key + 7, d)
+
+
+ctypedef struct emptying_t:     # how far FLUSHDB of the first database is
+    uint32_t stripe         # the next, or
+    bint is_begun           # the one whose buckets before this one are done with
+    uint64_t bucket
+    uint32_t used           # bytes of keys, of the bucket
+    uint32_t at             # of these: of keys that are done with
+    uint64_t log_end        # log_t.end of the last that was logged
+
+
+cdef inline const uint8_t* take_key(const uint8_t* keys, uint32_t* at, uint32_t* n) noexcept nogil:
+    """The key at `at`, among those of next_keys()."""
+    cdef const uint8_t* key = keys + at[0] + 2
+    n[0] = key[-2] | <uint32_t>key[-1] << 8
+    at[0] += 2 + n[0]
+    return key
+
+
+cdef int empty_on(seg_t* s, emptying_t* e, uint8_t* keys, uint32_t room, uint64_t until_ns) noexcept nogil:
+    """empty_first(), up to the end of a stripe: OK. NO_ROOM: more is needed for the keys of a bucket. AGAIN: the next key's log record has to be
+    waited for. BUSY, INTR."""
+    cdef log_t log
+    cdef const uint8_t* key
+    cdef uint64_t wait_ns
+    cdef uint32_t at, n
+    cdef int rc
+    while e.stripe < s.n_stripes:
+        wait_ns = wait_until(s)
+        if not e.is_begun:
+            rc = has_first(s, e.stripe, wait_ns)
+            if rc != OK and rc != ABSENT:
+                return rc
+            e.bucket = e.stripe if rc == OK else s.n_buckets
+            e.is_begun = True
+        while e.bucket < s.n_buckets:
+            if e.used == 0 and not is_empty(s, e.bucket):
+                rc = next_keys(s, e.bucket, True, keys, room, &e.used, wait_ns)
+                e.at = 0
+                if rc != OK:
+                    e.used = 0
+                    return rc
+            while e.at < e.used:
+                at = e.at
+                key = take_key(keys, &at, &n)
+                log.bytes = log.end = 0
+                log.token = s.me[0]
+                if s.ring_bytes and ld64(&s.header.log_policy) and not passes_by(s, key):
+                    if not ring_secure(s, record_room(s, n, 0)):
+                        return AGAIN
+                    log.bytes = record_room(s, n, 0)
+                rc = remove(s, key, n, siphash13(key, n, s.k0, s.k1), 0, False, &log, wait_ns)
+                ring_release(s, &log)
+                e.log_end = max(e.log_end, log.end)
+                if rc != OK and rc != ABSENT:
+                    return rc
+                e.at = at
+            e.used = e.at = 0
+            e.bucket += s.n_stripes
+        e.is_begun = False
+        e.stripe += 1
+        if mono_ns() >= until_ns:
+            break
+    return OK
 
 
 # ---- keys and values -------------------------------------------------------------------------------------------------------------
@@ -2444,10 +2606,10 @@ cdef class Client:
             elif not ex.has_stripes():
                 ex.pinned = None
 
-    def transact(self, list queue not None, list keys not None, dict watching not None, uint64_t log_bytes, is_answered,
+    def transact(self, list queue not None, list keys not None, bint everything, dict watching not None, uint64_t log_bytes, is_answered,
                  bint looked_at):
         """EXEC: the replies to the queued commands are appended, unless a watched key has another version now: False. keys: (db, key) of all of
-        them. is_answered: called with each command before it runs, if they are looked at or the user is restricted. True: it has its reply, and
+        them. everything: of all other keys, too. is_answered: called with each command before it runs, if they are looked at or the user is restricted. True: it has its reply, and
         does not run.
         Raises: as hold(), nothing was done then.
 
@@ -2463,6 +2625,8 @@ cdef class Client:
                 if db != ex.db:
                     ex.use(db)
                 ex.add_stripe(found, <const uint8_t*>PyBytes_AS_STRING(key), PyBytes_GET_SIZE(key))
+            if everything:
+                found.update(range(ex.s.n_stripes))
             ex.take_stripes(found, log_bytes)
         except BaseException:
             ex.pinned = None

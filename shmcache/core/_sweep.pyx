@@ -581,8 +581,8 @@ cdef class Verifier:
         cdef uint32_t i
         h = s.header
         if (h.n_rows, h.n_stripes, h.n_classes, h.page_shift, h.n_pages, h.n_buckets, h.n_overflow, h.slab_off, h.hash_key[0],
-                h.hash_key[1], h.policy, h.dirty_off) != (s.n_rows, s.n_stripes, s.n_classes, s.page_shift, s.n_pages, s.n_buckets, s.n_overflow,
-                                   s.slab_off, s.k0, s.k1, s.policy, <uint8_t*>s.dirty - s.base):
+                h.hash_key[1], h.policy, h.dirty_off, h.databases_off) != (s.n_rows, s.n_stripes, s.n_classes, s.page_shift, s.n_pages, s.n_buckets, s.n_overflow,
+                                   s.slab_off, s.k0, s.k1, s.policy, <uint8_t*>s.dirty - s.base, <uint8_t*>s.databases - s.base):
             note(&self.o, V_HEADER)
         for i in range(s.n_classes):
             if s.classes[i].chunk_bytes != s.chunk_bytes[i]:

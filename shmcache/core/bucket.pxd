@@ -355,7 +355,7 @@ cdef inline void remove_locked(seg_t* s, stripe_t* st, uint64_t b, uint64_t* slo
     Crash: before the slot's store repair makes it LIVE again; after it repair counts version and count, and the hand frees it.
     """
     cdef uint32_t epoch = epoch_of(s, st)
-    cdef bint tallied = changes_tally(s, addr, 0) and tally_begin(st)
+    cdef bint tallied = changes_tally(s, addr, 0, False) and tally_begin(st)
     if unlikely(ld32(&s.header.restoring)):
         depart_with(s, addr, op)
     note_intent(st, op, addr, 0, count_without(s, count_at(st, epoch), addr))

@@ -7,33 +7,43 @@
 # has expired count until they are taken out.
 #
 # header.newest has a tag for each database: that of the generation that was stored last. put() stores it, under the stripe of the generation's
-# key, before the key's slot. Generations are random, and none is stored again: so newest is never again what it was before.
+# key, before the key's slot. Generations are random, and none is stored again: so newest is never again what it was before. Nothing keeps a
+# process that writes the cache's own key from storing an old one: C3 does not hold then, and counts are too low (verify: I23), until each
+# stripe is asked for that generation or loses those items. Nothing is deleted for what a count says: FLUSHDB of the first database takes each
+# stripe's lock, under which C1 holds (sizes.pxd, has_first), and removes key by key.
 #
 # Invariants, for the holder of the stripe, if its turn is even
 #   C1  others is the number of items of its epoch whose keys begin so; expiring, of those with other keys that expire
 #   C2  n[d] is the number of items of database d that carry tag[d]; expiring[d], of those of them that expire
 #   C3  no item of database d carries newest[d], unless tag[d] is newest[d]
 # A write that changes one of these makes the turn odd before its intent, and even when the counts are as the slots are: for a reader without
-# the stripe it is a seqlock. C3 is why an item whose tag is newest, in a stripe that has another tag, is the first there: its tag is taken
+# the stripe it is a seqlock. A write that replaces a key by itself, in the same epoch, and expires as what it replaces does or does not, changes
+# none. C3 is why an item whose tag is newest, in a stripe that has another tag, is the first there: its tag is taken
 # and 1 counted. An item with a tag that is neither is not counted.
 #
 # Race table
 #   count vs write          the turn was odd, or has changed: the count looks again, at last under the stripe (sizes.pxd)
-#   count vs FLUSHDB        the count says how many carry the generation that it began with
+#   count vs FLUSHDB        the count begins again: a stripe that knows nothing of its generation has it look whether that is the last one. Since
+#                           newest comes before the generation, who would walk takes the lock of the generation's key first, and looks again
+#   count vs a stopped or dead writer: DBSIZE of the first, INFO, and who holds stripes take what the counts say; DBSIZE of another waits, and counts
+#   FLUSHDB of the first vs write: the stripe decides. What was there before is gone; a key that is stored meanwhile may stay
+#   FLUSHDB of the first vs restore: it waits for the end; what is still to be put in would come behind it
 #   FLUSHDB vs FLUSHDB      the stripe of the generation's key decides; newest is of the later one, as the key is
 #   insert vs FLUSHDB       the insert carries what it read before: it is counted under that tag if the stripe still has it, or not at all
 #   recount vs FLUSHDB      the recount loads newest once, under the stripe. An item with a newer tag was not in the stripe before, since its
 #                           generation was stored later, and comes when the stripe is free
 #   write vs clear          the tag has the epoch with which the item is stored: what a clear took away is not counted with what comes
 # Crash
-#   the turn is odd         it stays odd: writers leave the counts alone, until sizes.pxd has counted the stripe's items under its lock
+#   the turn is odd         it stays odd: writers leave the counts alone, until sizes.pxd has counted the stripe's items under its lock, as the next
+#                           DBSIZE does, or INFO, for some ms; what that has not come to says what it said
+#   FLUSHDB of the first    what is removed is removed; as of each delete by itself
 #   newest stored, the generation's key not: newest is no generation. A stripe that has another tag than the generation's is counted by a walk,
-#                           once: it has the generation's tag then
+#                           once, by DBSIZE: it has the generation's tag then. INFO counts nothing there before
 #   a generation that newest was not told of (restored late): the same
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy
 
-from shmcache.core.atomics cimport ld8r, ld16r, ld32, ld64r, st32, st64
+from shmcache.core.atomics cimport ld8r, ld16r, ld32, ld64r, st32, st64, unlikely
 from shmcache.core.layout cimport DATABASES, FLAG_CLAIM, databases_t, item_t, seg_t, stripe_t
 from shmcache.core.slab cimport item_at, page_room
 
@@ -45,11 +55,11 @@ cdef inline uint32_t tag_of(uint32_t generation, uint32_t epoch) noexcept nogil:
     return (generation + (epoch << 1)) | 1
 
 cdef inline bint is_others(const uint8_t* key, uint64_t n) noexcept nogil:
-    return n > N_OTHERS and memcmp(key, <const char*>b"\0ns\0db:", N_OTHERS) == 0
+    return n >= N_OTHERS and memcmp(key, <const char*>b"\0ns\0db:", N_OTHERS) == 0
 
 cdef inline int number_in(const uint8_t* key, uint64_t n, uint64_t* end) noexcept nogil:
     """The number behind b"\\0ns\\0db:", if it is 1 to 15, and where it ends; else 0."""
-    cdef int d = key[N_OTHERS] - 48
+    cdef int d = key[N_OTHERS] - 48 if n > N_OTHERS else 0
     end[0] = N_OTHERS + 1
     if d == 1 and n > N_OTHERS + 1 and 48 <= key[N_OTHERS + 1] <= 57:
         d = 10 + key[N_OTHERS + 1] - 48
@@ -83,24 +93,23 @@ cdef inline bint expires(item_t* it) noexcept nogil:
 
 # ---- what a write does, the stripe held ----------------------------------------------------------------------------------------
 
-cdef inline bint begins_with_nul(item_t* it) noexcept nogil:
-    """Does its key begin with NUL, as all do that are others'?"""
-    return (<uint8_t*>it)[48] == 0
+cdef inline bint is_other(seg_t* s, uint64_t addr) noexcept nogil:
+    """Is this item not of the first database? Of a plain key its first byte says so."""
+    cdef const uint8_t* key = <uint8_t*>item_at(s, addr) + 48
+    return unlikely(key[0] == 0) and is_others(key, key_bytes_of(s, addr))
 
-cdef inline bint changes_tally(seg_t* s, uint64_t old, uint64_t new) noexcept nogil:
-    """Does it change one of the counts above that `new` comes and `old` goes (0: none)? It may say so of what does not."""
+cdef inline bint changes_tally(seg_t* s, uint64_t old, uint64_t new, bint same_key) noexcept nogil:
+    """Does it change one of the counts above that `new` comes and `old` goes (0: none)? It may say so of what does not. Of two items of the same
+    key, and so of the same database and generation, that are of one epoch and expire or do not, both, it does not."""
     cdef item_t* it = item_at(s, new if new else old)
     cdef item_t* goes
     cdef bint more = expires(it)
-    if begins_with_nul(it):
-        return True
     if new and old:
         goes = item_at(s, old)
-        if begins_with_nul(goes):
-            return True
-        if goes.epoch == it.epoch:
-            return more != expires(goes)
-    return more
+        if goes.epoch == it.epoch and more == expires(goes) and (same_key or not (is_other(s, new) or is_other(s, old))):
+            return False
+        return more or expires(goes) or is_other(s, new) or is_other(s, old)
+    return more or is_other(s, new if new else old)
 
 cdef inline bint tally_begin(stripe_t* st) noexcept nogil:
     """Before the intent of a write that changes a count. False: they are worth nothing; leave them alone."""
@@ -122,16 +131,15 @@ cdef inline void tally(seg_t* s, stripe_t* st, uint64_t addr, uint32_t epoch, bi
     cdef databases_t* of = &s.databases[st - s.stripes]
     cdef item_t* it = item_at(s, addr)
     cdef const uint8_t* key = <uint8_t*>it + 48
-    cdef uint64_t n = key_bytes_of(s, addr)
     cdef uint32_t generation = 0, tag, by = 1 if comes else <uint32_t>-1
     cdef int d
-    if not is_others(key, n):
+    if not is_other(s, addr):
         if expires(it):
             tally_in(&st.expiring, epoch, it, comes)
         return
     tally_in(&st.others, epoch, it, comes)
     #! tally: others
-    d = database_of(key, n, &generation)
+    d = database_of(key, key_bytes_of(s, addr), &generation)
     if d == 0:
         return
     tag = tag_of(generation, it.epoch)

@@ -120,8 +120,18 @@ cdef inline void count_anew(seg_t* s, stripe_t* st, int d, uint32_t tag, uint32_
     to.items = c.n[d] if d else in_epoch(st.count, epoch) - min(c.others, in_epoch(st.count, epoch))
     to.expiring = c.n_expiring[d] if d else c.expiring
 
-cdef inline int size_in(seg_t* s, uint32_t i, int d, uint32_t generation, bint waits, uint64_t until_ns, sized_t* to) noexcept nogil:
-    """Of database d, whose generation begins so, in stripe i: OK. BUSY, INTR, or AGAIN if it waits for no lock: `to` is what the counts said."""
+cdef inline int has_first(seg_t* s, uint32_t i, uint64_t until_ns) noexcept nogil:
+    """May stripe i have an item of the first database? OK; ABSENT: it has none, by C1, for the stripe was held; BUSY or INTR."""
+    cdef stripe_t* st = &s.stripes[i]
+    cdef int rc = stripe_take(s, st, until_ns)
+    if rc == OK:
+        if st.turn & 1 == 0 and in_epoch(st.count, epoch_of(s, st)) <= in_epoch(st.others, epoch_of(s, st)):
+            rc = ABSENT
+        stripe_release(s, st)
+    return rc
+
+cdef inline int size_said(seg_t* s, uint32_t i, int d, uint32_t generation, sized_t* to) noexcept nogil:
+    """What stripe i says of database d, whose generation begins so: OK, ABSENT or AGAIN as size_as_said(). It takes no lock."""
     cdef stripe_t* st = &s.stripes[i]
     cdef uint32_t epoch
     cdef int looks, rc = AGAIN
@@ -131,9 +141,13 @@ cdef inline int size_in(seg_t* s, uint32_t i, int d, uint32_t generation, bint w
         if rc != AGAIN:
             break
         cpu_pause()
-    if rc == OK or not waits:
-        return OK if rc == OK else AGAIN
-    rc = stripe_take(s, st, until_ns)
+    return rc
+
+cdef inline int size_counted(seg_t* s, uint32_t i, int d, uint32_t generation, uint64_t until_ns, sized_t* to) noexcept nogil:
+    """The same under the lock, where what is not known is counted: OK. BUSY or INTR: `to` is as it was. A walk through the stripe's buckets."""
+    cdef stripe_t* st = &s.stripes[i]
+    cdef uint32_t epoch
+    cdef int rc = stripe_take(s, st, until_ns)
     if rc != OK:
         return rc
     epoch = epoch_of(s, st)

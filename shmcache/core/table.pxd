@@ -20,7 +20,7 @@ from shmcache.core.bucket cimport ADDR_MASK, OP_DELETE, OP_EVICT, OP_SET, OP_TOU
     chain_grow_locked, chain_next, chain_t, count_at, count_without, depart, depart_with, departed, epoch_of, holds, note_intent, pthread_self, remove_locked, \
     slot_naming, slot_word, stripe_of, stripe_release, stripe_take
 from shmcache.core.clock cimport claim_stands, now_ms, over, stale, stale_at, take_page, take_room
-from shmcache.core.databases cimport changes_tally, expires, note_newest, tally, tally_begin, tally_end
+from shmcache.core.databases cimport changes_tally, expires, is_others, note_newest, tally, tally_begin, tally_end
 from shmcache.core.dirty cimport dirty_chunk, dirty_clear, dirty_gone, dirty_in_place, dirty_placed, dirty_set, writes_back
 from shmcache.core.layout cimport CLS_BIG, FLAG_BIG, FLAG_CLAIM, FLAG_COPY_TTL, FLAG_DIRTY, FLAG_LOCK, FLAG_WRITING, MAX_REFS, \
     NAMESPACES_FIRST, POLICY_AROUND, POLICY_THROUGH, bucket_t, item_t, seg_t, stripe_t
@@ -704,13 +704,15 @@ cdef inline int put(seg_t* s, put_t* op, uint64_t until_ns) noexcept nogil:
     cdef stripe_t* st = stripe_of(s, b)
     cdef item_t* it
     cdef found_t f
-    cdef bint tallied
+    cdef bint tallied, same_key
     cdef int rc
     if unlikely(passes_by(s, op.key)) and not op.loaded:
         return NO_STORE
     if unlikely(writes_back(s, op.key)) and not op.loaded:
         op.flags |= FLAG_DIRTY
     prefetch(&s.buckets[b])
+    if op.expiry_ms:
+        prefetch(&st.turn)          # it is counted, most likely
     if op.chunk == 0:
         rc = reserve(s, op, until_ns)
         if rc != OK:
@@ -721,6 +723,7 @@ cdef inline int put(seg_t* s, put_t* op, uint64_t until_ns) noexcept nogil:
         return rc
     find_locked(s, b, op.key, op.key_bytes, op.hash, &f)
     #! put: found
+    same_key = f.slot != NULL
     rc = allowed(s, op, &f)
     if rc == OK and f.slot == NULL:
         rc = place_locked(s, op, b, &f, until_ns)
@@ -748,7 +751,7 @@ cdef inline int put(seg_t* s, put_t* op, uint64_t until_ns) noexcept nogil:
         dirty_placed(s, op.chunk, old)
     if unlikely(op.key[0] == 0) and op.value_bytes == 8 and (op.when != RESTORED or ld32(&s.header.restoring) == NAMESPACES_FIRST):
         note_newest(s, op.key, op.key_bytes, op.value, f.epoch)
-    tallied = changes_tally(s, old, op.chunk) and tally_begin(st)
+    tallied = changes_tally(s, old, op.chunk, same_key) and tally_begin(st)
     note_intent(st, OP_SET, old, op.chunk, (count_without(s, count, old) if old else count) + 1)     # 4
     if old:
         st64(&item_at(s, old).word, word_of(RETIRED, s.me[0]))      # 5
@@ -1193,25 +1196,26 @@ cdef inline void clear_all(seg_t* s) noexcept nogil:
     if unlikely(s.holder != 0) and s.holder == pthread_self():
         s.held_epoch = ld32(&s.header.epoch)
 
-cdef inline int next_keys(seg_t* s, uint64_t b, uint8_t* to, uint32_t room, uint32_t* used, uint64_t until_ns) noexcept nogil:
-    """The keys of one chain at one instant, each as u16 length + bytes: OK, NO_ROOM (a larger buffer), BUSY or INTR."""
+cdef inline int next_keys(seg_t* s, uint64_t b, bint first, uint8_t* to, uint32_t room, uint32_t* used, uint64_t until_ns) noexcept nogil:
+    """The keys of one chain at one instant, each as u16 length + bytes: OK, NO_ROOM (a larger buffer), BUSY or INTR. first: all that are counted
+    as the first database's (databases.pxd), those of claims, of what has expired and of what is hidden, too."""
     cdef stripe_t* st = stripe_of(s, b)
     cdef int tries, rc
     cdef uint32_t v
     for tries in range(RESTARTS):
         v = ld32(&s.buckets[b].version)
-        rc = copy_keys(s, b, to, room, used)
+        rc = copy_keys(s, b, first, to, room, used)
         #~ keys: copied
         fence_acquire()
         if ld32r(&s.buckets[b].version) == v:
             return rc
     rc = stripe_take(s, st, until_ns)
     if rc == OK:
-        rc = copy_keys(s, b, to, room, used)
+        rc = copy_keys(s, b, first, to, room, used)
         stripe_release(s, st)
     return rc
 
-cdef inline int copy_keys(seg_t* s, uint64_t b, uint8_t* to, uint32_t room, uint32_t* used) noexcept nogil:
+cdef inline int copy_keys(seg_t* s, uint64_t b, bint first, uint8_t* to, uint32_t room, uint32_t* used) noexcept nogil:
     cdef chain_t c
     cdef uint64_t addr, klen, now = now_ms(s)       # before any expiry
     cdef uint32_t epoch = epoch_of(s, stripe_of(s, b))  # once: these are the keys of one instant
@@ -1227,10 +1231,14 @@ cdef inline int copy_keys(seg_t* s, uint64_t b, uint8_t* to, uint32_t room, uint
                 continue
             it = item_at(s, addr)
             klen = ld16r(&it.key_bytes)
-            if klen == 0 or klen > 4096 or 48 + klen > page_room(s, addr) or over(it, ld64(&it.expiry_ms), now, epoch) or \
-                    ld8r(&it.flags) & FLAG_CLAIM:
+            if klen == 0 or klen > 4096 or 48 + klen > page_room(s, addr):
                 continue
-            if unlikely(ld8r(&it.codec) == CODEC_ENVELOPE) and hidden_at(s, addr, klen, now):
+            if first:
+                if it.epoch != epoch or is_others(<uint8_t*>it + 48, klen):
+                    continue
+            elif over(it, ld64(&it.expiry_ms), now, epoch) or ld8r(&it.flags) & FLAG_CLAIM:
+                continue
+            elif unlikely(ld8r(&it.codec) == CODEC_ENVELOPE) and hidden_at(s, addr, klen, now):
                 continue
             if used[0] + 2 + klen > room:
                 return NO_ROOM

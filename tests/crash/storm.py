@@ -254,7 +254,7 @@ class Storm:
             before = self.cache.verify()
             chunks = _sweep.settle(self.cache)
             unsure = int((self.cache.segment.stripes["turn"] & 1).sum())
-            sizes, there = _resp.Executor(self.cache, {}, impatient=False, databases=16).sizes(), census.sizes(self.cache)
+            sizes, there = _resp.Executor(self.cache, {}, impatient=False, databases=16).sizes(exact=True), census.sizes(self.cache)
             after = self.cache.verify()
         except errors.StripeBusy as e:  # held for ever
             return {**self.total, "stalls": self.cache.counters()["stalls"], "verify": str(e)}, False

@@ -41,6 +41,14 @@ def test_behind_a_store_there_is_one_database_and_select_says_why(serve, tmp_pat
             other.get("k")
 
 
+def test_where_a_store_has_more_databases_select_does_not_say_that_it_has_one(serve, tmp_path):
+    service = serve("--store", f"sqlite:///{tmp_path / 'store.db'}", "--databases", "4")
+    with service.client(db=3) as client, service.client(db=4) as beyond:
+        client.set("k", "v")
+        with pytest.raises(redis.ResponseError, match=r"^DB index is out of range$"):
+            beyond.get("k")
+
+
 def test_an_embedded_server_has_as_many(name, tmp_path):
     for store, wanted in ((None, "16"), (shmcache.SQLStore(f"sqlite:///{tmp_path / 'store.db'}"), "1")):
         with serving(name, size="8M", store=store) as address, redis.Redis(port=address.port) as client:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import random
+import signal
+import threading
+import time
 
 import pytest
 
+import shmcache
 from shmcache.core import _sweep
 from shmcache.sidecar.commands import keys
+from shmcache.sidecar.server import Connection
+from shmcache.supervisor import snapshot
 from tests import census
+from tests.integration.service import until
 from tests.redis.inprocess import InProcess
 from tests.redis.resp import encode
 
@@ -45,9 +54,8 @@ def keyspace(server, client):
 def agree(server, client, cache):
     """What all that say it say is what is there."""
     there = census.sizes(cache)
-    said = keyspace(server, client)
-    assert said == {d: b"keys=%d,expires=%d,avg_ttl=0" % size for d, size in there.items()}
     assert dbsizes(server, client) == {d: there.get(d, (0, 0))[0] for d in range(16)}
+    assert keyspace(server, client) == {d: b"keys=%d,expires=%d,avg_ttl=0" % size for d, size in there.items()}
     assert cache.verify() == []
 
 
@@ -156,18 +164,273 @@ def test_databases_beyond_the_sixteenth_are_counted_by_a_walk(make, serve):
     assert ask(server, client, "SELECT 0", "FLUSHDB", "DBSIZE", "SELECT 17", "DBSIZE") == [b"+OK", b"+OK", b":0", b"+OK", b":2"]
 
 
-def test_flushdb_of_the_first_is_one_write_if_no_other_has_a_key(make, serve, monkeypatch):
+# -- FLUSHDB of the first: all of it goes, and nothing else
+
+
+def test_flushdb_of_the_first_takes_nothing_of_the_others(make, serve):
+    """Whether they have keys or not: it is never a clear() of the segment."""
     cache = make()
     server = serve(cache.name)
     client = server.connect()
-    ask(server, client, "SELECT 3", "SET k v", "SELECT 0", *(f"SET k{i} v" for i in range(50)))
     epoch = int(cache.segment.header["epoch"])
-    assert ask(server, client, "FLUSHDB", "DBSIZE", "SELECT 3", "GET k") == [b"+OK", b":0", b"+OK", b"$1", b"v"]
-    assert int(cache.segment.header["epoch"]) == epoch, "the other's key would have gone"
-    ask(server, client, "DEL k", "SELECT 0", *(f"SET k{i} v" for i in range(50)))
-    monkeypatch.setattr("shmcache.sidecar.commands.keys.all_keys", None)
-    assert ask(server, client, "FLUSHDB", "DBSIZE", "GET k1") == [b"+OK", b":0", b"$-1"]
-    assert int(cache.segment.header["epoch"]) == epoch + 1
+    for change, there in (("SET k v", [b"$1", b"v"]), ("DEL k", [b"$-1"])):
+        ask(server, client, "SELECT 3", change, "SELECT 0", *(f"SET k{i} v" for i in range(50)))
+        assert ask(server, client, "FLUSHDB", "DBSIZE", "GET k1", "SELECT 3", "GET k") == [b"+OK", b":0", b"$-1", b"+OK", *there]
+        agree(server, client, cache)
+    after = int(cache.segment.header["epoch"])
+    assert after == epoch
+
+
+@pytest.mark.parametrize("served", ["4", "16", "20"])
+@pytest.mark.parametrize("other", [None, "db:1"])
+@pytest.mark.parametrize("whose", ["db:", "db:x", "db:9", "db:20", "db:200"])
+def test_flushdb_of_the_first_keeps_databases_that_this_server_does_not_serve(make, serve, served, other, whose):
+    """Of a server with more of them on the same segment, and of workers."""
+    cache = make()
+    server = serve(cache.name, databases=served)
+    client = server.connect()
+    if other:
+        cache.namespace(other).set("k", 1)
+    cache.namespace(whose).set("k", 1)
+    assert ask(server, client, "SET a 1", "FLUSHDB", "DBSIZE") == [b"+OK", b"+OK", b":0"]
+    assert cache.namespace(whose).get("k") == 1
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_flushdb_of_the_first_leaves_nothing_of_it(make, serve, other):
+    """Claims, what has expired and what is stale go, too: a lease of before fills nothing, and DBSIZE is 0."""
+    cache = make()
+    server = serve(cache.name)
+    client = server.connect()
+    if other:
+        ask(server, client, "SELECT 1", "SET x 1", "SELECT 0")
+    lease = cache.get_lease("leased")
+    cache.get_or_set("stale", lambda: "old", ttl=0.02, stale_ttl=100)
+    cache.set("tagged", 1, tags=["t"])
+    cache.namespace("of workers").set("k", 1)
+    ask(server, client, "LEASE.GET l 10", *(f"SET k{i} v PX 1" for i in range(100)), "SET live v", (b"SET", b"", b"no name"))
+    until(lambda: cache.get("stale") is None and ask(server, client, "KEYS k*") == [b"*0"])
+    assert ask(server, client, "FLUSHDB", "DBSIZE", "KEYS *") == [b"+OK", b":0", b"*0"]
+    assert 0 not in keyspace(server, client)
+    assert not cache.fill(lease, "computed before")
+    assert cache.get_or_set("stale", lambda: "new", ttl=1, stale_ttl=100) == "new"
+    assert cache.namespace("of workers").get("k") is None
+    agree(server, client, cache)
+
+
+def test_flushdb_of_the_first_does_not_go_by_counts_that_are_being_changed(make, serve):
+    """A writer that holds the stripe of another database's only key has just said that there is none."""
+    cache = make(lock_limit=0.1)
+    server = serve(cache.name)
+    client = server.connect()
+    ask(server, client, "SELECT 1", "SET only v", "SELECT 0", "SET zero v")
+    with interrupted(cache, cache.namespace("db:1").prefix() + b"only", False) as at:
+        view = cache.views(writable=True)
+        view.databases["n"][at, 1] = 0
+        del view
+        reply = ask(server, client, "FLUSHDB")
+    assert reply[0].startswith(b"-TRYAGAIN")
+    assert ask(server, client, "SELECT 1", "GET only") == [b"+OK", b"$1", b"v"]
+    assert ask(server, client, "SELECT 0", "FLUSHDB", "DBSIZE", "SELECT 1", "GET only") == [b"+OK", b"+OK", b":0", b"+OK", b"$1", b"v"]
+    agree(server, client, cache)
+
+
+def test_flushdb_of_the_first_in_a_transaction(make, serve):
+    cache = make()
+    server = serve(cache.name)
+    client = server.connect()
+    ask(server, client, "SELECT 1", "SET k one", "SELECT 0", *(f"SET k{i} v" for i in range(300)))
+    transaction = ("MULTI", "SET k0 new", "FLUSHDB", "DBSIZE", "SET k1 after", "SELECT 1", "SET l one", "SELECT 0", "FLUSHDB", "SET k2 last", "EXEC")
+    assert ask(server, client, *transaction)[-10:] == [b"*9", b"+OK", b"+OK", b":0", b"+OK", b"+OK", b"+OK", b"+OK", b"+OK", b"+OK"]
+    assert ask(server, client, "KEYS *", "SELECT 1", "MGET k l") == [b"*1", b"$2", b"k2", b"+OK", b"*2", b"$3", b"one", b"$3", b"one"]
+    assert ask(server, client, "SELECT 0", (b"EVAL", b"return {redis.call('flushdb'), redis.call('dbsize')}", b"0")) == [b"+OK", b"*2", b"+OK", b":0"]
+    agree(server, client, cache)
+
+
+@contextlib.contextmanager
+def interrupted(cache, name, is_dead):
+    """Another process died, or is stopped, as it counted an item of this name: the turn of its stripe is odd, and its lock taken."""
+    before = cache.segment.stripes["word"].copy()
+    held, end = os.pipe(), os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        InProcess(cache.name).executor.hold([name])
+        os.write(held[1], b".")
+        os.close(end[1])
+        os.read(end[0], 1)
+        os._exit(0)
+    os.read(held[0], 1)
+    view = cache.views(writable=True)
+    at = int((view.stripes["word"] != before).argmax())
+    view.stripes["turn"][at] |= 1
+    del view
+    if is_dead:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    try:
+        yield at
+    finally:
+        for fd in (*held, *end):
+            os.close(fd)
+        if not is_dead:
+            os.waitpid(pid, 0)
+
+
+@pytest.mark.parametrize("is_dead", [True, False])
+def test_a_writer_that_died_or_was_stopped_keeps_no_size_of_the_first_back(make, serve, is_dead):
+    """Nor one of another database, for a transaction, which waits for nobody."""
+    cache = make(lock_limit=5)
+    server = serve(cache.name)
+    client = server.connect()
+    ask(server, client, *(f"SET k{i} v" for i in range(20)), "SELECT 1", *(f"SET k{i} v" for i in range(20)), "SELECT 0")
+    with interrupted(cache, b"k7", is_dead):
+        began = time.monotonic()
+        assert ask(server, client, "MULTI", "DBSIZE", "RANDOMKEY", "SELECT 1", "DBSIZE", "RANDOMKEY", "EXEC")[6:8] == [b"*5", b":20"]
+        replies = ask(server, client, "SELECT 1", "MULTI", "DBSIZE", "RANDOMKEY", "EXEC", "SELECT 0")
+        assert replies[4:6] == [b"*2", b":20"]
+        assert ask(server, client, "DBSIZE", "INFO keyspace")[0] == b":20"
+        assert ask(server, client, "RANDOMKEY")[0][:1] == b"$"
+        assert time.monotonic() - began < 4, "it waited for the stripe's holder"
+    agree(server, client, cache)
+    assert unsure(cache) == 0
+
+
+def test_flushdb_of_the_first_takes_over_the_stripe_of_a_dead_writer(make, serve):
+    cache = make()
+    server = serve(cache.name)
+    client = server.connect()
+    ask(server, client, "SELECT 1", "SET only v", "SELECT 0", *(f"SET k{i} v" for i in range(20)))
+    with interrupted(cache, cache.namespace("db:1").prefix() + b"only", True) as at:
+        view = cache.views(writable=True)
+        view.databases["n"][at, 1] = 0
+        del view
+        assert ask(server, client, "FLUSHDB", "DBSIZE", "SELECT 1", "GET only") == [b"+OK", b":0", b"+OK", b"$1", b"v"]
+    agree(server, client, cache)
+
+
+def test_a_size_counts_no_stripe_because_somebody_flushes_the_database(make, serve):
+    """A stripe that knows nothing of the generation that was asked for may know the one that has come since."""
+    cache = make()
+    server = serve(cache.name)
+    client = server.connect()
+    ask(server, client, "SELECT 1", *(f"SET k{i} v" for i in range(300)))
+    before = cache.segment.stripes["turn"].copy()
+    pid = os.fork()
+    if pid == 0:
+        space = shmcache.attach(cache.name).namespace("db:1")
+        while True:
+            space.clear()
+    for _ in range(3000):
+        ask(server, client, "INFO keyspace", "DBSIZE")
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    counted = int((cache.segment.stripes["turn"] != before).sum())
+    assert counted <= 1, "its generation is in one stripe"
+
+
+def test_info_asks_for_sizes_only_where_it_says_them(make, serve):
+    cache = make()
+    server = serve(cache.name)
+    client = server.connect()
+    view = cache.views(writable=True)
+    view.stripes["turn"] |= 1
+    del view
+    ask(server, client, "INFO server", "INFO stats")
+    assert unsure(cache) == 1024
+    ask(server, client, "INFO")
+    assert unsure(cache) < 1024
+
+
+def test_a_key_that_is_replaced_is_counted_all_the_while(make, serve):
+    """A write that changes no count does not begin to change them."""
+    cache = make()
+    server = serve(cache.name)
+    client = server.connect()
+    ask(server, client, "SET a 1", "SET b 1 EX 100", "SELECT 1", "SET a 1", "SET b 1 EX 100")
+    cache.namespace("of workers").set("k", 1)
+    turns = bytes(cache.segment.stripes["turn"])
+    ask(server, client, "SET a 22", "SET b 22 EX 50", "SELECT 0", "SET a 22", "SET b 22 EX 50", "EXPIRE b 70")
+    cache.namespace("of workers").set("k", 2)
+    cache.namespace("of workers").set("new", 2)
+    same = bytes(cache.segment.stripes["turn"]) == turns
+    assert same
+    agree(server, client, cache)
+
+
+@pytest.fixture
+def restored(make, name, tmp_path, monkeypatch):
+    """restore(between): a segment with 100 keys in each of databases 0 and 5 is restored; between() is called once workers are in, and before
+    their keys are."""
+    tmp_path.chmod(0o700)
+    cache = make()
+    server = InProcess(cache.name)
+    client = server.connect()
+    ask(server, client, *(f"SET k{i} v" for i in range(100)), "SELECT 5", *(f"SET five{i} v" for i in range(100)))
+    snapshot.write(cache, tmp_path)
+    server.close()
+    cache.close()
+    shmcache.unlink(name)
+    put_all = snapshot._put_all
+
+    def restore(between):
+        def put(into, found, logs, progress, back, heat, epoch, generations, tail):
+            if not generations:
+                between()
+            put_all(into, found, logs, progress, back, heat, epoch, generations, tail)
+
+        monkeypatch.setattr(snapshot, "_put_all", put)
+        snapshot.restore(name, tmp_path)
+        return shmcache.attach(name)
+
+    yield restore
+    with contextlib.suppress(shmcache.SegmentNotFound):
+        shmcache.unlink(name)
+
+
+def test_flushdb_of_the_first_waits_for_the_end_of_a_restore(restored, serve, name, monkeypatch):
+    """It takes what was still to be put in, and nothing of other databases."""
+    asked, said = threading.Event(), []
+    monkeypatch.setattr(Connection, "check_time", lambda client: asked.set())
+
+    def flush():
+        server = serve(name)
+        client = server.connect()
+        said.extend(ask(server, client, "SELECT 1", "SET mine v", "SELECT 0", "SET zero v", "FLUSHDB", "DBSIZE"))
+
+    flushing = threading.Thread(target=flush)
+
+    def between():
+        flushing.start()
+        asked.wait(20)
+
+    cache = restored(between)
+    flushing.join(60)
+    assert said == [b"+OK", b"+OK", b"+OK", b"+OK", b"+OK", b":0"]
+    server = serve(name)
+    client = server.connect()
+    assert dbsizes(server, client, (0, 1, 5)) == {0: 0, 1: 1, 5: 100}
+    assert ask(server, client, "SELECT 5", "GET five7") == [b"+OK", b"$1", b"v"]
+    agree(server, client, cache)
+    cache.close()
+
+
+def test_flushdb_of_the_first_does_not_wait_for_ever_for_a_restore(restored, serve, name, monkeypatch):
+    said = []
+    monkeypatch.setattr(keys, "RESTORE_WAIT", 0.02, raising=False)
+
+    def between():
+        server = serve(name)
+        client = server.connect()
+        said.extend(ask(server, client, "FLUSHDB", "MULTI", "FLUSHDB", "EXEC", "SELECT 5", "FLUSHDB", "SET new v"))
+
+    cache = restored(between)
+    loading = b"-LOADING the cache is being restored: what is still to come of this database would not go. Try again when INFO says loading:0"
+    assert said == [loading, b"+OK", b"+QUEUED", b"*1", loading, b"+OK", b"+OK", b"+OK"]
+    server = serve(name)
+    client = server.connect()
+    assert dbsizes(server, client, (0, 5)) == {0: 100, 5: 1}
+    assert ask(server, client, "SELECT 0", "FLUSHDB", "DBSIZE") == [b"+OK", b"+OK", b":0"]
+    cache.close()
 
 
 def test_what_is_not_known_is_counted_once(make, serve):

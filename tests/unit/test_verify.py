@@ -147,6 +147,10 @@ def page_class(x):
     x.p["cls"][x.page(2)] ^= 1
 
 
+def databases_elsewhere(x):
+    x.h["databases_off"] += 64
+
+
 def others(x):
     x.s["others"][3] = int(x.h["epoch"]) << 32 | 1
 
@@ -174,7 +178,7 @@ def not_the_newest(x):
 PLANTED = [
     (1, bad_address), (2, wrong_kind), (3, wrong_tag), (4, wrong_bucket), (5, wrong_key), (6, too_long), (7, twice), (8, version_ahead), (9, lost),
     (10, free_list), (11, ring), (11, avail), (11, class_free), (12, pool), (13, big_page), (14, big_page_unlisted), (15, count), (16, chain), (17, overflow_pool),
-    (18, refs), (19, in_hand), (20, header), (21, page_class), (23, others), (23, expiring), (23, database), (23, database_expiring), (23, not_the_newest),
+    (18, refs), (19, in_hand), (20, header), (20, databases_elsewhere), (21, page_class), (23, others), (23, expiring), (23, database), (23, database_expiring), (23, not_the_newest),
 ]  # fmt: skip
 
 

@@ -41,7 +41,7 @@ OUT_OF_RANGE_BACKED = (
 def select(client: Connection, arguments: list[bytes]) -> bytes:
     n = integer_of(arguments[0])
     if not 0 <= n < client.home.databases:
-        raise Error(OUT_OF_RANGE if client.server.store is None else OUT_OF_RANGE_BACKED)
+        raise Error(OUT_OF_RANGE_BACKED if client.server.store is not None and client.home.databases == 1 else OUT_OF_RANGE)
     client.db = n
     return OK
 

@@ -83,9 +83,16 @@ def sections_of(server: Server, states: list[dict[str, Any]], wanted: list[str])
     chosen = []
     for name in wanted:
         chosen += default if name == "default" else list(sections) if name in ("all", "everything") else [name] if name in sections else []
+    if "keyspace" in chosen:
+        sections["keyspace"] = keyspace(server)
     for name in dict.fromkeys(chosen):
         title = "CPU" if name == "cpu" else name.capitalize()
         yield "\r\n".join([f"# {title}", *(f"{k}:{v}" for k, v in sections[name].items()), ""])
+
+
+def keyspace(server: Server) -> dict[str, str]:
+    """Of databases beyond the 16th nothing is said."""
+    return {f"db{d}": f"keys={items},expires={expiring},avg_ttl=0" for d, (items, expiring) in server.executor.sizes().items()}
 
 
 def all_sections(server: Server, states: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -94,7 +101,6 @@ def all_sections(server: Server, states: list[dict[str, Any]]) -> dict[str, dict
     size = int(header["size_bytes"])
     used = size - int(header["pages_n_free"]) * (1 << int(header["page_shift"]))
     rss = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()  # noqa: SIM115
-    sizes = server.executor.sizes()  # of databases beyond the 16th nothing is said
     uptime = int(now - min(s["began"] for s in states))
     writing, logged = durability["snapshot_writing_s"], durability["log"] != "off"
     errors = summed([s["errors"] for s in states])
@@ -198,7 +204,7 @@ def all_sections(server: Server, states: list[dict[str, Any]]) -> dict[str, dict
         "modules": {},
         "errorstats": {f"errorstat_{word.decode('latin-1')}": f"count={n}" for word, n in errors.items()},
         "cluster": {"cluster_enabled": 0},
-        "keyspace": {f"db{d}": f"keys={items},expires={expiring},avg_ttl=0" for d, (items, expiring) in sizes.items()},
+        "keyspace": {},  # sections_of() fills it if it is wanted, for each stripe is asked
         "commandstats": {
             f"cmdstat_{name}": f"calls={calls},usec={ns // 1000},usec_per_call={ns / 1000 / max(1, calls):.2f},"
             f"rejected_calls={rejected},failed_calls={failed}"

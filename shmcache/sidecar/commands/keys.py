@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
+from shmcache import errors
 from shmcache.core import _core, _resp, _text
 from shmcache.core._text import matches
 from shmcache.sidecar import replies
@@ -17,6 +19,11 @@ if TYPE_CHECKING:
 
 MOST_PATTERN = 4096  # bytes, as of a key: a match takes at most the product of both in steps, some 10 ms
 SHORT_PATTERN = 64  # with which it is some 0.1 ms
+FLUSH_NS = 5_000_000  # of FLUSHDB, between two looks at the time
+RESTORE_WAIT = 30.0  # seconds that FLUSHDB waits, as flush() of a cache does for its store
+BEING_RESTORED = (
+    "LOADING the cache is being restored: what is still to come of this database would not go. Try again when INFO says loading:0"
+)
 
 
 def all_keys(client: Connection) -> Iterator[bytes]:
@@ -65,27 +72,40 @@ def empty(client: Connection) -> bytes:
 
 @command("flushdb", -1, WRITE, group="server")
 def flushdb(client: Connection, arguments: list[bytes]) -> bytes:
+    """What was in the database when this was asked is gone when it is answered, claims included; nothing else is.
+
+    The first has no generation of its own: each of its keys is removed. It is never a clear() of the segment, whatever is counted.
+    What is still to be restored of it would come afterwards, so the end of a restore is waited for."""
     ex = client.ex
     check_flush(arguments)
     if ex.databases == 1:
         return empty(client)
-    if client.db == 0 and ex.databases <= _resp.COUNTED and ex.sizes().keys() <= {0}:
-        return empty(client)  # a key that another database is given meanwhile may go with it, as an evicted one
     in_pool(client)
     if client.db:
         ex.table.namespace(f"db:{client.db}").clear()
         ex.unpin()
-    elif client.server.store is None:
-        for key in all_keys(client):
-            ex.remove(key)
-    else:
-        ex.table.flush()
-        for key in all_keys(client):
-            if key[:1] > b"\0":
-                ex.table.discard(key)  # the store keeps it
-            else:
-                ex.remove(key)
+        return OK
+    wait_restored(client)
+    if client.server.store is not None:
+        ex.table.flush()  # the store has what is dropped here
+    at = 0
+    try:
+        while at < ex.n_stripes:
+            client.check_time()
+            at = ex.empty_first(at, FLUSH_NS)
+    except errors.StripeBusy:
+        raise Error("TRYAGAIN a process that does not run holds a lock that this command needs; some of the keys are still there") from None
     return OK
+
+
+def wait_restored(client: Connection) -> None:
+    """Raises: Error: it is restored still, after RESTORE_WAIT, or at once if stripes are held; what check_time() does."""
+    until = time.monotonic() + RESTORE_WAIT
+    while client.server.cache.durability()["restoring"]:
+        client.check_time()
+        if client.ex.holds or time.monotonic() > until:
+            raise Error(BEING_RESTORED)
+        time.sleep(0.002)
 
 
 def that_match(client: Connection, pattern: bytes, keys: Iterable[bytes]) -> Iterator[bytes]:

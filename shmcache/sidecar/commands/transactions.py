@@ -201,7 +201,7 @@ def execute(client: Connection) -> bytes | None:
         raise Error("EXECABORT Transaction discarded because of previous errors.")
     queue = client.queue
     keys = [*client.watching]
-    long, elsewhere, log_bytes, db = False, False, 0, client.db
+    long, elsewhere, everything, log_bytes, db = False, False, False, 0, client.db
     for words in queue:
         name = words[0].decode("latin-1").lower()
         if name == "select" and (n := number(words[1])) is not None and 0 <= n < client.ex.databases:
@@ -209,6 +209,7 @@ def execute(client: Connection) -> bytes | None:
         found = keys_in(name, words[1:])
         keys += [(db, key) for key in found]
         long = long or name in LONG
+        everything = everything or (name == "flushdb" and db == 0 and client.ex.databases > 1)
         elsewhere = elsewhere or is_elsewhere(client, words)
         log_bytes += (sum(map(len, words)) + 64 * max(1, len(found))) if TABLE[name].flags & WRITE else 0
     if long or client.server.store is not None:
@@ -217,7 +218,7 @@ def execute(client: Connection) -> bytes | None:
         client.server.link.catch_up()  # what is read must not be handled while stripes are held
     looked_at = elsewhere or client.server.executor.watched
     try:
-        done = client.transact(queue, keys, client.watching, log_bytes, functools.partial(is_answered, client), looked_at)
+        done = client.transact(queue, keys, everything, client.watching, log_bytes, functools.partial(is_answered, client), looked_at)
     except WouldWait:  # it is run again where it may
         raise
     except BaseException:
