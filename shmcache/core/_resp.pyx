@@ -24,12 +24,12 @@ from libc.string cimport memchr, memcmp, memcpy, memmove, memset
 
 from shmcache.core._core cimport Mapping, Table, buried
 from shmcache.core.atomics cimport fence_acquire, ld32, ld32r, ld64, ld64r, ldi64r, likely, prefetch, unlikely
-from shmcache.core.bucket cimport bucket_of, pthread_self, stripe_of, stripe_release, stripe_take
+from shmcache.core.bucket cimport bucket_of, epoch_of, pthread_self, stripe_of, stripe_release, stripe_take
 from shmcache.core.clock cimport now_ms
-from shmcache.core.databases cimport is_others
+from shmcache.core.databases cimport is_others, tag_of
 from shmcache.core.envelope cimport CODEC_ENVELOPE, STATE_FRESH, STATE_NEGATIVE, STATE_STALE, envelope_open, envelope_t
 from shmcache.core.dirty cimport writes_back
-from shmcache.core.layout cimport DATABASES, FLAG_COPY_TTL, FLAG_RAW, MAX_KEY, NAMESPACES_FIRST, POLICY_BACK, SLOTS, bucket_t, seg_t
+from shmcache.core.layout cimport DATABASES, FLAG_COPY_TTL, FLAG_RAW, MAX_KEY, NAMESPACES_FIRST, POLICY_BACK, SLOTS, bucket_t, seg_t, stripe_t
 from shmcache.core.lock cimport wait_until
 from shmcache.core.number cimport shm_digits, shm_number
 from shmcache.core.ring cimport log_t, record_room, ring_of, ring_release, ring_secure
@@ -37,7 +37,7 @@ from shmcache.core.siphash cimport siphash13
 from shmcache.core.sizes cimport has_first, size_counted, size_said, sized_t
 from shmcache.core.table cimport (
     ALWAYS, IF_ABSENT, IF_PRESENT, IF_VERSION, LARGE_COPY, RESTARTS, count_items, envelope_state, next_keys, passes_by, prefetch_item, put_t, read_begin, read_copy, read_end, read_generation, read_t, remove)
-from shmcache.core.token cimport ABSENT, AGAIN, BUSY, EXISTS, INTR, NO_ROOM, NO_STORE, OK, OVERFLOW, mono_ns, wall_ns
+from shmcache.core.token cimport ABSENT, AGAIN, BUSY, EXISTS, INTR, MISMATCH, NO_ROOM, NO_STORE, OK, OVERFLOW, mono_ns, wall_ns
 
 import threading
 from os import register_at_fork, urandom
@@ -686,48 +686,44 @@ cdef class Executor:
     cdef bint add_sizes(self, seg_t* s, int d, uint64_t generation, int how, bint is_last, sized_t* sum) except -1:
         """size_of(). False: the generation is another one now."""
         cdef sized_t size
-        cdef uint8_t key[9]
         cdef uint64_t now = generation, until = 0
-        cdef uint32_t i, at
-        cdef bint is_asked = False
+        cdef uint32_t i
         cdef int rc
         for i in range(s.n_stripes):
             rc = size_said(s, i, d, <uint32_t>generation, &size)
-            if rc == ABSENT and not is_last:
-                if how == WAITING and not is_asked and not self.table.impatient:
-                    # newest is stored before the generation: under the lock that its writer holds both are, or neither (databases.pxd)
-                    at = <uint32_t>(stripe_of(s, bucket_of(s, siphash13(key, generation_key(key, d), s.k0, s.k1))) - s.stripes)
-                    self.count_stripe(s, at, d, <uint32_t>generation, how, &until, &size)
-                    is_asked = True
-                    rc = size_said(s, i, d, <uint32_t>generation, &size)
-                if not (self.generation_of(s, d, &now) and now == generation):
+            if rc == ABSENT and how == WAITING and not self.table.impatient:
+                rc = self.under_lock(s, -1, d, generation, how, &until, &size)
+                if rc == MISMATCH and not is_last:
                     return False
-            if rc == AGAIN and how == BRIEFLY:
+            elif rc == ABSENT and not is_last and not (self.generation_of(s, d, &now) and now == generation):
+                return False
+            elif rc == AGAIN and how == BRIEFLY:
                 until = until or mono_ns() + BRIEFLY_NS
                 if mono_ns() < until:
                     size_counted(s, i, d, <uint32_t>generation, 0, &size)
-            elif rc != OK and how != BRIEFLY:
-                self.count_stripe(s, i, d, <uint32_t>generation, how, &until, &size)
+            if (rc == ABSENT or rc == AGAIN) and how != BRIEFLY:
+                self.under_lock(s, i, d, generation, how, &until, &size)
             sum.items += size.items
             sum.expiring += size.expiring
         return True
 
-    cdef int count_stripe(self, seg_t* s, uint32_t i, int d, uint32_t generation, int how, uint64_t* until, sized_t* size) except -1:
+    cdef int under_lock(self, seg_t* s, int64_t i, int d, uint64_t generation, int how, uint64_t* until, sized_t* size) except -100:
+        """size_counted() of stripe i; -1: is_untold()."""
         cdef int rc
         if self.table.impatient:
             raise WouldWait
         until[0] = until[0] or (wait_until(s) if how == WAITING else mono_ns() + TRYING_NS)
         while True:
             with nogil:
-                rc = size_counted(s, i, d, generation, until[0], size)
+                rc = is_untold(s, d, generation, until[0]) if i < 0 else size_counted(s, <uint32_t>i, d, <uint32_t>generation, until[0], size)
             if rc != INTR:
                 break
             PyErr_CheckSignals()
             if s.me[0] == 0:
                 self.mapping.revive()
-        if rc != OK and how == WAITING:
+        if rc == BUSY and how == WAITING:
             raise errors.StripeBusy("a living process holds a lock that this call needs and does not run: try again")
-        return 0
+        return rc
 
     # -- all keys
 
@@ -917,6 +913,23 @@ cdef inline size_t generation_key(uint8_t* key, int d) noexcept nogil:
     """Of database d, in 9 bytes."""
     memcpy(key, <const char*>b"\0ns\0db:", 7)
     return 7 + shm_digits(<char*>key + 7, d)
+
+
+cdef int is_untold(seg_t* s, int d, uint64_t generation, uint64_t until_ns) noexcept nogil:
+    """Does newest say nothing of this generation of database d? It is stored before the generation, so this looks under the lock that is held
+    for both: ABSENT; MISMATCH: it does, or the generation is another one now. BUSY, INTR."""
+    cdef uint8_t key[9]
+    cdef size_t n = generation_key(key, d)
+    cdef stripe_t* st = stripe_of(s, bucket_of(s, siphash13(key, n, s.k0, s.k1)))
+    cdef uint64_t now = 0
+    cdef int rc = stripe_take(s, st, until_ns)
+    if rc == OK:
+        rc = ABSENT
+        if read_generation(s, key, n, &now) != OK or now != generation or \
+                ld32(&s.header.newest[d]) == tag_of(<uint32_t>generation, epoch_of(s, st)):
+            rc = MISMATCH
+        stripe_release(s, st)
+    return rc
 
 
 ctypedef struct emptying_t:     # how far FLUSHDB of the first database is

@@ -341,12 +341,12 @@ def verify(b: Bench) -> None:
 # -- the same, logged: in the ring, or logged by who repairs
 
 
-def logged(prepare: Callable[[Bench], None]) -> Any:
+def logged(prepare: Callable[[Bench], None], evicts: bool = False) -> Any:
     def prepared(b: Bench) -> None:
         appendlog.mark(b.cache, log_policy=1)
         prepare(b)
 
-    return scenario(prepare=prepared, log_buffer="64K")
+    return scenario(evicts, prepare=prepared, log_buffer="64K")
 
 
 @logged(basic)
@@ -1207,7 +1207,7 @@ def first_flushed_in_a_transaction(b: Bench) -> None:
     say(b, (b"MULTI",), (b"FLUSHDB",), (b"DBSIZE",), (b"EXEC",), reply=b"+OK\r\n+QUEUED\r\n+QUEUED\r\n*2\r\n+OK\r\n:0\r\n")
 
 
-@logged(to_flush_the_first)
+@logged(to_flush_the_first, evicts=True)
 def first_flushed_logged(b: Bench) -> None:
     flush_the_first(b)
 
