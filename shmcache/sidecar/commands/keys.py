@@ -100,10 +100,10 @@ def flushdb(client: Connection, arguments: list[bytes]) -> bytes:
 
 def wait_restored(client: Connection) -> None:
     """Raises: Error: it is restored still, after RESTORE_WAIT, or at once if stripes are held; what check_time() does."""
-    until = time.monotonic() + RESTORE_WAIT
+    until = _core.monotonic() + RESTORE_WAIT
     while client.server.cache.durability()["restoring"]:
         client.check_time()
-        if client.ex.holds or time.monotonic() > until:
+        if client.ex.holds or _core.monotonic() > until:
             raise Error(BEING_RESTORED)
         time.sleep(0.002)
 
