@@ -1191,6 +1191,7 @@ def to_flush_the_first(b: Bench) -> None:
         space = b.cache.namespace(name)
         space.set(b"stays", OLD)
         b.expected[space.prefix() + b"stays"] = OLD
+    b.states = [{}]
 
 
 def flush_the_first(b: Bench) -> None:
