@@ -692,7 +692,7 @@ def do_serve(args: argparse.Namespace) -> int:
     settings = {
         "bind": " ".join(args.bind), "port": str(args.port), "unixsocket": args.unix or "", "maxclients": str(args.maxclients),
         "timeout": str(int(args.timeout)), "protected-mode": args.protected_mode,
-        "lua-time-limit": str(args.lua_time_limit),
+        "lua-time-limit": str(args.lua_time_limit), "scripts-undeclared": "yes" if args.scripts_undeclared else "no",
         "enable-debug-command": "yes" if args.enable_debug_command else "no",
     }  # fmt: skip
     if args.databases is not None:
@@ -871,6 +871,8 @@ def parser() -> argparse.ArgumentParser:
                    help="what SELECT chooses from, each with keys of its own (16; with a store 1: others are not stored)")  # fmt: skip
     p.add_argument("--timeout", type=float, default=0, metavar="S", help="close a connection that is idle so long; 0: never (0)")
     p.add_argument("--lua-time-limit", type=int, default=500, metavar="MS", help="end a script that runs so long (500)")
+    p.add_argument("--scripts-undeclared", action=argparse.BooleanOptionalAction, default=True,
+                   help="scripts may touch keys that are not among their KEYS (they may)")  # fmt: skip
     p.add_argument("--tls-cert", metavar="F", help="TCP with TLS: the certificate")
     p.add_argument("--tls-key", metavar="F", help="its key")
     p.add_argument("--tls-ca", metavar="F", help="clients need a certificate of this authority")

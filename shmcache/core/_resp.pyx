@@ -196,6 +196,8 @@ cdef class Executor:
     cdef public bint paused_writes_only
     cdef object lock                    # HOLDING, as it was when
     cdef list holding                   # hold() took stripes of these numbers,
+    cdef list further                   # and of these, which let_go() gives back before the others (None: of none),
+    cdef bint alone                     # or there are no others,
     cdef uint64_t holder                # and with which token: a fork child has none of them
     cdef bint was_impatient             # before
     cdef readonly int db                # whose keys are meant
@@ -397,15 +399,109 @@ cdef class Executor:
 
     # -- several keys at once
 
-    def hold(self, keys, uint64_t log_bytes=0):
+    def hold(self, keys, uint64_t log_bytes=0, *, further=(), int db=-1, double within=0):
         """Take the stripes of these keys, ascending: from here to release() what this thread does to them is one step for all who write, and
         it waits where it would not. Readers never wait: they may see one key before and the next after. log_bytes: of records that will be
-        logged meanwhile. Raises: WouldWait; StripeBusy, LogFull: nothing is held then."""
-        cdef set found = set()
+        logged meanwhile. db: whose keys they are; -1: of the database in use. further: (db, key) pairs whose stripes are held, too, until
+        let_go(). within: seconds after which it waits no more, for each thing that is in the way; 0: as the segment's lock_limit has it.
+        Raises: WouldWait; StripeBusy, LogFull: nothing is held then."""
+        cdef set found = set(), more = None
         cdef bytes key
+        if db >= 0:
+            self.use(db)
         for key in keys:
             self.add_stripe(found, <const uint8_t*>PyBytes_AS_STRING(key), PyBytes_GET_SIZE(key))
-        self.take_stripes(found, log_bytes)
+        if not further:
+            self.take_stripes(found, log_bytes)
+            return
+        self.pin()
+        try:
+            more = set(self.stripes_of(further)) - found
+            self.take_stripes(found, log_bytes, more, <uint64_t>(within * 1e9))
+        except BaseException:
+            self.pinned = None
+            raise
+
+    def hold_further(self, keys):
+        """While stripes are held, and no writer is waited for: those of these (db, key) pairs, too, until let_go() or release(). None: they are
+        held. Else one of the keys, whose stripe is somebody's: nothing is held that was not before.
+
+        Race: these stripes come out of order, so whoever has one is not waited for: he may wait for one that is held here. clear() vs this:
+        what is held has the epoch of when it was taken; once that is not the newest, others may have stored here with a newer one, and
+        the stripe is as good as theirs (bucket.pxd, the invariant of counts). A dead process's stripe is somebody's, until one who waits takes
+        it over. Crash: as of hold()."""
+        cdef seg_t* s = self.s
+        cdef dict at = self.stripes_of(keys)
+        cdef list stripes = sorted([i for i in at if not s.held[i >> 6] >> (i & 63) & 1])
+        cdef list further = stripes if self.further is None else self.further + stripes
+        cdef Py_ssize_t k, taken = 0
+        cdef uint32_t i
+        for k in range(len(stripes)):
+            i = stripes[k]
+            if stripe_take(s, &s.stripes[i], 0) != OK:
+                break
+            taken += 1
+            #! hold: a further stripe taken
+        if taken == len(stripes) and (taken == 0 or ld32(&s.header.epoch) == s.held_epoch):
+            for k in range(taken):
+                i = stripes[k]
+                s.held[i >> 6] |= <uint64_t>1 << (i & 63)
+            self.further = further
+            #! hold: further stripes held
+            return None
+        for k in range(taken):
+            i = stripes[k]
+            stripe_release(s, &s.stripes[i])
+            #! hold: a further stripe given back
+        return at[stripes[min(taken, len(stripes) - 1)]]
+
+    def let_go(self):
+        """Of the further stripes; if hold() took no others, this is release()."""
+        cdef seg_t* s = self.s
+        cdef uint32_t i
+        cdef Py_ssize_t k
+        if self.further is None:
+            return
+        if self.alone:
+            self.release()
+            return
+        for k in range(len(self.further)):
+            i = self.further[k]
+            s.held[i >> 6] &= ~(<uint64_t>1 << (i & 63))
+            if s.me[0] == self.holder:      # else it is a fork child, as in release()
+                stripe_release(s, &s.stripes[i])
+            #! let go: a stripe released
+        self.further = None
+
+    def versions(self, keys):
+        """Of these (db, key) pairs, as version() has them; not counted as reads."""
+        cdef seg_t* s = self.s
+        cdef uint64_t hits = s.row.hits, misses = s.row.misses
+        cdef list found = []
+        cdef bytes key
+        cdef int db
+        for db, key in keys:
+            if db != self.db:
+                self.use(db)
+            found.append(self.version(key))
+        s.row.hits = hits
+        s.row.misses = misses
+        return found
+
+    cdef dict stripes_of(self, keys):
+        """The numbers of the stripes of (db, key) pairs, each with one of its keys."""
+        cdef dict at = {}
+        cdef set found
+        cdef bytes key
+        cdef int db
+        for db, key in keys:
+            if db != self.db:
+                self.use(db)
+            found = set()
+            self.add_stripe(found, <const uint8_t*>PyBytes_AS_STRING(key), PyBytes_GET_SIZE(key))
+            for i in found:
+                at[i] = key
+        return at
 
     cdef int add_stripe(self, set found, const uint8_t* key, size_t n) except -1:
         cdef seg_t* s = self.s
@@ -413,11 +509,11 @@ cdef class Executor:
             found.add(stripe_of(s, bucket_of(s, siphash13(key, n, s.k0, s.k1))) - s.stripes)
         return 0
 
-    cdef int take_stripes(self, set found, uint64_t log_bytes) except -1:
+    cdef int take_stripes(self, set found, uint64_t log_bytes, set more=None, uint64_t within_ns=0) except -1:
         """hold(). From the first stripe on no Python code runs in here: other threads have no turn while stripes are held, unless one is waited
         for."""
         cdef seg_t* s = self.table.ready()
-        cdef list stripes = sorted(found)
+        cdef list base = sorted(found), further = None if more is None else list(more), stripes = base if more is None else sorted(found | more)
         cdef Py_ssize_t k, taken = 0
         cdef uint32_t i
         cdef uint64_t until = 0
@@ -425,8 +521,11 @@ cdef class Executor:
         cdef bint were_pinned = self.pinned is not None
         cdef object lock = HOLDING
         self.table.room_in_log(s, self.mapping, log_bytes)
-        if not lock.acquire(not self.table.impatient):
-            raise WouldWait
+        if within_ns == 0:
+            if not lock.acquire(not self.table.impatient):
+                raise WouldWait
+        elif not lock.acquire(True, within_ns / 1e9):
+            raise errors.StripeBusy("another command of this process holds several locks: try again")
         try:
             self.table.ready()          # a signal's handler may have forked: no lock is taken with a token of 0
             self.pin()
@@ -437,7 +536,7 @@ cdef class Executor:
             i = stripes[k]
             rc = stripe_take(s, &s.stripes[i], 0)
             while rc != OK and not self.table.impatient:
-                until = until or wait_until(s)
+                until = until or (min(wait_until(s), mono_ns() + within_ns) if within_ns else wait_until(s))
                 with nogil:
                     rc = stripe_take(s, &s.stripes[i], until)
                 if rc != INTR:
@@ -455,7 +554,9 @@ cdef class Executor:
             s.held_epoch = ld32(&s.header.epoch)
             s.holder = pthread_self()
             self.holder = s.me[0]
-            self.holding = stripes
+            self.holding = base
+            self.further = further
+            self.alone = further is not None and not base
             self.lock = lock
             #! hold: held
             self.was_impatient = self.table.impatient
@@ -486,7 +587,11 @@ cdef class Executor:
                 i = self.holding[k]
                 stripe_release(s, &s.stripes[i])
                 #! release: a stripe released
-        self.holding = None
+            for k in range(0 if self.further is None else len(self.further)):
+                i = self.further[k]
+                stripe_release(s, &s.stripes[i])
+                #! release: a further stripe released
+        self.holding = self.further = None
         self.pinned = None
         self.table.impatient = self.was_impatient
         self.lock.release()

@@ -13,7 +13,6 @@ cache's own.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 import os
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from shmcache import errors
 from shmcache.core import _core, _resp, _text
 from shmcache.core._claims import Claims, Marks
-from shmcache.sidecar.commands.table import CLAIM, OF_CACHE, TABLE, WRITE, Error, keys_in
+from shmcache.sidecar.commands.table import CLAIM, OF_CACHE, TABLE, WRITE, Error, keys_in, target
 from shmcache.sidecar.commands.transactions import discard_transaction
 from shmcache.stored import BATCH, LOADED_ANEW, MISSING, StoredCache, is_over
 from shmcache.stores import Entry, masked
@@ -80,14 +79,6 @@ def planned(client: Connection, through: bool) -> Plan:
     if through and plan.writes and max(map(len, plan.names)) > MOST_KEY:
         raise Error(f"ERR a key that is stored has at most {MOST_KEY} bytes")
     return plan
-
-
-def target(arguments: list[bytes], db: int) -> int:
-    """The database that COPY writes."""
-    for word, following in itertools.pairwise(arguments[2:]):
-        if word.lower() == b"db" and (n := _text.number(following)) is not None:
-            db = n
-    return db
 
 
 def is_blind(name: str, arguments: list[bytes]) -> bool:

@@ -1,7 +1,8 @@
 """EVAL, EVALSHA, SCRIPT: Lua, in threads of the pool, each with a state of its own (Runtime). What a script sees is in lua/sandbox.lua.
 
-While a script runs the stripes of its KEYS are held, as EXEC holds those of what is queued: it is one step for all who write. It may touch
-no other keys. It ends at the latest `lua-time-limit` after the stripes were taken.
+While a script runs the stripes of its KEYS are held, as EXEC holds those of what is queued: it is one step for all who write. What else it
+touches is in undeclared.py: a script that finds such a key busy may begin again. It ends at the latest `lua-time-limit` after the stripes were
+taken; the time that it waits for others' stripes is not counted, but the limit once more is the end of that, too.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ import weakref
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
+from shmcache import errors
 from shmcache.core import _core, _resp
 from shmcache.notices import notice
+from shmcache.sidecar import undeclared
 from shmcache.sidecar.commands.pubsub import tell_monitors
 from shmcache.sidecar.commands.table import (
     NOT_IN_MULTI_BACKED,
@@ -29,8 +32,9 @@ from shmcache.sidecar.commands.table import (
     in_pool,
     integer_of,
     keys_in,
+    target,
 )
-from shmcache.sidecar.commands.transactions import all_of, call, denial
+from shmcache.sidecar.commands.transactions import call, denial
 from shmcache.sidecar.replies import OK, array, bulk, integer
 
 if TYPE_CHECKING:
@@ -52,6 +56,8 @@ NOT_IN_SCRIPTS = {
 }  # fmt: skip
 FLAGS = {"no-writes", "allow-oom", "allow-stale", "no-cluster", "allow-cross-slot-keys"}
 REFUSED = "access at least one of the {}s mentioned in the command arguments"
+SEEN = {"publish", "slowlog"}  # commands that write no keys, and are to be noticed outside
+AGAIN = b"!the script begins again"
 KILLED = b"ERR Script killed by user with SCRIPT KILL."
 NO_SCRIPT = "NOSCRIPT No matching script. Please use EVAL."
 
@@ -113,8 +119,10 @@ class Runtime:
         self.caller.check_time = check_time  # type: ignore[method-assign]
         self.caller.most_out = MOST_MEMORY  # it could not have a larger reply
         self.doom: bytes | None = None
-        self.deadline = 0.0
-        self.declared: set[bytes] = set()
+        self.time = undeclared.Time()
+        self.reach: undeclared.Reach | None = None  # while one runs
+        self.again = False  # it ends, and begins again
+        self.untold: list[list[bytes]] = []  # of its commands, to monitors: nothing is told before it is known that it stands
         self.reads_only = False
         self.lua = LuaRuntime(
             encoding=None, register_eval=False, register_builtins=False, unpack_returned_tuples=True, attribute_filter=denied,
@@ -145,7 +153,8 @@ class Runtime:
     def begin(self, executor: _resp.Executor) -> None:
         """From now on it has the time limit; or what is left of it, where stripes are held: within a transaction."""
         began = executor.held_ns / 1e9 if executor.holds else _core.monotonic()
-        self.doom, self.deadline = None, began + int(self.server.settings["lua-time-limit"]) / 1000
+        self.doom = None
+        self.time.begin(began, int(self.server.settings["lua-time-limit"]) / 1000)
 
     def compile(self, client: Connection, sha: bytes, source: bytes) -> bool:
         """Make it known to this state. Does it say of itself that it only reads? Raises: Error."""
@@ -162,20 +171,32 @@ class Runtime:
             raise Error("ERR Error compiling script (new function): " + why.decode("utf-8", "surrogateescape"))
         return reads_only
 
-    def run(self, client: Connection, sha: bytes, keys: list[bytes], arguments: list[bytes], reads_only: bool) -> bytes:
-        """Its reply."""
-        self.begin(client.ex)
-        self.declared, self.reads_only, self.caller.protocol = set(keys), reads_only, 2
+    def run(self, client: Connection, sha: bytes, keys: list[bytes], arguments: list[bytes], reads_only: bool, log_bytes: int) -> bytes:
+        """Its reply. Raises: StripeBusy, LogFull: it has done nothing."""
+        server = self.server
+        self.reads_only = reads_only
         self.caller.user, self.caller.restricted, self.caller.db = client.user, client.restricted, client.db
+        allowed = server.settings["scripts-undeclared"] == "yes" and server.store is None
+        self.reach = reach = undeclared.Reach(client.ex, client.db, keys, log_bytes, self.time, allowed)
         handed = array(map(bulk, keys)), array(map(bulk, arguments))
-        self.restrict(sum(map(len, handed)))
-        self.server.scripts.running.add(self)
+        server.scripts.running.add(self)
         try:
-            with self.caught():
-                reply: bytes = self.run_in_lua(sha, *handed, b"%d" % client.protocol)
-            return reply
+            while True:
+                with reach.begun():
+                    if not self.again:
+                        self.begin(client.ex)
+                    self.caller.protocol = 2
+                    self.untold.clear()
+                    self.restrict(sum(map(len, handed)))
+                    again, self.again = self.again, False
+                    with self.caught():
+                        reply: bytes = self.run_in_lua(sha, *handed, b"%d" % client.protocol, again)
+                if not self.again:
+                    self.tell()
+                    return reply
         finally:
-            self.server.scripts.running.discard(self)
+            self.again, self.reach = False, None
+            server.scripts.running.discard(self)
             client.owe(self.caller)
             self.caller.flush()  # it keeps no buffers
 
@@ -199,6 +220,8 @@ class Runtime:
     def ask(self, what: bytes, *words: bytes) -> bytes:
         """Strings in, a string out, and it never raises: so nothing of Python gets into Lua. A reply that begins with ! ends the script."""
         try:
+            if self.reach is not None:
+                self.reach.look()
             reply = b"" if self.over() else self.answer(what, words)
             if self.over() and self.doom:
                 reply = b"!" + self.doom
@@ -215,39 +238,67 @@ class Runtime:
 
     def answer(self, what: bytes, words: tuple[bytes, ...]) -> bytes:
         if what == b"call":
-            return self.call(words)
+            assert self.reach is not None
+            return self.call(words, self.reach)
         if what == b"setresp":
             self.caller.protocol = int(words[0])
         elif what == b"sha1":
             return sha_of(words[0])
         elif what == b"check":
-            return b"" if sound(words[0], self.deadline) else b"no"
+            return b"" if sound(words[0], self.time.deadline) else b"no"
         elif what == b"log" and int(words[0]) >= LOG_NOTICE:
+            assert self.reach is not None
+            self.reach.wrote = True
             said = ascii(words[1][:MOST_SAID].decode("utf-8", "replace"))[1:-1]
             notice(f"shmcache: a script says: {said[:MOST_SAID]}")
         return b""
 
     def over(self) -> bool:
         self.doom = self.doom or self.server.scripts.doom
-        if self.doom is None and _core.monotonic() > self.deadline:
+        if self.doom is None and self.time.left < 0:
             limit = self.server.settings["lua-time-limit"].encode()
             self.doom = b"ERR Script killed: it has run for longer than %b ms (lua-time-limit)." % limit
         return self.doom is not None
 
-    def call(self, words: tuple[bytes, ...]) -> bytes:
+    def call(self, words: tuple[bytes, ...], reach: undeclared.Reach) -> bytes:
         """The reply of a command."""
         name, arguments = words[0].decode("latin-1").lower(), list(words[1:])
         try:
-            self.check(name, arguments)
-        except Error as e:
-            return b"-%b\r\n" % e.args[0].replace(b"\r", b" ").replace(b"\n", b" ")
-        if self.server.executor.watched:
-            self.server.loop.call_soon_threadsafe(tell_monitors, self.caller, list(words), "lua")
-        call(self.caller, list(words))
+            self.check(name, arguments, reach)
+            keys = self.keys_of(name, arguments)
+            writes = bool(TABLE[name].flags & WRITE) or name in SEEN or name in NOT_IN_SCRIPTS
+            reach.enter(name, keys, sum(map(len, words)) + 64 * len(keys), writes)
+        except undeclared.Again:
+            self.again = True
+            return AGAIN
+        except (Error, errors.ShmcacheError) as e:
+            return b"-%b\r\n" % _resp.error_text(e).replace(b"\r", b" ").replace(b"\n", b" ")
+        try:
+            if self.server.executor.watched:
+                self.untold.append(list(words))
+                if reach.wrote:
+                    self.tell()
+            call(self.caller, list(words))
+        finally:
+            reach.leave()
         reply: bytes = self.caller.take()
         return reply
 
-    def check(self, name: str, arguments: list[bytes]) -> None:
+    def tell(self) -> None:
+        """Monitors, of what has run."""
+        for words in self.untold:
+            self.server.loop.call_soon_threadsafe(tell_monitors, self.caller, words, "lua")
+        self.untold.clear()
+
+    def keys_of(self, name: str, arguments: list[bytes]) -> list[tuple[int, bytes]]:
+        """With their databases."""
+        db = self.caller.db
+        keys = [(db, key) for key in keys_in(name, arguments)]
+        if name == "copy" and 0 <= (to := target(arguments, db)) < self.caller.ex.databases:
+            keys[1] = to, keys[1][1]
+        return keys
+
+    def check(self, name: str, arguments: list[bytes], reach: undeclared.Reach) -> None:
         """Raises: Error, if a script may not call it so."""
         if name not in self.server.commands:
             raise Error("ERR Unknown Redis command called from script")
@@ -269,14 +320,11 @@ class Runtime:
         if self.reads_only and (entry.flags & WRITE or name == "publish"):
             raise Error("ERR Write commands are not allowed from read-only scripts.")
         if self.caller.restricted and (refused := denial(self.caller, name, arguments, "lua")):
+            reach.wrote = True  # ACL LOG has it
             what = "run this command or subcommand" if refused[0] == "command" else REFUSED.format(refused[0])
             raise Error(f"ERR The user executing the script can't {what}")
         if name == "select" and arguments[0] != b"%d" % self.caller.db:
             raise Error("ERR a script stays in the database of its caller: its KEYS are held there")
-        for key in keys_in(name, arguments):
-            if key not in self.declared:
-                said = key[:128].decode("utf-8", "surrogateescape")
-                raise Error(f"ERR Script attempted to access the key '{said}', which is not among its KEYS: name it there")
 
 
 def denied(thing: Any, name: Any, setting: bool) -> Any:
@@ -380,8 +428,7 @@ def evaluate(client: Connection, arguments: list[bytes], by_sha: bool, reads_onl
         server.loop.call_soon_threadsafe(learn, server, source)
     keys = arguments[2 : 2 + n]
     log_bytes = sum(map(len, arguments)) + 64 * n
-    with all_of(client, keys, 0 if reads_only else log_bytes) if n else contextlib.nullcontext():
-        return lua.run(client, sha, keys, arguments[2 + n :], reads_only or declared_so)
+    return lua.run(client, sha, keys, arguments[2 + n :], reads_only or declared_so, 0 if reads_only else log_bytes)
 
 
 @command("eval", -3, WRITE, group="scripting")

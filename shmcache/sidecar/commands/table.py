@@ -7,6 +7,7 @@ for what has to be run in a thread of the pool: it is called again there.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -28,7 +29,7 @@ SETTINGS: dict[str, str] = {  # CONFIG's, and what they are if nobody says other
     "maxclients": "10000", "maxmemory": "0", "maxmemory-policy": "allkeys-lru", "port": "6379", "proto-max-bulk-len": "536870912",
     "protected-mode": "yes", "requirepass": "", "save": "", "slowlog-log-slower-than": "10000", "slowlog-max-len": "128",
     "tcp-keepalive": "300", "timeout": "0", "unixsocket": "", "latency-monitor-threshold": "0", "enable-debug-command": "no",
-    "lua-time-limit": "500",
+    "lua-time-limit": "500", "scripts-undeclared": "yes",
 }  # fmt: skip
 CHANGEABLE = {
     "acllog-max-len": (0, 1 << 20), "maxclients": (1, 1 << 20), "slowlog-log-slower-than": (-1, 1 << 62),
@@ -142,6 +143,14 @@ def keys_in(name: str, arguments: list[bytes]) -> list[bytes]:
         return []
     last = last if last > 0 else len(arguments) + 1 + last
     return arguments[first - 1 : max(last, 0) : step]
+
+
+def target(arguments: list[bytes], db: int) -> int:
+    """The database that COPY writes."""
+    for word, following in itertools.pairwise(arguments[2:]):
+        if word.lower() == b"db" and (n := _text.number(following)) is not None:
+            db = n
+    return db
 
 
 def shown(word: bytes) -> str:

@@ -1,5 +1,5 @@
 -- What a script sees, and what it cannot get round. Called once per state with `ask`, the only way out (scripting.py: Runtime.ask), a number
--- at random, and the chunks of the other files; returns compile(sha, source) and run(sha, keys, arguments, protocol).
+-- at random, and the chunks of the other files; returns compile(sha, source) and run(sha, keys, arguments, protocol, again).
 --
 -- Rules
 -- - nothing of Python, no `debug`, no bytecode is reachable: `ask` takes strings and returns a string, and is an upvalue
@@ -529,6 +529,7 @@ end
 
 -- ---- running ----------------------------------------------------------------------------------------------------------------------------
 
+local began                 -- the seed of the last run
 local known = {}            -- sha: {its function, tail}
 local n_known = 0
 local MOST_KNOWN = 500      -- functions that a state keeps
@@ -559,11 +560,12 @@ local function compile(sha, source)     -- "", or why it cannot be
     return ""
 end
 
-local function run(sha, keys, arguments, protocol)      -- the reply
+local function run(sha, keys, arguments, protocol, again)   -- the reply. again: its numbers are those of the run before
     local f
     f, tail = unpack(known[sha], 1, 2)
     doom, looked, resp.script, resp.client = nil, clock(), 2, tonumber(protocol)
-    seeded(seed)
+    if not again then began = seed end
+    seeded(began)
     seed = drawn()
 
     local function failed(e)
