@@ -44,7 +44,13 @@ class Executor:
     ) -> bool: ...
     def remove(self, key: bytes, version: int = 0) -> bool: ...
     def hold(
-        self, keys: Iterable[bytes], log_bytes: int = 0, *, further: Collection[tuple[int, bytes]] = (), db: int = -1, within: float = 0,
+        self,
+        keys: Iterable[bytes],
+        log_bytes: int = 0,
+        *,
+        further: Collection[tuple[int, bytes]] = (),
+        db: int = -1,
+        within: float = 0,
     ) -> None: ...
     def hold_further(self, keys: Iterable[tuple[int, bytes]]) -> bytes | None: ...
     def let_go(self) -> None: ...
@@ -118,6 +124,15 @@ class Client:
     def refused(self, text: bytes, name: str) -> bytes: ...
     def before(self, name: str, flags: int, arguments: list[bytes]) -> bool: ...
     def call(self, arguments: list[bytes]) -> None: ...
+    def call_alone(
+        self,
+        arguments: list[bytes],
+        keys: list[tuple[int, bytes]],
+        seen: dict[tuple[int, bytes], int],
+        keep: bool,
+        log_bytes: int,
+        within: float,
+    ) -> tuple[bool, bytes] | None: ...
     def transact(
         self,
         queue: list[list[bytes]],

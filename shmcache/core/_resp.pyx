@@ -2041,6 +2041,31 @@ cdef class Client:
         finally:
             ex.argc = 0             # they were this call's
 
+    def call_alone(self, list arguments, list keys not None, dict seen not None, bint keep, uint64_t log_bytes, double within):
+        """Run a command as call() does, while the stripes of its (db, key) pairs are held: in the core, so that no other thread has a turn until
+        it is over, unless a stripe is waited for. That is done for `within` seconds, if this thread holds nothing else; else not at all.
+        seen: versions that some keys have to have. None: it has run, and its keys' versions are in seen; keep: not yet, the stripes
+        are held further. (True, key): it has not run, that one is busy; (False, key): has another version. Raises: as hold()."""
+        cdef Executor ex = self.ex
+        cdef bint kept = False
+        if ex.has_stripes():
+            busy = ex.hold_further(keys)
+            if busy is not None:
+                return True, busy
+        else:
+            ex.hold((), log_bytes, further=keys, within=within)
+        try:
+            for key, version in zip(keys, ex.versions(keys)):
+                if seen.get(key, version) != version:
+                    return False, key[1]
+            self.call(arguments)
+            if not keep:
+                seen.update(zip(keys, ex.versions(keys)))
+            kept = keep
+        finally:
+            if not kept:
+                ex.let_go()
+
     def redo(self, list arguments):
         """Run a command that was put off before it began, as if it came now."""
         self.point(arguments)

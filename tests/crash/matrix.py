@@ -1233,6 +1233,29 @@ def counted_anew(b: Bench) -> None:
     _resp.Executor(b.cache, {}, impatient=False, databases=16).sizes(exact=True)
 
 
+def to_reach(b: Bench) -> None:
+    """A living process holds the stripe of one further key."""
+    basic(b)
+    b.states = [{VICTIM: OLD}]
+    b.plant(b.seg.stripes, (b.stripe(VICTIM) + 3) % 16)
+
+
+@scenario(prepare=to_reach)
+def reach_further(b: Bench) -> None:
+    """As a script does, of keys that it has not declared."""
+    at = b.stripe(VICTIM)
+    first, second, third, busy = ((0, key) for key in b.on_stripes(*((at + i) % 16 for i in (1, 9, 5, 3))))
+    executor = _resp.Executor(b.cache, {}, impatient=False)
+    executor.hold([VICTIM])
+    assert executor.hold_further([first, second]) is None
+    assert executor.hold_further([third, busy]) == busy[1]
+    assert executor.write(VICTIM, NEW, 0)
+    executor.let_go()
+    executor.release()
+    executor.hold((), further=[first, second])
+    executor.release()
+
+
 # -- running one case ------------------------------------------------------------------------------------------------
 
 

@@ -99,7 +99,7 @@ def test_nobody_writes_a_key_between_two_commands_of_a_script(serve, name):
 
 
 def test_a_key_that_was_not_declared_is_refused(serve):
-    client = serve().client()
+    client = serve("--no-scripts-undeclared").client()
     client.set("other", "v")
     for script in ("return redis.call('get', 'other')", "return redis.call('set', 'other', 1)", "return redis.call('mget', KEYS[1], 'other')",
                    "return redis.call('rename', KEYS[1], 'other')", "return redis.call('bitop', 'not', KEYS[1], 'other')",
@@ -112,7 +112,7 @@ def test_a_key_that_was_not_declared_is_refused(serve):
 
 
 def test_in_a_transaction_the_keys_of_its_scripts_are_held_with_the_others(serve):
-    client = serve().client()
+    client = serve("--no-scripts-undeclared").client()
     with client.pipeline() as pipe:
         pipe.set("a", 1)
         pipe.eval(INCREMENT, 1, "b", 5)

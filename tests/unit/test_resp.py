@@ -453,6 +453,88 @@ def test_who_holds_stripes_clears_what_it_still_sees(two_stripes):
     assert cache.get(held[0]) == b"new" and len(cache) == 1
 
 
+# ---- further stripes
+
+
+def owners(cache):
+    """Whether each stripe is somebody's."""
+    return [bool(word) for word in cache.views().stripes["word"]]
+
+
+def test_further_stripes_are_held_until_they_are_let_go(two_stripes):
+    cache, executor, held, others = two_stripes
+    executor.hold(held[:1])
+    assert executor.hold_further([(0, key) for key in (*others[:3], held[1])]) is None
+    assert owners(cache) == [True, True]
+    cache.set(others[0], b"new")
+    assert owners(cache) == [True, True]
+    executor.let_go()
+    executor.let_go()
+    assert owners(cache) == [True, False] and executor.holds
+    assert executor.hold_further([(0, held[1])]) is None and executor.hold_further([(0, others[0])]) is None
+    executor.release()
+    assert owners(cache) == [False, False] and not executor.holds
+
+
+def test_of_further_stripes_alone_nothing_is_left(two_stripes):
+    cache, executor, held, others = two_stripes
+    executor.hold((), further=[(0, others[0])])
+    assert owners(cache) == [False, True] and executor.holds
+    assert executor.hold_further([(0, held[0])]) is None
+    assert owners(cache) == [True, True]
+    executor.let_go()
+    assert owners(cache) == [False, False] and not executor.holds
+    executor.hold((), further=[(0, b"x" * 5000)])  # there is no such key
+    executor.let_go()
+    assert not executor.holds
+
+
+def test_let_go_leaves_what_was_held_without_a_stripe(two_stripes):
+    """A transaction of no keys, in which a script names some."""
+    _, executor, held, _ = two_stripes
+    executor.hold(())
+    assert executor.hold_further([(0, held[0])]) is None
+    executor.let_go()
+    assert executor.holds
+    executor.release()
+
+
+def test_a_further_stripe_that_is_busy_is_not_waited_for(two_stripes):
+    cache, executor, held, others = two_stripes
+    stripes = cache.views(writable=True).stripes
+    executor.hold(())
+    mine = int(stripes["word"].max())
+    stripes["word"][1] = other = 1 << 40 | 77  # somebody's
+    assert executor.hold_further([(0, held[0]), (0, others[5])]) == others[5]
+    assert [int(word) for word in stripes["word"]] == [mine, other]
+    with pytest.raises(shmcache.StripeBusy):
+        cache.set(others[0], 1)
+    executor.release()
+    stripes["word"][1] = 0
+    del stripes
+
+
+def test_after_a_clear_no_further_stripe_is_taken(two_stripes):
+    """What is held has an older epoch than what others may have stored there since."""
+    cache, executor, held, others = two_stripes
+    executor.hold(held[:1])
+    elsewhere(cache.clear)
+    elsewhere(lambda: cache.set(others[0], 1))
+    assert executor.hold_further([(0, others[0])]) == others[0]
+    assert executor.hold_further([(0, held[1])]) is None  # is held
+    assert owners(cache) == [True, False]
+    executor.release()
+    assert len(cache) == 1 and cache.verify() == []
+
+
+def test_versions_are_no_reads(two_stripes):
+    cache, executor, held, others = two_stripes
+    before = cache.stats()
+    assert executor.versions([(0, held[0]), (0, b"none"), (0, others[0])]) == [cache.gets(held[0])[1], 0, cache.gets(others[0])[1]]
+    after = cache.stats()
+    assert after["hits"] - before["hits"] == 2 and after["misses"] == before["misses"]
+
+
 # ---- stripes that are held, and a fork
 
 

@@ -1,8 +1,8 @@
 """EVAL, EVALSHA, SCRIPT: Lua, in threads of the pool, each with a state of its own (Runtime). What a script sees is in lua/sandbox.lua.
 
-While a script runs the stripes of its KEYS are held, as EXEC holds those of what is queued: it is one step for all who write. What else it
-touches is in undeclared.py: a script that finds such a key busy may begin again. It ends at the latest `lua-time-limit` after the stripes were
-taken; the time that it waits for others' stripes is not counted, but the limit once more is the end of that, too.
+While a script runs the stripes of its KEYS are held, as EXEC holds those of what is queued: it is one step for all who write. What it
+touches besides is in undeclared.py: a script that finds such a key busy may begin again. It ends `lua-time-limit` after the stripes were
+taken. Time that it waits for others' stripes is not counted, but twice the limit is its end.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from shmcache.sidecar.commands.table import (
     keys_in,
     target,
 )
-from shmcache.sidecar.commands.transactions import call, denial
+from shmcache.sidecar.commands.transactions import denial
 from shmcache.sidecar.replies import OK, array, bulk, integer
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ NOT_IN_SCRIPTS = {
 }  # fmt: skip
 FLAGS = {"no-writes", "allow-oom", "allow-stale", "no-cluster", "allow-cross-slot-keys"}
 REFUSED = "access at least one of the {}s mentioned in the command arguments"
-SEEN = {"publish", "slowlog"}  # commands that write no keys, and are to be noticed outside
+OUTSIDE = {"publish", "slowlog"}  # commands that write no keys, and are to be noticed outside
 AGAIN = b"!the script begins again"
 KILLED = b"ERR Script killed by user with SCRIPT KILL."
 NO_SCRIPT = "NOSCRIPT No matching script. Please use EVAL."
@@ -265,22 +265,17 @@ class Runtime:
         name, arguments = words[0].decode("latin-1").lower(), list(words[1:])
         try:
             self.check(name, arguments, reach)
-            keys = self.keys_of(name, arguments)
-            writes = bool(TABLE[name].flags & WRITE) or name in SEEN or name in NOT_IN_SCRIPTS
-            reach.enter(name, keys, sum(map(len, words)) + 64 * len(keys), writes)
+            writes = bool(TABLE[name].flags & WRITE) or name in OUTSIDE or name in NOT_IN_SCRIPTS
+            reach.run(self.caller, list(words), self.keys_of(name, arguments), writes)
         except undeclared.Again:
             self.again = True
             return AGAIN
         except (Error, errors.ShmcacheError) as e:
             return b"-%b\r\n" % _resp.error_text(e).replace(b"\r", b" ").replace(b"\n", b" ")
-        try:
-            if self.server.executor.watched:
-                self.untold.append(list(words))
-                if reach.wrote:
-                    self.tell()
-            call(self.caller, list(words))
-        finally:
-            reach.leave()
+        if self.server.executor.watched:
+            self.untold.append(list(words))
+            if reach.wrote:
+                self.tell()
         reply: bytes = self.caller.take()
         return reply
 
