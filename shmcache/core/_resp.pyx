@@ -481,7 +481,7 @@ cdef class Executor:
         cdef bytes key
         cdef int db
         for db, key in keys:
-            if db != self.db:
+            if db != self.db or self.pinned is None:
                 self.use(db)
             found.append(self.version(key))
         s.row.hits = hits
@@ -2053,7 +2053,7 @@ cdef class Client:
             if busy is not None:
                 return True, busy
         else:
-            ex.hold((), log_bytes, further=keys, within=within)
+            ex.hold((), log_bytes, further=keys, db=self.db, within=within)
         try:
             for key, version in zip(keys, ex.versions(keys)):
                 if seen.get(key, version) != version:

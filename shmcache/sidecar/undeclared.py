@@ -45,7 +45,8 @@ MOST_KEPT = 32  # keys, whose stripes are kept
 MOST_BEGINNINGS = 5
 MARGIN = 0.02  # seconds before its time is over in which a script waits for no key: it is told which one is busy
 SHORT = 0.001  # that it waits at least
-WALKS = {b"keys", b"dbsize", b"randomkey", b"flushdb", b"flushall"}  # and what else takes long, and has no keys
+FLUSHES = {b"flushdb", b"flushall"}
+WALKS = {b"keys", b"dbsize", b"randomkey", *FLUSHES}  # they take long, and have no keys
 
 NAME_IT = "name it among the KEYS of the script"
 REFUSED = "ERR Script attempted to access the key '{}', which is not among its KEYS: name it there"
@@ -109,8 +110,11 @@ class Reach:
             others = [key for key in others if (self.db, key[1]) not in self.declared]  # COPY to another database
             if others:
                 raise Error(REFUSED.format(shown(others[0][1])))
-        if self.held and words[0].lower() in WALKS:
+        name = words[0].lower()
+        if self.held and name in WALKS:
             self.loosen()
+        if name in FLUSHES:
+            self.seen.clear()  # whatever was there, this script has removed it
         size = sum(map(len, words)) + 64 * len(keys)
         if not self.loose:
             self.keep([key for key in others if key not in self.held], size)
@@ -129,7 +133,7 @@ class Reach:
             return
         if not self.ex.holds:
             with self.waits(keys[0]):
-                self.ex.hold((), size, further=keys, within=self.patience)
+                self.ex.hold((), size, further=keys, db=self.db, within=self.patience)
         elif self.ex.hold_further(keys) is not None:
             self.begin_again(keys)
             self.loosen()

@@ -12,6 +12,7 @@ import redis
 import shmcache
 from shmcache.core import _resp
 from shmcache.sidecar import undeclared
+from shmcache.sidecar.commands import scripting
 from tests.integration.service import LIMIT, running, until
 from tests.redis.inprocess import InProcess
 from tests.redis.resp import encode
@@ -22,26 +23,36 @@ PATIENT = "60000"  # ms: longer than any test
 
 @contextlib.contextmanager
 def busy(cache, *keys):
-    """Somebody who runs has the stripes of these keys."""
-    executor = _resp.Executor(cache, {}, impatient=False)
+    """Somebody who runs has the stripes of these keys. Yields a function: does anybody wait for one of them?"""
+
+    def words():
+        return cache.views().stripes["word"].copy()
+
+    executor, before = _resp.Executor(cache, {}, impatient=False), words()
     executor.hold(keys)
+    mine = (words() != 0) & (before == 0)
     try:
-        yield
+        yield lambda: bool((words()[mine] >> 63).any())
     finally:
         if executor.holds:
             executor.release()
 
 
+@contextlib.contextmanager
+def in_process(*arguments):
+    server = InProcess(*arguments)
+    try:
+        yield server
+    finally:
+        server.close()
+
+
 @pytest.fixture
 def served(serve, name):
     """(client, the segment)"""
-    client = serve().client()
+    client = serve().client(socket_timeout=LIMIT)
     with shmcache.attach(name) as cache:
         yield client, cache
-
-
-def calls(client, command):
-    return client.info("commandstats").get(f"cmdstat_{command}", {}).get("calls", 0)
 
 
 def error_of(client, script, *arguments):
@@ -70,7 +81,7 @@ def in_thread(call, *arguments):
 
 @pytest.mark.parametrize("script", [name for name in SCRIPTS if "del" in name or "unlink" in name])
 def test_a_prefix_is_cleared(serve, name, script):
-    client = serve("--workers", "2", "--lua-time-limit", PATIENT).client()
+    client = serve("--workers", "2", "--lua-time-limit", PATIENT).client(socket_timeout=LIMIT)
     client.mset({f"p:{i}": "v" for i in range(3000)})
     client.mset({f"q:{i}": "v" for i in range(3000)})
     client.eval(SCRIPTS[script], 0, "p:")
@@ -110,15 +121,12 @@ USES = [  # a script, KEYS, its result
 
 @pytest.mark.parametrize(("script", "n", "result"), USES)
 def test_each_command_takes_keys_that_are_not_declared(name, make, script, n, result):
-    make()
-    server = InProcess(name)
-    client = server.connect()
-    server.say(client, encode([b"MSET", b"a", b"1", b"b", b"2"]))
-    said = server.say(client, encode([b"EVAL", script.encode(), b"%d" % n, *([b"a"] * n)]))
-    assert said == reply_of(result)
-    assert not server.server.patient().holds
-    with busy(shmcache.attach(name), b"a", b"b", b"c", b"d"):  # nothing is held
-        pass
+    cache = make()
+    with in_process(name) as server:
+        server.say(server.connect(), encode([b"MSET", b"a", b"1", b"b", b"2"]))
+        said = server.say(server.connect(), encode([b"EVAL", script.encode(), b"%d" % n, *([b"a"] * n)]))
+        assert said == reply_of(result)
+        assert not cache.views().stripes["word"].any()  # nothing is held
 
 
 def reply_of(value):
@@ -182,7 +190,7 @@ def test_who_watches_a_key_finds_it_changed(served):
 
 def test_it_is_switched_off(serve):
     service = serve("--no-scripts-undeclared", "--databases", "2")
-    client = service.client()
+    client = service.client(socket_timeout=LIMIT)
     assert client.config_get("scripts-undeclared") == {"scripts-undeclared": "no"}
     client.set("other", "v")
     for script in ("return redis.call('get', 'other')", "return redis.call('mget', KEYS[1], 'other')"):
@@ -193,62 +201,58 @@ def test_it_is_switched_off(serve):
 
 # ---- beginning again --------------------------------------------------------------------------------------------------------------------
 
-BOTH = "local a = redis.call('get', 'a') redis.call('time') return {a, redis.call('get', 'b')}"
+BOTH = "local a = redis.call('get', 'a') return {a, redis.call('get', 'b')}"
 
 
 def test_a_script_that_finds_a_key_busy_begins_again_with_it(served):
     client, cache = served
     client.config_set("lua-time-limit", PATIENT)
     client.mset({"a": 1, "b": 2})
-    with busy(cache, b"b"):
+    with busy(cache, b"b") as waited_for:
         thread, got = in_thread(client.eval, BOTH, 0)
-        until(lambda: calls(client, "time") == 1)
+        until(waited_for)
         assert cache.set("a", b"3") is None  # it holds nothing while it waits
         assert got == []
     thread.join(LIMIT)
     assert got == [[b"3", b"2"]]
-    assert calls(client, "time") == 2
 
 
 def test_it_begins_again_as_if_it_never_had(make, name, monkeypatch):
     """Its globals, numbers, protocol are those of a first run; what it tells monitors is told once."""
     make()
-    server = InProcess(name)
-    client, monitor = server.connect(), server.connect()
-    server.say(monitor, encode([b"MONITOR"]))
-    keep, beginnings, drawn = undeclared.Reach.keep, [], []
+    run, beginnings, drawn = undeclared.Reach.run, [], []
 
-    def kept(reach, keys, size):
-        keep(reach, keys, size)
-        if keys and keys[0][1] == b"k":
+    def begun_again(reach, caller, words, keys, writes):
+        if (0, b"k") in keys:
             beginnings.append(reach.beginnings)
             reach.begin_again(keys)
+        run(reach, caller, words, keys, writes)
 
     def noted(runtime, what, words):
-        if words[:1] == (b"echo",):
+        if words[:1] == (b"echo",) and words[1] != b"0":
             drawn.append(words[1])
         return answer(runtime, what, words)
 
-    from shmcache.sidecar.commands import scripting
-
     answer = scripting.Runtime.answer
-    monkeypatch.setattr(undeclared.Reach, "keep", kept)
+    monkeypatch.setattr(undeclared.Reach, "run", begun_again)
     monkeypatch.setattr(scripting.Runtime, "answer", noted)
     script = b"""
-        local before = {string[1] == nil, KEYS.x == nil, ARGV[1], type(redis.call('hello_is_none' and 'get', 'none'))}
+        local before = {string[1] == nil, KEYS.x == nil, ARGV[1], type(redis.call('get', 'none'))}
         table.insert(string, 'mine') KEYS.x = 1 redis.setresp(3)
         redis.call('echo', math.random())
         redis.call('get', 'k')
         return before
     """
-    server.say(client, encode([b"EVAL", script.replace(b"'hello_is_none' and ", b""), b"0", b"argument"]))
-    monitor_said = b"".join(monitor.transport.written)
+    with in_process(name) as server:
+        client, monitor = server.connect(), server.connect()
+        server.say(monitor, encode([b"MONITOR"]))
+        said = server.say(client, encode([b"EVAL", script, b"0", b"argument"]))
+        shown = b"".join(monitor.transport.written)
+    assert said == b"*4\r\n:1\r\n:1\r\n$8\r\nargument\r\n$7\r\nboolean\r\n"
     assert beginnings == list(range(1, undeclared.MOST_BEGINNINGS + 1))
     assert len(drawn) == undeclared.MOST_BEGINNINGS
     assert len(set(drawn)) == 1
-    assert monitor_said.count(b'"echo"') == 1
-    again = server.say(client, encode([b"EVAL", script.replace(b"'hello_is_none' and ", b""), b"0", b"argument"]))
-    assert again == b"*4\r\n:1\r\n:1\r\n$8\r\nargument\r\n$7\r\nboolean\r\n"
+    assert shown.count(b'"echo"') == 1
 
 
 EFFECTS = ["redis.call('set', KEYS[1], 'written')", "redis.call('publish', 'c', 'm')", "redis.log(redis.LOG_WARNING, 'said')"]
@@ -257,16 +261,15 @@ EFFECTS = ["redis.call('set', KEYS[1], 'written')", "redis.call('publish', 'c', 
 @pytest.mark.parametrize("effect", EFFECTS)
 def test_after_an_effect_a_busy_key_is_an_error_that_names_it(serve, name, effect):
     service = serve()
-    client = service.client()
+    client = service.client(socket_timeout=LIMIT)
     with client.pubsub() as listener, shmcache.attach(name) as cache:
         listener.subscribe("c")
         assert listener.get_message(timeout=LIMIT)["type"] == "subscribe"
         with busy(cache, b"b"):
             began = time.monotonic()
-            error = error_of(client, effect + " redis.call('time') return redis.call('incr', 'b')", 1, "k")
+            error = error_of(client, effect + " return redis.call('incr', 'b')", 1, "k")
             assert time.monotonic() - began < 5
             assert error.startswith("the key 'b' is busy") and "KEYS" in error  # redis-py takes TRYAGAIN off
-        assert calls(client, "time") == 1  # it did not begin again
         client.eval("return redis.call('incr', 'b')", 0)
         if "set" in effect:
             assert client.get("k") == b"written"
@@ -280,9 +283,9 @@ def test_after_an_effect_a_busy_key_is_an_error_that_names_it(serve, name, effec
 def test_a_script_that_holds_nothing_waits_for_a_key(served):
     client, cache = served
     client.config_set("lua-time-limit", PATIENT)
-    with busy(cache, b"b"):
-        thread, got = in_thread(client.eval, "redis.call('set', 'a', 1) redis.call('time') return redis.call('incr', 'b')", 0)
-        until(lambda: calls(client, "time") == 1)
+    with busy(cache, b"b") as waited_for:
+        thread, got = in_thread(client.eval, "redis.call('set', 'a', 1) return redis.call('incr', 'b')", 0)
+        until(waited_for)
         assert cache.set("a", b"3") is None  # nor does it hold what it has written
     thread.join(LIMIT)
     assert got == [1]
@@ -321,13 +324,12 @@ def test_in_a_transaction_a_key_is_only_tried(served):
 
 def test_over_all_its_beginnings_a_script_has_one_time_limit(make, name, monkeypatch):
     make()
-    server = InProcess(name, {"lua-time-limit": "300"})
-    client = server.connect()
     monkeypatch.setattr(undeclared, "MOST_BEGINNINGS", 1_000_000)
-    monkeypatch.setattr(undeclared.Reach, "keep", lambda reach, keys, size: reach.begin_again(keys))
-    began = time.monotonic()
-    assert b"lua-time-limit" in server.say(client, encode([b"EVAL", b"return redis.call('get', 'k')", b"0"]))
-    assert time.monotonic() - began < 3
+    monkeypatch.setattr(undeclared.Reach, "run", lambda reach, caller, words, keys, writes: reach.begin_again(keys))
+    with in_process(name, {"lua-time-limit": "300"}) as server:
+        began = time.monotonic()
+        assert b"lua-time-limit" in server.say(server.connect(), encode([b"EVAL", b"return redis.call('get', 'k')", b"0"]))
+        assert time.monotonic() - began < 3
 
 
 # ---- with others ------------------------------------------------------------------------------------------------------------------------
@@ -339,10 +341,10 @@ def test_workers_do_not_wait_for_a_script_that_goes_on(served):
     for script in ("redis.call('set', 'k', 1) while true do end", "redis.call('get', 'k') while true do end",
                    "redis.call('set', 'k', 1) while true do redis.call('get', 'other') end",
                    "for i = 1, 40 do redis.call('get', 'k' .. i) end redis.call('get', 'k') while true do end"):  # fmt: skip
-        n = calls(client, "set") + calls(client, "get")
-        thread, got = in_thread(client.eval, script, 0)
-        until(lambda n=n: calls(client, "set") + calls(client, "get") > n)
-        for _ in range(20):
+        cache.delete("begun")
+        thread, got = in_thread(client.eval, "redis.call('set', 'begun', 1) " + script, 0)
+        until(lambda: cache.get("begun"))
+        for _ in range(200):
             cache.set("k", b"mine")
         assert got == []
         client.script_kill()
@@ -367,7 +369,7 @@ def test_no_increment_is_lost_whatever_the_script_does_in_between(serve, name):
     done, wrong, stop = [], [], threading.Event()
 
     def by_script(number):
-        client = service.client()
+        client = service.client(socket_timeout=LIMIT)
         for i in range(80):
             script = COUNTS[(number + i) % len(COUNTS)]
             try:
@@ -378,7 +380,7 @@ def test_no_increment_is_lost_whatever_the_script_does_in_between(serve, name):
                     wrong.append(e)
 
     def by_transaction():
-        client = service.client()
+        client = service.client(socket_timeout=LIMIT)
         for _ in range(100):
             with client.pipeline() as pipe:
                 pipe.incr("n")
@@ -424,14 +426,14 @@ def test_a_key_that_others_change_in_between_is_an_error_that_names_it(served):
     assert "the key 'n' was changed by others" in got[0]
     assert cache["n"] == b"7"
     cache.delete("go")
-    before = calls(client, "get")
+    hits = cache.stats()["hits"]
     thread, got = in_thread(client.eval, script.replace("'set', 'k' .. i, i", "'get', 'k' .. i"), 0)  # nothing written: it begins again
-    until(lambda: calls(client, "get") > before + 40)
+    until(lambda: cache.stats()["hits"] >= hits + 41)
     cache.set("n", b"8")
     cache.set("go", b"1")
     thread.join(LIMIT)
     assert got == [b"8"]
-    assert cache["n"] == 9
+    assert cache["n"] == b"9"
 
 
 def test_two_scripts_that_name_two_keys_crosswise(serve):
@@ -439,7 +441,7 @@ def test_two_scripts_that_name_two_keys_crosswise(serve):
     stop, wrong, done = threading.Event(), [], []
 
     def use(keys):
-        client = service.client()
+        client = service.client(socket_timeout=LIMIT)
         for _ in range(200):
             try:
                 done.append(

@@ -25,6 +25,7 @@ from typing import Any
 import redis
 
 import shmcache
+from shmcache import errors
 from tests.redis import servers
 
 fork = mp.get_context("fork")
@@ -99,7 +100,7 @@ def write(name: str, prefixes: int, n_keys: int, seconds: float, seed: int, out:
                         use(key, *more)
                     else:
                         count(rng.choice(COUNTERS))
-                except shmcache.StripeBusy:
+                except errors.StripeBusy:
                     busy += 1
                 took = time.monotonic() - began
                 longest, slow, n = max(longest, took), slow + (took > SLOW), n + 1

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import shmcache
+from shmcache import errors
 from shmcache.core import _resp, _text
 from shmcache.sidecar import acl, commands
 from tests.redis.inprocess import InProcess
@@ -507,7 +508,7 @@ def test_a_further_stripe_that_is_busy_is_not_waited_for(two_stripes):
     stripes["word"][1] = other = 1 << 40 | 77  # somebody's
     assert executor.hold_further([(0, held[0]), (0, others[5])]) == others[5]
     assert [int(word) for word in stripes["word"]] == [mine, other]
-    with pytest.raises(shmcache.StripeBusy):
+    with pytest.raises(errors.StripeBusy):
         cache.set(others[0], 1)
     executor.release()
     stripes["word"][1] = 0
