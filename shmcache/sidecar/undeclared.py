@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     Key = tuple[int, bytes]  # of this database
 
-KEPT = 0.01  # seconds, and
+KEPT = 0.02  # seconds, and: a command may wait for Python's lock, 5 ms
 MOST_KEPT = 32  # keys, whose stripes are kept
 MOST_BEGINNINGS = 5
 MARGIN = 0.02  # seconds before its time is over in which a script waits for no key: it is told which one is busy

@@ -1236,7 +1236,7 @@ def counted_anew(b: Bench) -> None:
 def to_reach(b: Bench) -> None:
     """A living process holds the stripe of one further key."""
     basic(b)
-    b.states = [{VICTIM: OLD}]
+    writes(b, {VICTIM: OLD}, (VICTIM, NEW))
     b.plant(b.seg.stripes, (b.stripe(VICTIM) + 3) % 16)
 
 

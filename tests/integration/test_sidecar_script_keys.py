@@ -199,6 +199,16 @@ def test_it_is_switched_off(serve):
     assert client.eval("return redis.call('copy', KEYS[1], KEYS[1], 'db', 1)", 1, "k") == 1
 
 
+def test_in_front_of_a_store_its_keys_are_declared(serve, tmp_path):
+    """What is not declared would have to be loaded."""
+    client = serve("--store", f"sqlite:///{tmp_path}/rows.db", "--policy", "back").client(socket_timeout=LIMIT)
+    client.set("k", "v")
+    for evaluate in (client.eval, client.eval_ro):
+        assert evaluate("return redis.call('get', KEYS[1])", 1, "k") == b"v"
+        with pytest.raises(redis.ResponseError, match="the key 'k', which is not among its KEYS"):
+            evaluate("return redis.call('get', 'k')", 0)
+
+
 # ---- beginning again --------------------------------------------------------------------------------------------------------------------
 
 BOTH = "local a = redis.call('get', 'a') return {a, redis.call('get', 'b')}"
@@ -240,7 +250,7 @@ def test_it_begins_again_as_if_it_never_had(make, name, monkeypatch):
         local before = {string[1] == nil, KEYS.x == nil, ARGV[1], type(redis.call('get', 'none'))}
         table.insert(string, 'mine') KEYS.x = 1 redis.setresp(3)
         redis.call('echo', math.random())
-        redis.call('get', 'k')
+        pcall(redis.call, 'get', 'k')
         return before
     """
     with in_process(name) as server:

@@ -136,6 +136,7 @@ DENIED: dict[str, dict[str, str]] = {
         "CLUSTER RESET can not be invoke from within a script": "needs CLUSTER",
         "Script ACL check": "needs redis.acl_check_cmd",
         "Script block the time during execution": FROZEN,
+        "Script delete the expired key": "DEBUG OBJECT does not find what has expired",
         "EVAL - JSON smoke test": NO_LIBRARY,
         "EVAL - cmsgpack can pack double?": NO_LIBRARY,
         "EVAL - cmsgpack can pack negative int64?": NO_LIBRARY,
