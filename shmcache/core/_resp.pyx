@@ -426,7 +426,7 @@ cdef class Executor:
         """While stripes are held, and no writer is waited for: those of these (db, key) pairs, too, until let_go() or release(). None: they are
         held. Else one of the keys, whose stripe is somebody's: nothing is held that was not before.
 
-        Race: these stripes come out of order, so whoever has one is not waited for: he may wait for one that is held here. clear() vs this:
+        Race: these stripes come out of order, so the holder of one is not waited for: it may wait for one that is held here. clear() vs this:
         what is held has the epoch of when it was taken; once that is not the newest, others may have stored here with a newer one, and
         the stripe is as good as theirs (bucket.pxd, the invariant of counts). A dead process's stripe is somebody's, until one who waits takes
         it over. Crash: as of hold()."""

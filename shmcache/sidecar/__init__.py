@@ -6,6 +6,7 @@ core/_resp.pyx  the protocol parsed, and what is called often executed on the se
 acl.py          users, what each may do, files of them
 server.py       Connection, Server: one event loop and its pool of threads
 backed.py       what commands need of the store, if the segment stands before one
+undeclared.py   what scripts touch besides their KEYS
 commands/       the other commands
 worker.py       one process with one Server
 serve.py        `shmcache serve`: the supervisor and so many workers, started again when they die

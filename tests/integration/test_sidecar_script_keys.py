@@ -152,7 +152,7 @@ def test_other_databases(serve):
     assert first.get("a") == b"of 0"
 
 
-def test_a_user_touches_the_keys_that_he_may(serve):
+def test_a_user_touches_allowed_keys_alone(serve):
     service = serve()
     admin = service.client()
     admin.mset({"mine:a": 1, "other": 2})
