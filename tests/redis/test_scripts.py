@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from tests.redis import servers
@@ -438,6 +440,46 @@ def test_the_commands_reply_as_in_redis(both, protocol):
     for connection in connections:
         connection.close()
     assert not different, "\n".join(different)
+
+
+USED = (
+    "set K V", "get K", "incr K", "append K V", "del K", "del K K K", "mset K V K V", "msetnx K V K V", "mget K K K", "getset K V", "setnx K V",
+    "rename K K", "copy K K", "copy K K replace", "bitop not K K", "bitop or K K K", "strlen K", "exists K K", "expire K 100", "ttl K", "persist K",
+    "getdel K", "setrange K 3 V", "type K", "lcs K K len", "incrbyfloat K 1", "bitfield K incrby u8 0 1", "dbsize", "unlink K", "mget MANY", "del MANY",
+    "exists MANY", "flushall",
+)  # fmt: skip
+
+
+def used(rng):
+    """A script that calls some commands on few keys, and returns what they say."""
+    said = ["local r, many = {}, {} for i = 1, 40 do many[i] = 'k' .. i % 8 end"]
+    for _ in range(rng.choice((3, 8, 60))):
+        words = []
+        for word in rng.choice(USED[:-1] if rng.random() < 0.98 else USED[-1:]).split():
+            declared = rng.choice(("KEYS[1]", "KEYS[2]"))
+            undeclared = f"'k{rng.randrange(8)}'"
+            words.append({"K": rng.choice((declared, undeclared, undeclared)), "V": f"'{rng.randrange(300)}'", "MANY": "unpack(many)"}.get(word, f"'{word}'"))
+        said.append(f"r[#r + 1] = redis.pcall({', '.join(words)})")
+    return "\n".join([*said, "return r"]).encode()
+
+
+@pytest.mark.parametrize("transaction", [False, True])
+def test_scripts_use_keys_as_in_redis_declared_or_not(both, transaction):
+    connections = [Connection(where, 20.0) for where in both]
+    rng = random.Random(5)
+    for number in range(150):
+        script, keys = used(rng), (b"k0", b"k%d" % rng.randrange(8))
+        replies = []
+        for connection in connections:
+            if transaction:
+                for words in ((b"MULTI",), (b"INCR", b"count"), (b"EVAL", script, b"2", *keys), (b"EVAL", script, b"2", *keys)):
+                    connection.call(*words)
+            replies.append(connection.call(b"EXEC") if transaction else connection.call(b"EVAL", script, b"2", *keys))
+        assert replies[0] == replies[1], (number, script)
+        ours, theirs = (connection.call(b"MGET", *(b"k%d" % i for i in range(8))) for connection in connections)
+        assert ours == theirs, (number, script)
+    for connection in connections:
+        connection.close()
 
 
 def test_there_are_many():
