@@ -4,8 +4,8 @@ Rules
 1. the stripes of KEYS are taken before it begins, ascending, and held until it ends (Executor.hold). Those of an undeclared key are taken
    when a command names it, out of that order. So nobody is waited for while any stripe is held: it is tried
 2. what was taken is kept until the script ends: it is one step, as with KEYS, while it names few keys and is quick
-3. busy, and the script has written nothing: it lets go of everything and begins again, with the keys that it has named held from its
-   start, ascending, waited for. What is to be seen outside is a write: PUBLISH, a line of the log, a refusal that ACL LOG notes
+3. busy, and the script has written nothing: it lets go of everything, waits for that key, and begins again, with the keys that it has
+   named held from its start, ascending. What is to be seen outside is a write: PUBLISH, a line of the log, a refusal that ACL LOG notes
 4. so that workers never wait long, all undeclared keys are let go after KEPT seconds, or MOST_KEPT keys, or before a walk over all keys.
    From there on (loose) a command that writes holds its own keys while it runs; one that only reads until another names other keys, or
    KEPT is over. Each key has to be as the script's last command left it (seen), by its version: else the script begins again, or, after
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 KEPT = 0.02  # seconds, and: a command may wait for Python's lock, 5 ms
 MOST_KEPT = 32  # keys, whose stripes are kept
 MOST_BEGINNINGS = 5
-MARGIN = 0.02  # seconds before its time is over in which a script waits for no key: it is told which one is busy
+MARGIN = 0.02  # seconds before its last time is over in which a script waits for no key: it is told which one is busy
 SHORT = 0.001  # that it waits at least
 FLUSHES = {b"flushdb", b"flushall"}
 WALKS = {b"keys", b"dbsize", b"randomkey", *FLUSHES}  # they take long, and have no keys
@@ -81,15 +81,20 @@ class Reach:
         self.declared = {(db, key) for key in declared}
         self.nested = ex.holds  # within a transaction, which cannot begin again
         self.wanted: dict[Key, None] = {}  # held from its next beginning on
+        self.awaited: list[Key] = []  # those of them for which it begins again
         self.beginnings = 0
 
     @contextlib.contextmanager
     def begun(self) -> Iterator[None]:
-        """It runs from its start. Raises: StripeBusy, LogFull: it does not."""
+        """It runs from its start. Raises: Error, StripeBusy, LogFull: it does not."""
         self.wrote, self.loose = self.nested, False
         self.held = dict(self.wanted)  # undeclared keys whose stripes are held
         self.seen: dict[Key, int] = {}  # the versions of others that it has named
         self.beginnings += 1
+        for key in self.awaited[:MOST_KEPT]:  # each while nothing is held: whoever has it may not run
+            with self.waits(key):
+                self.ex.hold((), further=[key], db=self.db, within=self.patience)
+            self.ex.release()
         if not self.nested and (self.declared or self.wanted):
             with self.waits():
                 self.ex.hold([key for _, key in self.declared], self.log_bytes, further=self.wanted, db=self.db)
@@ -166,7 +171,7 @@ class Reach:
     @property
     def patience(self) -> float:
         """Seconds for which it waits for a stripe."""
-        return max(self.time.left - MARGIN, SHORT)
+        return max(self.time.latest - _core.monotonic() - MARGIN, SHORT)
 
     @contextlib.contextmanager
     def waits(self, key: Key | None = None) -> Iterator[None]:
@@ -186,7 +191,7 @@ class Reach:
     def begin_again(self, keys: list[Key]) -> None:
         """With these held, too: unless that cannot be. Raises: Again."""
         if not self.wrote and self.beginnings < MOST_BEGINNINGS:
-            self.wanted = dict.fromkeys([*self.held, *keys])
+            self.wanted, self.awaited = dict.fromkeys([*self.held, *keys]), keys
             raise Again
 
     def look(self) -> None:

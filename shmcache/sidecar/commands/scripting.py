@@ -192,9 +192,9 @@ class Runtime:
                     with self.caught():
                         reply: bytes = self.run_in_lua(sha, *handed, b"%d" % client.protocol, again)
                 if not self.again:
-                    self.tell()
                     return reply
         finally:
+            self.tell()
             self.again, self.reach = False, None
             server.scripts.running.discard(self)
             client.owe(self.caller)
