@@ -47,12 +47,33 @@ def in_process(*arguments):
         server.close()
 
 
+def are_apart(cache):
+    """Has each of the keys that tests make busy a stripe of its own?"""
+    executor, seen = _resp.Executor(cache, {}, impatient=False), set()
+    for key in (b"a", b"b", b"c", b"d", b"k", b"n"):
+        before = cache.views().stripes["word"] != 0
+        executor.hold([key])
+        seen.add(int(((cache.views().stripes["word"] != 0) & ~before).argmax()))
+        executor.release()
+    return len(seen) == 6
+
+
 @pytest.fixture
-def served(serve, name):
+def service(serve, name):
+    while True:
+        service = serve()
+        with shmcache.attach(name) as cache:
+            if are_apart(cache):
+                return service
+        service.stop()
+        shmcache.unlink(name)
+
+
+@pytest.fixture
+def served(service, name):
     """(client, the segment)"""
-    client = serve().client(socket_timeout=LIMIT)
     with shmcache.attach(name) as cache:
-        yield client, cache
+        yield service.client(socket_timeout=LIMIT), cache
 
 
 def error_of(client, script, *arguments):
@@ -273,8 +294,7 @@ EFFECTS = ["redis.call('set', KEYS[1], 'written')", "redis.call('publish', 'c', 
 
 
 @pytest.mark.parametrize("effect", EFFECTS)
-def test_after_an_effect_a_busy_key_is_an_error_that_names_it(serve, name, effect):
-    service = serve()
+def test_after_an_effect_a_busy_key_is_an_error_that_names_it(service, name, effect):
     client = service.client(socket_timeout=LIMIT)
     with client.pubsub() as listener, shmcache.attach(name) as cache:
         listener.subscribe("c")
