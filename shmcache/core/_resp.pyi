@@ -1,6 +1,7 @@
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
+from shmcache import errors
 from shmcache.core._core import Table
 
 COMPILED: dict[str, int]
@@ -12,6 +13,8 @@ class ProtocolError(Exception): ...
 
 class CommandError(Exception):
     args: tuple[bytes]
+
+class HeldByOthers(errors.StripeBusy): ...
 
 class Executor:
     names: list[tuple[str, Callable[..., bytes | None] | None]]
@@ -56,6 +59,7 @@ class Executor:
     def let_go(self) -> None: ...
     def release(self) -> None: ...
     def versions(self, keys: Iterable[tuple[int, bytes]]) -> list[int]: ...
+    def sizes(self, keys: Iterable[tuple[int, bytes]]) -> list[int]: ...
     def unpin(self) -> None: ...
     def size(self) -> tuple[int, int]: ...
     def sizes(self, exact: bool = False) -> dict[int, tuple[int, int]]: ...
@@ -132,6 +136,8 @@ class Client:
         keep: bool,
         log_bytes: int,
         within: float,
+        *,
+        gone: bool = False,
     ) -> tuple[bool, bytes] | None: ...
     def transact(
         self,

@@ -47,6 +47,9 @@ from shmcache.core._core import WouldWait
 
 HOLDING = threading.Lock()      # one thread of a process holds several stripes at a time
 
+class HeldByOthers(errors.StripeBusy):
+    """HOLDING was not let go of in time: nothing is said of the keys."""
+
 def _after_fork_in_child():
     """The thread that had it may not be there."""
     global HOLDING
@@ -402,16 +405,16 @@ cdef class Executor:
     def hold(self, keys, uint64_t log_bytes=0, *, further=(), int db=-1, double within=0):
         """Take the stripes of these keys, ascending: from here to release() what this thread does to them is one step for all who write, and
         it waits where it would not. Readers never wait: they may see one key before and the next after. log_bytes: of records that will be
-        logged meanwhile. db: whose keys they are; -1: of the database in use. further: (db, key) pairs whose stripes are held, too, until
-        let_go(). within: seconds after which it waits no more, for each thing that is in the way; 0: as the segment's lock_limit has it.
-        Raises: WouldWait; StripeBusy, LogFull: nothing is held then."""
+        logged meanwhile; 0: nothing is written. db: whose keys they are; -1: of the database in use. further: (db, key) pairs whose stripes are
+        held, too, until let_go(). within: seconds after which it waits no more, for each thing that is in the way; 0: as the segment's
+        lock_limit has it. Raises: WouldWait; StripeBusy (HeldByOthers), LogFull: nothing is held then."""
         cdef set found = set(), more = None
         cdef bytes key
         if db >= 0:
             self.use(db)
         for key in keys:
             self.add_stripe(found, <const uint8_t*>PyBytes_AS_STRING(key), PyBytes_GET_SIZE(key))
-        if not further:
+        if not further and within == 0:
             self.take_stripes(found, log_bytes)
             return
         self.pin()
@@ -475,15 +478,26 @@ cdef class Executor:
 
     def versions(self, keys):
         """Of these (db, key) pairs, as version() has them; not counted as reads."""
+        return self.of_each(keys, True)
+
+    def sizes(self, keys):
+        """Bytes of the values of these (db, key) pairs, 0 of what is not there; not counted as reads."""
+        return self.of_each(keys, False)
+
+    cdef list of_each(self, keys, bint versions):
         cdef seg_t* s = self.s
         cdef uint64_t hits = s.row.hits, misses = s.row.misses
         cdef list found = []
+        cdef raw_t raw
         cdef bytes key
         cdef int db
         for db, key in keys:
             if db != self.db or self.pinned is None:
                 self.use(db)
-            found.append(self.version(key))
+            if not look(self, <const uint8_t*>PyBytes_AS_STRING(key), PyBytes_GET_SIZE(key), &raw, False):
+                found.append(0)
+            else:
+                found.append(raw.version if versions else raw.n)
         s.row.hits = hits
         s.row.misses = misses
         return found
@@ -520,14 +534,17 @@ cdef class Executor:
         cdef int rc = OK
         cdef bint were_pinned = self.pinned is not None
         cdef object lock = HOLDING
-        self.table.room_in_log(s, self.mapping, log_bytes)
+        if log_bytes:
+            self.table.room_in_log(s, self.mapping, log_bytes)
         if within_ns == 0:
             if not lock.acquire(not self.table.impatient):
                 raise WouldWait
         elif not lock.acquire(True, within_ns / 1e9):
-            raise errors.StripeBusy("another command of this process holds several locks: try again")
+            raise HeldByOthers("another command of this process holds several locks: try again")
         try:
             self.table.ready()          # a signal's handler may have forked: no lock is taken with a token of 0
+            if log_bytes:
+                self.table.room_in_log(s, self.mapping, log_bytes)  # who had HOLDING may have used it
             self.pin()
         except BaseException:
             lock.release()
@@ -2041,11 +2058,12 @@ cdef class Client:
         finally:
             ex.argc = 0             # they were this call's
 
-    def call_alone(self, list arguments, list keys not None, dict seen not None, bint keep, uint64_t log_bytes, double within):
+    def call_alone(self, list arguments, list keys not None, dict seen not None, bint keep, uint64_t log_bytes, double within, *, bint gone=False):
         """Run a command as call() does, while the stripes of its (db, key) pairs are held: in the core, so that no other thread has a turn until
         it is over, unless a stripe is waited for. That is done for `within` seconds, if this thread holds nothing else; else not at all.
-        seen: versions that some keys have to have. None: it has run, and its keys' versions are in seen; keep: not yet, the stripes
-        are held further. (True, key): it has not run, that one is busy; (False, key): has another version. Raises: as hold()."""
+        seen: versions that some keys have to have; gone: or they are not there any more. None: it has run, and its keys' versions are in seen;
+        keep: not yet, the stripes are held further. (True, key): it has not run, that one is busy; (False, key): has another version.
+        Raises: as hold()."""
         cdef Executor ex = self.ex
         cdef bint kept = False
         if ex.has_stripes():
@@ -2056,7 +2074,7 @@ cdef class Client:
             ex.hold((), log_bytes, further=keys, db=self.db, within=within)
         try:
             for key, version in zip(keys, ex.versions(keys)):
-                if seen.get(key, version) != version:
+                if seen.get(key, version) != version and (version != 0 or not gone):
                     return False, key[1]
             self.call(arguments)
             if not keep:

@@ -68,6 +68,7 @@ class Connection(_resp.Client):
         self.full_since = 0.0
         self.n_pushed = 0  # bytes that others have sent while the pool runs its command
         self.retried_by_pause: list[bytes] | None = None  # what CLIENT PAUSE keeps
+        self.in_script = False
 
     # -- of the event loop
 

@@ -26,13 +26,14 @@ Crash: as of KEYS: each stripe is repaired by itself, what was written stands.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, TypeVar
 
 from shmcache import errors
-from shmcache.core import _core
+from shmcache.core import _core, _resp
 from shmcache.sidecar.commands.table import Error
 from shmcache.sidecar.commands.transactions import call
+from shmcache.sidecar.replies import integer
 
 if TYPE_CHECKING:
     from shmcache.core._resp import Executor
@@ -40,17 +41,27 @@ if TYPE_CHECKING:
 
     Key = tuple[int, bytes]  # of this database
 
+T = TypeVar("T")
+
 KEPT = 0.02  # seconds, and: a command may wait for Python's lock, 5 ms
 MOST_KEPT = 32  # keys, whose stripes are kept
 MOST_BEGINNINGS = 5
 MARGIN = 0.02  # seconds before its last time is over in which a script waits for no key: it is told which one is busy
 SHORT = 0.001  # that it waits at least
+SLICE = 0.1  # after which a wait looks whether the script is to end
+LEAST_ROOM = 4096  # bytes in the log for which a script asks that may write: what it writes while it holds stripes may not wait
+LONG_READ = 1 << 20  # bytes, or for LCS pairs of them: some 3 ms
 FLUSHES = {b"flushdb", b"flushall"}
 WALKS = {b"keys", b"dbsize", b"randomkey", *FLUSHES}  # they take long, and have no keys
+DELETES = {b"del", b"unlink"}
+PIECES = {b"del": 1, b"unlink": 1, b"exists": 1, b"touch": 1, b"mget": 1, b"mset": 2}  # no step over all keys: the arguments of each
+READS_ALL = {b"bitcount", b"bitpos", b"dump"}
 
 NAME_IT = "name it among the KEYS of the script"
 REFUSED = "ERR Script attempted to access the key '{}', which is not among its KEYS: name it there"
 BUSY = "TRYAGAIN the key '{}' is busy, and this script waits for it no longer: " + NAME_IT
+OTHERS = "TRYAGAIN other scripts of this server hold keys, and this one waits for them no longer: name its keys among its KEYS"
+TOO_LARGE = "ERR the reply is larger than a script may have"
 CHANGED = "TRYAGAIN the key '{}' was changed by others while the script ran: " + NAME_IT
 
 
@@ -67,18 +78,26 @@ class Time:
     def begin(self, at: float, limit: float) -> None:
         self.deadline, self.latest = at + limit, at + 2 * limit
 
+    def waited(self, seconds: float, moves: bool) -> None:
+        """moves: `latest`, too."""
+        self.latest += seconds * moves
+        self.deadline = min(self.deadline + seconds, self.latest)
+
     @property
     def left(self) -> float:
         return self.deadline - _core.monotonic()
 
 
 class Reach:
-    """Of one script, over all its beginnings. Args: ex: the thread's. declared: its KEYS, in database db. log_bytes: of what it will log.
-    allowed: may it name other keys?"""
+    """Of one script, over all its beginnings. Args: ex: the thread's. declared: its KEYS, in database db. log_bytes: of what it will log; 0:
+    it only reads. allowed: may it name other keys? doom: tells why the script is to end, if it is."""
 
-    def __init__(self, ex: Executor, db: int, declared: list[bytes], log_bytes: int, time: Time, allowed: bool) -> None:
-        self.ex, self.db, self.log_bytes, self.time, self.allowed = ex, db, log_bytes, time, allowed
+    def __init__(
+        self, ex: Executor, db: int, declared: list[bytes], log_bytes: int, time: Time, allowed: bool, doom: Callable[[], bytes | None]
+    ) -> None:
+        self.ex, self.db, self.time, self.allowed, self.doom = ex, db, time, allowed, doom
         self.declared = {(db, key) for key in declared}
+        self.log_bytes = max(log_bytes, LEAST_ROOM) if log_bytes else 0
         self.nested = ex.holds  # within a transaction, which cannot begin again
         self.wanted: dict[Key, None] = {}  # held from its next beginning on
         self.awaited: list[Key] = []  # those of them for which it begins again
@@ -88,16 +107,16 @@ class Reach:
     def begun(self) -> Iterator[None]:
         """It runs from its start. Raises: Error, StripeBusy, LogFull: it does not."""
         self.wrote, self.loose = self.nested, False
+        self.touched = self.given_up = False  # its KEYS: by a command; their stripes, before any was
         self.held = dict(self.wanted)  # undeclared keys whose stripes are held
         self.seen: dict[Key, int] = {}  # the versions of others that it has named
+        self.room = self.log_bytes  # in the log: what is left of it
         self.beginnings += 1
         for key in self.awaited[:MOST_KEPT]:  # each while nothing is held: whoever has it may not run
-            with self.waits(key):
-                self.ex.hold((), further=[key], db=self.db, within=self.patience)
+            self.hold([key], 0)
             self.ex.release()
         if not self.nested and (self.declared or self.wanted):
-            with self.waits():
-                self.ex.hold([key for _, key in self.declared], self.log_bytes, further=self.wanted, db=self.db)
+            self.hold_declared()
         self.since = _core.monotonic()  # when the first of them was taken
         try:
             yield
@@ -108,58 +127,95 @@ class Reach:
             elif self.ex.holds:
                 self.ex.release()
 
-    def run(self, caller: Connection, words: list[bytes], keys: list[Key], writes: bool) -> None:
-        """A command of the script. Raises: Again; Error, StripeBusy, LogFull: it has not run."""
+    def run(self, caller: Connection, words: list[bytes], keys: list[Key], writes: bool) -> bytes:
+        """The reply to a command of the script. Raises: Again; Error, StripeBusy, LogFull: it has not run, or (PIECES) with its first keys only."""
         others = [key for key in dict.fromkeys(keys) if key not in self.declared]
         if others and not self.allowed:
             others = [key for key in others if (self.db, key[1]) not in self.declared]  # COPY to another database
             if others:
                 raise Error(REFUSED.format(shown(others[0][1])))
         name = words[0].lower()
-        if self.held and name in WALKS:
-            self.loosen()
-        if name in FLUSHES:
-            self.seen.clear()  # whatever was there, this script has removed it
-        size = sum(map(len, words)) + 64 * len(keys)
-        if not self.loose:
-            self.keep([key for key in others if key not in self.held], size)
-        if others and self.loose:
-            self.run_loose(caller, words, others, size, writes)
-            return
+        if not self.declared.isdisjoint(keys):
+            self.touched = True
+            if self.given_up:
+                self.take_back()
+        if name in WALKS or name == b"scan":
+            self.give_up(name)
+        if len(others) > MOST_KEPT and len(words) - 1 == PIECES.get(name, 0) * len(keys):
+            return self.run_in_pieces(caller, words, keys, writes)
+        size = sum(map(len, words)) + 64 * len(keys) if writes else 0
+        if others and self.takes_long(name, others):
+            self.look_at(others)
+        else:
+            if not self.loose:
+                self.keep([key for key in others if key not in self.held], size)
+            if others and self.loose:
+                self.run_loose(caller, words, others, size, writes)
+                return caller.take()
         self.wrote = self.wrote or writes
         call(caller, words)
+        reply = caller.take()
+        if name in FLUSHES and not reply.startswith(b"-"):  # what there was this script has removed, what there is now is another's
+            self.seen.update((key, 0) for key in self.seen if name == b"flushall" or key[0] == self.db)
+        return reply
+
+    def run_in_pieces(self, caller: Connection, words: list[bytes], keys: list[Key], writes: bool) -> bytes:
+        """As outside of scripts: no step over all of its keys."""
+        each = PIECES[words[0].lower()]
+        replies: list[bytes] = []
+        for i in range(0, len(keys), MOST_KEPT):
+            piece = [words[0], *words[1 + i * each : 1 + (i + MOST_KEPT) * each]]
+            replies.append(self.run(caller, piece, keys[i : i + MOST_KEPT], writes))
+            if replies[-1].startswith(b"-"):
+                return replies[-1]
+            if sum(map(len, replies)) > caller.most_out:
+                raise Error(TOO_LARGE)
+        heads = [reply.split(b"\r\n", 1) for reply in replies]
+        if each == 2:
+            return replies[0]
+        if heads[0][0].startswith(b"*"):
+            return b"*%d\r\n" % len(keys) + b"".join(rest for _, rest in heads)
+        return integer(sum(int(head[1:]) for head, _ in heads))
 
     def keep(self, keys: list[Key], size: int) -> None:
         """The stripes of these, too; or let go of all. Raises: Again; Error."""
-        if not keys:
-            return
-        if len(self.held) + len(keys) > MOST_KEPT:
+        if keys and len(self.held) + len(keys) > MOST_KEPT:
             self.loosen()
-            return
-        if not self.ex.holds:
-            with self.waits(keys[0]):
-                self.ex.hold((), size, further=keys, db=self.db, within=self.patience)
-        elif self.ex.hold_further(keys) is not None:
+        elif keys and not self.ex.holds:
+            self.room = max(size, self.log_bytes)
+            self.hold(keys, self.room)
+        elif keys and self.ex.hold_further(keys) is not None:
             self.begin_again(keys)
             self.loosen()
+        if self.loose:
             return
         if not self.held:
             self.since = _core.monotonic()
         self.held.update(dict.fromkeys(keys))
+        self.room -= size
+        if self.room < 0 and self.held and self.is_bare:
+            self.loosen()  # each command asks for its own
 
     def run_loose(self, caller: Connection, words: list[bytes], keys: list[Key], size: int, writes: bool) -> None:
         if not all(key in self.held for key in keys):
             self.loosen()
-        if self.held or (len(keys) > MOST_KEPT and not self.ex.holds and not any(key in self.seen for key in keys)):
-            if not self.held and not writes:  # as outside of scripts: each key by itself
-                self.seen.update(zip(keys, self.ex.versions(keys), strict=True))
+        if self.held:
             self.wrote = self.wrote or writes
             call(caller, words)
             if writes:
                 self.loosen()
             return
-        with contextlib.nullcontext() if self.ex.holds else self.waits(keys[0]):
-            why = caller.call_alone(words, keys, self.seen, not writes, size, self.patience)
+
+        def call_alone(within: float) -> tuple[bool, bytes] | None:
+            return caller.call_alone(words, keys, self.seen, not writes, size, within, gone=words[0].lower() in DELETES)
+
+        if self.ex.holds:
+            why = call_alone(0)
+        elif len(keys) > MOST_KEPT:
+            self.hold_many(keys, size)
+            why = call_alone(0)
+        else:
+            why = self.wait(call_alone, keys[0])
         if why is not None:
             busy, key = why
             self.begin_again(keys)
@@ -168,30 +224,105 @@ class Reach:
         if not writes:  # what it has read may be why it changes them
             self.since, self.held = _core.monotonic(), dict.fromkeys(keys)
 
+    def takes_long(self, name: bytes, keys: list[Key]) -> bool:
+        """Does it only read, and compute for long?"""
+        if name == b"lcs":
+            a, *b = self.ex.sizes(keys)
+            return a * sum(b or [a]) > LONG_READ
+        return name in READS_ALL and sum(self.ex.sizes(keys)) > LONG_READ
+
+    def look_at(self, keys: list[Key]) -> None:
+        """They are about to be read while their stripes are not held: what comes after this instant is another's. Raises: Again; Error."""
+        if self.held or not self.loose:
+            self.loosen()
+        for key, version in zip(keys, self.ex.versions(keys), strict=True):
+            if self.seen.setdefault(key, version) != version:
+                self.begin_again(keys)
+                raise Error(CHANGED.format(shown(key[1])))
+
+    # -- stripes
+
+    @property
+    def is_bare(self) -> bool:
+        """Does it hold undeclared keys only?"""
+        return not self.nested and (self.given_up or not self.declared)
+
+    def hold_declared(self, further: bool = True) -> None:
+        def take(within: float) -> None:
+            wanted = self.wanted if further else ()
+            self.ex.hold([key for _, key in self.declared], self.log_bytes, further=wanted, db=self.db, within=within)
+
+        if self.beginnings == 1 and further:
+            take(0)
+        else:
+            self.wait(take)
+
+    def give_up(self, name: bytes) -> None:
+        """Before it looks at all keys. Of KEYS, too, if no command has named one: they may be there for a pattern."""
+        gives = bool(self.declared) and not (self.nested or self.touched or self.given_up) and self.allowed
+        if self.held and (gives or name in WALKS):
+            self.loosen()
+        if gives:
+            self.given_up = True
+            self.ex.release()
+
+    def take_back(self) -> None:
+        """Its KEYS, which it has not touched: as at its beginning."""
+        if self.held:
+            self.loosen()
+        self.given_up = False
+        self.hold_declared(False)
+
+    def hold(self, keys: list[Key], log_bytes: int) -> None:
+        """While nothing is held. Raises: Error."""
+        self.wait(lambda within: self.ex.hold((), log_bytes, further=keys, db=self.db, within=within), keys[0])
+
+    def hold_many(self, keys: list[Key], log_bytes: int) -> None:
+        """While nothing is held: so many that nobody may wait for one while it has the others. Raises: Error."""
+        first = keys[0]
+        while True:
+            self.hold([first], log_bytes)
+            busy = self.ex.hold_further(keys)
+            if busy is None:
+                return
+            self.ex.release()
+            first = next(key for key in keys if key[1] == busy)
+            if why := self.doom():
+                raise Error(why.decode())
+
     @property
     def patience(self) -> float:
         """Seconds for which it waits for a stripe."""
         return max(self.time.latest - _core.monotonic() - MARGIN, SHORT)
 
-    @contextlib.contextmanager
-    def waits(self, key: Key | None = None) -> Iterator[None]:
-        """Around Executor.hold(): its time stands still until it has the stripes. Raises: Error: they are busy, this key or another."""
-        began = _core.monotonic()
-        try:
-            yield
-        except errors.StripeBusy:
-            if key is None:
-                raise
-            raise Error(BUSY.format(shown(key[1]))) from None
-        finally:
-            taken = self.ex.held_ns / 1e9
-            waited = (taken if taken >= began else _core.monotonic()) - began
-            self.time.deadline = min(self.time.deadline + waited, self.time.latest)
+    def wait(self, take: Callable[[float], T], key: Key | None = None) -> T:
+        """take(seconds) takes stripes, while none is held, this key's or others: as often as there is time. The script's time stands still until it
+        has them. Other scripts of this process are waited for besides, as at its beginning, unless it has written. Raises: Error, StripeBusy."""
+        while True:
+            began, others = _core.monotonic(), False
+            try:
+                return take(min(self.patience, SLICE))
+            except _resp.HeldByOthers:
+                others = True
+            except errors.StripeBusy:
+                if self.patience <= SHORT:
+                    if key is None:
+                        raise
+                    raise Error(BUSY.format(shown(key[1]))) from None
+            finally:
+                taken = self.ex.held_ns / 1e9
+                self.time.waited((taken if taken >= began else _core.monotonic()) - began, others and not self.wrote)
+            if others and self.wrote and self.patience <= SHORT:
+                raise Error(OTHERS)
+            if why := self.doom():
+                raise Error(why.decode())
 
     def begin_again(self, keys: list[Key]) -> None:
-        """With these held, too: unless that cannot be. Raises: Again."""
+        """With these held, too, if they are few: unless that cannot be. Raises: Again."""
         if not self.wrote and self.beginnings < MOST_BEGINNINGS:
             self.wanted, self.awaited = dict.fromkeys([*self.held, *keys]), keys
+            if len(self.wanted) > MOST_KEPT:
+                self.wanted = {}
             raise Again
 
     def look(self) -> None:

@@ -261,7 +261,7 @@ def test_it_begins_again_as_if_it_never_had(make, name, monkeypatch):
         if (0, b"k") in keys:
             beginnings.append(reach.beginnings)
             reach.begin_again(keys)
-        run(reach, caller, words, keys, writes)
+        return run(reach, caller, words, keys, writes)
 
     def noted(runtime, what, words):
         if words[:1] == (b"echo",) and words[1] != b"0":
@@ -490,3 +490,276 @@ def test_two_scripts_that_name_two_keys_crosswise(serve):
         pass
     assert wrong == []
     assert len(done) == 800
+
+
+# ---- what is held, and seen, of the many and the large ------------------------------------------------------------------------------------
+
+
+def held(cache):
+    return int((cache.views().stripes["word"] != 0).sum())
+
+
+@pytest.fixture
+def evaluated(make, name, monkeypatch):
+    """(the segment, a function). It runs a script and returns the reply; between: called once, before the script's first STRLEN. Each of its
+    commands notes in `ran`: its name, the stripes that are held when it is over; `longest`: the most that were held while one ran."""
+    cache = make(size="128M")
+    run = undeclared.Reach.run
+
+    def hooked(reach, caller, words, keys, writes):
+        if words[0].lower() == b"strlen" and pending:
+            pending.pop()()
+        try:
+            return run(reach, caller, words, keys, writes)
+        finally:
+            ran.append((words[0].lower(), held(cache)))
+
+    pending, ran = [], []
+    monkeypatch.setattr(undeclared.Reach, "run", hooked)
+    with in_process(name, {"lua-time-limit": PATIENT, "databases": "4"}) as server:
+
+        def evaluate(script, *keys, arguments=(), between=None, command=b"EVAL"):
+            ran.clear()
+            pending[:] = [] if between is None else [between]
+            said = server.say(server.connect(), encode([command, script.encode(), b"%d" % len(keys), *keys, *arguments]))
+            assert pending == []
+            assert held(cache) == 0
+            return said
+
+        evaluate.ran = ran
+        evaluate.server = server
+        yield cache, evaluate
+
+
+ONWARDS = "redis.call('strlen', 'w') redis.call('set', 'n', (n or 0) + 1) return n"
+WRITTEN = "redis.call('set', 'w', 1) "
+
+
+@pytest.mark.parametrize("flush", ["", "redis.call('flushall')", "redis.call('flushdb')", "redis.pcall('flushall', 'nonsense')", "redis.pcall('flushdb', 'async', 1)"])
+def test_what_comes_after_a_flush_is_not_lost(evaluated, flush):
+    """Nor what came before one that was refused."""
+    cache, evaluate = evaluated
+    cache.set("n", b"10")
+    said = evaluate(f"local n = redis.call('get', 'n') redis.call('keys', 'x') {WRITTEN} {flush} {ONWARDS}", between=lambda: cache.set("n", b"100"))
+    assert b"the key 'n' was changed by others" in said or b"the key 'n' is busy" in said
+    assert cache["n"] == b"100"
+
+
+def test_a_flush_of_its_own_is_not_anothers_write(evaluated):
+    cache, evaluate = evaluated
+    other = cache.namespace("db:1")
+    cache.set("n", b"10")
+    other.set("n", b"20")
+    script = "redis.call('copy', 'n', 'n', 'db', 1, 'replace') redis.call('keys', '*') redis.call('flushdb') "
+    assert evaluate(script + "return redis.call('incr', 'n')") == b":1\r\n"
+    assert other["n"] == b"10"
+    cache.set("n", b"10")
+    said = evaluate("local n " + script + ONWARDS.replace("return n", "redis.call('copy', 'n', 'n', 'db', 1, 'replace')"), between=lambda: other.set("n", b"7"))
+    assert b"the key 'n' was changed by others" in said
+    assert other["n"] == b"7"
+
+
+MANY = "local k = {} for i = 1, 40 do k[i] = 'm' .. i end "
+
+
+@pytest.mark.parametrize("call", ["'bitop', 'or', 'd', unpack(k)", "'msetnx', unpack(k)", "'del', unpack(k)", "'unlink', unpack(k)", "'mset', unpack(k)", "'mget', unpack(k)"])
+def test_the_keys_of_a_large_command_have_been_seen(evaluated, call):
+    """It reads or writes over 32; another changes one of them after that."""
+    cache, evaluate = evaluated
+    pairs = "for i = 80, 1, -1 do k[i] = i % 2 == 1 and 'm' .. (i + 1) / 2 or 'v' end " if "mset" in call else ""
+    if "msetnx" not in call:
+        for i in range(1, 41):
+            cache.set(f"m{i}", b"\1")
+    script = f"{MANY} {pairs} {WRITTEN} redis.call({call}) redis.call('strlen', 'other') redis.call('set', 'm40', 'lost')"
+    said = evaluate(script, between=lambda: cache.set("m40", b"another's"))
+    assert b"the key 'm40' was changed by others" in said
+    assert cache["m40"] == b"another's"
+
+
+JOINED = [  # with 100 keys, of which every second is there
+    ("del", b":50\r\n"),
+    ("unlink", b":50\r\n"),
+    ("exists", b":50\r\n"),
+    ("touch", b":50\r\n"),
+    ("mget", b"*100\r\n" + b"$1\r\nv\r\n$-1\r\n" * 50),
+]
+
+
+@pytest.mark.parametrize(("word", "reply"), JOINED)
+def test_a_command_of_many_keys_holds_few_at_a_time(evaluated, word, reply):
+    cache, evaluate = evaluated
+    for keys in ((), (b"k1",), (b"none",)):
+        for i in range(0, 100, 2):
+            cache.set(f"k{i}", b"v")
+        assert evaluate("return redis.call(ARGV[1], unpack(ARGV, 2))", *keys, arguments=[word.encode(), *(b"k%d" % i for i in range(100))]) == reply
+        assert max(n for _, n in evaluate.ran) <= undeclared.MOST_KEPT + len(keys)
+    assert evaluate("local k = {} for i = 1, 99 do k[i] = 'x' end return redis.pcall('mset', unpack(k)).err") .startswith(b"$")
+    assert cache.get("x") is None
+
+
+def test_a_script_that_begins_again_holds_few_keys(evaluated):
+    """It has read 3,000, and deletes them all; another has changed one."""
+    cache, evaluate = evaluated
+    for i in range(3000):
+        cache.set(f"p:{i}", b"1")
+    script = "for i = 1, #ARGV do redis.call('get', ARGV[i]) end redis.call('strlen', 'x') return redis.call('del', unpack(ARGV))"
+    assert evaluate(script, arguments=[b"p:%d" % i for i in range(3000)], between=lambda: cache.set("p:5", b"2")) == b":3000\r\n"
+    assert max(n for _, n in evaluate.ran) <= undeclared.MOST_KEPT
+    for i in range(1, 200):
+        cache.set(f"m{i}", b"1")
+    script = "local k = {} for i = 1, 199 do k[i] = 'm' .. i redis.call('get', k[i]) end redis.call('strlen', 'x') return redis.call('bitop', 'or', 'd', unpack(k))"
+    assert evaluate(script, between=lambda: cache.set("m5", b"2")) == b":1\r\n"
+    assert cache["d"] == b"3"
+    assert max(n for _, n in evaluate.ran) <= undeclared.MOST_KEPT
+
+
+def test_a_step_over_many_keys_waits_for_one_while_it_has_no_other(served):
+    client, cache = served
+    client.config_set("lua-time-limit", PATIENT)
+    script = "local k = {} for i = 1, 100 do k[i] = 'o' .. i end k[51] = 'b' return redis.call('bitop', 'or', 'd', unpack(k))"
+    with busy(cache, b"b") as waited_for:
+        thread, got = in_thread(client.eval, script, 0)
+        until(waited_for)
+        for i in range(1, 101):
+            cache.set(f"o{i}", b"1")
+        assert got == []
+    thread.join(LIMIT)
+    assert got == [1]
+    assert cache["d"] == b"1"
+
+
+LARGE = 4 << 20
+COMPUTING = ["'bitcount', 'a'", "'bitpos', 'a', 1", "'dump', 'a'", "'lcs', 'l', 'm', 'len'"]
+
+
+@pytest.mark.parametrize("call", COMPUTING)
+def test_a_command_that_reads_and_computes_for_long_holds_nothing(evaluated, call, monkeypatch):
+    cache, evaluate = evaluated
+    cache.set("a", bytes(LARGE))
+    cache.set("l", b"ab" * 1000)
+    cache.set("m", b"ba" * 1000)
+    while_it_ran = []
+
+    def noted(caller, words):
+        while_it_ran.append(held(cache))
+        calls(caller, words)
+
+    calls = undeclared.call
+    monkeypatch.setattr(undeclared, "call", noted)
+    key = call.split("'")[3]
+    assert not evaluate(f"return redis.call({call})").startswith(b"-")
+    assert while_it_ran == [0]
+    said = evaluate(f"{WRITTEN} redis.call({call}) redis.call('strlen', 'x') return redis.call('set', '{key}', 1)", between=lambda: cache.set(key, b"7"))
+    assert f"the key '{key}' was changed by others".encode() in said
+    assert cache[key] == b"7"
+    cache.set("a", b"abc")
+    cache.set("l", b"ab")
+    while_it_ran.clear()
+    script = f"redis.call({call}) return redis.call('set', '{key}', 1)"
+    assert evaluate(script) == b"+OK\r\n"
+    assert while_it_ran[-1] >= 1  # of small ones it is a step
+
+
+def test_a_pattern_among_the_keys_is_not_held_while_its_keys_are_gone_through(evaluated):
+    cache, evaluate = evaluated
+    for walk in (
+        "for _, k in ipairs(redis.call('keys', KEYS[1])) do redis.call('del', k) end",
+        "local c = '0' repeat local r = redis.call('scan', c, 'match', KEYS[1]) c = r[1] for _, k in ipairs(r[2]) do redis.call('del', k) end until c == '0'",
+    ):
+        for i in range(100):
+            cache.set(f"p:{i}", b"1")
+        evaluate(walk, b"p:*")
+        assert evaluate.ran[0][1] == evaluate.ran[-1][1] == 0
+        assert len(cache) == 0
+    for first in ("redis.call('keys', '*')", "redis.call('scan', 0)", "redis.call('get', 'other') redis.call('keys', '*')"):
+        count = first + " local n = redis.call('get', KEYS[1]) redis.call('keys', '*') redis.call('set', 'w', 1) redis.call('set', KEYS[1], n + 1)"
+        cache.set("n", b"1")
+        evaluate(count, b"n")
+        assert cache["n"] == b"2"
+        assert [n for name, n in evaluate.ran if name == b"set"][-1] >= 1  # held from when it was named, to the end
+        assert evaluate.ran[-3][1] >= 1
+
+
+def test_keys_that_are_gone_may_be_deleted(evaluated):
+    """They have expired, or were evicted."""
+    cache, evaluate = evaluated
+    cache.set("n", b"1")
+    script = f"redis.call('get', 'n') redis.call('keys', 'x') {WRITTEN} redis.call('strlen', 'x') return redis.call('del', 'n')"
+    assert evaluate(script, between=lambda: cache.delete("n")) == b":0\r\n"
+    cache.set("n", b"1")
+    assert b"the key 'n' was changed" in evaluate(script, between=lambda: cache.set("n", b"2"))
+
+
+# ---- waiting for other scripts, being ended, room in the log ------------------------------------------------------------------------------
+
+
+HOLDS_ON = "while #redis.call('keys', 'go') == 0 do end"
+
+
+def test_other_scripts_of_the_server_are_waited_for(served):
+    """They hold a key that nobody else uses: what is said of another's is not that it is busy."""
+    client, cache = served
+    client.config_set("lua-time-limit", PATIENT)
+    first, ended = in_thread(client.eval, f"redis.call('set', KEYS[1], 1) {HOLDS_ON}", 1, "own")
+    until(lambda: cache.get("own"))
+    client.config_set("lua-time-limit", "100")
+    second, got = in_thread(client.eval, "return redis.call('incr', 'x')", 0)
+    error = error_of(client, "redis.log(redis.LOG_WARNING, 'an effect') return redis.call('incr', 'y')")
+    assert error.startswith("other scripts of this server hold keys") and "'y'" not in error
+    assert got == []
+    cache.set("go", b"1")
+    first.join(LIMIT)
+    second.join(LIMIT)
+    assert ended == [None]
+    assert got == [1]
+
+
+@pytest.mark.parametrize("script", ["redis.call('set', 'a', 1) return redis.call('get', 'b')", "redis.call('get', 'a') return redis.call('get', 'b')",
+                                    "return redis.call('get', 'b')"])  # fmt: skip
+def test_a_script_that_waits_for_a_key_is_killed(served, script):
+    client, cache = served
+    client.config_set("lua-time-limit", PATIENT)
+    with busy(cache, b"b") as waited_for:
+        thread, got = in_thread(client.eval, script, 0)
+        until(waited_for)
+        time.sleep(1.5)  # beyond the segment's lock_limit: it has its own time
+        assert got == []
+        client.script_kill()
+        thread.join(LIMIT)
+        assert "SCRIPT KILL" in got[0]
+
+
+@pytest.fixture
+def logged(serve, name, tmp_path):
+    """(client, the segment), with the log's policy always."""
+    service = serve("--data-dir", str(tmp_path / "data"), "--log", "always", "--lua-time-limit", PATIENT)
+    with shmcache.attach(name) as cache:
+        yield service.client(socket_timeout=LIMIT), cache
+
+
+def test_what_only_reads_needs_no_room_in_the_log(logged):
+    client, _ = logged
+    script = "local k = {} for i = 1, 3000 do k[i] = 'r' .. i redis.call('get', k[i]) end return #redis.call('mget', unpack(k))"
+    assert client.eval(script, 0) == 3000
+    assert client.eval_ro(script, 0) == 3000
+    client.mset({f"r{i}": 1 for i in range(1, 3001)})
+    assert client.eval(script.replace("#redis.call('mget'", "redis.call('del'"), 0) == 3000
+
+
+def test_scripts_side_by_side_find_room_in_the_log(logged):
+    client, cache = logged
+    script = "for i = 1, #ARGV do redis.call('set', 'k' .. i, ARGV[i]) end return #ARGV"
+    done, wrong = [], []
+
+    def run():
+        for _ in range(20):
+            try:
+                done.append(client.eval(script, 0, *["v" * 1500] * 30))
+            except redis.ResponseError as e:
+                wrong.append(str(e))
+
+    with running(*(threading.Thread(target=run) for _ in range(4)), stop=threading.Event()):
+        pass
+    assert wrong == []
+    assert done == [30] * 80
+    assert int(cache.segment.header["log_gaps"]) == 0

@@ -117,6 +117,7 @@ class Runtime:
 
         self.caller = type(client)(client.ex, client.server)  # that runs the commands of scripts
         self.caller.check_time = check_time  # type: ignore[method-assign]
+        self.caller.in_script = True
         self.caller.most_out = MOST_MEMORY  # it could not have a larger reply
         self.doom: bytes | None = None
         self.time = undeclared.Time()
@@ -177,7 +178,7 @@ class Runtime:
         self.reads_only = reads_only
         self.caller.user, self.caller.restricted, self.caller.db = client.user, client.restricted, client.db
         allowed = server.settings["scripts-undeclared"] == "yes" and server.store is None
-        self.reach = reach = undeclared.Reach(client.ex, client.db, keys, log_bytes, self.time, allowed)
+        self.reach = reach = undeclared.Reach(client.ex, client.db, keys, log_bytes, self.time, allowed, self.why_over)
         handed = array(map(bulk, keys)), array(map(bulk, arguments))
         server.scripts.running.add(self)
         try:
@@ -260,13 +261,16 @@ class Runtime:
             self.doom = b"ERR Script killed: it has run for longer than %b ms (lua-time-limit)." % limit
         return self.doom is not None
 
+    def why_over(self) -> bytes | None:
+        return self.doom if self.over() else None
+
     def call(self, words: tuple[bytes, ...], reach: undeclared.Reach) -> bytes:
         """The reply of a command."""
         name, arguments = words[0].decode("latin-1").lower(), list(words[1:])
         try:
             self.check(name, arguments, reach)
             writes = bool(TABLE[name].flags & WRITE) or name in OUTSIDE or name in NOT_IN_SCRIPTS
-            reach.run(self.caller, list(words), self.keys_of(name, arguments), writes)
+            reply = reach.run(self.caller, list(words), self.keys_of(name, arguments), writes)
         except undeclared.Again:
             self.again = True
             return AGAIN
@@ -276,7 +280,6 @@ class Runtime:
             self.untold.append(list(words))
             if reach.wrote:
                 self.tell()
-        reply: bytes = self.caller.take()
         return reply
 
     def tell(self) -> None:
@@ -423,7 +426,7 @@ def evaluate(client: Connection, arguments: list[bytes], by_sha: bool, reads_onl
         server.loop.call_soon_threadsafe(learn, server, source)
     keys = arguments[2 : 2 + n]
     log_bytes = sum(map(len, arguments)) + 64 * n
-    return lua.run(client, sha, keys, arguments[2 + n :], reads_only or declared_so, 0 if reads_only else log_bytes)
+    return lua.run(client, sha, keys, arguments[2 + n :], reads_only or declared_so, 0 if reads_only or declared_so else log_bytes)
 
 
 @command("eval", -3, WRITE, group="scripting")

@@ -54,7 +54,7 @@ def lcs(client: Connection, arguments: list[bytes]) -> bytes:
         raise Error("ERR If you want both the length and indexes, please just use IDX.")
     in_pool(client)
     a, b = (found[0] if (found := client.ex.read(key)) else b"" for key in arguments[:2])
-    if (len(a) + 1) * (len(b) + 1) > (MOST_HELD if client.ex.holds else MOST_COMPARED):
+    if (len(a) + 1) * (len(b) + 1) > (MOST_HELD if client.ex.holds or client.in_script else MOST_COMPARED):
         raise Error("ERR Insufficient memory, transient memory for LCS exceeds proto-max-bulk-len")
     common, ranges, size = _text.longest_common(a, b)
     if length:
