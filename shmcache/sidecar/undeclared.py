@@ -1,17 +1,23 @@
 """What a script touches besides its KEYS: which stripes it holds for that, until when, and when it begins again.
 
 Rules
-1. the stripes of KEYS are taken before it begins, ascending, and held until it ends (Executor.hold). Those of an undeclared key are taken
-   when a command names it, out of that order. So nobody is waited for while any stripe is held: it is tried
+1. the stripes of KEYS are taken before it begins, ascending, and held until it ends (Executor.hold). If none was named by a command when
+   it looks at all keys (WALKS, SCAN), they are let go of, for they may be patterns, and taken again when one is named. The stripe of an
+   undeclared key is taken when a command names it, out of that order. So nobody is waited for while any stripe is held: it is tried
 2. what was taken is kept until the script ends: it is one step, as with KEYS, while it names few keys and is quick
 3. busy, and the script has written nothing: it lets go of everything, waits for that key, and begins again, with the keys that it has
    named held from its start, ascending. What is to be seen outside is a write: PUBLISH, a line of the log, a refusal that ACL LOG notes
 4. so that workers never wait long, all undeclared keys are let go after KEPT seconds, or MOST_KEPT keys, or before a walk over all keys.
    From there on (loose) a command that writes holds its own keys while it runs; one that only reads until another names other keys, or
    KEPT is over. Each key has to be as the script's last command left it (seen), by its version: else the script begins again, or, after
-   a write, the command is an error. No write of others is lost
+   a write, the command is an error. No write of others is lost. To delete a key that is gone meanwhile is no error
 5. a script that holds nothing at all (loose, without KEYS, not in a transaction) may wait for a stripe. So one that clears a prefix does
-   not fail for busy keys
+   not fail for busy keys. It waits in slices, after each of which it looks whether it is to end (SCRIPT KILL, SIGTERM)
+6. a command of over MOST_KEPT undeclared keys runs in pieces of so many, if it is no step outside of scripts either (PIECES). If it is one,
+   it waits for one stripe alone, then tries the rest, and lets go of all for the next one that is busy
+7. a command that reads and computes for long (takes_long) runs while its undeclared keys are not held: their versions are noted before
+8. a script asks for room in the log when it takes its first stripe: for as much as its arguments have, or LEAST_ROOM. Once that is used
+   it lets go, and each command asks for its own. What only reads asks for none
 
 Race table
   another writes a key that is held      it waits: for KEPT and a command at most, or until Lua looks at the clock
@@ -20,6 +26,9 @@ Race table
   another holds the stripe               3; after a write 5, or an error that names the key
   two scripts name two keys, crosswise   neither waits while it holds one: the one that finds its second key busy lets go of its first
   FLUSHALL                               takes no lock: what is held is as it was, what is named after it is taken as busy
+  a FLUSHALL of the script               once it has succeeded, what was seen has to be absent; a refused one changes nothing
+  another script of this process holds   it is waited for, as at the script's beginning, and that is not counted; after a write until the
+  several stripes (HOLDING)              script's time is over: an error of its own, which names no key
 Crash: as of KEYS: each stripe is repaired by itself, what was written stands.
 """
 
@@ -89,8 +98,8 @@ class Time:
 
 
 class Reach:
-    """Of one script, over all its beginnings. Args: ex: the thread's. declared: its KEYS, in database db. log_bytes: of what it will log; 0:
-    it only reads. allowed: may it name other keys? doom: tells why the script is to end, if it is."""
+    """Of one script, over all its beginnings. Args: ex: the thread's. declared: its KEYS, in database db. log_bytes: of what it will log;
+    0: it only reads. allowed: may it name other keys? doom: tells why the script is to end, if it is."""
 
     def __init__(
         self, ex: Executor, db: int, declared: list[bytes], log_bytes: int, time: Time, allowed: bool, doom: Callable[[], bytes | None]
@@ -128,7 +137,7 @@ class Reach:
                 self.ex.release()
 
     def run(self, caller: Connection, words: list[bytes], keys: list[Key], writes: bool) -> bytes:
-        """The reply to a command of the script. Raises: Again; Error, StripeBusy, LogFull: it has not run, or (PIECES) with its first keys only."""
+        """The reply to a command of the script. Raises: Again; Error, StripeBusy, LogFull: it has not run, or only its first PIECES."""
         others = [key for key in dict.fromkeys(keys) if key not in self.declared]
         if others and not self.allowed:
             others = [key for key in others if (self.db, key[1]) not in self.declared]  # COPY to another database
@@ -296,8 +305,8 @@ class Reach:
         return max(self.time.latest - _core.monotonic() - MARGIN, SHORT)
 
     def wait(self, take: Callable[[float], T], key: Key | None = None) -> T:
-        """take(seconds) takes stripes, while none is held, this key's or others: as often as there is time. The script's time stands still until it
-        has them. Other scripts of this process are waited for besides, as at its beginning, unless it has written. Raises: Error, StripeBusy."""
+        """take(seconds) takes stripes, while none is held, this key's or others: as often as there is time. The script's time stands still
+        until it has them. Other scripts of this process are waited for besides, unless it has written. Raises: Error, StripeBusy."""
         while True:
             began, others = _core.monotonic(), False
             try:

@@ -535,12 +535,17 @@ ONWARDS = "redis.call('strlen', 'w') redis.call('set', 'n', (n or 0) + 1) return
 WRITTEN = "redis.call('set', 'w', 1) "
 
 
-@pytest.mark.parametrize("flush", ["", "redis.call('flushall')", "redis.call('flushdb')", "redis.pcall('flushall', 'nonsense')", "redis.pcall('flushdb', 'async', 1)"])
+@pytest.mark.parametrize(
+    "flush",
+    ["", "redis.call('flushall')", "redis.call('flushdb')", "redis.pcall('flushall', 'nonsense')", "redis.pcall('flushdb', 'async', 1)"],
+)
 def test_what_comes_after_a_flush_is_not_lost(evaluated, flush):
     """Nor what came before one that was refused."""
     cache, evaluate = evaluated
     cache.set("n", b"10")
-    said = evaluate(f"local n = redis.call('get', 'n') redis.call('keys', 'x') {WRITTEN} {flush} {ONWARDS}", between=lambda: cache.set("n", b"100"))
+    said = evaluate(
+        f"local n = redis.call('get', 'n') redis.call('keys', 'x') {WRITTEN} {flush} {ONWARDS}", between=lambda: cache.set("n", b"100")
+    )
     assert b"the key 'n' was changed by others" in said or b"the key 'n' is busy" in said
     assert cache["n"] == b"100"
 
@@ -554,7 +559,10 @@ def test_a_flush_of_its_own_is_not_anothers_write(evaluated):
     assert evaluate(script + "return redis.call('incr', 'n')") == b":1\r\n"
     assert other["n"] == b"10"
     cache.set("n", b"10")
-    said = evaluate("local n " + script + ONWARDS.replace("return n", "redis.call('copy', 'n', 'n', 'db', 1, 'replace')"), between=lambda: other.set("n", b"7"))
+    said = evaluate(
+        "local n " + script + ONWARDS.replace("return n", "redis.call('copy', 'n', 'n', 'db', 1, 'replace')"),
+        between=lambda: other.set("n", b"7"),
+    )
     assert b"the key 'n' was changed by others" in said
     assert other["n"] == b"7"
 
@@ -562,7 +570,17 @@ def test_a_flush_of_its_own_is_not_anothers_write(evaluated):
 MANY = "local k = {} for i = 1, 40 do k[i] = 'm' .. i end "
 
 
-@pytest.mark.parametrize("call", ["'bitop', 'or', 'd', unpack(k)", "'msetnx', unpack(k)", "'del', unpack(k)", "'unlink', unpack(k)", "'mset', unpack(k)", "'mget', unpack(k)"])
+@pytest.mark.parametrize(
+    "call",
+    [
+        "'bitop', 'or', 'd', unpack(k)",
+        "'msetnx', unpack(k)",
+        "'del', unpack(k)",
+        "'unlink', unpack(k)",
+        "'mset', unpack(k)",
+        "'mget', unpack(k)",
+    ],
+)
 def test_the_keys_of_a_large_command_have_been_seen(evaluated, call):
     """It reads or writes over 32; another changes one of them after that."""
     cache, evaluate = evaluated
@@ -591,9 +609,12 @@ def test_a_command_of_many_keys_holds_few_at_a_time(evaluated, word, reply):
     for keys in ((), (b"k1",), (b"none",)):
         for i in range(0, 100, 2):
             cache.set(f"k{i}", b"v")
-        assert evaluate("return redis.call(ARGV[1], unpack(ARGV, 2))", *keys, arguments=[word.encode(), *(b"k%d" % i for i in range(100))]) == reply
+        assert (
+            evaluate("return redis.call(ARGV[1], unpack(ARGV, 2))", *keys, arguments=[word.encode(), *(b"k%d" % i for i in range(100))])
+            == reply
+        )
         assert max(n for _, n in evaluate.ran) <= undeclared.MOST_KEPT + len(keys)
-    assert evaluate("local k = {} for i = 1, 99 do k[i] = 'x' end return redis.pcall('mset', unpack(k)).err") .startswith(b"$")
+    assert evaluate("local k = {} for i = 1, 99 do k[i] = 'x' end return redis.pcall('mset', unpack(k)).err").startswith(b"$")
     assert cache.get("x") is None
 
 
@@ -649,7 +670,9 @@ def test_a_command_that_reads_and_computes_for_long_holds_nothing(evaluated, cal
     key = call.split("'")[3]
     assert not evaluate(f"return redis.call({call})").startswith(b"-")
     assert while_it_ran == [0]
-    said = evaluate(f"{WRITTEN} redis.call({call}) redis.call('strlen', 'x') return redis.call('set', '{key}', 1)", between=lambda: cache.set(key, b"7"))
+    said = evaluate(
+        f"{WRITTEN} redis.call({call}) redis.call('strlen', 'x') return redis.call('set', '{key}', 1)", between=lambda: cache.set(key, b"7")
+    )
     assert f"the key '{key}' was changed by others".encode() in said
     assert cache[key] == b"7"
     cache.set("a", b"abc")
@@ -672,7 +695,10 @@ def test_a_pattern_among_the_keys_is_not_held_while_its_keys_are_gone_through(ev
         assert evaluate.ran[0][1] == evaluate.ran[-1][1] == 0
         assert len(cache) == 0
     for first in ("redis.call('keys', '*')", "redis.call('scan', 0)", "redis.call('get', 'other') redis.call('keys', '*')"):
-        count = first + " local n = redis.call('get', KEYS[1]) redis.call('keys', '*') redis.call('set', 'w', 1) redis.call('set', KEYS[1], n + 1)"
+        count = (
+            first
+            + " local n = redis.call('get', KEYS[1]) redis.call('keys', '*') redis.call('set', 'w', 1) redis.call('set', KEYS[1], n + 1)"
+        )
         cache.set("n", b"1")
         evaluate(count, b"n")
         assert cache["n"] == b"2"
@@ -722,7 +748,7 @@ def test_a_script_that_waits_for_a_key_is_killed(served, script):
     with busy(cache, b"b") as waited_for:
         thread, got = in_thread(client.eval, script, 0)
         until(waited_for)
-        time.sleep(1.5)  # beyond the segment's lock_limit: it has its own time
+        thread.join(1.5)  # beyond the segment's lock_limit: a script has its own time
         assert got == []
         client.script_kill()
         thread.join(LIMIT)

@@ -4,7 +4,7 @@
     python -m tests.stress.prefixes --clearers 0                                        the same without scripts, to compare with
 
 Each clearer runs one script after another (SCRIPTS) over a prefix of --keys keys, through the event loops of `shmcache serve`; some scripts add
-to counters beside it. Each writer is a process that has attached the segment: it sets, adds, deletes keys of all prefixes, and adds to
+to counters beside it, half of them have the pattern as KEYS[1]. Each writer is a process that has attached the segment: it sets, adds, deletes keys of all prefixes, and adds to
 the counters. Prints JSON: writes, StripeBusy, the longest wait for a lock (as the segment notes it) and the longest call of the writers in ms, the
 calls over 50 ms, the scripts that ran, and the errors of those that did not. Exit code 1: StripeBusy, a wait over --most, a lost increment, or a
 key that a script has left over.
@@ -61,9 +61,13 @@ def clear(port: int, number: int, n_keys: int, seconds: float, seed: int, out: A
         name, counter = rng.choice(list(SCRIPTS)), rng.choice(COUNTERS)
         counts = rng.random() < 0.3
         script = COUNT.format(f"local function f() {SCRIPTS[name]} end f()") if counts else SCRIPTS[name]
+        declares = rng.random() < 0.5  # the pattern, as KEYS[1]
+        keys = [prefix + b"*"] if declares else []
+        if declares:
+            script, name = script.replace("ARGV[1] .. '*'", "KEYS[1]"), name + ", KEYS[1]"
         began = time.monotonic()
         try:
-            client.eval(script, 0, prefix, counter)
+            client.eval(script, len(keys), *keys, prefix, counter)
             ran[name] += 1
             counted[counter] += counts
         except redis.ResponseError as e:

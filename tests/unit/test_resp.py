@@ -536,6 +536,36 @@ def test_versions_are_no_reads(two_stripes):
     assert after["hits"] - before["hits"] == 2 and after["misses"] == before["misses"]
 
 
+def test_sizes_are_no_reads(two_stripes):
+    cache, executor, held, others = two_stripes
+    cache.set(held[0], b"x" * 300)
+    before = cache.stats()
+    assert executor.sizes([(0, held[0]), (0, b"none"), (0, others[0])])[:2] == [300, 0]
+    after = cache.stats()
+    assert (after["hits"], after["misses"]) == (before["hits"], before["misses"])
+
+
+def test_who_waits_for_another_command_of_the_process_is_told_so(two_stripes):
+    cache, executor, held, others = two_stripes
+    told = []
+
+    def wait():
+        other = _resp.Executor(cache, {}, impatient=False)
+        for keys, further in (((), [(0, others[0])]), (others[:1], ())):
+            try:
+                other.hold(keys, further=further, within=0.01)
+            except _resp.HeldByOthers:
+                told.append(other.holds)
+
+    executor.hold(held[:1])
+    thread = threading.Thread(target=wait)
+    thread.start()
+    thread.join()
+    executor.release()
+    assert told == [False, False]
+    assert owners(cache) == [False, False]
+
+
 # ---- stripes that are held, and a fork
 
 
