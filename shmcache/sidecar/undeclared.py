@@ -152,7 +152,8 @@ class Reach:
             self.give_up(name)
         if len(others) > MOST_KEPT and len(words) - 1 == PIECES.get(name, 0) * len(keys):
             return self.run_in_pieces(caller, words, keys, writes)
-        size = sum(map(len, words)) + 64 * len(keys) if writes else 0
+        written = words[2:3] if name == b"bitop" else words  # of its keys it writes one
+        size = sum(map(len, written)) + 64 * (1 if name == b"bitop" else len(keys)) if writes else 0
         if others and self.takes_long(name, others):
             self.look_at(others)
         else:
@@ -165,7 +166,7 @@ class Reach:
         call(caller, words)
         reply = caller.take()
         if name in FLUSHES and not reply.startswith(b"-"):  # what there was this script has removed, what there is now is another's
-            self.seen.update((key, 0) for key in self.seen if name == b"flushall" or key[0] == self.db)
+            self.seen |= dict.fromkeys([key for key in self.seen if name == b"flushall" or key[0] == self.db], 0)
         return reply
 
     def run_in_pieces(self, caller: Connection, words: list[bytes], keys: list[Key], writes: bool) -> bytes:
@@ -279,8 +280,8 @@ class Reach:
         """Its KEYS, which it has not touched: as at its beginning."""
         if self.held:
             self.loosen()
-        self.given_up = False
         self.hold_declared(False)
+        self.given_up = False
 
     def hold(self, keys: list[Key], log_bytes: int) -> None:
         """While nothing is held. Raises: Error."""
