@@ -17,7 +17,7 @@ Rules
    it waits for one stripe alone, then tries the rest, and lets go of all for the next one that is busy
 7. a command that reads and computes for long (takes_long) runs while its undeclared keys are not held: their versions are noted before
 8. a script asks for room in the log when it takes its first stripe: for as much as its arguments have, or LEAST_ROOM. Once that is used
-   it lets go, and each command asks for its own. What only reads asks for none
+   or there is not as much, it lets go, and each command asks for its own. What only reads asks for none
 
 Race table
   another writes a key that is held      it waits: for KEPT and a command at most, or until Lua looks at the clock
@@ -99,7 +99,7 @@ class Time:
 
 class Reach:
     """Of one script, over all its beginnings. Args: ex: the thread's. declared: its KEYS, in database db. log_bytes: of what it will log;
-    0: it only reads. allowed: may it name other keys? doom: tells why the script is to end, if it is."""
+    0: it only reads, or there is no log. allowed: may it name other keys? doom: tells why the script is to end, if it is."""
 
     def __init__(
         self, ex: Executor, db: int, declared: list[bytes], log_bytes: int, time: Time, allowed: bool, doom: Callable[[], bytes | None]
@@ -193,7 +193,10 @@ class Reach:
             self.loosen()
         elif keys and not self.ex.holds:
             self.room = max(size, self.log_bytes)
-            self.hold(keys, self.room)
+            try:
+                self.hold(keys, self.room)
+            except errors.LogFull:
+                self.loosen()  # each command asks for its own
         elif keys and self.ex.hold_further(keys) is not None:
             self.begin_again(keys)
             self.loosen()
@@ -203,8 +206,8 @@ class Reach:
             self.since = _core.monotonic()
         self.held.update(dict.fromkeys(keys))
         self.room -= size
-        if self.room < 0 and self.held and self.is_bare:
-            self.loosen()  # each command asks for its own
+        if self.room < 0 and self.log_bytes and self.held and self.is_bare:
+            self.loosen()
 
     def run_loose(self, caller: Connection, words: list[bytes], keys: list[Key], size: int, writes: bool) -> None:
         if not all(key in self.held for key in keys):

@@ -177,6 +177,8 @@ class Runtime:
         server = self.server
         self.reads_only = reads_only
         self.caller.user, self.caller.restricted, self.caller.db = client.user, client.restricted, client.db
+        if not int(server.cache.segment.header["log_policy"]):
+            log_bytes = 0
         allowed = server.settings["scripts-undeclared"] == "yes" and server.store is None
         self.reach = reach = undeclared.Reach(client.ex, client.db, keys, log_bytes, self.time, allowed, self.why_over)
         handed = array(map(bulk, keys)), array(map(bulk, arguments))
