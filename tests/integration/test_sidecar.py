@@ -24,6 +24,7 @@ from shmcache.sidecar import server
 from shmcache.supervisor import datadir, snapshot
 from tests.integration.service import LIMIT, is_worker, running, until
 from tests.redis.inprocess import InProcess
+from tests.redis.resp import Connection
 from tests.redis.servers import free_port
 
 ROOT = Path(shmcache.__file__).parents[1]
@@ -463,6 +464,17 @@ def test_disabled_commands_are_unknown_to_all(serve):
     with pytest.raises(redis.ResponseError, match="Command 'flushall' not found"):
         client.execute_command("ACL", "DRYRUN", "default", "flushall")
     assert client.execute_command("ACL", "SETUSER", "bob", "-flushall")  # a file of users need not know what is disabled
+
+
+def test_clients_are_told_where_a_command_has_its_keys_and_channels(serve):
+    service = serve("--enable-debug-command")
+    with contextlib.closing(Connection(("127.0.0.1", service.port), LIMIT)) as connection:
+        for name in (b"get", b"set", b"eval", b"evalsha_ro", b"publish", b"psubscribe", b"pubsub"):
+            said = connection.call(b"COMMAND", b"INFO", name)
+            assert (b"movablekeys" in said) == name.startswith(b"eval"), said
+            assert (b"+pubsub\r\n" in said) == (name in (b"publish", b"psubscribe")), said
+        assert connection.call(b"COMMAND", b"GETKEYS", b"EVAL", b"return 1", b"0", b"k") == b"*0\r\n"
+        assert connection.call(b"DEBUG", b"ERROR", b"LOADING of\r\ntwo lines") == b"-LOADING of  two lines\r\n"
 
 
 def test_passwords_are_not_in_the_slow_log_nor_told_to_monitors(serve):

@@ -86,6 +86,8 @@ def reset_stats(server: Server) -> None:
 def info_of(name: str, protocol: int) -> bytes:
     c = TABLE[name]
     flags = ["write" if c.flags & WRITE else "readonly", *(["no_auth"] if c.flags & NO_AUTH else [])]
+    # by these two clients that look for keys go: ask GETKEYS; channels are in the place of keys
+    flags += (["movablekeys"] if name in SCRIPTS else []) + (["pubsub"] if c.group == "pubsub" and name != "pubsub" else [])
     groups = ["@" + category for category in categories_of(name)]
     return array(
         (
@@ -295,6 +297,8 @@ def debug(client: Connection, arguments: list[bytes]) -> bytes | None:
     if word == b"set-disable-deny-scripts" and len(rest) == 1:
         client.server.scripts.all_allowed = rest[0] != b"0"
         return OK
+    if word == b"error" and len(rest) == 1:  # for tests of clients
+        raise Error(rest[0].decode("utf-8", "surrogateescape"))
     if word == b"protocol" and len(rest) == 1:
         return protocol_sample(client, rest[0].lower())
     if word == b"set-active-expire" and len(rest) == 1:
