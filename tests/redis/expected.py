@@ -229,3 +229,54 @@ NEEDS: dict[str, dict[str, str]] = {
         "CONFIG SET set immutable": "CONFIG SET daemonize",
     },
 }
+
+# Of other projects' tests (others.py): those that fail, by patterns of their names, in each suite. They are run all the same.
+NO_SHARDS = "sharded channels are of a cluster"
+OTHERS: dict[str, dict[str, str]] = {
+    "redis-py": {
+        "*.TestRedisCommands.test_type *.test_asyncio.test_commands.TestRedisCommands.test_interrupted_command "
+        "*.test_binary_lists *.test_blmove *.test_blmpop *.test_blpop *.test_br* *.test_command_getkeysandflags "
+        "*.test_command_on_invalid_key_type *.test_exec_error_in_response *.test_lindex *.test_linsert *.test_list_encoding "
+        "*.test_lists_with_byte_keys *.test_lists_with_memoryview_keys *.test_llen *.test_lmove *.test_lmpop *.test_lp* "
+        "*.test_lrange *.test_lrem *.test_lset *.test_ltrim *.test_rp*": "needs lists",
+        "*.test_acl_log *.test_hdel *.test_hexists *.test_hget_and_hset *.test_hget_and_hset_with_encodable_fields_and_values "
+        "*.test_hgetall *.test_hincrby *.test_hincrbyfloat *.test_hkeys *.test_hlen *.test_hmget *.test_hmset *.test_hrandfield "
+        "*.test_hscan *.test_hscan_iter *.test_hset_with_key_values_passed_as_list *.test_hset_with_multi_key_values "
+        "*.test_hsetnx *.test_hstrlen *.test_hvals *.test_send_set_commands_over_async_pipeline "
+        "*.test_send_set_commands_over_pipeline": "needs hashes",
+        "*.test_sadd *.test_scan_type *.test_scard *.test_sdiff *.test_sdiffstore *.test_sint* *.test_sismember *.test_sm* "
+        "*.test_spop *.test_spop_multi_value *.test_sr* *.test_sscan *.test_sscan_iter *.test_sunion *.test_sunionstore": "needs sets",
+        "*.test_bz* *.test_floating_point_encoding *.test_pipeline *.test_za* *.test_zcard *.test_zcount *.test_zdiff "
+        "*.test_zdiffstore *.test_zi* *.test_zlexcount *.test_zmpop *.test_zmscore *.test_zpopmax *.test_zpopmin "
+        "*.test_zrandemember *.test_zrange *.test_zrange_params *.test_zrangebylex *.test_zrangebyscore *.test_zrangestore "
+        "*.test_zrank *.test_zrem* *.test_zrevrang* *.test_zrevrank *.test_zscan *.test_zscan_iter *.test_zscore *.test_zu*": "needs sorted sets",
+        "*.test_pf*": "needs HyperLogLogs",
+        "*.test_geoadd *.test_geoadd_ch *.test_geoadd_nx *.test_geoadd_xx *.test_geodist *.test_geodist_missing_one_member "
+        "*.test_geodist_units *.test_geohash *.test_geopos *.test_geopos_no_value *.test_geor* *.test_geosearch "
+        "*.test_geosearch_member *.test_geosearch_sort *.test_geosearch_with *.test_geosearchstore *.test_geosearchstore_dist": "needs geo",
+        "*.test_async_x* *.test_get_moveable_keys *.test_xack *.test_xad* *.test_xautoclaim *.test_xclaim *.test_xclaim_trimmed "
+        "*.test_xdel *.test_xg* *.test_xinfo_stream *.test_xinfo_stream_full *.test_xlen *.test_xpending *.test_xpending_range "
+        "*.test_xpending_range_idle *.test_xrange *.test_xread *.test_xreadgroup *.test_xrevrange *.test_xtrim "
+        "*.test_xtrim_minlen_and_length_args": "needs streams",
+        "*.test_binary_shard_channel_message_handler_with_subscription *.test_published_message_to_shard_channel "
+        "tests.test_pubsub.TestPubSubSubscribeUnsubscribe.test_ignore_all_subscribe_messages "
+        "tests.test_pubsub.TestPubSubSubscribeUnsubscribe.test_ignore_individual_subscribe_messages *.test_pubsub_shardchannels "
+        "*.test_resubscribe_to_shard_channels_on_reconnection *.test_sha* *.test_sub_unsub_all_resub_shard_channels "
+        "*.test_sub_unsub_resub_shard_channels *.test_subscribe_property_with_shard_channels "
+        "*.test_unicode_shard_channel_message_handler": NO_SHARDS,
+        "*.test_sort_*": "needs lists and sets",
+        "*.test_acl_getuser_setuser": "needs hashes and geo: a category without commands is not told again",
+        "*.test_function.TestFunction.*": "needs functions",
+        "*.test_client_getredir *.test_client_tracking *.test_client_trackinginfo": "no client is told what has changed of what it keeps: there is no CLIENT TRACKING",
+        "*.test_client_unblock": "no command blocks: there is no CLIENT UNBLOCK",
+        "*.test_config_set_multi_params": FIXED,
+        "*.test_eval_msgpack *.test_eval_msgpack_pipeline_error_in_lua": NO_LIBRARY,
+        "*.test_memory_malloc_stats *.test_memory_stats": "a segment has statistics of its own: there is no MEMORY STATS",
+        "*.test_command_list": "needs 300 commands, and those of lists",
+        "*.test_module *.test_module_list *.test_module_loadex": "needs modules",
+        "*.test_psync *.test_replicaof": "needs replication",
+        "*.test_lolwut": "there is no LOLWUT",
+        "*.test_busy_loading_from_pipeline": "DEBUG is refused in MULTI",
+    },
+    "redis-py --resp 3": {"*.test_push_handler_sharded_pubsub": NO_SHARDS},
+}

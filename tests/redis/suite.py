@@ -9,7 +9,8 @@
 
 The server is emptied (FLUSHALL) and reconfigured by the tests. The sources are not here: they come from Debian's source package of
 redis 7.0, once, into ~/.cache/shmcache-tests; apt's own files are left alone. What is left out says expected.py. Every other test has
-to pass, and every unit to come to its end. Exit code 0: so it is; 1: it is not; 77: no sources or no tclsh.
+to pass, and every unit to come to its end. Exit code 0: so it is; 1: it is not; 77: no sources or no tclsh. It takes minutes, and a network
+for the first time: `.ci/run` runs one unit, if the sources are there. Other projects' tests: others.py.
 """
 
 from __future__ import annotations
