@@ -92,7 +92,7 @@ SUITES = {
     ),
     "flask-caching": Suite(
         "Flask-Caching", "2.5.1", "f75b451fde3faac0e278da72263818134deca8c4ba6bb07b9b3b238991368dae",
-        f"pytest<10 pytest-asyncio<2 pytest-xprocess flask[async] asgiref {REDIS}", PYTEST + " -k redis {only}",
+        f"pytest<10 pytest-asyncio<2 pytest-xprocess flask[async] asgiref {REDIS}", PYTEST + " -o asyncio_default_fixture_loop_scope=function -k redis {only}",
         "tests/test_backend_cache.py tests/test_basic_app.py",
         env={"CI": "true"},
         edits=(("tests/*.py", "6360", "{port}"),),
