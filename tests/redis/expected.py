@@ -278,5 +278,11 @@ OTHERS: dict[str, dict[str, str]] = {
         "*.test_lolwut": "there is no LOLWUT",
         "*.test_busy_loading_from_pipeline": "DEBUG is refused in MULTI",
     },
+    "django-redis": {
+        "*.test_hash_* *.test_hdel *.test_hexists *.test_hkeys *.test_hlen *.test_hset": "needs hashes",
+        "*.test_interstore *.test_sadd *.test_scard *.test_sdiff* *.test_sinter *.test_sismember *.test_smismember *.test_smove *.test_spop* "
+        "*.test_srandmember* *.test_srem *.test_sscan* *.test_sunion*": "needs sets",
+        "*.test_backend_sorted_sets.*": "needs sorted sets",
+    },
     "redis-py --resp 3": {"*.test_push_handler_sharded_pubsub": NO_SHARDS},
 }

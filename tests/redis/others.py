@@ -31,6 +31,7 @@ import xml.etree.ElementTree
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -40,7 +41,7 @@ from tests.redis.expected import OTHERS
 PYTEST = "{python} -m pytest -v --tb=native --junitxml={report} -o junit_family=xunit1"
 REDIS = "redis==8.1.0"
 DJANGO_SETTINGS = """\
-CACHES = {{"default": {{"BACKEND": "django.core.cache.backends.redis.RedisCache", "LOCATION": "redis://127.0.0.1:{port}/0"}}}}
+CACHES = {{"default": {{"BACKEND": "django.core.cache.backends.redis.RedisCache", "LOCATION": "redis://127.0.0.1:{port}"}}}}
 DATABASES = {{name: {{"ENGINE": "django.db.backends.sqlite3"}} for name in ("default", "other")}}
 SECRET_KEY = "none"
 USE_TZ = False
@@ -52,7 +53,8 @@ TEST_OUTPUT_DIR = "/"
 
 @dataclass(frozen=True)
 class Suite:
-    """command: run in the unpacked source, with {python}, {report}, {port}, {unix}, {resp} and {only} or `tests` filled in."""
+    """command: run in the unpacked source, with {python}, {report}, {port}, {unix}, {resp} and {only} or `tests` filled in; once for each
+    of `runs`, which is {each}."""
 
     project: str
     version: str
@@ -60,6 +62,7 @@ class Suite:
     needs: str  # of its tests, besides itself
     command: str
     tests: str  # without --only
+    runs: tuple[str, ...] = ("",)
     env: dict[str, str] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)  # to be put there
     edits: tuple[tuple[str, str, str], ...] = ()  # in files of this pattern: this text becomes that, {port} and {unix} filled in
@@ -110,10 +113,16 @@ SUITES = {
     ),
     "django-redis": Suite(
         "django-redis", "7.0.0", "e48491c862f4350b0747ceb1016700686fb93c4f4e0fb9c490fe6c6658ffd933",
-        f"pytest<10 pytest-mock pytest-xdist lz4 msgpack pyzstd Django<6 {REDIS}", PYTEST + " -o addopts= {only}", "tests",
+        f"pytest<10 pytest-mock pytest-xdist lz4 msgpack pyzstd Django<6 {REDIS}", PYTEST + " -o addopts= -k '{each}' {only}", "tests",
+        # A process for each of its settings, as Django reads them once. Left out: those that need a Sentinel
+        runs=("not sqlite_", *(f"sqlite_{name}" for name in ("gzip", "herd", "json", "lz4", "msgpack", "sharding", "usock", "zlib", "zstd"))),
         edits=(("tests/settings/*.py", ":6379", ":{port}"), ("tests/settings/*.py", "/tmp/redis.sock", "{unix}")),
     ),
 }  # fmt: skip
+
+
+class Altered(Exception):
+    """What was fetched is not what was published when this was written."""
 
 
 @dataclass
@@ -127,6 +136,12 @@ class Outcome:
     wrong: dict[str, str] = field(default_factory=dict)  # denied, but passed
     stale: list[str] = field(default_factory=list)  # denials of no test
     aborted: str | None = None  # the suite did not come to its end, or a server did
+
+    def add(self, other: Outcome) -> None:
+        """What another run has found."""
+        self.passed += other.passed
+        self.failed |= other.failed
+        self.skipped |= other.skipped
 
     @property
     def good(self) -> bool:
@@ -171,14 +186,14 @@ def compare(outcome: Outcome, denials: dict[str, str], whole: bool) -> None:
 
 
 def fetch(suite: Suite, folder: Path) -> Path:
-    """The unpacked source distribution. Raises: servers.Missing."""
+    """The unpacked source distribution. Raises: servers.Missing, Altered."""
     kept = sorted(folder.glob("*.tar.gz"))
     if not kept:
         pip(sys.executable, "download", "--no-deps", "--no-binary", suite.project, "--dest", str(folder), f"{suite.project}=={suite.version}")
         kept = sorted(folder.glob("*.tar.gz"))
     digest = hashlib.sha256(kept[0].read_bytes()).hexdigest()
     if digest != suite.sha256:
-        raise servers.Missing(f"{kept[0].name} has the SHA-256 {digest}, not {suite.sha256}: it is not what was published when this was written")
+        raise Altered(f"{kept[0].name} has the SHA-256 {digest}, not {suite.sha256}")
     with tarfile.open(kept[0]) as tar:
         tar.extractall(folder / "source", filter="data")
     return next((folder / "source").iterdir())
@@ -204,7 +219,7 @@ def pip(python: str, *arguments: str) -> None:
 def run(suite: Suite, folder: Path, port: int, pid: int, unix: Path, options: argparse.Namespace) -> Outcome:
     """Against the server there. pid: of its parent, whose children have to live through it."""
     source, python, report = fetch(suite, folder), install(suite, folder), folder / "report.xml"
-    report.unlink(missing_ok=True)
+    (folder / "output").unlink(missing_ok=True)
     values = {"python": python, "report": report, "port": port, "unix": unix, "resp": options.resp, "only": options.only or suite.tests}
     for name, text in suite.files.items():
         (source / name).write_text(text.format(**values))
@@ -212,33 +227,41 @@ def run(suite: Suite, folder: Path, port: int, pid: int, unix: Path, options: ar
         found = list(source.glob(pattern))
         changed = [path for path in found if old in path.read_text()]
         if not changed:
-            raise servers.Missing(f"{suite.project} {suite.version} is not as expected: no {old} in {pattern}")
+            raise Altered(f"{suite.project} {suite.version} has no {old} in {pattern}")
         for path in changed:
             path.write_text(path.read_text().replace(old, new.format(**values)))
     children = {p.pid for p in psutil.Process(pid).children()}
+    outcome = Outcome()
+    for each in suite.runs:
+        report.unlink(missing_ok=True)
+        said = run_once(suite, source, folder / "output", {**values, "each": each}, options.longest)
+        if report.exists():
+            outcome.add(read(report))
+        if said or not report.exists():
+            outcome.aborted = f"{each} {said}".strip() + "\n" + (folder / "output").read_text("utf-8", "replace")[-3000:]
+    if not outcome.aborted and {p.pid for p in psutil.Process(pid).children()} != children:
+        outcome.aborted = "a process of the server ended meanwhile"
+    return outcome
+
+
+def run_once(suite: Suite, source: Path, output: Path, values: dict[str, Any], longest: float) -> str:
+    """One command of it. Returns: why it did not come to its end; empty: it did."""
     env = {k: v.format(**values) for k, v in suite.env.items()}
     env = {**{k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "PYTHON", "DJANGO"))}, **env}
-    output = folder / "output"
-    with output.open("wb") as out:
+    with output.open("ab") as out:
         process = subprocess.Popen(
             shlex.split(suite.command.format(**values)), cwd=source, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
             start_new_session=True,
         )  # fmt: skip
         try:
-            process.wait(options.longest)
-            late = ""
+            process.wait(longest)
         except subprocess.TimeoutExpired:
-            late = f"\nlonger than {options.longest} s"
+            return f"longer than {longest} s"
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    outcome = read(report) if report.exists() else Outcome()
-    if not report.exists() or late:
-        outcome.aborted = output.read_text("utf-8", "replace")[-3000:] + late
-    elif {p.pid for p in psutil.Process(pid).children()} != children:
-        outcome.aborted = "a process of the server ended meanwhile"
-    return outcome
+    return ""
 
 
 def show(outcome: Outcome, brief: bool) -> None:
@@ -290,8 +313,8 @@ def main(argv: list[str] | None = None) -> int:
     except servers.Missing as e:
         print(e, file=sys.stderr)
         return 77
-    except servers.Failed as e:
-        print(f"the server {e}", file=sys.stderr)
+    except (servers.Failed, Altered) as e:
+        print(e, file=sys.stderr)
         return 1
     if not args.redis:
         compare(outcome, denials, not args.only)

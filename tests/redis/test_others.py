@@ -7,7 +7,7 @@ import tarfile
 
 import pytest
 
-from tests.redis import expected, others, servers
+from tests.redis import expected, others
 
 REPORT = """\
 <testsuites><testsuite name="x">
@@ -79,7 +79,7 @@ def test_a_source_that_is_not_what_was_published(tmp_path, monkeypatch):
     suite = others.Suite("x", "1", hashlib.sha256(archive.read_bytes()).hexdigest(), "", "", "")
     assert (others.fetch(suite, tmp_path) / "test_x.py").exists()
     archive.write_bytes(archive.read_bytes() + b"\0")
-    with pytest.raises(servers.Missing, match="SHA-256"):
+    with pytest.raises(others.Altered, match="SHA-256"):
         others.fetch(suite, tmp_path)
 
 
