@@ -14,6 +14,7 @@ import pytest
 import redis
 
 import shmcache
+from shmcache.sidecar.commands.scripting import sha_of
 from shmcache.sidecar.serve import STOP_LIMIT
 from tests.integration.service import LIMIT, running, until
 from tests.redis.resp import Connection, encode, parse
@@ -439,3 +440,23 @@ def test_what_a_script_wrote_is_durable_before_it_is_answered(serve, name, tmp_p
         os.kill(supervisor, signal.SIGCONT)
     assert connection.reply() == b"+OK\r\n"
     connection.close()
+
+
+def test_scripts_that_were_loaded_or_forgotten_are_so_in_every_event_loop(serve):
+    service = serve("--workers", "2")
+    by_loop: dict[bytes, Connection] = {}
+    with contextlib.ExitStack() as stack:
+        while len(by_loop) < 2:
+            connection = stack.enter_context(contextlib.closing(Connection(("127.0.0.1", service.port), LIMIT)))
+            by_loop[connection.call(b"INFO", b"server").split(b"\r\nworker:")[1].split(b"\r\n")[0]] = connection
+        one, other = by_loop.values()
+        for i in range(40):
+            source = b"return %d" % i
+            sha = parse(one.call(b"SCRIPT", b"LOAD", source))[0].value
+            assert other.call(b"EVALSHA", sha, b"0") == b":%d\r\n" % i, i
+            assert one.call(b"SCRIPT", b"FLUSH") == b"+OK\r\n"
+            assert other.call(b"SCRIPT", b"EXISTS", sha) == b"*1\r\n:0\r\n", i
+            assert other.call(b"SCRIPT", b"LOAD", source).startswith(b"$40")
+            assert other.call(b"SCRIPT", b"EXISTS", sha) == one.call(b"SCRIPT", b"EXISTS", sha) == b"*1\r\n:1\r\n", i
+            assert other.call(b"EVAL", b"return -%d" % i, b"0") == b":-%d\r\n" % i or i == 0
+            assert one.call(b"SCRIPT", b"EXISTS", sha_of(b"return -%d" % i)) == b"*1\r\n:1\r\n", i

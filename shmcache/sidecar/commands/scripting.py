@@ -38,7 +38,7 @@ from shmcache.sidecar.commands.transactions import denial
 from shmcache.sidecar.replies import OK, array, bulk, integer
 
 if TYPE_CHECKING:
-    from shmcache.sidecar.server import Connection, Server
+    from shmcache.sidecar.server import Connection
 
 MOST_MEMORY = 64 << 20  # bytes of a state
 ROOM = 64 << 10  # of it, for what crosses the border besides the replies of commands
@@ -92,10 +92,29 @@ def sha_of(source: bytes) -> bytes:
     return hashlib.sha1(source, usedforsecurity=False).hexdigest().encode()
 
 
-def learn(server: Server, source: bytes) -> None:
-    """In the loop: this one and the others know it."""
-    if server.scripts.learn(source):
+def learn(client: Connection, source: bytes, loaded: bool = False) -> None:
+    """In the loop: this one and the others know it, before this client's command is answered. loaded: wait for them even if this one has
+    known it: what another client has loaded may still be on its way to them."""
+    server = client.server
+    new = server.scripts.learn(source)
+    if new:
         server.link.say("scripts", [source])
+    if new or loaded:
+        wait_for_others(client)
+
+
+def flushed(client: Connection) -> None:
+    """In the loop: the others forget all scripts, too, before this client's command is answered. Else one that is loaded there after the
+    answer would be forgotten with the older ones."""
+    client.server.link.say("flush_scripts")
+    wait_for_others(client)
+
+
+def wait_for_others(client: Connection) -> None:
+    server = client.server
+    if server.link.others and not client.lost:
+        let_go = server.keep_replies(client)
+        server.link.ask("heard", [], lambda _: let_go())
 
 
 class Runtime:
@@ -425,7 +444,7 @@ def evaluate(client: Connection, arguments: list[bytes], by_sha: bool, reads_onl
     if reads_only and source.startswith(b"#!") and not declared_so:
         raise Error("ERR Can not execute a script with write flag using *_ro command.")
     if not by_sha:
-        server.loop.call_soon_threadsafe(learn, server, source)
+        server.loop.call_soon_threadsafe(learn, client, source)
     keys = arguments[2 : 2 + n]
     log_bytes = sum(map(len, arguments)) + 64 * n
     return lua.run(client, sha, keys, arguments[2 + n :], reads_only or declared_so, 0 if reads_only or declared_so else log_bytes)
@@ -459,7 +478,7 @@ def script(client: Connection, arguments: list[bytes]) -> bytes:
         in_pool(client)
         sha = sha_of(rest[0])
         runtime(client).compile(client, sha, rest[0])
-        server.loop.call_soon_threadsafe(learn, server, rest[0])
+        server.loop.call_soon_threadsafe(learn, client, rest[0], True)
         return bulk(sha)
     if word == b"exists":
         return array(integer(sha.lower() in server.scripts.known) for sha in rest)
@@ -467,7 +486,10 @@ def script(client: Connection, arguments: list[bytes]) -> bytes:
         if len(rest) > 1 or (rest and rest[0].lower() not in (b"sync", b"async")):
             raise Error("ERR SCRIPT FLUSH only support SYNC|ASYNC option")
         server.scripts.flush()
-        server.link.say("flush_scripts")
+        if client.ex is server.executor:
+            flushed(client)
+        else:
+            server.loop.call_soon_threadsafe(flushed, client)
         return OK
     if word == b"kill":
         running = list(server.scripts.running)
