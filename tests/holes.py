@@ -15,6 +15,10 @@ from pathlib import Path
 from types import CodeType
 
 
+# where an exception goes that a block's end is called for, or what an `except` cleans up: else sys.exception() would stay
+ENDS = {"PUSH_EXC_INFO", "COPY"}
+
+
 def codes(code: CodeType) -> Iterator[CodeType]:
     yield code
     for constant in code.co_consts:
@@ -42,7 +46,7 @@ def holes(code: CodeType) -> Iterator[int | None]:
         if instruction.opname == "JUMP_BACKWARD" or instruction.opname.startswith("POP_JUMP_BACKWARD"):
             raised_at = instruction.offset if sys.version_info >= (3, 13) else instruction.argval - 2
             missing = handlers(instruction.argval) - handlers(raised_at)
-            if any(names[target] == "PUSH_EXC_INFO" for target in missing):
+            if any(names[target] in ENDS for target in missing):
                 yield next((at.positions.lineno for at in instructions[i::-1] if at.positions and at.positions.lineno), None)
 
 
