@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import CodeType
 
-
 # where an exception goes that a block's end is called for, or what an `except` cleans up: else sys.exception() would stay
 ENDS = {"PUSH_EXC_INFO", "COPY"}
 

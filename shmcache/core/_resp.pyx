@@ -480,7 +480,7 @@ cdef class Executor:
         """Of these (db, key) pairs, as version() has them; not counted as reads."""
         return self.of_each(keys, True)
 
-    def sizes(self, keys):
+    def value_sizes(self, keys):
         """Bytes of the values of these (db, key) pairs, 0 of what is not there; not counted as reads."""
         return self.of_each(keys, False)
 

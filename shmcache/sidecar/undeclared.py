@@ -240,9 +240,9 @@ class Reach:
     def takes_long(self, name: bytes, keys: list[Key]) -> bool:
         """Does it only read, and compute for long?"""
         if name == b"lcs":
-            a, *b = self.ex.sizes(keys)
+            a, *b = self.ex.value_sizes(keys)
             return a * sum(b or [a]) > LONG_READ
-        return name in READS_ALL and sum(self.ex.sizes(keys)) > LONG_READ
+        return name in READS_ALL and sum(self.ex.value_sizes(keys)) > LONG_READ
 
     def look_at(self, keys: list[Key]) -> None:
         """They are about to be read while their stripes are not held: what comes after this instant is another's. Raises: Again; Error."""
