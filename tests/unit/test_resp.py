@@ -540,7 +540,7 @@ def test_sizes_are_no_reads(two_stripes):
     cache, executor, held, others = two_stripes
     cache.set(held[0], b"x" * 300)
     before = cache.stats()
-    assert executor.sizes([(0, held[0]), (0, b"none"), (0, others[0])])[:2] == [300, 0]
+    assert executor.value_sizes([(0, held[0]), (0, b"none"), (0, others[0])])[:2] == [300, 0]
     after = cache.stats()
     assert (after["hits"], after["misses"]) == (before["hits"], before["misses"])
 
