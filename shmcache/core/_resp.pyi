@@ -46,6 +46,8 @@ class Executor:
         self, key: bytes, value: bytes, expires_ms: int | None, *, version: int | None = None, absent: bool = False, codec: int = 0
     ) -> bool: ...
     def remove(self, key: bytes, version: int = 0) -> bool: ...
+    @property
+    def most_logged(self) -> int: ...
     def hold(
         self,
         keys: Iterable[bytes],
@@ -136,8 +138,6 @@ class Client:
         keep: bool,
         log_bytes: int,
         within: float,
-        *,
-        gone: bool = False,
     ) -> tuple[bool, bytes] | None: ...
     def transact(
         self,

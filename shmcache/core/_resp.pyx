@@ -402,6 +402,11 @@ cdef class Executor:
 
     # -- several keys at once
 
+    @property
+    def most_logged(self):
+        """Bytes of a value that a record of the log has; one for a larger value only says where that is. 0: nothing is logged."""
+        return self.s.ring_bytes >> 3
+
     def hold(self, keys, uint64_t log_bytes=0, *, further=(), int db=-1, double within=0):
         """Take the stripes of these keys, ascending: from here to release() what this thread does to them is one step for all who write, and
         it waits where it would not. Readers never wait: they may see one key before and the next after. log_bytes: of records that will be
@@ -2058,10 +2063,10 @@ cdef class Client:
         finally:
             ex.argc = 0             # they were this call's
 
-    def call_alone(self, list arguments, list keys not None, dict seen not None, bint keep, uint64_t log_bytes, double within, *, bint gone=False):
+    def call_alone(self, list arguments, list keys not None, dict seen not None, bint keep, uint64_t log_bytes, double within):
         """Run a command as call() does, while the stripes of its (db, key) pairs are held: in the core, so that no other thread has a turn until
         it is over, unless a stripe is waited for. That is done for `within` seconds, if this thread holds nothing else; else not at all.
-        seen: versions that some keys have to have; gone: or they are not there any more. None: it has run, and its keys' versions are in seen;
+        seen: versions that some keys have to have. None: it has run, and its keys' versions are in seen;
         keep: not yet, the stripes are held further. (True, key): it has not run, that one is busy; (False, key): has another version.
         Raises: as hold()."""
         cdef Executor ex = self.ex
@@ -2074,7 +2079,7 @@ cdef class Client:
             ex.hold((), log_bytes, further=keys, db=self.db, within=within)
         try:
             for key, version in zip(keys, ex.versions(keys)):
-                if seen.get(key, version) != version and (version != 0 or not gone):
+                if seen.get(key, version) != version:
                     return False, key[1]
             self.call(arguments)
             if not keep:
@@ -2686,7 +2691,7 @@ cdef class Client:
             key = ex.argv[i]
             n = ex.argl[i]
             check_key(ex, &key, &n)
-            log_bytes += ex.argl[i] + ex.argl[i + 1] + RECORD_ROOM
+            log_bytes += record_room(ex.s, ex.argl[i], ex.argl[i + 1])
         held = self.hold_keys(ex.argc, 2, log_bytes)
         try:
             for i in range(1, ex.argc, 2):
@@ -2703,8 +2708,7 @@ cdef class Client:
         cdef Executor ex = self.ex
         cdef raw_t raw
         cdef bint held
-        # of the log: room for a value whose size is not known yet is asked for when it is stored
-        held = self.hold_keys(3, 1, ex.argl[1] + ex.argl[2] + 2 * RECORD_ROOM)
+        held = self.hold_keys(3, 1, ex.argl[1] + ex.argl[2] + 2 * RECORD_ROOM + ex.most_logged)
         try:
             if not look(ex, ex.argv[1], ex.argl[1], &raw, False):
                 return self.error(b"ERR no such key")
@@ -2750,7 +2754,7 @@ cdef class Client:
                 ex.add_stripe(found, ex.argv[1], ex.argl[1])
                 ex.use(<int>db)
                 ex.add_stripe(found, ex.argv[2], ex.argl[2])
-                ex.take_stripes(found, ex.argl[2] + RECORD_ROOM)
+                ex.take_stripes(found, ex.argl[2] + RECORD_ROOM + ex.most_logged)
                 held = True
             ex.use(<int>db)
             if not replace and not is_none(ex, ex.argv[2], ex.argl[2]):

@@ -9,15 +9,18 @@ Rules
    named held from its start, ascending. What is to be seen outside is a write: PUBLISH, a line of the log, a refusal that ACL LOG notes
 4. so that workers never wait long, all undeclared keys are let go after KEPT seconds, or MOST_KEPT keys, or before a walk over all keys.
    From there on (loose) a command that writes holds its own keys while it runs; one that only reads until another names other keys, or
-   KEPT is over. Each key has to be as the script's last command left it (seen), by its version: else the script begins again, or, after
-   a write, the command is an error. No write of others is lost. To delete a key that is gone meanwhile is no error
+   KEPT is over. Each key that a command has named (seen) has to be as the last of them left it, by its version: else the script begins
+   again, or, after a write, the command is an error. No write of others is lost, and no two scripts take the same value: also a DEL fails
+   of a key that was read, and is gone meanwhile. Keys that KEYS and SCAN reply are not named by that
 5. a script that holds nothing at all (loose, without KEYS, not in a transaction) may wait for a stripe. So one that clears a prefix does
    not fail for busy keys. It waits in slices, after each of which it looks whether it is to end (SCRIPT KILL, SIGTERM)
 6. a command of over MOST_KEPT undeclared keys runs in pieces of so many, if it is no step outside of scripts either (PIECES). If it is one,
-   it waits for one stripe alone, then tries the rest, and lets go of all for the next one that is busy
+   or writes keys that were seen and the log has room for it, it waits for one stripe alone, then tries the rest, and lets go of all for
+   the next one that is busy
 7. a command that reads and computes for long (takes_long) runs while its undeclared keys are not held: their versions are noted before
 8. a script asks for room in the log when it takes its first stripe: for as much as its arguments have, or LEAST_ROOM. Once that is used
-   or there is not as much, it lets go, and each command asks for its own. What only reads asks for none
+   or there is not as much, it lets go, and each command asks for its own; one that reads for as much again, under which the next may write.
+   What only reads asks for none. While stripes of KEYS are held nothing can be asked for: a write that finds no room is an error, or a gap
 
 Race table
   another writes a key that is held      it waits: for KEPT and a command at most, or until Lua looks at the clock
@@ -26,7 +29,9 @@ Race table
   another holds the stripe               3; after a write 5, or an error that names the key
   two scripts name two keys, crosswise   neither waits while it holds one: the one that finds its second key busy lets go of its first
   FLUSHALL                               takes no lock: what is held is as it was, what is named after it is taken as busy
-  a FLUSHALL of the script               once it has succeeded, what was seen has to be absent; a refused one changes nothing
+  a FLUSHALL of the script               what was seen has to be as it was, and is absent once it has succeeded: looked at under its stripes
+                                         if these are few, and right before it if they are many, or are emptied one by one: what comes then
+                                         is flushed, as it would be right before it
   another script of this process holds   it is waited for, as at the script's beginning, and that is not counted; after a write until the
   several stripes (HOLDING)              script's time is over: an error of its own, which names no key
 Crash: as of KEYS: each stripe is repaired by itself, what was written stands.
@@ -41,7 +46,7 @@ from typing import TYPE_CHECKING, TypeVar
 from shmcache import errors
 from shmcache.core import _core, _resp
 from shmcache.sidecar.commands.table import Error
-from shmcache.sidecar.commands.transactions import call
+from shmcache.sidecar.commands.transactions import Records, call
 from shmcache.sidecar.replies import integer
 
 if TYPE_CHECKING:
@@ -59,19 +64,18 @@ MARGIN = 0.02  # seconds before its last time is over in which a script waits fo
 SHORT = 0.001  # that it waits at least
 SLICE = 0.1  # after which a wait looks whether the script is to end
 LEAST_ROOM = 4096  # bytes in the log for which a script asks that may write: what it writes while it holds stripes may not wait
-LONG_READ = 1 << 20  # bytes, or for LCS pairs of them: some 3 ms
+LONG_READ = 1 << 20  # bytes, or for LCS pairs of them: some 3 ms at most
 FLUSHES = {b"flushdb", b"flushall"}
 WALKS = {b"keys", b"dbsize", b"randomkey", *FLUSHES}  # they take long, and have no keys
-DELETES = {b"del", b"unlink"}
 PIECES = {b"del": 1, b"unlink": 1, b"exists": 1, b"touch": 1, b"mget": 1, b"mset": 2}  # no step over all keys: the arguments of each
-READS_ALL = {b"bitcount", b"bitpos", b"dump"}
+READS_ALL = {b"bitcount", b"bitpos", b"dump", b"get", b"getrange", b"substr", b"mget"}
 
 NAME_IT = "name it among the KEYS of the script"
 REFUSED = "ERR Script attempted to access the key '{}', which is not among its KEYS: name it there"
 BUSY = "TRYAGAIN the key '{}' is busy, and this script waits for it no longer: " + NAME_IT
 OTHERS = "TRYAGAIN other scripts of this server hold keys, and this one waits for them no longer: name its keys among its KEYS"
 TOO_LARGE = "ERR the reply is larger than a script may have"
-CHANGED = "TRYAGAIN the key '{}' was changed by others while the script ran: " + NAME_IT
+CHANGED = "TRYAGAIN the key '{}' was changed by others, or has expired, while the script ran: " + NAME_IT
 
 
 class Again(Exception):
@@ -106,7 +110,9 @@ class Reach:
     ) -> None:
         self.ex, self.db, self.time, self.allowed, self.doom = ex, db, time, allowed, doom
         self.declared = {(db, key) for key in declared}
-        self.log_bytes = max(log_bytes, LEAST_ROOM) if log_bytes else 0
+        self.logs = log_bytes > 0
+        self.log_bytes = max(log_bytes, LEAST_ROOM) if self.logs else 0
+        self.log_full = False  # when it asked: no more is asked for by what only reads
         self.nested = ex.holds  # within a transaction, which cannot begin again
         self.wanted: dict[Key, None] = {}  # held from its next beginning on
         self.awaited: list[Key] = []  # those of them for which it begins again
@@ -118,7 +124,8 @@ class Reach:
         self.wrote, self.loose = self.nested, False
         self.touched = self.given_up = False  # its KEYS: by a command; their stripes, before any was
         self.held = dict(self.wanted)  # undeclared keys whose stripes are held
-        self.seen: dict[Key, int] = {}  # the versions of others that it has named
+        self.named: set[Key] = set()  # undeclared keys: by a command that has run
+        self.seen: dict[Key, int] = {}  # the versions of those that are not held
         self.room = self.log_bytes  # in the log: what is left of it
         self.beginnings += 1
         for key in self.awaited[:MOST_KEPT]:  # each while nothing is held: whoever has it may not run
@@ -150,23 +157,44 @@ class Reach:
                 self.take_back()
         if name in WALKS or name == b"scan":
             self.give_up(name)
-        if len(others) > MOST_KEPT and len(words) - 1 == PIECES.get(name, 0) * len(keys):
+        if name in FLUSHES:
+            return self.flush(caller, words)
+        divides = len(others) > MOST_KEPT and len(words) - 1 == PIECES.get(name, 0) * len(keys)
+        if divides and not (writes and self.named.intersection(others)):
             return self.run_in_pieces(caller, words, keys, writes)
-        written = words[2:3] if name == b"bitop" else words  # of its keys it writes one
-        size = sum(map(len, written)) + 64 * (1 if name == b"bitop" else len(keys)) if writes else 0
-        if others and self.takes_long(name, others):
+        size = Records(self.ex).size(words, keys) if writes else 0
+        long = bool(others) and self.takes_long(name, others)
+        if long:
             self.look_at(others)
-        else:
-            if not self.loose:
-                self.keep([key for key in others if key not in self.held], size)
-            if others and self.loose:
+        elif not self.loose:
+            self.keep([key for key in others if key not in self.held], size)
+        if others and self.loose and not long:
+            try:
                 self.run_loose(caller, words, others, size, writes)
-                return caller.take()
-        self.wrote = self.wrote or writes
-        call(caller, words)
+            except errors.LogFull:
+                if not divides:
+                    raise
+                return self.run_in_pieces(caller, words, keys, writes)
+        else:
+            self.note(others, writes)
+            call(caller, words)
+        return caller.take()
+
+    def flush(self, caller: Connection, words: list[bytes]) -> bytes:
+        """The reply. Raises: Again; Error: nothing was removed."""
+        everything = words[0].lower() == b"flushall"
+        seen = [key for key in self.seen if everything or key[0] == self.db]
+        one_by_one = not everything and self.db == 0 and self.ex.databases > 1  # which may take long
+        if seen and len(seen) <= MOST_KEPT and not one_by_one:
+            self.run_loose(caller, words, seen, Records(self.ex).size(words, []), True)
+        else:
+            if seen:
+                self.look_at(seen)
+            self.note([], True)
+            call(caller, words)
         reply = caller.take()
-        if name in FLUSHES and not reply.startswith(b"-"):  # what there was this script has removed, what there is now is another's
-            self.seen |= dict.fromkeys([key for key in self.seen if name == b"flushall" or key[0] == self.db], 0)
+        if not reply.startswith(b"-"):  # what there was this script has removed, what there is now is another's
+            self.seen |= dict.fromkeys(seen, 0)
         return reply
 
     def run_in_pieces(self, caller: Connection, words: list[bytes], keys: list[Key], writes: bool) -> bytes:
@@ -196,6 +224,7 @@ class Reach:
             try:
                 self.hold(keys, self.room)
             except errors.LogFull:
+                self.log_full = True
                 self.loosen()  # each command asks for its own
         elif keys and self.ex.hold_further(keys) is not None:
             self.begin_again(keys)
@@ -206,21 +235,28 @@ class Reach:
             self.since = _core.monotonic()
         self.held.update(dict.fromkeys(keys))
         self.room -= size
-        if self.room < 0 and self.log_bytes and self.held and self.is_bare:
+        if self.room < 0 and self.logs and self.held and self.is_bare:
             self.loosen()
 
     def run_loose(self, caller: Connection, words: list[bytes], keys: list[Key], size: int, writes: bool) -> None:
-        if not all(key in self.held for key in keys):
+        if not all(key in self.held for key in keys) or (writes and self.logs and size > self.room and self.is_bare):
             self.loosen()
         if self.held:
-            self.wrote = self.wrote or writes
+            self.note(keys, writes)
             call(caller, words)
             if writes:
                 self.loosen()
             return
 
         def call_alone(within: float) -> tuple[bool, bytes] | None:
-            return caller.call_alone(words, keys, self.seen, not writes, size, within, gone=words[0].lower() in DELETES)
+            self.room = size if writes else 0 if self.log_full else self.log_bytes
+            try:
+                return caller.call_alone(words, keys, self.seen, not writes, self.room, within)
+            except errors.LogFull:
+                if writes:
+                    raise
+            self.room, self.log_full = 0, True
+            return caller.call_alone(words, keys, self.seen, True, 0, within)
 
         if self.ex.holds:
             why = call_alone(0)
@@ -233,9 +269,14 @@ class Reach:
             busy, key = why
             self.begin_again(keys)
             raise Error((BUSY if busy else CHANGED).format(shown(key)))
-        self.wrote = self.wrote or writes
+        self.note(keys, writes)
         if not writes:  # what it has read may be why it changes them
             self.since, self.held = _core.monotonic(), dict.fromkeys(keys)
+
+    def note(self, keys: list[Key], writes: bool) -> None:
+        """A command that names these undeclared keys runs, or has run."""
+        self.named.update(keys)
+        self.wrote = self.wrote or writes
 
     def takes_long(self, name: bytes, keys: list[Key]) -> bool:
         """Does it only read, and compute for long?"""
@@ -345,7 +386,7 @@ class Reach:
 
     def loosen(self) -> None:
         """Let go of what is held of the undeclared, and keep no more."""
-        keys, self.loose, self.held = list(self.held), True, {}
+        keys, self.loose, self.held = [key for key in self.held if key in self.named], True, {}
         try:
             self.seen.update(zip(keys, self.ex.versions(keys), strict=True))
         finally:

@@ -526,7 +526,7 @@ def evaluated(make, name, monkeypatch):
             assert held(cache) == 0
             return said
 
-        evaluate.ran = ran
+        evaluate.ran, evaluate.pending = ran, pending
         evaluate.server = server
         yield cache, evaluate
 
@@ -548,6 +548,24 @@ def test_what_comes_after_a_flush_is_not_lost(evaluated, flush):
     )
     assert b"the key 'n' was changed by others" in said or b"the key 'n' is busy" in said
     assert cache["n"] == b"100"
+
+
+@pytest.mark.parametrize("many", [1, 40])
+@pytest.mark.parametrize("written", ["", WRITTEN])
+@pytest.mark.parametrize("flush", ["flushall", "flushdb"])
+def test_what_came_before_a_flush_of_its_own_is_not_lost(evaluated, flush, written, many):
+    """It begins again, or fails, and has removed nothing."""
+    cache, evaluate = evaluated
+    cache.set("n", b"10")
+    reads = f"for i = 1, {many} do redis.call('get', 'o' .. i) end redis.call('keys', 'x')"
+    script = f"local n = redis.call('get', 'n') {reads} {written} redis.call('strlen', 'x') redis.call('{flush}') return redis.call('set', 'n', n + 1)"
+    said = evaluate(script, between=lambda: cache.set("n", b"100"))
+    if written:
+        assert b"the key 'n' was changed by others" in said
+        assert cache["n"] == b"100"
+        assert "w" in cache
+    else:
+        assert cache["n"] == b"101"
 
 
 def test_a_flush_of_its_own_is_not_anothers_write(evaluated):
@@ -650,7 +668,16 @@ def test_a_step_over_many_keys_waits_for_one_while_it_has_no_other(served):
 
 
 LARGE = 4 << 20
-COMPUTING = ["'bitcount', 'a'", "'bitpos', 'a', 1", "'dump', 'a'", "'lcs', 'l', 'm', 'len'"]
+COMPUTING = [
+    "'bitcount', 'a'",
+    "'bitpos', 'a', 1",
+    "'dump', 'a'",
+    "'lcs', 'l', 'm', 'len'",
+    "'get', 'a'",
+    "'getrange', 'a', 0, -1",
+    "'substr', 'a', 0, -1",
+    "'mget', 'a', 'b'",
+]
 
 
 @pytest.mark.parametrize("call", COMPUTING)
@@ -706,14 +733,101 @@ def test_a_pattern_among_the_keys_is_not_held_while_its_keys_are_gone_through(ev
         assert evaluate.ran[-3][1] >= 1
 
 
-def test_keys_that_are_gone_may_be_deleted(evaluated):
-    """They have expired, or were evicted."""
+POPS = "local v = redis.call('get', 'n') {} redis.call('strlen', 'x') redis.call('del', 'n') return v"
+
+
+def test_what_was_read_is_taken_by_one_alone(evaluated):
+    """A script deletes what it has read, which another has taken meanwhile: it fails, or begins again and reads that there is nothing."""
     cache, evaluate = evaluated
+    for between in (lambda: cache.delete("n"), lambda: cache.set("n", b"2")):
+        cache.set("n", b"1")
+        assert b"the key 'n' was changed" in evaluate(POPS.format("redis.call('keys', 'x')" + WRITTEN), between=between)
     cache.set("n", b"1")
-    script = f"redis.call('get', 'n') redis.call('keys', 'x') {WRITTEN} redis.call('strlen', 'x') return redis.call('del', 'n')"
-    assert evaluate(script, between=lambda: cache.delete("n")) == b":0\r\n"
+    assert evaluate(POPS.format("redis.call('keys', 'x')"), between=lambda: cache.delete("n")) == b"$-1\r\n"
     cache.set("n", b"1")
-    assert b"the key 'n' was changed" in evaluate(script, between=lambda: cache.set("n", b"2"))
+    assert evaluate(POPS.format("redis.call('keys', 'x')"), between=lambda: cache.set("n", b"2")) == b"$1\r\n2\r\n"
+
+
+@pytest.mark.parametrize("written", ["", WRITTEN])
+@pytest.mark.parametrize("n", [40, 20])  # so many of the 40 that it deletes
+@pytest.mark.parametrize("word", ["del", "unlink"])
+def test_of_what_was_read_all_is_deleted_or_nothing(evaluated, written, n, word):
+    cache, evaluate = evaluated
+    names = [f"m{i}" for i in range(1, 41)]
+    for name in names:
+        cache.set(name, b"1")
+    script = f"{MANY} local v = redis.call('mget', unpack(k, 1, {n})) redis.call('keys', 'x') {written} redis.call('strlen', 'x') redis.call('{word}', unpack(k)) return v"
+    said = evaluate(script, between=lambda: cache.delete("m20"))
+    if written:
+        assert b"the key 'm20' was changed" in said
+        assert [name for name in names if name not in cache] == ["m20"]
+    else:
+        assert said.count(b"$-1\r\n") == 1
+        assert not [name for name in names if name in cache]
+
+
+def test_keys_whose_names_alone_are_known_may_be_gone(evaluated, monkeypatch):
+    """They have expired, were evicted, or others have deleted them: what clears a prefix goes on. Also if it has begun again with them."""
+    cache, evaluate = evaluated
+    keep = undeclared.Reach.keep
+
+    def busy_at_first(reach, keys, size):
+        if (0, b"p:0") in keys and reach.beginnings == 1:
+            reach.begin_again(keys)
+        keep(reach, keys, size)
+
+    def delete():
+        for i in range(40):
+            cache.delete(f"p:{i}")
+
+    script = (
+        "local n = 0 for _, k in ipairs(redis.call('keys', 'p:*')) do redis.call('strlen', 'x') n = n + redis.call('del', k) end return n"
+    )
+    for hook, between in ((keep, delete), (busy_at_first, lambda: evaluate.pending.append(delete))):
+        monkeypatch.setattr(undeclared.Reach, "keep", hook)
+        cache.set("p:0", b"1")
+        assert evaluate(script, between=between) == b":0\r\n"
+    monkeypatch.setattr(undeclared.Reach, "keep", keep)
+    cache.set("p:0", b"1")
+    script = f"local k = redis.call('keys', 'p:*') {WRITTEN} redis.call('keys', 'x') redis.call('strlen', 'x') return redis.call('del', unpack(k))"
+    assert evaluate(script, between=delete) == b":0\r\n"
+
+
+def test_a_queue_that_scripts_drain_delivers_once(serve):
+    """Consumers read all that there is, and delete it, in one script."""
+    service = serve("--workers", "2", "--lua-time-limit", PATIENT)
+    drain = "local k = redis.call('keys', 'job:*') if #k == 0 then return {} end local v = redis.call('mget', unpack(k)) redis.call('del', unpack(k)) return v"
+    most, got, produced = 4000, [], threading.Event()
+
+    def consume():
+        client = service.client(socket_timeout=LIMIT)
+        while True:
+            last = produced.is_set()
+            try:
+                found = client.eval(drain, 0)
+            except redis.ResponseError as e:
+                assert "was changed by others" in str(e) or "is busy" in str(e)
+                continue
+            got.extend(value for value in found if value)
+            if last and not found:
+                return
+
+    def produce():
+        client = service.client(socket_timeout=LIMIT)
+        for i in range(0, most, 100):
+            with client.pipeline(transaction=False) as pipeline:
+                for j in range(i, i + 100):
+                    pipeline.set(f"job:{j}", j)
+                pipeline.execute()
+        produced.set()
+
+    threads = [threading.Thread(target=consume) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    produce()
+    for thread in threads:
+        thread.join(LIMIT)
+    assert sorted(int(value) for value in got) == list(range(most))
 
 
 # ---- waiting for other scripts, being ended, room in the log ------------------------------------------------------------------------------
@@ -770,6 +884,20 @@ def test_what_only_reads_needs_no_room_in_the_log(logged):
     assert client.eval_ro(script, 0) == 3000
     client.mset({f"r{i}": 1 for i in range(1, 3001)})
     assert client.eval(script.replace("#redis.call('mget'", "redis.call('del'"), 0) == 3000
+
+
+@pytest.mark.parametrize("policy", ["always", "everysec"])
+@pytest.mark.parametrize("read", ["get", "exists"])
+@pytest.mark.parametrize("size", [1500, 9000])
+def test_what_writes_what_it_has_read_finds_room_in_the_log(serve, name, tmp_path, policy, read, size):
+    """Under stripes that it holds it asks for no more: much more than a buffer takes is written by one script."""
+    client = serve("--data-dir", str(tmp_path / "data"), "--log", policy, "--lua-time-limit", PATIENT).client(socket_timeout=LIMIT)
+    script = f"for i = 1, 400 do redis.call('{read}', 'k' .. i) redis.call('set', 'k' .. i, ARGV[1]) end return 1"
+    for _ in range(3):
+        assert client.eval(script, 0, "v" * size) == 1
+    with shmcache.attach(name) as cache:
+        assert int(cache.segment.header["log_gaps"]) == 0
+        assert len(cache) == 400
 
 
 def test_scripts_side_by_side_find_room_in_the_log(logged):

@@ -34,7 +34,7 @@ from shmcache.sidecar.commands.table import (
     keys_in,
     target,
 )
-from shmcache.sidecar.commands.transactions import denial
+from shmcache.sidecar.commands.transactions import Records, denial
 from shmcache.sidecar.replies import OK, array, bulk, integer
 
 if TYPE_CHECKING:
@@ -446,8 +446,9 @@ def evaluate(client: Connection, arguments: list[bytes], by_sha: bool, reads_onl
     if not by_sha:
         server.loop.call_soon_threadsafe(learn, client, source)
     keys = arguments[2 : 2 + n]
-    log_bytes = sum(map(len, arguments)) + 64 * n
-    return lua.run(client, sha, keys, arguments[2 + n :], reads_only or declared_so, 0 if reads_only or declared_so else log_bytes)
+    reads_only = reads_only or declared_so
+    log_bytes = 0 if reads_only else Records(client.ex).size([b"eval", *arguments], [(client.db, key) for key in keys])
+    return lua.run(client, sha, keys, arguments[2 + n :], reads_only, log_bytes)
 
 
 @command("eval", -3, WRITE, group="scripting")
