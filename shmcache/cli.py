@@ -833,7 +833,7 @@ def admin_parser() -> argparse.ArgumentParser:
     p.add_argument("--data-dir", metavar="D", required=True, help="where the snapshots are")
     p.add_argument("--size", help="of the segment, larger or smaller than it was (as it was)")
     p.add_argument("--huge-pages", action="store_true", help="put it into pages of 2 MiB (Linux 6.1)")
-    p = command("dump", do_dump, "Write all items to standard output, as msgpack maps of key, value and ttl.")
+    p = command("dump", do_dump, "Write all items to standard output, as msgpack maps of key, value, ttl, tags and namespace.")
     p.add_argument("--prefix", default="", help="of the keys")
     command("load", do_load, "Set all items that dump wrote, from standard input.")
     command("layout", do_layout, "Print the binary layout, from the dtypes.", named=False)

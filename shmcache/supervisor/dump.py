@@ -2,9 +2,14 @@
 
 Each item is a map {"key": bytes, "value": ..., "ttl": seconds or nil}. A value is what it is in msgpack: bytes, str, int, or what the
 msgpack codec has made of it (its extension types as in codec.py). A value of the pickle codec is bytes under "pickle" instead of "value".
-An item with tags has them under "tags", and load() stores it with the generations that these tags have in its segment. Of a value with a
-stale time the ttl is that till it is stale, and the stale time is not dumped; what a get would not find (stale, negative, of a tag that was
-invalidated) is left out. So are the generations: another segment has its own.
+An item with tags has them under "tags". An item of a namespace has the namespace's name under "namespace", and under "key" its key there;
+the sidecar's databases but the first are namespaces, "db:1" and so on. load() stores such an item with the generations that its tags and
+its namespace have in the segment: what is loaded stands beside what the namespace has there already. Of a value with a stale time the ttl
+is that until it is stale, and the stale time is not dumped. What a get would not find (stale, negative, of a tag that was invalidated, of a
+namespace that was cleared) is left out. So are the generations: another segment has its own.
+
+Dumps of earlier versions name no namespace: they have the generations, and keys that carry them. load() sets both as any other item: what
+such a namespace has had in the segment is not found any more.
 """
 
 from __future__ import annotations
@@ -18,10 +23,13 @@ import msgpack
 from shmcache import errors
 from shmcache.codec import ENVELOPE, INT, MSGPACK, PICKLE, STR, open_envelope
 from shmcache.core import _core, _stream
+from shmcache.namespace import LONGEST_NAME
+from shmcache.namespace import PREFIX as NAMESPACE_PREFIX
 from shmcache.supervisor import format as fmt
 
 if TYPE_CHECKING:
     from shmcache.cache import Cache
+    from shmcache.namespace import Namespace
 
 TAG_PREFIX = b"\x00tag\x00"  # of the keys of generations
 MOST_BYTES = (1 << 32) - 1  # of one item in a stream
@@ -41,6 +49,9 @@ def dump(
             for r in fmt.records(payload):
                 if not r.key.startswith(prefix) or r.key.startswith(TAG_PREFIX):
                     continue
+                name, generation, key = _in_namespace(r.key)
+                if name and not (generation and cache.get(NAMESPACE_PREFIX + name) == generation):  # a generation, or what was cleared
+                    continue
                 codec, value, expires_ms, tags = r.codec, r.value, r.expires_ms, None
                 if codec == ENVELOPE:
                     try:
@@ -52,11 +63,14 @@ def dump(
                     if negative or gone or (r.expires_ms and expires_ms <= now_ms):
                         continue
                     tags = [tag for tag, _ in carried]
-                packer.pack_map_header(4 if tags else 3)
+                packer.pack_map_header(3 + bool(name) + bool(tags))
+                if name:
+                    packer.pack("namespace")
+                    packer.pack(name)
                 if tags:
                     packer.pack("tags")
                     packer.pack(tags)
-                for part in ("key", r.key, "pickle" if codec == PICKLE else "value"):
+                for part in ("key", key, "pickle" if codec == PICKLE else "value"):
                     packer.pack(part)
                 out.write(packer.bytes())
                 packer.reset()
@@ -69,6 +83,15 @@ def dump(
         packer.reset()
         progress(walk.stripe, walk.n_stripes)
     return n
+
+
+def _in_namespace(key: bytes) -> tuple[bytes, bytes, bytes]:
+    """(the namespace's name, the generation that the key carries, the key in the namespace); (b"", b"", key) if it is in none. Of the key
+    of a generation the last two are empty."""
+    name, nul, rest = key.removeprefix(NAMESPACE_PREFIX).partition(b"\0")
+    if not key.startswith(NAMESPACE_PREFIX) or not 0 < len(name) <= LONGEST_NAME or (nul and len(rest) < 8):
+        return b"", b"", key
+    return name, rest[:8], rest[8:]
 
 
 def _plain(codec: int, value: bytes) -> Any:
@@ -85,6 +108,7 @@ def load(cache: Cache, source: BinaryIO) -> int:
     Raises: DamageError: this is no such stream, or it ends within an item; what set() raises.
     """
     n = 0
+    spaces: dict[bytes | str, Namespace] = {}
     has_default = cache.mapping.settings()["default_ttl_ms"] > 0
     for item in _items(source):
         sound = isinstance(item, dict) and isinstance(item.get("key"), (bytes, str)) and ("value" in item) != ("pickle" in item)
@@ -93,15 +117,23 @@ def load(cache: Cache, source: BinaryIO) -> int:
         ttl, tags = item.get("ttl"), item.get("tags")
         if not (tags is None or (isinstance(tags, list) and all(isinstance(tag, str) for tag in tags))):
             raise errors.DamageError(f"the tags of item {n + 1} are no list of str: is this the output of dump?")
+        key, name = item["key"], item.get("namespace")
+        if not isinstance(name, (bytes, str, type(None))):
+            raise errors.DamageError(f"the namespace of item {n + 1} is no name: is this the output of dump?")
+        if name is not None:
+            if name not in spaces:
+                spaces[name] = cache.namespace(name)
+            prefix = spaces[name].prefix()
+            key = _core.own_key(prefix, key, "a key in a namespace") if key else prefix  # a Redis client may have an empty one
         if "pickle" in item:
-            cache.set(item["key"], _core.Encoded(PICKLE, item["pickle"]), ttl, tags)
+            cache.set(key, _core.Encoded(PICKLE, item["pickle"]), ttl, tags)
         elif isinstance(item["value"], (bytes, str)) or (type(item["value"]) is int and -1 << 63 <= item["value"] < 1 << 63):
-            cache.set(item["key"], item["value"], ttl, tags)
+            cache.set(key, item["value"], ttl, tags)
         else:
             encoded = _core.Encoded(MSGPACK, msgpack.packb(item["value"], unicode_errors="surrogatepass"))
-            cache.set(item["key"], encoded, ttl, tags)
+            cache.set(key, encoded, ttl, tags)
         if ttl is None and has_default:
-            cache.persist(item["key"])
+            cache.persist(key)
         n += 1
     return n
 

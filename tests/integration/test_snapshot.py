@@ -18,6 +18,7 @@ import threading
 import time
 from pathlib import Path
 
+import msgpack
 import numpy as np
 import pytest
 
@@ -755,6 +756,46 @@ def test_what_carries_tags_is_dumped_with_them(make):
     cache.set("bad", _core.Encoded(5, b"short"))
     with pytest.raises(errors.DamageError, match="bad"):
         dump.dump(cache, io.BytesIO())
+
+
+def test_what_is_in_a_namespace_is_dumped_with_its_name(make):
+    """What another segment's namespace has stays beside it. A dump with the generations, as they were once, is loaded, too."""
+    cache = make("8M")
+    space, gone = cache.namespace("users"), cache.namespace("db:1")
+    space.set("cleared", 1)
+    gone.set("evicted", 1)
+    space.clear()
+    space.set_many({"a": [1], "b": b"b"}, 100)
+    space.set("tagged", 1, tags=("t",))
+    raw = {b"\0ns\0users": cache[b"\0ns\0users"], space.prefix() + b"a": 2, b"\0ns\0": 3, b"\0ns\0short\0key": 4}
+    cache.set_many({b"\0ns\0": 3, b"\0ns\0short\0key": 4, "plain": 5})
+    cache.delete(b"\0ns\0db:1")
+    out = io.BytesIO()
+    assert dump.dump(cache, out) == 6
+    items = {(item.get("namespace"), item["key"]): item["value"] for item in msgpack.Unpacker(io.BytesIO(out.getvalue()))}
+    assert items == {
+        (b"users", b"a"): [1], (b"users", b"b"): b"b", (b"users", b"tagged"): 1, (None, b"\0ns\0"): 3, (None, b"\0ns\0short\0key"): 4,
+        (None, b"plain"): 5,
+    }  # fmt: skip
+    cache.clear()
+    space.set_many({"a": "replaced", "stays": 6})
+    assert dump.load(cache, io.BytesIO(out.getvalue())) == 6
+    assert space.get_many(["a", "b", "tagged", "stays", "cleared"]) == {"a": [1], "b": b"b", "tagged": 1, "stays": 6}
+    assert 90 < space.ttl("a") <= 100
+    cache.invalidate_tag("t")
+    assert space.get("tagged") is None
+
+    packed = b"".join(msgpack.packb({"key": key, "value": value, "ttl": None}) for key, value in raw.items())
+    assert dump.load(cache, io.BytesIO(packed)) == 4
+    assert space.get("a") == 2
+    assert space.get("stays") is None
+    by_hand = msgpack.packb({"namespace": "users", "key": "c", "value": 7})
+    assert dump.load(cache, io.BytesIO(by_hand)) == 1
+    assert space.get("c") == 7
+    with pytest.raises(errors.DamageError, match="namespace"):
+        dump.load(cache, io.BytesIO(msgpack.packb({"namespace": 5, "key": b"k", "value": 1})))
+    with pytest.raises(errors.InvalidNamespace):
+        dump.load(cache, io.BytesIO(msgpack.packb({"namespace": b"a\0b", "key": b"k", "value": 1})))
 
 
 def test_tags_and_stale_times_are_restored(make, restored, folder):
