@@ -8,7 +8,6 @@ sees again what was cleared. While a segment is restored generations come first,
 
 from __future__ import annotations
 
-import os
 import time
 
 from shmcache import errors, flight
@@ -40,7 +39,7 @@ def generation(cache: Cache, key: bytes) -> bytes:
         found = cache.get(key)
     while not isinstance(found, bytes) or len(found) != 8:
         if found is None:
-            cache.add(key, os.urandom(8), ttl=flight.FOREVER)
+            cache._draw(key, flight.FOREVER, absent=True)
         else:
             renew(cache, key)
         found = cache.get(key)
@@ -49,7 +48,7 @@ def generation(cache: Cache, key: bytes) -> bytes:
 
 def renew(cache: Cache, key: bytes) -> None:
     """Another generation: what carries the one before is never found again."""
-    cache.set(key, os.urandom(8), ttl=flight.FOREVER)
+    cache._draw(key, flight.FOREVER)
 
 
 class Namespace:

@@ -28,7 +28,8 @@ def slots(cache: shmcache.Cache) -> np.ndarray[Any, Any]:
 def sizes(cache: shmcache.Cache) -> dict[int, tuple[int, int]]:
     """{database: (items, those of them that expire)} of those that have any, as Executor.sizes()."""
     at = (slots(cache) & ADDRESS).astype(np.int64) * 16
-    heads = cache.segment.bytes[at[:, None] + np.arange(80)]  # an item's header, and the first bytes of its key
+    places = at[:, None] + np.arange(80)  # of an item's header, and of the first bytes of its key, which the segment's last item may not have
+    heads = cache.segment.bytes[np.minimum(places, len(cache.segment.bytes) - 1)]
     items = np.ascontiguousarray(heads[:, :48]).view(cache.segment.items(0).dtype)[:, 0]
     expiring = (items["expiry_ms"] != 0) & (items["flags"] & CLAIM == 0)
     others = (heads[:, 48:55] == np.frombuffer(OTHERS, np.uint8)).all(axis=1) & (items["key_bytes"] >= len(OTHERS))

@@ -42,7 +42,7 @@ from shmcache.core.ring cimport log_t, record_room, ring_of, ring_release, ring_
 from shmcache.core.siphash cimport siphash, siphash13
 from shmcache.core.slab cimport chunk_class, cls_mark, give_back_all, item_at, page_cls
 from shmcache.core.table cimport (
-    ALWAYS, IF_ABSENT, IF_CLAIM, IF_PRESENT, IF_SAME, IF_UNCLAIMED, IF_UNMARKED, IF_UNMARKED_BY_ANY, IF_VERSION, LARGE_COPY, RESTARTS, add_to,
+    ALWAYS, DRAWN, IF_ABSENT, IF_CLAIM, IF_PRESENT, IF_SAME, IF_UNCLAIMED, IF_UNMARKED, IF_UNMARKED_BY_ANY, IF_VERSION, LARGE_COPY, RESTARTS, add_to,
     claim_t, clear_all, count_items, drop_dirty, end_mark, envelope_state, give_up, mark_t, next_keys, passes_by, prefetch_item, put, put_t, read_begin, read_claim, read_copy, read_end,
     read_generation, read_left, read_t, remove, remove_claim, same_item, set_expiry, state_in_place, unchanged)
 from shmcache.core.token cimport (
@@ -50,6 +50,7 @@ from shmcache.core.token cimport (
     SUPERVISOR_BYTE, close, dead, getpid, hold_byte, mono_ns, munmap, prober_ready, row_held, row_of, shm_ofd_lock, shm_reopen, shm_wiped_page, take_row, wall_ms, word_of)
 
 import sys
+from os import urandom
 
 from shmcache import errors
 
@@ -1493,6 +1494,7 @@ cdef class Table:
         op.chunk = 0
         op.flags = 0
         op.refs = 0
+        op.drawn = 0
         op.when = IF_VERSION if version else ALWAYS
         op.loaded = False
         op.version = version
@@ -1566,7 +1568,8 @@ cdef class Table:
         op.chunk = 0
         op.flags = 0
         op.refs = 0
-        op.when = when & ~WRITTEN
+        op.when = when & ~(WRITTEN | DRAWN)
+        op.drawn = s.me[0] if unlikely(when & DRAWN) else 0
         op.loaded = when == IF_CLAIM or when == IF_SAME
         op.version = version
         key_view(key, &op.key, &op.key_bytes)
@@ -1618,6 +1621,11 @@ cdef class Table:
         if unlikely(tags is not None):
             return self.store_tagged(key, value, ttl, tags, IF_ABSENT, 0) == OK
         return self.store(key, value, ttl, IF_ABSENT, 0, &stored) == OK
+
+    def _draw(self, key, ttl, bint absent=False):
+        """Store a generation (namespace.py): 8 random bytes, drawn here, so that no item carries it yet. absent: if the key is not there."""
+        cdef uint64_t stored
+        self.store(key, urandom(8), ttl, (IF_ABSENT if absent else ALWAYS) | DRAWN, 0, &stored)
 
     def replace(self, key, value, ttl=None, tags=None):
         """Store a value if the key is there: True if it was stored."""
@@ -1997,6 +2005,7 @@ cdef class Table:
             mine.token = s.me[0]
             op.chunk = 0
             op.refs = 0
+            op.drawn = 0
             op.hash = siphash13(op.key, op.key_bytes, s.k0, s.k1)
             op.version = 0
             rc = read_claim(s, op.key, op.key_bytes, op.hash, &op.version, &whose, &flags)
@@ -2092,6 +2101,7 @@ cdef class Table:
             mark.alone = alone
             op.chunk = 0
             op.refs = 0
+            op.drawn = 0
             op.hash = siphash13(op.key, op.key_bytes, s.k0, s.k1)
             op.version = version
             op.overlapped = False

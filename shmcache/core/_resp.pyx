@@ -36,7 +36,7 @@ from shmcache.core.ring cimport log_t, record_room, ring_of, ring_release, ring_
 from shmcache.core.siphash cimport siphash13
 from shmcache.core.sizes cimport has_first, size_counted, size_said, sized_t
 from shmcache.core.table cimport (
-    ALWAYS, IF_ABSENT, IF_PRESENT, IF_VERSION, LARGE_COPY, RESTARTS, count_items, envelope_state, next_keys, passes_by, prefetch_item, put_t, read_begin, read_copy, read_end, read_generation, read_t, remove)
+    ALWAYS, DRAWN, IF_ABSENT, IF_PRESENT, IF_VERSION, LARGE_COPY, RESTARTS, count_items, envelope_state, next_keys, passes_by, prefetch_item, put_t, read_begin, read_copy, read_end, read_generation, read_t, remove)
 from shmcache.core.token cimport ABSENT, AGAIN, BUSY, EXISTS, INTR, MISMATCH, NO_ROOM, NO_STORE, OK, OVERFLOW, mono_ns, wall_ns
 
 import threading
@@ -101,7 +101,8 @@ cdef enum:
     # of a stripe that does not know its size (add_sizes)
     WAITING             # for its lock, as long as a call does
     TRYING              # so long that a dead holder is found; then it is what the counts say
-    BRIEFLY             # its lock is only tried, and that until BRIEFLY_NS have gone: then, too. What has another generation's counts has 0
+    BRIEFLY             # its lock is only tried, and that until BRIEFLY_NS have gone: then, too. What has another generation's counts has 0, but for one
+                        # that newest does not tell of
     TRYING_NS = 2_000_000
     BRIEFLY_NS = 10_000_000
     LOOKS_BEFORE_STRIPES = 128  # keys()
@@ -735,7 +736,7 @@ cdef class Executor:
                 if rc == OK and read_end(s, &r) == OK:
                     remove_key(self, self.named, n, r.cas)
             elif ld32(&s.header.restoring) != NAMESPACES_FIRST:
-                put_value(self, self.named, n, <const uint8_t*>PyBytes_AS_STRING(urandom(8)), 8, CODEC_BYTES, NEVER, IF_ABSENT, 0)
+                put_value(self, self.named, n, <const uint8_t*>PyBytes_AS_STRING(urandom(8)), 8, CODEC_BYTES, NEVER, IF_ABSENT | DRAWN, 0)
             elif self.table.impatient:
                 raise WouldWait
             else:
@@ -773,7 +774,8 @@ cdef class Executor:
         """(items of the database in use, those of them that expire): of one of the first 16, by the stripes' counts. As len() of a cache, with what
         has expired and is not taken out yet. Of a stripe of the first that a stopped process holds, and while this thread holds stripes, what they
         say. Raises: WouldWait; StripeBusy, of another database than the first."""
-        cdef sized_t size = self.size_of(self.db, BRIEFLY if self.has_stripes() else WAITING if self.db else TRYING)
+        cdef uint64_t until = 0
+        cdef sized_t size = self.size_of(self.db, BRIEFLY if self.has_stripes() else WAITING if self.db else TRYING, &until)
         return size.items, size.expiring
 
     def sizes(self, bint exact=False):
@@ -781,24 +783,29 @@ cdef class Executor:
         cdef seg_t* s = self.table.ready()
         cdef sized_t size
         cdef dict found = {}
-        cdef int d
+        cdef uint64_t until = 0
+        cdef int d, k, how = WAITING if exact else BRIEFLY
         for d in range(min(self.databases, <int>DATABASES)):
-            size = self.size_of(d, WAITING if exact else BRIEFLY)
-            if d == 0 and self.databases == 1:
+            if exact:
+                until = 0
+            size = self.size_of(d, how, &until)
+            if self.databases == 1:         # those of others are the first's, too
                 size.items = count_items(s)
+                for k in range(1, DATABASES):
+                    size.expiring += self.size_of(k, how, &until).expiring
             if size.items:
                 found[d] = size.items, size.expiring
         return found
 
-    cdef sized_t size_of(self, int d, int how) except *:
-        """Its generation is loaded again when a stripe knows nothing of it: if somebody has flushed the database meanwhile, the sum begins again."""
+    cdef sized_t size_of(self, int d, int how, uint64_t* until) except *:
+        """until: till when it waits, or BRIEFLY counts; 0: not yet set. Its generation is loaded again when a stripe knows nothing of it: if somebody has flushed the database meanwhile, the sum begins again."""
         cdef seg_t* s = self.table.ready()
         cdef sized_t size
         cdef uint64_t generation = 0
         cdef int tries
         for tries in range(RESTARTS):
             size.items = size.expiring = 0
-            if d and not self.generation_of(s, d, &generation) or self.add_sizes(s, d, generation, how, tries + 1 == RESTARTS, &size):
+            if d and not self.generation_of(s, d, &generation) or self.add_sizes(s, d, generation, how, until, tries + 1 == RESTARTS, &size):
                 break
         return size
 
@@ -810,26 +817,26 @@ cdef class Executor:
             return True
         return read_generation(s, key, generation_key(key, d), generation) == OK
 
-    cdef bint add_sizes(self, seg_t* s, int d, uint64_t generation, int how, bint is_last, sized_t* sum) except -1:
+    cdef bint add_sizes(self, seg_t* s, int d, uint64_t generation, int how, uint64_t* until, bint is_last, sized_t* sum) except -1:
         """size_of(). False: the generation is another one now."""
         cdef sized_t size
-        cdef uint64_t now = generation, until = 0
+        cdef uint64_t now = generation
         cdef uint32_t i
         cdef int rc
         for i in range(s.n_stripes):
             rc = size_said(s, i, d, <uint32_t>generation, &size)
             if rc == ABSENT and how == WAITING and not self.table.impatient:
-                rc = self.under_lock(s, -1, d, generation, how, &until, &size)
+                rc = self.under_lock(s, -1, d, generation, how, until, &size)
                 if rc == MISMATCH and not is_last:
                     return False
             elif rc == ABSENT and not is_last and not (self.generation_of(s, d, &now) and now == generation):
                 return False
-            elif rc == AGAIN and how == BRIEFLY:
-                until = until or mono_ns() + BRIEFLY_NS
-                if mono_ns() < until:
+            elif how == BRIEFLY and (rc == AGAIN or rc == ABSENT and ld32(&s.header.newest[d]) == 0):
+                until[0] = until[0] or mono_ns() + BRIEFLY_NS
+                if mono_ns() < until[0]:
                     size_counted(s, i, d, <uint32_t>generation, 0, &size)
             if (rc == ABSENT or rc == AGAIN) and how != BRIEFLY:
-                self.under_lock(s, i, d, generation, how, &until, &size)
+                self.under_lock(s, i, d, generation, how, until, &size)
             sum.items += size.items
             sum.expiring += size.expiring
         return True
@@ -839,6 +846,8 @@ cdef class Executor:
         cdef int rc
         if self.table.impatient:
             raise WouldWait
+        if how == TRYING and until[0] and mono_ns() >= until[0]:        # to wait until a time that is over is to sleep once
+            return size_counted(s, <uint32_t>i, d, <uint32_t>generation, 0, size)
         until[0] = until[0] or (wait_until(s) if how == WAITING else mono_ns() + TRYING_NS)
         while True:
             with nogil:
@@ -1403,7 +1412,8 @@ cdef int put_value(Executor ex, const uint8_t* key, size_t n, const uint8_t* val
     op.flags = FLAG_RAW if codec & RAW else 0
     op.refs = 0
     op.chunk = 0
-    op.when = when
+    op.when = when & ~DRAWN
+    op.drawn = s.me[0] if unlikely(when & DRAWN) else 0
     op.loaded = False
     op.version = version
     op.expiry_ms = expiry_ms

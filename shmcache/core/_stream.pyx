@@ -440,6 +440,7 @@ cdef class Restore:
             op.flags = (FLAG_DIRTY if dirty else 0) | (FLAG_COPY_TTL if back and r.op & RECORD_COPY_TTL else 0)
             op.refs = <uint8_t>min(r.op >> 4 & 3, <int>MAX_REFS)
             op.when = RESTORED
+            op.drawn = s.me[0] if ld32(&s.header.restoring) == NAMESPACES_FIRST else 0     # nobody is in it: no item carries it yet
             op.loaded = True
             op.version = r.version
             op.epoch = s.header.restored_epoch

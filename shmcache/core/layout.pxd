@@ -194,7 +194,7 @@ ctypedef struct header_t:   # 4,096 bytes. Written at creation only, where nothi
     uint64_t log_number     # of the newest that was begun; 0: none was, and nobody has emptied the rings. Writer: the supervisor
     uint64_t log_bytes      # that it has at least: all that has left the rings is in them, or in earlier files. Writer: the supervisor
     uint64_t pad10[6]
-    uint32_t newest[16]     # DATABASES: the tag of each one's newest generation; 0: none. Writer: the holder of the stripe of the generation's key
+    uint32_t newest[16]     # DATABASES: the tag of each one's newest generation; 0: none, or items may have carried it before. Writer: the holder of the stripe of the generation's key
     uint64_t pad11[240]
 
 # ---- process rows ---------------------------------------------------------------------------------------------------

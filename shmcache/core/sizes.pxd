@@ -93,7 +93,7 @@ cdef inline void take_census(seg_t* s, uint64_t stripe, uint32_t epoch, census_t
 cdef inline void count_anew(seg_t* s, stripe_t* st, int d, uint32_t tag, uint32_t epoch, sized_t* to) noexcept nogil:
     """The stripe is held: count its items, and how many carry this tag of database d; afterwards its counts say so.
 
-    C3: a tag that is newest gives way to the one that is asked for only if no item carries it. Counts of other databases stay, unless the
+    C3: a tag that is newest (0: none is) gives way to the one that is asked for only if no item carries it. Counts of other databases stay, unless the
     turn was odd: then nothing is known of them, and what carries newest is counted. Crash: the turn is odd.
     """
     cdef databases_t* of = &s.databases[st - s.stripes]
@@ -123,9 +123,11 @@ cdef inline void count_anew(seg_t* s, stripe_t* st, int d, uint32_t tag, uint32_
 cdef inline int has_first(seg_t* s, uint32_t i, uint64_t until_ns) noexcept nogil:
     """May stripe i have an item of the first database? OK; ABSENT: it has none, by C1, for the stripe was held; BUSY or INTR."""
     cdef stripe_t* st = &s.stripes[i]
+    cdef uint32_t epoch
     cdef int rc = stripe_take(s, st, until_ns)
     if rc == OK:
-        if st.turn & 1 == 0 and in_epoch(st.count, epoch_of(s, st)) <= in_epoch(st.others, epoch_of(s, st)):
+        epoch = epoch_of(s, st)
+        if st.turn & 1 == 0 and in_epoch(st.count, epoch) <= in_epoch(st.others, epoch):
             rc = ABSENT
         stripe_release(s, st)
     return rc

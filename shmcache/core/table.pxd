@@ -52,6 +52,7 @@ cdef enum:
     IF_UNMARKED_BY_ANY = 8  # no mark of a living thread
     IF_SAME = 9             # exactly this item, fresh, stale or negative: what a stale value is replaced with
     RESTORED = 6            # nothing is there, nothing left meanwhile, and nobody has cleared: with a version that is given
+    DRAWN = 64              # with ALWAYS or IF_ABSENT, of callers that fill a put_t: the value is a generation that was drawn for this put
 
 # ---- read -----------------------------------------------------------------------------------------------------------------
 
@@ -445,6 +446,7 @@ ctypedef struct put_t:
     uint64_t version        # for IF_VERSION and IF_CLAIM; RESTORED: that it had
     uint32_t epoch          # RESTORED: of the segment when the restore began
     uint8_t refs            # its CLOCK count, but of a key that is there: that stays
+    uint64_t drawn          # of a generation that no item carries yet: the token of the process that stores it; else 0. A fork child of that one does not draw
     # what put has in hand between two calls
     uint64_t chunk          # reserved and filled; 0: not yet
     int cls
@@ -749,8 +751,8 @@ cdef inline int put(seg_t* s, put_t* op, uint64_t until_ns) noexcept nogil:
     #! put: cas
     if unlikely(op.flags & FLAG_DIRTY):
         dirty_placed(s, op.chunk, old)
-    if unlikely(op.key[0] == 0) and op.value_bytes == 8 and (op.when != RESTORED or ld32(&s.header.restoring) == NAMESPACES_FIRST):
-        note_newest(s, op.key, op.key_bytes, op.value, f.epoch)
+    if unlikely(op.key[0] == 0) and op.value_bytes == 8:
+        note_newest(s, op.key, op.key_bytes, op.value, f.epoch, op.drawn != 0 and op.drawn == s.me[0])
     tallied = changes_tally(s, old, op.chunk, same_key) and tally_begin(st)
     note_intent(st, OP_SET, old, op.chunk, (count_without(s, count, old) if old else count) + 1)     # 4
     if old:

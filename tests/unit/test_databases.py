@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import random
 import signal
@@ -15,7 +16,7 @@ import shmcache
 from shmcache.core import _sweep
 from shmcache.sidecar.commands import keys
 from shmcache.sidecar.server import Connection
-from shmcache.supervisor import snapshot
+from shmcache.supervisor import dump, snapshot
 from tests import census
 from tests.integration.service import until
 from tests.redis.inprocess import InProcess
@@ -111,6 +112,7 @@ def test_counts_are_what_a_look_at_every_slot_says(make, serve, seed):
     server = serve(cache.name)
     client = server.connect()
     sizes = (1, 60, 900, 9000, 200_000)
+    generations = set()
     for _ in range(40):
         for _ in range(rng.randrange(120)):
             d, key = rng.choice((0, 0, 0, 1, 2, 9, 15)), b"k%d" % rng.randrange(300)
@@ -142,6 +144,10 @@ def test_counts_are_what_a_look_at_every_slot_says(make, serve, seed):
             ask(server, client, "SELECT 1", "MULTI", "SET m 1", "SELECT 2", "SET m 2 EX 9", "SELECT 9", "FLUSHDB", "SET m 3", "DBSIZE", "EXEC")
         elif what == 10:
             cache.delete(b"\0ns\0db:%d" % rng.choice((1, 2, 9)))  # as if it was evicted
+        elif what == 11 and generations:  # one that was there before, or is there
+            d, generation = rng.choice(sorted(generations))
+            cache.set(b"\0ns\0db:%d" % d, generation)
+        generations |= {(d, generation) for d in (1, 2, 9) if (generation := cache.get(b"\0ns\0db:%d" % d))}
         agree(server, client, cache)
 
 
@@ -153,6 +159,9 @@ def test_without_databases_all_keys_are_the_firsts(make, serve):
     ask(server, client, "SET k v")
     assert ask(server, client, "DBSIZE") == [b":%d" % len(cache)] == [b":3"]
     assert keyspace(server, client) == {0: b"keys=3,expires=0,avg_ttl=0"}
+    cache.namespace("db:1").set("expires", 1, 100)
+    ask(server, client, "EXPIRE k 100")
+    assert keyspace(server, client) == {0: b"keys=4,expires=2,avg_ttl=0"}
 
 
 def test_databases_beyond_the_sixteenth_are_counted_by_a_walk(make, serve):
@@ -462,6 +471,157 @@ def test_what_is_not_known_is_counted_once(make, serve):
     agree(server, client, cache)
     assert bytes(view.databases["tag"]) == tags, "they were counted again"
     del view
+
+
+GENERATION = b"\0ns\0db:1"
+
+
+def renamed(cache, client):
+    client("SELECT 0", (b"RENAME", GENERATION, b"away"), "SELECT 1", "SET meanwhile v", "SELECT 0", (b"RENAME", b"away", GENERATION))
+
+
+def flushed_and(store):
+    """The generation of before a FLUSHDB is stored again."""
+
+    def act(cache, client):
+        old = cache.get(GENERATION)
+        client((b"COPY", GENERATION, b"kept"), "SELECT 1", "FLUSHDB", *(f"SET new{i} v" for i in range(100)), "SELECT 0")
+        store(cache, client, old)
+
+    return act
+
+
+def restored_by_a_client(cache, client, old):
+    dumped = client((b"DUMP", b"kept"))
+    client((b"RESTORE", GENERATION, b"0", b"\r\n".join(dumped[1:]), b"REPLACE"))
+
+
+def stored_before_a_clear(cache, client):
+    """And with it the items that carry it, before it."""
+    old, prefix = cache.get(GENERATION), cache.namespace("db:1").prefix()
+    client("FLUSHALL", "SELECT 1", *(f"SET new{i} v" for i in range(100)))
+    cache.set_many({prefix + b"k%d" % i: b"v" for i in range(100)})
+    cache.set(GENERATION, old)
+
+
+AGAIN = {
+    "renamed": renamed,
+    "copied": flushed_and(lambda cache, client, old: client((b"COPY", b"kept", GENERATION, b"REPLACE"))),
+    "set by a client": flushed_and(lambda cache, client, old: client((b"SET", GENERATION, old))),
+    "getset": flushed_and(lambda cache, client, old: client((b"GETSET", GENERATION, old))),
+    "in a transaction": flushed_and(lambda cache, client, old: client("MULTI", (b"SET", GENERATION, old), "EXEC")),
+    "restored by a client": flushed_and(restored_by_a_client),
+    "set": flushed_and(lambda cache, client, old: cache.set(GENERATION, old)),
+    "added": flushed_and(lambda cache, client, old: cache.delete(GENERATION) and cache.add(GENERATION, old)),
+    "by its version": flushed_and(lambda cache, client, old: cache.cas(GENERATION, old, cache.gets(GENERATION)[1])),
+    "set as a number": flushed_and(lambda cache, client, old: cache.set(GENERATION, int.from_bytes(old, "little", signed=True))),
+    "behind its items": stored_before_a_clear,
+}
+
+
+@pytest.mark.parametrize("again", AGAIN.values(), ids=AGAIN)
+def test_a_generation_that_is_stored_again_is_counted(make, serve, again):
+    """Items carry it already, in stripes that count those of another one."""
+    cache = make(stripes=16)
+    server = serve(cache.name)
+    client = server.connect()
+    ask(server, client, "SELECT 1", *(f"SET k{i} v EX 100" for i in range(100)), "SELECT 0")
+    old = cache.get(GENERATION)
+    again(cache, lambda *commands: ask(server, client, *commands))
+    now = cache.get(GENERATION)
+    assert now in (old, int.from_bytes(old, "little", signed=True))
+    assert keyspace(server, client)[1].startswith(b"keys=100,"), "INFO comes first"
+    assert ask(server, client, "SELECT 1", "MULTI", "DBSIZE", "EXEC", "DBSIZE")[-2:] == [b":100", b":100"]
+    if isinstance(now, bytes):  # the census takes no number for a generation
+        agree(server, client, cache)
+    ask(server, client, "SELECT 1", *(f"SET m{i} v" for i in range(50)), *(f"DEL k{i}" for i in range(30)))
+    assert dbsizes(server, client, (0, 1))[1] == 120
+    before = bytes(cache.segment.stripes["turn"]), bytes(cache.segment.databases)
+    assert dbsizes(server, client, (0, 1))[1] == 120
+    assert (bytes(cache.segment.stripes["turn"]), bytes(cache.segment.databases)) == before, "a stripe was counted again"
+    assert cache.verify() == []
+    ask(server, client, "SELECT 1", "FLUSHDB", *(f"SET l{i} v" for i in range(40)))
+    agree(server, client, cache)
+
+
+def test_a_generation_that_a_fork_child_stores_as_well_is_counted(make, serve):
+    """A signal's handler forks while clear() waits; the child goes on with it when the parent has stored that generation, items of it, and the next."""
+    cache = make(stripes=16, lock_limit=30)
+    server = serve(cache.name)
+    client = server.connect()
+    space = cache.namespace("db:1")
+    space.set("k", 1)
+    held, let_go, go_on = os.pipe(), os.pipe(), os.pipe()
+    parent, children = os.getpid(), []
+
+    def fork(*_):
+        children.append(os.fork())
+        if children[-1] == 0:
+            os.close(go_on[1])  # it goes on if the parent fails, too
+            os.read(go_on[0], 1)
+        else:
+            os.write(let_go[1], b".")
+
+    children.append(os.fork())
+    if children[0] == 0:
+        executor = InProcess(cache.name).executor
+        executor.hold([GENERATION])
+        words = bytes(cache.segment.stripes["word"])
+        os.write(held[1], b".")
+        until(lambda: bytes(cache.segment.stripes["word"]) != words)  # somebody waits
+        os.kill(parent, signal.SIGUSR1)
+        os.close(let_go[1])
+        os.read(let_go[0], 1)
+        executor.release()
+        os._exit(0)
+    before = signal.signal(signal.SIGUSR1, fork)
+    try:
+        os.read(held[0], 1)
+        space.clear()
+    finally:
+        if os.getpid() != parent:
+            os._exit(0)
+        signal.signal(signal.SIGUSR1, before)
+    drawn = cache.get(GENERATION)
+    for i in range(100):
+        space.set(f"k{i}", 1)
+    space.clear()
+    for i in range(100):
+        space.set(f"k{i}", 1)
+    for fd in (*held, *let_go, *go_on):
+        os.close(fd)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    assert cache.get(GENERATION) == drawn
+    agree(server, client, cache)
+    assert dbsizes(server, client, (1,)) == {1: 100}
+
+
+@pytest.mark.parametrize("flushed", [False, True])
+@pytest.mark.parametrize("empty", [False, True])
+def test_what_is_loaded_is_counted(make, name, serve, flushed, empty):
+    """Into another segment, or into the same. What a database has there stays."""
+    cache = make(stripes=16)
+    server = serve(cache.name)
+    client = server.connect()
+    for d in (1, 2):
+        ask(server, client, f"SELECT {d}", *(f"SET k{i} v EX 1000" for i in range(100)))
+    ask(server, client, "SELECT 2", "FLUSHDB", "SET only v", (b"SET", b"", b"no name"))
+    out = io.BytesIO()
+    assert dump.dump(cache, out) == 102
+    with contextlib.ExitStack() as stack:
+        if empty:
+            cache = stack.enter_context(shmcache.create(name + "b", "8M", stripes=16))
+            stack.callback(shmcache.unlink, cache.name)
+            server = serve(cache.name)
+            client = server.connect()
+        if flushed:
+            ask(server, client, "SELECT 1", "FLUSHDB", "SET new v")
+        assert dump.load(cache, io.BytesIO(out.getvalue())) == 102
+        assert keyspace(server, client) == {1: b"keys=%d,expires=100,avg_ttl=0" % (100 + flushed), 2: b"keys=2,expires=0,avg_ttl=0"}
+        assert ask(server, client, "SELECT 1", "GET k7", "SELECT 2", "GET only", (b"GET", b"")) == [
+            b"+OK", b"$1", b"v", b"+OK", b"$1", b"v", b"$7", b"no name",
+        ]  # fmt: skip
+        agree(server, client, cache)
 
 
 def test_who_asks_by_an_old_generation_takes_no_count_from_the_new(make, serve, monkeypatch):
