@@ -78,7 +78,8 @@ def worker(name: str, seed: int, keys: int | list[int], figures: Any, fault: str
 
 def in_databases(cache: shmcache.Cache, rng: random.Random) -> None:
     """An operation in one of the sidecar's databases, whose items are counted."""
-    space, key = cache.namespace(f"db:{rng.randrange(1, 4)}"), b"%d" % rng.randrange(500)
+    database, key = b"db:%d" % rng.randrange(1, 4), b"%d" % rng.randrange(500)
+    space = cache.namespace(database)
     what = rng.random()
     if what < 0.6:
         space.set(key, rng.randbytes(rng.choice((20, 200, 2000))), rng.choice((None, 60)))
@@ -86,8 +87,14 @@ def in_databases(cache: shmcache.Cache, rng: random.Random) -> None:
         space.delete(key)
     elif what < 0.995:
         space.touch(key, rng.choice((None, 60)))
-    else:
+    elif what < 0.998:
         space.clear()
+    else:  # as by RENAME of clients: the generation that was kept is stored again, and this one kept
+        kept, now = cache.get(database), cache.get(b"\0ns\0" + database)
+        if now is not None:
+            cache.set(database, now)
+        if kept is not None:
+            cache.set(b"\0ns\0" + database, kept)
 
 
 def in_namespace(name: str, seed: int, keys: int | list[int], figures: Any, fault: str | None) -> None:
