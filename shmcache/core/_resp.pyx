@@ -798,7 +798,8 @@ cdef class Executor:
         return found
 
     cdef sized_t size_of(self, int d, int how, uint64_t* until) except *:
-        """until: till when it waits, or BRIEFLY counts; 0: not yet set. Its generation is loaded again when a stripe knows nothing of it: if somebody has flushed the database meanwhile, the sum begins again."""
+        """Its generation is loaded again when a stripe knows nothing of it: if somebody has flushed the database meanwhile, the sum begins again.
+        until: when waiting, or what BRIEFLY counts, is over; 0: it is set when there is something to wait for, or to count."""
         cdef seg_t* s = self.table.ready()
         cdef sized_t size
         cdef uint64_t generation = 0

@@ -52,7 +52,7 @@ cdef enum:
     IF_UNMARKED_BY_ANY = 8  # no mark of a living thread
     IF_SAME = 9             # exactly this item, fresh, stale or negative: what a stale value is replaced with
     RESTORED = 6            # nothing is there, nothing left meanwhile, and nobody has cleared: with a version that is given
-    DRAWN = 64              # with ALWAYS or IF_ABSENT, of callers that fill a put_t: the value is a generation that was drawn for this put
+    DRAWN = 64              # beside ALWAYS or IF_ABSENT, for the functions that make a put_t: of what is a generation, drawn for this one write (put_t.drawn)
 
 # ---- read -----------------------------------------------------------------------------------------------------------------
 
@@ -446,7 +446,7 @@ ctypedef struct put_t:
     uint64_t version        # for IF_VERSION and IF_CLAIM; RESTORED: that it had
     uint32_t epoch          # RESTORED: of the segment when the restore began
     uint8_t refs            # its CLOCK count, but of a key that is there: that stays
-    uint64_t drawn          # of a generation that no item carries yet: the token of the process that stores it; else 0. A fork child of that one does not draw
+    uint64_t drawn          # of a generation that no item carries yet (databases.pxd): the token of the process that has drawn it; else 0
     # what put has in hand between two calls
     uint64_t chunk          # reserved and filled; 0: not yet
     int cls

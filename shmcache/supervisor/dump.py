@@ -39,7 +39,8 @@ READ_BYTES = 1 << 20
 def dump(
     cache: Cache, out: BinaryIO, prefix: bytes = b"", progress: Callable[[int, int], None] = lambda done, total: None
 ) -> int:
-    """Write all items whose keys begin with prefix: how many. Each is of one instant, together they are not. Raises: StripeBusy."""
+    """Write all items whose keys (in the segment: no namespace's, if it is not empty) begin with prefix: how many. Each is of one instant,
+    together they are not. Raises: StripeBusy."""
     walk = _stream.Walk(cache)
     packer = msgpack.Packer(autoreset=False)
     n = 0

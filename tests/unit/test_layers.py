@@ -27,7 +27,7 @@ ALLOWED = {  # module -> what of ours it may import
     "back": {"errors", "codec", "core", "flight", "stored"},
     "threads": {"errors", "core"},
     "aio": {"errors", "core", "segment", "cache", "flight", "threads"},
-    "supervisor": {"errors", "codec", "core", "segment", "cache", "policy", "stores", "notices", "supervisor"},
+    "supervisor": {"errors", "codec", "core", "segment", "cache", "namespace", "policy", "stores", "notices", "supervisor"},
     "metrics": set(),
     "notices": set(),
     "sidecar": {"errors", "core", "segment", "cache", "metrics", "notices", "policy", "stored", "stores", "through", "supervisor", "sidecar"},
