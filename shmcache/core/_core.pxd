@@ -65,7 +65,7 @@ cdef class Table:
     cdef uint64_t rolled            # hash ^ version of the item that get has last missed early
     cdef uint64_t rolls
     cdef uint64_t noted             # impatient: the ring's end that what was done with the log's policy always wants durable
-    cdef int room_in_log(self, seg_t* s, Mapping held, uint64_t n) except -1
+    cdef int room_in_log(self, seg_t* s, Mapping held, log_t* log, uint64_t n) except -1
     cdef int note_log(self, log_t* log) except -1
     cdef uint64_t take_log(self)
     cdef seg_t* ready(self) except NULL
@@ -87,7 +87,7 @@ cdef class Table:
     cdef object store_view(self, object value, put_t* op, int64_t* number)
     cdef int check_fills(self, seg_t* s, const uint8_t* key) except -1
     cdef int store(self, object key, object value, object ttl, int when, uint64_t version, uint64_t* stored) except -100
-    cdef int secure(self, seg_t* s, Mapping held, log_t* log, uint64_t n) except -1
+    cdef int secure(self, seg_t* s, Mapping held, log_t* log, uint64_t n, uint64_t least=*) except -1
     cdef int wait_ring(self, seg_t* s, Mapping held, uint64_t n, uint64_t end) except -100
     cdef void over(self, seg_t* s, log_t* log, bint done)
     cdef int durable(self, seg_t* s, Mapping held, log_t* log) except -1

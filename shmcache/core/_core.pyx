@@ -1373,8 +1373,8 @@ cdef class Table:
 
     # -- the log: room before a write takes its stripe, durability after it
 
-    cdef int secure(self, seg_t* s, Mapping held, log_t* log, uint64_t n) except -1:
-        """Room in this process's ring. If there is none for a second: with the policy always an error; else the operation is not logged,
+    cdef int secure(self, seg_t* s, Mapping held, log_t* log, uint64_t n, uint64_t least=0) except -1:
+        """Room in this process's ring, of n bytes; for who holds several stripes, at worst of `least`, without the value (0: n). If there is none for a second: with the policy always an error; else the operation is not logged,
         which is counted as a gap, and nobody waits again till the drainer has moved. With always the error comes at once while the log cannot
         be written: else each write would be done, and wait ten seconds for the disk. One that was admitted by room_in_log() goes on."""
         cdef ring_t* ring
@@ -1394,6 +1394,14 @@ cdef class Table:
                 wake_drainer(s)
             return 0
         if s.holder == pthread_self():          # nobody waits with a stripe in hand
+            least = least or n
+            if s.held_room >= least:            # it is reserved; log has it now
+                s.held_room -= least
+                log.bytes = least
+                return 0
+            if least < n and ring_secure(s, least):
+                log.bytes = least
+                return 0
             if always:
                 raise errors.LogFull("the log takes nothing more now: nothing was changed by this command")
             return 0
@@ -1456,7 +1464,7 @@ cdef class Table:
         if likely(s.ring_bytes == 0) or op.flags & FLAG_CLAIM or passes_by(s, op.key):      # a copy of what the store has is not restored
             return self.put_now(s, op)
         held = self.mapping
-        self.secure(s, held, &op.log, record_room(s, op.key_bytes, op.value_bytes))
+        self.secure(s, held, &op.log, record_room(s, op.key_bytes, op.value_bytes), record_room(s, op.key_bytes, 0))
         try:
             rc = self.put_now(s, op)
         finally:
@@ -1774,17 +1782,16 @@ cdef class Table:
         cdef uint64_t stored
         self.store(key, value, None, ALWAYS, 0, &stored)
 
-    cdef int room_in_log(self, seg_t* s, Mapping held, uint64_t n) except -1:
-        """Before several stripes are held: room for n bytes of records, for what will be logged meanwhile may not wait."""
-        cdef log_t log
+    cdef int room_in_log(self, seg_t* s, Mapping held, log_t* log, uint64_t n) except -1:
+        """Before several stripes are held: room for n bytes of records, for what will be logged meanwhile may not wait. It is secured."""
+        log.bytes = 0
         if s.ring_bytes and ld64(&s.header.log_policy) != LOG_OFF:
             if n > s.ring_bytes >> 1:
                 if ld64(&s.header.log_policy) == LOG_ALWAYS:
                     raise errors.LogFull(f"a transaction of {n:,} bytes does not fit into this segment's log buffer of {s.ring_bytes:,}: nothing "
                                          "was changed. Make it smaller, or create the segment with a larger log_buffer")
                 n = s.ring_bytes >> 1
-            self.secure(s, held, &log, n)
-            ring_release(s, &log)
+            self.secure(s, held, log, n)
         return 0
 
     cdef int forked(self, seg_t* s, Mapping held, log_t* log) except -1:
@@ -2286,7 +2293,7 @@ cdef class Table:
         if unlikely(writes_back(s, key)):
             self.wait_stored(s, held)
         if unlikely(s.ring_bytes != 0):
-            self.secure(s, held, log, record_room(s, n, 8))
+            self.secure(s, held, log, record_room(s, n, 8), record_room(s, n, 0))
         try:
             rc = add_to(s, key, n, h, by, out, log, 0)
             if rc == BUSY and self.impatient:

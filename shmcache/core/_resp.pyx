@@ -23,7 +23,7 @@ from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memchr, memcmp, memcpy, memmove, memset
 
 from shmcache.core._core cimport Mapping, Table, buried
-from shmcache.core.atomics cimport fence_acquire, ld32, ld32r, ld64, ld64r, ldi64r, likely, prefetch, unlikely
+from shmcache.core.atomics cimport fence_acquire, ld32, ld32r, ld64, ld64r, ldi64r, likely, prefetch, sub64, unlikely
 from shmcache.core.bucket cimport bucket_of, epoch_of, pthread_self, stripe_of, stripe_release, stripe_take
 from shmcache.core.clock cimport now_ms
 from shmcache.core.databases cimport is_others, tag_of
@@ -86,7 +86,7 @@ cdef enum:
     MOST_ARGS = 1048576
     OUT_LIMIT = 1 << 30         # bytes of output of one client
     OUT_MOST = 1 << 20          # bytes of output before it is sent in the middle of a pipeline
-    RECORD_ROOM = 64            # of the log, beside key and value of a record
+    MOST_PREFIX = 18            # bytes that a key of a database begins with: b"\0ns\0db:15\0" and a generation
     PREFIX_MOST = 64            # bytes before a key of a database that is not the first
     OUT_KEPT = 16384            # a larger output buffer is freed when it is empty
     TABLE_SLOTS = 1024          # of the table of command names; a power of two
@@ -403,11 +403,6 @@ cdef class Executor:
 
     # -- several keys at once
 
-    @property
-    def most_logged(self):
-        """Bytes of a value that a record of the log has; one for a larger value only says where that is. 0: nothing is logged."""
-        return self.s.ring_bytes >> 3
-
     def hold(self, keys, uint64_t log_bytes=0, *, further=(), int db=-1, double within=0):
         """Take the stripes of these keys, ascending: from here to release() what this thread does to them is one step for all who write, and
         it waits where it would not. Readers never wait: they may see one key before and the next after. log_bytes: of records that will be
@@ -540,8 +535,11 @@ cdef class Executor:
         cdef int rc = OK
         cdef bint were_pinned = self.pinned is not None
         cdef object lock = HOLDING
+        cdef log_t log
+        log.bytes = 0
         if log_bytes:
-            self.table.room_in_log(s, self.mapping, log_bytes)
+            self.table.room_in_log(s, self.mapping, &log, log_bytes)    # what is waited for is not waited for with HOLDING
+            ring_release(s, &log)
         if within_ns == 0:
             if not lock.acquire(not self.table.impatient):
                 raise WouldWait
@@ -550,9 +548,10 @@ cdef class Executor:
         try:
             self.table.ready()          # a signal's handler may have forked: no lock is taken with a token of 0
             if log_bytes:
-                self.table.room_in_log(s, self.mapping, log_bytes)  # who had HOLDING may have used it
+                self.table.room_in_log(s, self.mapping, &log, log_bytes)
             self.pin()
         except BaseException:
+            ring_release(s, &log)
             lock.release()
             raise
         for k in range(len(stripes)):
@@ -575,6 +574,7 @@ cdef class Executor:
                 s.held[i >> 6] |= <uint64_t>1 << (i & 63)
             #! hold: all taken
             s.held_epoch = ld32(&s.header.epoch)
+            s.held_room = log.bytes
             s.holder = pthread_self()
             self.holder = s.me[0]
             self.holding = base
@@ -590,6 +590,7 @@ cdef class Executor:
             i = stripes[k]
             stripe_release(s, &s.stripes[i])
             #! hold: a stripe given back
+        ring_release(s, &log)
         lock.release()
         if not were_pinned:
             self.pinned = None
@@ -606,6 +607,8 @@ cdef class Executor:
         #! release: begun
         s.holder = 0
         if s.me[0] == self.holder:
+            sub64(&s.ring_reserved, s.held_room)
+            s.held_room = 0
             for k in range(len(self.holding)):
                 i = self.holding[k]
                 stripe_release(s, &s.stripes[i])
@@ -955,6 +958,20 @@ cdef class Executor:
     def n_stripes(self):
         return self.s.n_stripes
 
+    def log_room(self, keys):
+        """Bytes in the log of records that a write of these (db, key) pairs makes, without their values; for none of them, of one without a key."""
+        cdef uint64_t room = 0
+        cdef bytes key
+        cdef int db
+        for db, key in keys:
+            room += record_room(self.s, PyBytes_GET_SIZE(key) + (MOST_PREFIX if db else 0), 0)
+        return room or record_room(self.s, 0, 0)
+
+    @property
+    def most_log_room(self):
+        """Bytes in the log that are kept for one step at most; 0: there is no log."""
+        return self.s.ring_bytes >> 1
+
     def empty_first(self, uint32_t stripe, uint64_t within_ns):
         """Remove, from this stripe on, every key of the first database that was there when this was called, for as long as that, from one stripe at
         least: the stripe to go on with. Claims go, too, and the marks of writers fill nothing more. What waits to be stored stays.
@@ -968,7 +985,8 @@ cdef class Executor:
         cdef uint64_t until = mono_ns() + within_ns
         cdef uint32_t n
         cdef int rc
-        self.table.room_in_log(s, self.mapping, record_room(s, MAX_KEY, 0))
+        self.table.room_in_log(s, self.mapping, &log, record_room(s, MAX_KEY, 0))
+        ring_release(s, &log)
         memset(&e, 0, sizeof(e))
         e.stripe = stripe
         while True:
@@ -2702,7 +2720,7 @@ cdef class Client:
             key = ex.argv[i]
             n = ex.argl[i]
             check_key(ex, &key, &n)
-            log_bytes += record_room(ex.s, ex.argl[i], ex.argl[i + 1])
+            log_bytes += record_room(ex.s, n, 0)
         held = self.hold_keys(ex.argc, 2, log_bytes)
         try:
             for i in range(1, ex.argc, 2):
@@ -2719,7 +2737,7 @@ cdef class Client:
         cdef Executor ex = self.ex
         cdef raw_t raw
         cdef bint held
-        held = self.hold_keys(3, 1, ex.argl[1] + ex.argl[2] + 2 * RECORD_ROOM + ex.most_logged)
+        held = self.hold_keys(3, 1, record_room(ex.s, ex.argl[1] + MOST_PREFIX, 0) + record_room(ex.s, ex.argl[2] + MOST_PREFIX, 0))
         try:
             if not look(ex, ex.argv[1], ex.argl[1], &raw, False):
                 return self.error(b"ERR no such key")
@@ -2765,7 +2783,7 @@ cdef class Client:
                 ex.add_stripe(found, ex.argv[1], ex.argl[1])
                 ex.use(<int>db)
                 ex.add_stripe(found, ex.argv[2], ex.argl[2])
-                ex.take_stripes(found, ex.argl[2] + RECORD_ROOM + ex.most_logged)
+                ex.take_stripes(found, record_room(ex.s, ex.argl[2] + MOST_PREFIX, 0))
                 held = True
             ex.use(<int>db)
             if not replace and not is_none(ex, ex.argv[2], ex.argl[2]):

@@ -4,7 +4,8 @@
 #   a ring has one producer, the process that holds its row (its threads by a private lock), and one consumer, the supervisor
 #   head moves behind whole records only, under the stripe, after the slot store; drained <= head <= drained + ring_bytes
 #   what is between head and a dead producer's last store does not exist; his successor in the row goes on at head
-#   nobody waits for room, or for durability, while he holds a lock: room is secured before the stripe is taken (ring_secure)
+#   nobody waits for room, or for durability, while he holds a lock: room is secured before the stripe is taken (ring_secure). Who takes several
+#   stripes keeps room for the records of all that he will do, each without its value, until he lets go of them (seg_t.held_room)
 #   a record's version is its stripe's sequence: order is the version, never the place
 #
 # Race table
@@ -14,7 +15,8 @@
 #   drainer dies               drained stands: the records come again, with the same versions, which is harmless
 # Crash: before head: the record does not exist; who repairs the stripe logs what he finishes. Behind it: it counts.
 #
-# A value of over an eighth of the ring is not copied: REF says which version of which key the drainer is to fetch from the table. If it has
+# A value of over an eighth of the ring is not copied, nor one for which a step over several keys finds no room in it, since it may not wait,
+# and what was kept for it is for records without values: REF says which version of which key the drainer is to fetch from the table. If it has
 # been replaced by then the newer one is logged, under its version; if it is gone, a DELETE under the version of the REF: it was
 # deleted after it, which may not be durable yet, or evicted, and then a miss is allowed. Never an older value.
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
@@ -156,7 +158,7 @@ cdef inline void log_op(seg_t* s, log_t* log, int op, uint64_t stripe, uint64_t 
             r.expires_ms = <uint64_t>(<int64_t>(it.expiry_ms + wall_ms()) - <int64_t>(mono_ns() // 1000000) - ldi64r(&s.header.clock_shift_ms))
     r.stripe = <uint32_t>stripe
     r.key_bytes = <uint16_t>key_bytes
-    if op == RECORD_SET and value_bytes > s.ring_bytes >> 3:
+    if op == RECORD_SET and (value_bytes > s.ring_bytes >> 3 or log.bytes < record_room(s, key_bytes, value_bytes)):
         op = RECORD_REF
         value_bytes = 0
     r.value_bytes = <uint32_t>value_bytes

@@ -319,7 +319,7 @@ cdef inline void row_begin(seg_t* s, uint32_t r, uint64_t gen) noexcept nogil:
     s.row = row
     s.row_idx = r
     s.ring_stuck = <uint64_t>-1
-    s.ring_reserved = 0     # of a parent
+    s.ring_reserved = s.held_room = 0       # of a parent
     s.ring_lock = 0
     s.me[0] = gen << 16 | (r + 1)
     #! row: begun

@@ -18,9 +18,10 @@ Rules
    or writes keys that were seen and the log has room for it, it waits for one stripe alone, then tries the rest, and lets go of all for
    the next one that is busy
 7. a command that reads and computes for long (takes_long) runs while its undeclared keys are not held: their versions are noted before
-8. a script asks for room in the log when it takes its first stripe: for as much as its arguments have, or LEAST_ROOM. Once that is used
-   or there is not as much, it lets go, and each command asks for its own; one that reads for as much again, under which the next may write.
-   What only reads asks for none. While stripes of KEYS are held nothing can be asked for: a write that finds no room is an error, or a gap
+8. a script asks for room in the log when it takes its first stripe: for records of its KEYS, or SCRIPT_ROOM: it is kept. Once that
+   is used or there is not as much, it lets go, and each command asks for its own; one that reads for as much again, under which the next
+   may write. What only reads asks for none. While stripes of KEYS are held nothing more can be asked for: a write that finds no room, not
+   even for a record without its value, is an error, or a gap
 
 Race table
   another writes a key that is held      it waits: for KEPT and a command at most, or until Lua looks at the clock
@@ -46,7 +47,7 @@ from typing import TYPE_CHECKING, TypeVar
 from shmcache import errors
 from shmcache.core import _core, _resp
 from shmcache.sidecar.commands.table import Error
-from shmcache.sidecar.commands.transactions import Records, call
+from shmcache.sidecar.commands.transactions import SCRIPT_ROOM, call
 from shmcache.sidecar.replies import integer
 
 if TYPE_CHECKING:
@@ -63,7 +64,6 @@ MOST_BEGINNINGS = 5
 MARGIN = 0.02  # seconds before its last time is over in which a script waits for no key: it is told which one is busy
 SHORT = 0.001  # that it waits at least
 SLICE = 0.1  # after which a wait looks whether the script is to end
-LEAST_ROOM = 4096  # bytes in the log for which a script asks that may write: what it writes while it holds stripes may not wait
 LONG_READ = 1 << 20  # bytes, or for LCS pairs of them: some 3 ms at most
 FLUSHES = {b"flushdb", b"flushall"}
 WALKS = {b"keys", b"dbsize", b"randomkey", *FLUSHES}  # they take long, and have no keys
@@ -111,7 +111,7 @@ class Reach:
         self.ex, self.db, self.time, self.allowed, self.doom = ex, db, time, allowed, doom
         self.declared = {(db, key) for key in declared}
         self.logs = log_bytes > 0
-        self.log_bytes = max(log_bytes, LEAST_ROOM) if self.logs else 0
+        self.log_bytes = min(max(log_bytes, SCRIPT_ROOM), ex.most_log_room) if self.logs else 0
         self.log_full = False  # when it asked: no more is asked for by what only reads
         self.nested = ex.holds  # within a transaction, which cannot begin again
         self.wanted: dict[Key, None] = {}  # held from its next beginning on
@@ -159,10 +159,11 @@ class Reach:
             self.give_up(name)
         if name in FLUSHES:
             return self.flush(caller, words)
-        divides = len(others) > MOST_KEPT and len(words) - 1 == PIECES.get(name, 0) * len(keys)
-        if divides and not (writes and self.named.intersection(others)):
+        size = self.log_size(words, keys) if writes else 0
+        is_large = self.logs and size > self.ex.most_log_room
+        divides = (len(others) > MOST_KEPT or is_large) and len(words) - 1 == PIECES.get(name, 0) * len(keys)
+        if divides and (is_large or not writes or self.named.isdisjoint(others)):
             return self.run_in_pieces(caller, words, keys, writes)
-        size = Records(self.ex).size(words, keys) if writes else 0
         long = bool(others) and self.takes_long(name, others)
         if long:
             self.look_at(others)
@@ -186,7 +187,7 @@ class Reach:
         seen = [key for key in self.seen if everything or key[0] == self.db]
         one_by_one = not everything and self.db == 0 and self.ex.databases > 1  # which may take long
         if seen and len(seen) <= MOST_KEPT and not one_by_one:
-            self.run_loose(caller, words, seen, Records(self.ex).size(words, []), True)
+            self.run_loose(caller, words, seen, self.log_size(words, []), True)
         else:
             if seen:
                 self.look_at(seen)
@@ -201,9 +202,12 @@ class Reach:
         """As outside of scripts: no step over all of its keys."""
         each = PIECES[words[0].lower()]
         replies: list[bytes] = []
-        for i in range(0, len(keys), MOST_KEPT):
-            piece = [words[0], *words[1 + i * each : 1 + (i + MOST_KEPT) * each]]
-            replies.append(self.run(caller, piece, keys[i : i + MOST_KEPT], writes))
+        most = MOST_KEPT
+        if writes and self.logs:
+            most = max(1, min(most, self.ex.most_log_room // 2 // max(self.ex.log_room([key]) for key in keys)))
+        for i in range(0, len(keys), most):
+            piece = [words[0], *words[1 + i * each : 1 + (i + most) * each]]
+            replies.append(self.run(caller, piece, keys[i : i + most], writes))
             if replies[-1].startswith(b"-"):
                 return replies[-1]
             if sum(map(len, replies)) > caller.most_out:
@@ -272,6 +276,10 @@ class Reach:
         self.note(keys, writes)
         if not writes:  # what it has read may be why it changes them
             self.since, self.held = _core.monotonic(), dict.fromkeys(keys)
+
+    def log_size(self, words: list[bytes], keys: list[Key]) -> int:
+        """Bytes in the log for which a command asks that writes these keys: of those of BITOP it writes the first."""
+        return self.ex.log_room(keys[:1] if words[0].lower() == b"bitop" else keys)
 
     def note(self, keys: list[Key], writes: bool) -> None:
         """A command that names these undeclared keys runs, or has run."""

@@ -92,7 +92,7 @@ def bitop(client: Connection, arguments: list[bytes]) -> bytes:
     if operation == b"not" and len(sources) != 1:
         raise Error("ERR BITOP NOT must be called with a single source key.")
     ex = client.ex
-    with all_of(client, [to, *sources], len(to) + 64 + ex.most_logged):
+    with all_of(client, [to, *sources], ex.log_room([(ex.db, to)])):
         result, size = 0, 0
         for i, key in enumerate(sources):  # one at a time: they may be large
             client.check_time()

@@ -31,10 +31,9 @@ from shmcache.sidecar.commands.table import (
     container,
     in_pool,
     integer_of,
-    keys_in,
-    target,
+    pairs_in,
 )
-from shmcache.sidecar.commands.transactions import Records, denial
+from shmcache.sidecar.commands.transactions import denial
 from shmcache.sidecar.replies import OK, array, bulk, integer
 
 if TYPE_CHECKING:
@@ -291,7 +290,7 @@ class Runtime:
         try:
             self.check(name, arguments, reach)
             writes = bool(TABLE[name].flags & WRITE) or name in OUTSIDE or name in NOT_IN_SCRIPTS
-            reply = reach.run(self.caller, list(words), self.keys_of(name, arguments), writes)
+            reply = reach.run(self.caller, list(words), pairs_in(name, arguments, self.caller.db, self.caller.ex.databases), writes)
         except undeclared.Again:
             self.again = True
             return AGAIN
@@ -308,14 +307,6 @@ class Runtime:
         for words in self.untold:
             self.server.loop.call_soon_threadsafe(tell_monitors, self.caller, words, "lua")
         self.untold.clear()
-
-    def keys_of(self, name: str, arguments: list[bytes]) -> list[tuple[int, bytes]]:
-        """With their databases."""
-        db = self.caller.db
-        keys = [(db, key) for key in keys_in(name, arguments)]
-        if name == "copy" and 0 <= (to := target(arguments, db)) < self.caller.ex.databases:
-            keys[1] = to, keys[1][1]
-        return keys
 
     def check(self, name: str, arguments: list[bytes], reach: undeclared.Reach) -> None:
         """Raises: Error, if a script may not call it so."""
@@ -447,7 +438,7 @@ def evaluate(client: Connection, arguments: list[bytes], by_sha: bool, reads_onl
         server.loop.call_soon_threadsafe(learn, client, source)
     keys = arguments[2 : 2 + n]
     reads_only = reads_only or declared_so
-    log_bytes = 0 if reads_only else Records(client.ex).size([b"eval", *arguments], [(client.db, key) for key in keys])
+    log_bytes = 0 if reads_only else client.ex.log_room((client.db, key) for key in keys)
     return lua.run(client, sha, keys, arguments[2 + n :], reads_only, log_bytes)
 
 

@@ -153,6 +153,14 @@ def target(arguments: list[bytes], db: int) -> int:
     return db
 
 
+def pairs_in(name: str, arguments: list[bytes], db: int, databases: int) -> list[tuple[int, bytes]]:
+    """keys_in(), with their databases."""
+    keys = [(db, key) for key in keys_in(name, arguments)]
+    if name == "copy" and 0 <= (to := target(arguments, db)) < databases:
+        keys[1] = to, keys[1][1]
+    return keys
+
+
 def shown(word: bytes) -> str:
     """In an error: up to its first zero byte, as C prints a string."""
     return word.split(b"\0")[0].decode("utf-8", "surrogateescape")

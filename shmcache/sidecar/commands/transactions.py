@@ -26,15 +26,14 @@ from shmcache.sidecar.commands.table import (
     command,
     in_pool,
     is_of_loop,
-    keys_in,
+    pairs_in,
 )
 from shmcache.sidecar.replies import OK, nil_array
 
 if TYPE_CHECKING:
-    from shmcache.core._resp import Executor
     from shmcache.sidecar.server import Connection
 
-LOG_VALUES = {b"append", b"bitfield", b"bitop", b"copy", b"rename", b"renamenx", b"setbit", b"setrange"}  # more than their arguments have
+SCRIPT_ROOM = 8192  # bytes in the log for which a script asks that may write, at least: what writes while it holds stripes may not wait
 MOST_UNTOLD = 1 << 20  # bytes of replies that wait for the other event loops, beyond which nothing of the connection is executed
 
 REASONS = {  # at EXEC
@@ -195,25 +194,6 @@ def is_elsewhere(client: Connection, words: list[bytes]) -> bool:
     return client.ex is not client.server.executor and is_of_loop(words[0].decode("latin-1").lower())
 
 
-class Records:
-    """What commands that run in one step will log."""
-
-    def __init__(self, ex: Executor) -> None:
-        self.ex, self.values = ex, dict[tuple[int, bytes], int]()  # bytes of those that will be there by then, about
-
-    def size(self, words: list[bytes], keys: list[tuple[int, bytes]]) -> int:
-        """Bytes, about, of the records of a command that writes these keys, behind those before."""
-        name, most = words[0].lower(), self.ex.most_logged
-        value = max(map(len, words))
-        if name in LOG_VALUES:
-            there = zip(keys, self.ex.value_sizes(keys), strict=True)
-            value += max((self.values.get(key, n) for key, n in there), default=0)
-        self.values.update(dict.fromkeys(keys, value))
-        written = words[2:3] if name == b"bitop" else words  # of its keys it writes one
-        size = sum(len(word) for word in written if len(word) <= most) + 64 * (1 if name == b"bitop" else max(1, len(keys)))
-        return size + value if name in LOG_VALUES and value <= most else size
-
-
 def execute(client: Connection) -> bytes | None:
     if not client.in_multi:
         raise Error("ERR EXEC without MULTI")
@@ -223,17 +203,18 @@ def execute(client: Connection) -> bytes | None:
     queue = client.queue
     keys = [*client.watching]
     long, elsewhere, everything, db = False, False, False, client.db
-    records, log_bytes = Records(client.ex), 0
+    log_bytes = 0
     for words in queue:
         name = words[0].decode("latin-1").lower()
         if name == "select" and (n := number(words[1])) is not None and 0 <= n < client.ex.databases:
             db = n
-        found = [(db, key) for key in keys_in(name, words[1:])]
+        found = pairs_in(name, words[1:], db, client.ex.databases)
         keys += found
         long = long or name in LONG
         everything = everything or (name == "flushdb" and db == 0 and client.ex.databases > 1)
         elsewhere = elsewhere or is_elsewhere(client, words)
-        log_bytes += records.size(words, found) if TABLE[name].flags & WRITE else 0
+        if TABLE[name].flags & WRITE:
+            log_bytes += client.ex.log_room(found) + (SCRIPT_ROOM if TABLE[name].group == "scripting" else 0)
     if long or client.server.store is not None:
         in_pool(client)
     if any(TABLE[words[0].decode("latin-1").lower()].group == "pubsub" for words in queue) and client.ex is client.server.executor:
