@@ -1885,7 +1885,7 @@ cdef class Table:
             rc = self.remove_now(s, held, key, n, siphash13(key, n, s.k0, s.k1), 0, False, log)
         finally:
             if logged:
-                self.over(s, log, False)
+                self.over(s, log, rc == OK and s.policy == 0)     # in front of a store it was a copy
         return rc
 
     def flush(self, double timeout=30.0):

@@ -959,13 +959,13 @@ cdef class Executor:
         return self.s.n_stripes
 
     def log_room(self, keys):
-        """Bytes in the log of records that a write of these (db, key) pairs makes, without their values; for none of them, of one without a key."""
+        """Bytes in the log of records that a write of these (db, key) pairs makes, without their values; for none of them, of a generation's key."""
         cdef uint64_t room = 0
         cdef bytes key
         cdef int db
         for db, key in keys:
-            room += record_room(self.s, PyBytes_GET_SIZE(key) + (MOST_PREFIX if db else 0), 0)
-        return room or record_room(self.s, 0, 0)
+            room += record_room(self.s, PyBytes_GET_SIZE(key) + (MOST_PREFIX if db else N_ASIDE if self.aside is not None else 0), 0)
+        return room or record_room(self.s, MOST_PREFIX, 0)      # of a generation's key
 
     @property
     def most_log_room(self):

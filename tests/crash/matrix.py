@@ -1253,17 +1253,21 @@ def counted_anew(b: Bench) -> None:
 
 
 def to_reach(b: Bench) -> None:
-    """A living process holds the stripe of one further key."""
+    """A living process holds the stripe of one further key, which comes behind the other's."""
     basic(b)
     writes(b, {VICTIM: OLD}, (VICTIM, NEW))
-    b.plant(b.seg.stripes, (b.stripe(VICTIM) + 3) % 16)
+    b.plant(b.seg.stripes, max(two_stripes(b)))
+
+
+def two_stripes(b: Bench) -> list[int]:
+    return [(b.stripe(VICTIM) + i) % 16 for i in (3, 5)]
 
 
 @scenario(prepare=to_reach)
 def reach_further(b: Bench) -> None:
     """As a script does, of keys that it has not declared."""
     at = b.stripe(VICTIM)
-    first, second, third, busy = ((0, key) for key in b.on_stripes(*((at + i) % 16 for i in (1, 9, 5, 3))))
+    first, second, third, busy = ((0, key) for key in b.on_stripes((at + 1) % 16, (at + 9) % 16, *sorted(two_stripes(b))))
     executor = _resp.Executor(b.cache, {}, impatient=False)
     executor.hold([VICTIM])
     assert executor.hold_further([first, second]) is None

@@ -47,6 +47,7 @@ MAKES = {  # what a client sends, again and again
     "exec: many sets": lambda i: in_one_step(*(("SET", f"k{j}", 1) for j in range(500))),
     "exec: floats": lambda i: in_one_step(*(("INCRBYFLOAT", "k", "1e300") for _ in range(200))),
     "exec: a script": lambda i: in_one_step(*script("for i = 1, 9 do redis.call('set', KEYS[1], ARGV[1]) end return 1", "k", arguments=[SMALL])),
+    "exec: many scripts": lambda i: in_one_step(*(words for j in range(40) for words in script("return redis.call('incr', KEYS[1])", f"n{j}"))),
     "eval": lambda i: script("for i = 1, 9 do redis.call('copy', KEYS[1], KEYS[2], 'replace') end return 1", "a", "b"),
     "eval: large arguments": lambda i: script("return redis.call('set', KEYS[1], ARGV[1])", "k", arguments=[SMALL, LARGE]),
     "undeclared": lambda i: script("return redis.call('copy', 'a', ARGV[1], 'replace')", arguments=[f"b{i}"]),

@@ -203,7 +203,7 @@ def execute(client: Connection) -> bytes | None:
     queue = client.queue
     keys = [*client.watching]
     long, elsewhere, everything, db = False, False, False, client.db
-    log_bytes = 0
+    log_bytes = wished = 0  # for what scripts write besides their KEYS there may be less room
     for words in queue:
         name = words[0].decode("latin-1").lower()
         if name == "select" and (n := number(words[1])) is not None and 0 <= n < client.ex.databases:
@@ -214,7 +214,10 @@ def execute(client: Connection) -> bytes | None:
         everything = everything or (name == "flushdb" and db == 0 and client.ex.databases > 1)
         elsewhere = elsewhere or is_elsewhere(client, words)
         if TABLE[name].flags & WRITE:
-            log_bytes += client.ex.log_room(found) + (SCRIPT_ROOM if TABLE[name].group == "scripting" else 0)
+            log_bytes += client.ex.log_room(found)
+            wished += SCRIPT_ROOM if TABLE[name].group == "scripting" else 0
+    if log_bytes < (most := client.ex.most_log_room):
+        log_bytes = min(log_bytes + wished, most)
     if long or client.server.store is not None:
         in_pool(client)
     if any(TABLE[words[0].decode("latin-1").lower()].group == "pubsub" for words in queue) and client.ex is client.server.executor:
