@@ -1208,7 +1208,7 @@ with store._connections.transaction(time.monotonic() + 1, write=True) as c:
 
 
 def test_sqlite_readers_and_a_writer_do_not_wait_for_each_other(sqlite):
-    store = sqlite.store(timeout=0.2)
+    store = sqlite.store(timeout=5)
     store.store_many({b"k": (0, None)})
     sqlite.run("BEGIN")
     assert sqlite.rows() == 1
