@@ -1374,9 +1374,11 @@ cdef class Table:
     # -- the log: room before a write takes its stripe, durability after it
 
     cdef int secure(self, seg_t* s, Mapping held, log_t* log, uint64_t n, uint64_t least=0) except -1:
-        """Room in this process's ring, of n bytes; for who holds several stripes, at worst of `least`, without the value (0: n). If there is none for a second: with the policy always an error; else the operation is not logged,
-        which is counted as a gap, and nobody waits again till the drainer has moved. With always the error comes at once while the log cannot
-        be written: else each write would be done, and wait ten seconds for the disk. One that was admitted by room_in_log() goes on."""
+        """Room for a record of n bytes in this process's ring. If there is none for a second: with the policy always an error; else the
+        operation is not logged, which is counted as a gap, and nobody waits again until the drainer has moved. With always the error comes at
+        once while the log cannot be written: else each write would be done, and wait ten seconds for the disk. A step that room_in_log() has
+        admitted goes on: its thread holds several stripes, so it does not wait. least: bytes of the record without its value (0: it has none),
+        which is what such a thread gets if there is no room for n."""
         cdef ring_t* ring
         cdef int rc
         cdef bint always = ld64(&s.header.log_policy) == LOG_ALWAYS

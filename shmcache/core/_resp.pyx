@@ -86,7 +86,7 @@ cdef enum:
     MOST_ARGS = 1048576
     OUT_LIMIT = 1 << 30         # bytes of output of one client
     OUT_MOST = 1 << 20          # bytes of output before it is sent in the middle of a pipeline
-    MOST_PREFIX = 18            # bytes that a key of a database begins with: b"\0ns\0db:15\0" and a generation
+    DATABASE_PREFIX = 18        # bytes that a key of a database begins with: b"\0ns\0db:15\0" and a generation
     PREFIX_MOST = 64            # bytes before a key of a database that is not the first
     OUT_KEPT = 16384            # a larger output buffer is freed when it is empty
     TABLE_SLOTS = 1024          # of the table of command names; a power of two
@@ -964,8 +964,8 @@ cdef class Executor:
         cdef bytes key
         cdef int db
         for db, key in keys:
-            room += record_room(self.s, PyBytes_GET_SIZE(key) + (MOST_PREFIX if db else N_ASIDE if self.aside is not None else 0), 0)
-        return room or record_room(self.s, MOST_PREFIX, 0)      # of a generation's key
+            room += record_room(self.s, PyBytes_GET_SIZE(key) + (DATABASE_PREFIX if db else N_ASIDE if self.aside is not None else 0), 0)
+        return room or record_room(self.s, DATABASE_PREFIX, 0)
 
     @property
     def most_log_room(self):
@@ -2737,7 +2737,7 @@ cdef class Client:
         cdef Executor ex = self.ex
         cdef raw_t raw
         cdef bint held
-        held = self.hold_keys(3, 1, record_room(ex.s, ex.argl[1] + MOST_PREFIX, 0) + record_room(ex.s, ex.argl[2] + MOST_PREFIX, 0))
+        held = self.hold_keys(3, 1, record_room(ex.s, ex.argl[1] + DATABASE_PREFIX, 0) + record_room(ex.s, ex.argl[2] + DATABASE_PREFIX, 0))
         try:
             if not look(ex, ex.argv[1], ex.argl[1], &raw, False):
                 return self.error(b"ERR no such key")
@@ -2783,7 +2783,7 @@ cdef class Client:
                 ex.add_stripe(found, ex.argv[1], ex.argl[1])
                 ex.use(<int>db)
                 ex.add_stripe(found, ex.argv[2], ex.argl[2])
-                ex.take_stripes(found, record_room(ex.s, ex.argl[2] + MOST_PREFIX, 0))
+                ex.take_stripes(found, record_room(ex.s, ex.argl[2] + DATABASE_PREFIX, 0))
                 held = True
             ex.use(<int>db)
             if not replace and not is_none(ex, ex.argv[2], ex.argl[2]):

@@ -344,7 +344,7 @@ ctypedef struct seg_t:
     uint32_t policy
     uint64_t* dirty         # the bits
     uint64_t holder         # the thread of this process that holds several stripes at once; 0: none. One at a time
-    uint64_t held_room      # of ring_reserved: what is kept for the records of what it does. The holder
+    uint64_t held_room      # of ring_reserved: what is kept for the records of what the holder does. Writer: the holder
     uint64_t held[1024]     # which: a bit for each stripe
     uint32_t held_epoch     # header.epoch when it had them all: the one that counts for what it does to their keys
     bint supervising        # this process is the supervisor: what it evicts, it evicts ahead of demand

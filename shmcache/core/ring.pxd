@@ -4,8 +4,8 @@
 #   a ring has one producer, the process that holds its row (its threads by a private lock), and one consumer, the supervisor
 #   head moves behind whole records only, under the stripe, after the slot store; drained <= head <= drained + ring_bytes
 #   what is between head and a dead producer's last store does not exist; his successor in the row goes on at head
-#   nobody waits for room, or for durability, while he holds a lock: room is secured before the stripe is taken (ring_secure). Who takes several
-#   stripes keeps room for the records of all that he will do, each without its value, until he lets go of them (seg_t.held_room)
+#   no thread waits for room, or for durability, while it holds a lock: room is secured before the stripe is taken (ring_secure). A thread that
+#   takes several stripes keeps room for the records of all its writes there, each without its value, until it lets go of them (seg_t.held_room)
 #   a record's version is its stripe's sequence: order is the version, never the place
 #
 # Race table
@@ -15,9 +15,9 @@
 #   drainer dies               drained stands: the records come again, with the same versions, which is harmless
 # Crash: before head: the record does not exist; who repairs the stripe logs what he finishes. Behind it: it counts.
 #
-# A value of over an eighth of the ring is not copied, nor one for which a step over several keys finds no room in it, since it may not wait,
-# and what was kept for it is for records without values: REF says which version of which key the drainer is to fetch from the table. If it has
-# been replaced by then the newer one is logged, under its version; if it is gone, a DELETE under the version of the REF: it was
+# A value of over an eighth of the ring is not copied. Nor is a value that a thread with several stripes writes while the ring has no room for it:
+# the thread may not wait, and has kept room for records without values. REF says which version of which key the drainer is to fetch from the
+# table. If it has been replaced by then the newer one is logged, under its version; if it is gone, a DELETE under the version of the REF: it was
 # deleted after it, which may not be durable yet, or evicted, and then a miss is allowed. Never an older value.
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy

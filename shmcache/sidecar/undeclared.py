@@ -10,8 +10,8 @@ Rules
 4. so that workers never wait long, all undeclared keys are let go after KEPT seconds, or MOST_KEPT keys, or before a walk over all keys.
    From there on (loose) a command that writes holds its own keys while it runs; one that only reads until another names other keys, or
    KEPT is over. Each key that a command has named (seen) has to be as the last of them left it, by its version: else the script begins
-   again, or, after a write, the command is an error. No write of others is lost, and no two scripts take the same value: also a DEL fails
-   of a key that was read, and is gone meanwhile. Keys that KEYS and SCAN reply are not named by that
+   again, or, after a write, the command is an error. No write of others is lost, and no two scripts take the same value, but by a flush
+   (see the race table): a DEL, too, fails of a key that was read, and is gone meanwhile. What KEYS and SCAN reply is not named by that
 5. a script that holds nothing at all (loose, without KEYS, not in a transaction) may wait for a stripe. So one that clears a prefix does
    not fail for busy keys. It waits in slices, after each of which it looks whether it is to end (SCRIPT KILL, SIGTERM)
 6. a command of over MOST_KEPT undeclared keys runs in pieces of so many, if it is no step outside of scripts either (PIECES). If it is one,
@@ -31,8 +31,8 @@ Race table
   two scripts name two keys, crosswise   neither waits while it holds one: the one that finds its second key busy lets go of its first
   FLUSHALL                               takes no lock: what is held is as it was, what is named after it is taken as busy
   a FLUSHALL of the script               what was seen has to be as it was, and is absent once it has succeeded: looked at under its stripes
-                                         if these are few, and right before it if they are many, or are emptied one by one: what comes then
-                                         is flushed, as it would be right before it
+                                         if these are few. If they are many, or FLUSHDB removes one by one, it is looked at right before:
+                                         then another may still take a value that this script has read, and what it writes is flushed
   another script of this process holds   it is waited for, as at the script's beginning, and that is not counted; after a write until the
   several stripes (HOLDING)              script's time is over: an error of its own, which names no key
 Crash: as of KEYS: each stripe is repaired by itself, what was written stands.

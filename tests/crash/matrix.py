@@ -1178,7 +1178,7 @@ def database_writes(b: Bench) -> None:
 @scenario(prepare=to_count)
 def database_flushed(b: Bench) -> None:
     space = b.cache.namespace("db:2")
-    with mock.patch.object(_core, "urandom", lambda n: b"another!"):  # another one each time has its keys in other stripes each time
+    with mock.patch.object(_core, "urandom", lambda n: b"another!"):  # one that is drawn would have its keys in other stripes each time
         space.clear()
     for i in range(8):
         space.set(b"%d" % i, NEW, 1000)

@@ -1,4 +1,4 @@
-"""The sidecar in front of a log: what is one step finds room for what it logs, whatever it writes and whoever else writes; else it is not begun."""
+"""The sidecar with a log: a step over several keys finds room for its records, whatever it writes and whoever else writes. Or it does not begin."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ from shmcache.sidecar.replies import OK, nil_array
 if TYPE_CHECKING:
     from shmcache.sidecar.server import Connection
 
-SCRIPT_ROOM = 8192  # bytes in the log for which a script asks that may write, at least: what writes while it holds stripes may not wait
+SCRIPT_ROOM = 8192  # bytes in the log that a script asks for at least, if it may write: a thread that holds stripes does not wait for room
 MOST_UNTOLD = 1 << 20  # bytes of replies that wait for the other event loops, beyond which nothing of the connection is executed
 
 REASONS = {  # at EXEC
