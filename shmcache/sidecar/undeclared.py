@@ -46,7 +46,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from shmcache import errors
 from shmcache.core import _core, _resp
-from shmcache.sidecar.commands.table import Error
+from shmcache.sidecar.commands.table import Error, written_in
 from shmcache.sidecar.commands.transactions import SCRIPT_ROOM, call
 from shmcache.sidecar.replies import integer
 
@@ -278,8 +278,8 @@ class Reach:
             self.since, self.held = _core.monotonic(), dict.fromkeys(keys)
 
     def log_size(self, words: list[bytes], keys: list[Key]) -> int:
-        """Bytes in the log for which a command asks that writes these keys: of those of BITOP it writes the first."""
-        return self.ex.log_room(keys[:1] if words[0].lower() == b"bitop" else keys)
+        """Bytes in the log for which a command asks that names these keys, and writes."""
+        return self.ex.log_room(written_in(words[0].decode("latin-1").lower(), keys))
 
     def note(self, keys: list[Key], writes: bool) -> None:
         """A command that names these undeclared keys runs, or has run."""

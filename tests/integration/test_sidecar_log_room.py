@@ -14,6 +14,7 @@ from tests.integration.service import LIMIT, running
 
 LARGE = b"v" * 1_000_000  # more than a record takes: it says where the value is
 SMALL = b"v" * 8000  # a record has it: an eighth of a process's buffer, about
+LONG = "k" * 4000  # a name, of which each record has a sixteenth of the buffer
 STEPS = 60  # each of one to twenty records of SMALL: many times what the buffer takes
 
 
@@ -39,6 +40,7 @@ MAKES = {  # what a client sends, again and again
     "exec: expire, copy": lambda i: in_one_step(("EXPIRE", "a", 1000), *(("COPY", "a", f"b{j}", "REPLACE") for j in range(9))),
     "exec: copy onto large": lambda i: in_one_step(("SET", "l", LARGE), *(("COPY", "a", "l", "REPLACE") for _ in range(9))),
     "exec: copy to another database": lambda i: in_one_step(*(("COPY", "a", f"b{j}", "DB", 11, "REPLACE") for j in range(9))),
+    "exec: of many": lambda i: in_one_step(("BITOP", "OR", "b", *(f"{LONG}{j}" for j in range(60))), *(("COPY", f"{LONG}{j}", "b", "REPLACE") for j in range(60))),
     "exec: setrange": lambda i: in_one_step(*(("SETRANGE", f"b{j}", 8000, "x") for j in range(9))),
     "exec: setbit": lambda i: in_one_step(*(("SETBIT", f"b{j}", 64000, 1) for j in range(9))),
     "exec: bitfield": lambda i: in_one_step(*(("BITFIELD", f"b{j}", "SET", "u8", 64000, 1) for j in range(9))),

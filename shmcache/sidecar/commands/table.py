@@ -161,6 +161,11 @@ def pairs_in(name: str, arguments: list[bytes], db: int, databases: int) -> list
     return keys
 
 
+def written_in(name: str, keys: list[tuple[int, bytes]]) -> list[tuple[int, bytes]]:
+    """Of pairs_in() of a command that writes: those that it may write. Others it reads."""
+    return keys[:1] if name == "bitop" else keys[1:] if name == "copy" else keys
+
+
 def shown(word: bytes) -> str:
     """In an error: up to its first zero byte, as C prints a string."""
     return word.split(b"\0")[0].decode("utf-8", "surrogateescape")

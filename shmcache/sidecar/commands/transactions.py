@@ -27,6 +27,7 @@ from shmcache.sidecar.commands.table import (
     in_pool,
     is_of_loop,
     pairs_in,
+    written_in,
 )
 from shmcache.sidecar.replies import OK, nil_array
 
@@ -214,7 +215,7 @@ def execute(client: Connection) -> bytes | None:
         everything = everything or (name == "flushdb" and db == 0 and client.ex.databases > 1)
         elsewhere = elsewhere or is_elsewhere(client, words)
         if TABLE[name].flags & WRITE:
-            log_bytes += client.ex.log_room(found)
+            log_bytes += client.ex.log_room(written_in(name, found))
             wished += SCRIPT_ROOM if TABLE[name].group == "scripting" else 0
     if log_bytes < (most := client.ex.most_log_room):
         log_bytes = min(log_bytes + wished, most)
