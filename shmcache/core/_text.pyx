@@ -1,8 +1,9 @@
 # cython: binding=False, embedsignature=True, boundscheck=False, wraparound=False, cdivision=True
-"""Texts as Redis has them, of no segment and no connection: patterns, numbers, common subsequences, checksums."""
+"""Texts as Redis has them, of no segment and no connection: patterns, numbers, common subsequences, checksums, bits, LZF."""
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy
 
 from shmcache.core.number cimport shm_float, shm_not_finite, shm_number, shm_print_float
 
@@ -150,6 +151,126 @@ def longest_common(const uint8_t[:] a not None, const uint8_t[:] b not None):
         free(table)
     common.reverse()
     return bytes(common), runs, size
+
+
+cdef extern from *:
+    """
+    #define shm_ones(x) __builtin_popcountll(x)
+    """
+    int shm_ones(uint64_t x) noexcept nogil
+
+
+cdef inline uint8_t kept(Py_ssize_t i, Py_ssize_t low, Py_ssize_t high) noexcept nogil:
+    """The bits of byte i that lie within [low, high]; bit 0 is the highest of byte 0."""
+    return (0xff >> (low & 7) if i == low >> 3 else 0xff) & (0xff << (7 - (high & 7)) if i == high >> 3 else 0xff)
+
+
+def count_bits(const uint8_t[:] data not None, Py_ssize_t low, Py_ssize_t high):
+    """How many of the bits low to high are set; 0 <= low <= high < 8 * len(data)."""
+    cdef Py_ssize_t i = (low >> 3) + 1, end = high >> 3
+    cdef uint64_t found, word
+    with nogil:
+        found = shm_ones(data[i - 1] & kept(i - 1, low, high))
+        while i + 8 <= end:
+            memcpy(&word, &data[i], 8)
+            found += shm_ones(word)
+            i += 8
+        while i <= end:
+            found += shm_ones(data[i] & kept(i, low, high))
+            i += 1
+    return found
+
+
+def first_bit(const uint8_t[:] data not None, bint wanted, Py_ssize_t low, Py_ssize_t high):
+    """The first of the bits low to high that is set, or is not; -1: there is none. 0 <= low <= high < 8 * len(data)."""
+    cdef Py_ssize_t i = low >> 3, end = high >> 3
+    cdef uint8_t flip = 0 if wanted else 0xff, byte = (data[i] ^ flip) & kept(i, low, high)
+    cdef uint64_t word, plain = 0 if wanted else <uint64_t>-1
+    with nogil:
+        while byte == 0 and i < end:
+            i += 1
+            while i + 8 <= end:
+                memcpy(&word, &data[i], 8)
+                if word != plain:
+                    break
+                i += 8
+            byte = (data[i] ^ flip) & kept(i, low, high)
+    if byte == 0:
+        return -1
+    low = 8 * i
+    while not byte & 0x80:
+        byte <<= 1
+        low += 1
+    return low
+
+
+def combine_bits(uint8_t[:] result not None, const uint8_t[:] data not None, int how):
+    """result = result & data, | data, ^ data, or ~data (how: that character). What data lacks is zeros; it is not the longer one."""
+    cdef Py_ssize_t i, n = data.shape[0]
+    if n > result.shape[0]:
+        raise ValueError("result is the shorter one")
+    with nogil:
+        if how == c"&":
+            for i in range(n):
+                result[i] &= data[i]
+            for i in range(n, result.shape[0]):
+                result[i] = 0
+        elif how == c"|":
+            for i in range(n):
+                result[i] |= data[i]
+        elif how == c"^":
+            for i in range(n):
+                result[i] ^= data[i]
+        else:
+            for i in range(n):
+                result[i] = ~data[i]
+
+
+LZF_MOST = 88       # bytes that one byte becomes, at most: three make 264
+
+
+def unpack_lzf(const uint8_t[:] packed not None, uint64_t size):
+    """What LibLZF has packed: runs of up to 32 bytes as they are, and of up to 264 that came up to 8,192 bytes before. None: it is not of this
+    size, or damaged. Every length and distance is hostile."""
+    cdef Py_ssize_t i = 0, end = packed.shape[0], at = 0, n, back
+    cdef bytes found
+    cdef uint8_t* out
+    cdef bint good = True
+    if size == 0 or size > <uint64_t>end * LZF_MOST:
+        return None
+    found = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>size)
+    out = <uint8_t*>PyBytes_AS_STRING(found)
+    with nogil:
+        while i < end:
+            n = packed[i]
+            i += 1
+            if n < 32:
+                n += 1
+                if n > end - i or n > <Py_ssize_t>size - at:
+                    good = False
+                    break
+                memcpy(out + at, &packed[i], n)
+                i += n
+                at += n
+                continue
+            back = (n & 0x1f) << 8
+            n >>= 5
+            if end - i < (2 if n == 7 else 1):
+                good = False
+                break
+            if n == 7:
+                n += packed[i]
+                i += 1
+            back += packed[i] + 1
+            i += 1
+            n += 2
+            if back > at or n > <Py_ssize_t>size - at:
+                good = False
+                break
+            for back in range(at - back, at - back + n):      # byte by byte: they may overlap
+                out[at] = out[back]
+                at += 1
+    return found if good and at == <Py_ssize_t>size else None
 
 
 def crc64(const uint8_t[:] data, uint64_t crc=0):

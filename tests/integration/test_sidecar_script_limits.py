@@ -385,3 +385,19 @@ def test_bitpos_in_a_large_value_takes_no_time(make, first, rest, wanted):
     cache.set("k", first + rest * 1000 + bytes([rest[0] ^ 0x10]) + rest)
     assert inprocess.say(client, encode([b"BITPOS", b"k", b"%d" % wanted, b"1", b"-1", b"BIT"])) == b":%d\r\n" % (8 * 1001 + 3)
     inprocess.close()
+
+
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        ("BITFIELD k", "GET u8 0"), ("BITFIELD_RO k", "GET u8 0"), ("LCS k l", "LEN"), ("SCAN 0", "COUNT 9"), ("RESTORE k 0 x", "REPLACE"), ("SET k v", "XX"),
+        ("GETEX k", "PERSIST"), ("COPY k l", "REPLACE"), ("HELLO 3", "SETNAME n"), ("ACL SETUSER u", "+get"),
+    ],
+)  # fmt: skip
+def test_many_options_are_read_in_a_time_that_grows_with_them(cache, words, option):
+    inprocess = InProcess(cache.name)
+    client = inprocess.connect()
+    began = time.monotonic()
+    assert inprocess.say(client, encode([*words.encode().split(), *option.encode().split() * (600_000 // len(option.split()))]))
+    assert time.monotonic() - began < 30
+    inprocess.close()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import random
 import re
 import signal
 import threading
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -297,6 +299,98 @@ def test_the_longest_common_subsequence(a, b):
 )
 def test_what_redis_7_has_dumped_is_restored(payload, value):
     assert commands.keys.undumped(bytes.fromhex(payload)) == value
+
+
+def unpacked(packed):
+    """LZF, a byte at a time: what the compiled one is held against."""
+    out, i = bytearray(), 0
+    while i < len(packed):
+        n = packed[i]
+        i += 1
+        if n < 32:
+            out += packed[i : i + n + 1]
+            if len(packed) < i + n + 1:
+                return None
+            i += n + 1
+            continue
+        if len(packed) < i + (2 if n >> 5 == 7 else 1):
+            return None
+        back, n = (n & 0x1F) << 8, n >> 5
+        if n == 7:
+            n += packed[i]
+            i += 1
+        back += packed[i] + 1
+        i += 1
+        if back > len(out):
+            return None
+        for _ in range(n + 2):
+            out.append(out[-back])
+    return bytes(out)
+
+
+def test_lzf_of_any_bytes():
+    draw, good = random.Random(7), 0
+    for _ in range(20_000):
+        packed = bytearray(b"\x00a")
+        while draw.random() < 0.9:
+            if draw.random() < 0.4:
+                n = draw.randrange(32)
+                packed += bytes([n]) + draw.randbytes(n + 1)
+            else:
+                packed += bytes([draw.randrange(1, 8) << 5 | (draw.random() < 0.05)]) + draw.randbytes(2)[draw.randrange(2) :]
+        if draw.random() < 0.3:
+            del packed[draw.randrange(len(packed)) :]
+        wanted = unpacked(packed) or None
+        good += wanted is not None
+        n = len(wanted or packed) or 1
+        assert _text.unpack_lzf(bytes(packed), n) == wanted
+        assert [_text.unpack_lzf(bytes(packed), other) for other in (n - 1, n + 1, 0, 1 << 40, (1 << 64) - 1)] == [None] * 5
+    assert 2000 < good < 18_000
+
+
+def payload_of(packed, size, says=None):
+    """As Redis dumps a compressed string. says: how long it says that the compressed bytes are."""
+    body = b"\0\xc3" + b"".join(b"\x80" + n.to_bytes(4, "big") for n in (len(packed) if says is None else says, size)) + packed + b"\x0a\0"
+    return body + _text.crc64(body).to_bytes(8, "little")
+
+
+def test_a_restored_value_that_is_large_takes_no_time():
+    packed = b"\0a" + b"\xe0\xff\0" * 1_000_000
+    began = time.monotonic()
+    assert commands.keys.undumped(payload_of(packed, 264_000_001)) == b"a" * 264_000_001
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("size, says", [(265, 100), (264, None), (266, None), (0, None), (1 << 31, None)])
+def test_a_false_length_is_bad_data(size, says):
+    assert commands.keys.undumped(payload_of(b"\0a\xe0\xff\0", 265)) == b"a" * 265
+    with pytest.raises(_resp.CommandError, match="Bad data format"):
+        commands.keys.undumped(payload_of(b"\0a\xe0\xff\0", size, says))
+
+
+def test_bits_are_counted_found_and_combined():
+    draw = random.Random(8)
+    for _ in range(5000):
+        n = draw.choice((1, 2, 7, 8, 9, 17, 40, 100))
+        data = bytearray(draw.choice((b"\0", b"\xff")) * n) if draw.random() < 0.7 else bytearray(draw.randbytes(n))
+        for _ in range(draw.randrange(3)):
+            data[draw.randrange(n)] ^= 1 << draw.randrange(8)
+        low = draw.randrange(8 * n)
+        high = draw.randrange(low, 8 * n)
+        bits = "".join(f"{byte:08b}" for byte in data)
+        assert _text.count_bits(bytes(data), low, high) == bits[low : high + 1].count("1")
+        for wanted in (0, 1):
+            assert _text.first_bit(bytes(data), wanted, low, high) == bits.find(str(wanted), low, high + 1)
+        other = draw.randbytes(draw.randrange(n + 1))
+        padded = other + bytes(n - len(other))
+        for sign, operation in (("&", operator.and_), ("|", operator.or_), ("^", operator.xor)):
+            result = bytearray(data)
+            _text.combine_bits(result, other, ord(sign))
+            assert result == bytes(map(operation, data, padded))
+        _text.combine_bits(result, bytes(data), ord("~"))
+        assert result == bytes(byte ^ 0xFF for byte in data)
+    with pytest.raises(ValueError, match="shorter"):
+        _text.combine_bits(bytearray(1), b"ab", ord("|"))
 
 
 # ---- databases ----

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -75,21 +76,21 @@ def auth(client: Connection, arguments: list[bytes]) -> bytes:
 @command("hello", -1, NO_AUTH, group="connection")
 def hello(client: Connection, arguments: list[bytes]) -> bytes:
     protocol, name = client.protocol, None
-    rest = list(arguments)
+    rest = deque(arguments)
     if rest:
-        n = _text.number(rest.pop(0))
+        n = _text.number(rest.popleft())
         if n is None:
             raise Error("ERR Protocol version is not an integer or out of range")
         if n not in (2, 3):
             raise Error("NOPROTO unsupported protocol version")
         protocol = n
     while rest:
-        said = rest.pop(0)
+        said = rest.popleft()
         word = said.lower()
         if word == b"auth" and len(rest) >= 2:
-            authenticate(client, rest.pop(0), rest.pop(0), b"HELLO")
+            authenticate(client, rest.popleft(), rest.popleft(), b"HELLO")
         elif word == b"setname" and rest:
-            name = checked_name(rest.pop(0))
+            name = checked_name(rest.popleft())
         else:
             raise Error("ERR Syntax error in HELLO option '" + shown(said) + "'")
     if not client.authenticated:

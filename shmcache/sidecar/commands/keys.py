@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
@@ -131,17 +132,17 @@ def scan(client: Connection, arguments: list[bytes]) -> bytes:
     if len(cursor) > 30 or not (cursor[1:] if cursor[:1] in b"+-" else cursor).isdigit() or abs(int(cursor)) >= 1 << 64:
         raise Error("ERR invalid cursor")
     pattern, count, kind = b"*", 10, b"string"
-    rest = arguments[1:]
+    rest = deque(arguments[1:])
     while rest:
-        word = rest.pop(0).lower()
+        word = rest.popleft().lower()
         if word == b"count" and rest:
-            count = integer_of(rest.pop(0))
+            count = integer_of(rest.popleft())
             if count < 1:
                 raise Error(SYNTAX)
         elif word == b"match" and rest:
-            pattern = rest.pop(0)
+            pattern = rest.popleft()
         elif word == b"type" and rest:
-            kind = rest.pop(0).lower()
+            kind = rest.popleft().lower()
         else:
             raise Error(SYNTAX)
     if count > 1000:
@@ -270,9 +271,10 @@ def undumped(payload: bytes, most: int = 1 << 29) -> bytes:
                 raise Error(BAD_FORMAT)
             packed, at = length_at(body, 2)
             size, at = length_at(body, at)
-            if size > most:
+            value = _text.unpack_lzf(memoryview(body)[at : at + packed], size) if at + packed <= len(body) and size <= most else None
+            if value is None:
                 raise Error(BAD_FORMAT)
-            return unpack_lzf(body[at : at + packed], size)
+            return value
         size, at = length_at(body, 1)
         if len(body) < at + size:
             raise Error(BAD_FORMAT)
@@ -291,52 +293,25 @@ def length_at(body: bytes, at: int) -> tuple[int, int]:
     return int.from_bytes(body[at + 1 : at + 1 + width], "big"), at + 1 + width
 
 
-def unpack_lzf(packed: bytes, size: int) -> bytes:
-    """LibLZF's format: a literal run of up to 32 bytes, or a distance back and a length."""
-    out, i = bytearray(), 0
-    if size > 1 << 32:
-        raise Error(BAD_FORMAT)
-    while i < len(packed) and len(out) <= size:
-        control = packed[i]
-        i += 1
-        if control < 32:
-            out += packed[i : i + control + 1]
-            i += control + 1
-            continue
-        n = control >> 5
-        if n == 7:
-            n += packed[i]
-            i += 1
-        start = len(out) - ((control & 0x1F) << 8 | packed[i]) - 1
-        i += 1
-        if start < 0:
-            raise Error(BAD_FORMAT)
-        for k in range(n + 2):
-            out.append(out[start + k])
-    if len(out) != size:
-        raise Error(BAD_FORMAT)
-    return bytes(out)
-
-
 @command("restore", -4, WRITE, ONE)
 def restore(client: Connection, arguments: list[bytes]) -> bytes:
     key, ttl_text, payload = arguments[:3]
     replace = absolute = False
     hint = b""
-    rest = arguments[3:]
+    rest = deque(arguments[3:])
     while rest:
-        word = rest.pop(0).lower()
+        word = rest.popleft().lower()
         if word == b"replace":
             replace = True
         elif word == b"absttl":
             absolute = True
         elif word == b"idletime" and rest and hint != b"freq":
             hint = word
-            if integer_of(rest.pop(0)) < 0:
+            if integer_of(rest.popleft()) < 0:
                 raise Error("ERR Invalid IDLETIME value, must be >= 0")
         elif word == b"freq" and rest and hint != b"idletime":
             hint = word
-            if not 0 <= integer_of(rest.pop(0)) <= 255:
+            if not 0 <= integer_of(rest.popleft()) <= 255:
                 raise Error("ERR Invalid FREQ value, must be >= 0 and <= 255")
         else:
             raise Error(SYNTAX)

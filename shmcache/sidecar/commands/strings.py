@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import TYPE_CHECKING
 
 from shmcache.core import _text
@@ -37,9 +38,9 @@ def incrbyfloat(client: Connection, arguments: list[bytes]) -> bytes:
 def lcs(client: Connection, arguments: list[bytes]) -> bytes:
     length = idx = with_length = False
     least = 0
-    rest = arguments[2:]
+    rest = deque(arguments[2:])
     while rest:
-        word = rest.pop(0).lower()
+        word = rest.popleft().lower()
         if word == b"len":
             length = True
         elif word == b"idx":
@@ -47,7 +48,7 @@ def lcs(client: Connection, arguments: list[bytes]) -> bytes:
         elif word == b"withmatchlen":
             with_length = True
         elif word == b"minmatchlen" and rest:
-            least = max(0, integer_of(rest.pop(0)))
+            least = max(0, integer_of(rest.popleft()))
         else:
             raise Error(SYNTAX)
     if idx and length:
