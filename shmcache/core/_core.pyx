@@ -38,7 +38,7 @@ from shmcache.core.layout cimport (
     bucket_t, class_t, databases_t, header_t, item_t, lock_t, overflow_t, page_t, pool_t, ring_t,
     row_t, seg_t, stripe_t)
 from shmcache.core.lock cimport wait_until
-from shmcache.core.ring cimport log_t, record_room, ring_of, ring_release, ring_secure, ring_wait, wake_drainer
+from shmcache.core.ring cimport log_t, record_room, ring_of, ring_release, ring_secure, ring_wait, take_kept, wake_drainer
 from shmcache.core.siphash cimport siphash, siphash13
 from shmcache.core.slab cimport chunk_class, cls_mark, give_back_all, item_at, page_cls
 from shmcache.core.table cimport (
@@ -1383,6 +1383,7 @@ cdef class Table:
         cdef int rc
         cdef bint always = ld64(&s.header.log_policy) == LOG_ALWAYS
         log.bytes = 0
+        log.kept = False
         log.end = 0
         log.token = s.me[0]
         if ld64(&s.header.log_policy) == LOG_OFF:
@@ -1397,9 +1398,7 @@ cdef class Table:
             return 0
         if s.holder == pthread_self():          # nobody waits with a stripe in hand
             least = least or n
-            if s.held_room >= least:            # it is reserved; log has it now
-                s.held_room -= least
-                log.bytes = least
+            if take_kept(s, log, least):
                 return 0
             if least < n and ring_secure(s, least):
                 log.bytes = least

@@ -5,7 +5,8 @@
 #   head moves behind whole records only, under the stripe, after the slot store; drained <= head <= drained + ring_bytes
 #   what is between head and a dead producer's last store does not exist; his successor in the row goes on at head
 #   no thread waits for room, or for durability, while it holds a lock: room is secured before the stripe is taken (ring_secure). A thread that
-#   takes several stripes keeps room for the records of all its writes there, each without its value, until it lets go of them (seg_t.held_room)
+#   takes several stripes keeps room for the records of all its writes there, each without its value, until it lets go of them (seg_t.held_room).
+#   What an operation has taken of it and does not use goes back there
 #   a record's version is its stripe's sequence: order is the version, never the place
 #
 # Race table
@@ -60,6 +61,7 @@ cdef enum:
 
 ctypedef struct log_t:
     uint64_t bytes          # secured for this operation; 0: it is not logged
+    bint kept               # these bytes are of seg_t.held_room: an operation that logs nothing gives them back to it
     uint64_t end            # out: head behind its record; 0: there was none
     uint64_t token          # of the process that secured it: a fork child's ring is another one
 
@@ -90,8 +92,20 @@ cdef inline bint ring_secure(seg_t* s, uint64_t n) noexcept nogil:
 cdef inline void ring_release(seg_t* s, log_t* log) noexcept nogil:
     """The operation is over, logged or not."""
     if log.bytes and log.token == s.me[0]:
-        sub64(&s.ring_reserved, log.bytes)
+        if log.kept and log.end == 0:       # no record was made: the step has the room for another
+            s.held_room += log.bytes
+        else:
+            sub64(&s.ring_reserved, log.bytes)
     log.bytes = 0
+
+cdef inline bint take_kept(seg_t* s, log_t* log, uint64_t n) noexcept nogil:
+    """Room for a record from what this thread has kept for its step: False: it is not as much. It stays reserved."""
+    if s.held_room < n:
+        return False
+    s.held_room -= n
+    log.bytes = n
+    log.kept = True
+    return True
 
 cdef inline void wake_drainer(seg_t* s) noexcept nogil:
     if ld64(&s.header.log_asleep) and cas64(&s.header.log_asleep, 1, 0):
