@@ -29,10 +29,10 @@ from shmcache.core.clock cimport now_ms
 from shmcache.core.databases cimport is_others, tag_of
 from shmcache.core.envelope cimport CODEC_ENVELOPE, STATE_FRESH, STATE_NEGATIVE, STATE_STALE, envelope_open, envelope_t
 from shmcache.core.dirty cimport writes_back
-from shmcache.core.layout cimport DATABASES, FLAG_COPY_TTL, FLAG_RAW, MAX_KEY, NAMESPACES_FIRST, POLICY_BACK, SLOTS, bucket_t, seg_t, stripe_t
+from shmcache.core.layout cimport DATABASES, FLAG_COPY_TTL, FLAG_RAW, LOG_ALWAYS, LOG_OFF, MAX_KEY, NAMESPACES_FIRST, POLICY_BACK, SLOTS, bucket_t, seg_t, stripe_t
 from shmcache.core.lock cimport wait_until
 from shmcache.core.number cimport shm_digits, shm_number
-from shmcache.core.ring cimport log_t, record_room, ring_of, ring_release, ring_secure
+from shmcache.core.ring cimport log_t, record_room, ring_of, ring_release, ring_secure, take_kept
 from shmcache.core.siphash cimport siphash13
 from shmcache.core.sizes cimport has_first, size_counted, size_said, sized_t
 from shmcache.core.table cimport (
@@ -976,7 +976,8 @@ cdef class Executor:
         """Remove, from this stripe on, every key of the first database that was there when this was called, for as long as that, from one stripe at
         least: the stripe to go on with. Claims go, too, and the marks of writers fill nothing more. What waits to be stored stays.
 
-        Each stripe is emptied by itself: a key that is stored meanwhile may stay or go. Raises: StripeBusy, LogFull; some keys are removed then.
+        Each stripe is emptied by itself: a key that is stored meanwhile may stay or go. While stripes are held keep_room_to_empty() comes first.
+        Raises: StripeBusy, LogFull; some keys are removed then.
         """
         cdef seg_t* s = self.table.ready()
         cdef emptying_t e
@@ -985,32 +986,60 @@ cdef class Executor:
         cdef uint64_t until = mono_ns() + within_ns
         cdef uint32_t n
         cdef int rc
-        self.table.room_in_log(s, self.mapping, &log, record_room(s, MAX_KEY, 0))
-        ring_release(s, &log)
+        if not self.has_stripes():
+            self.table.room_in_log(s, self.mapping, &log, record_room(s, MAX_KEY, 0))
+            ring_release(s, &log)
         memset(&e, 0, sizeof(e))
         e.stripe = stripe
+        while not self.emptied(&e, until):
+            key = take_key(self.scratch, &e.at, &n)
+            self.table.discard_view(s, self.mapping, key, n, &log)
+            e.log_end = max(e.log_end, log.end)
+        if e.log_end:
+            log.end = e.log_end
+            log.token = s.me[0]
+            self.table.note_log(&log)
+        return e.stripe
+
+    def room_to_empty(self, uint32_t stripe, uint64_t within_ns):
+        """What empty_first() will ask of the log, counted in the same way, and nothing is removed: (the stripe to go on with, bytes of records)."""
+        cdef emptying_t e
+        cdef uint64_t until = mono_ns() + within_ns
+        memset(&e, 0, sizeof(e))
+        e.stripe = stripe
+        e.only_counts = True
+        self.emptied(&e, until)
+        return e.stripe, e.room
+
+    def keep_room(self, uint64_t n):
+        """While stripes are held: so many bytes of records more for what this thread does. With the policy always it is done as a whole or not at
+        all; with any other what then finds no room is a gap. Raises: LogFull: there is no room for all of them."""
+        cdef seg_t* s = self.table.ready()
+        if not s.ring_bytes or ld64(&s.header.log_policy) == LOG_OFF:
+            return
+        if ring_secure(s, n):
+            s.held_room += n
+        elif ld64(&s.header.log_policy) == LOG_ALWAYS:
+            raise errors.LogFull(f"the records of what is to be removed, {n:,} bytes, do not fit into what is free of this segment's log buffer of "
+                                 f"{s.ring_bytes:,}: nothing was removed by this command. Send it by itself, not in a transaction or script")
+
+    cdef bint emptied(self, emptying_t* e, uint64_t until_ns) except -1:
+        """empty_on(). False: the log has no room for the record of the key that is next."""
+        cdef seg_t* s = self.s
+        cdef int rc
         while True:
             with nogil:
-                rc = empty_on(s, &e, self.scratch, <uint32_t>min(self.room_scratch, <uint64_t>0xffffffff), until)
-            if rc == OK:
-                break
+                rc = empty_on(s, e, self.scratch, <uint32_t>min(self.room_scratch, <uint64_t>0xffffffff), until_ns)
+            if rc == OK or rc == AGAIN:
+                return rc == OK
             if rc == NO_ROOM:
                 self.grow_scratch(2 * self.room_scratch)
-            elif rc == AGAIN:
-                key = take_key(self.scratch, &e.at, &n)
-                self.table.discard_view(s, self.mapping, key, n, &log)
-                e.log_end = max(e.log_end, log.end)
             elif rc == INTR:
                 PyErr_CheckSignals()
                 if s.me[0] == 0:
                     self.mapping.revive()
             else:
                 raise errors.StripeBusy("a living process holds a lock that this call needs and does not run: try again")
-        if e.log_end:
-            log.end = e.log_end
-            log.token = s.me[0]
-            self.table.note_log(&log)
-        return e.stripe
 
     def version(self, bytes key not None):
         """The key's version, 0 if it is not there."""
@@ -1094,6 +1123,8 @@ ctypedef struct emptying_t:     # how far FLUSHDB of the first database is
     uint32_t used           # bytes of keys, of the bucket
     uint32_t at             # of these: of keys that are done with
     uint64_t log_end        # log_t.end of the last that was logged
+    bint only_counts        # nothing is removed:
+    uint64_t room           # bytes of records that would be logged
 
 
 cdef inline const uint8_t* take_key(const uint8_t* keys, uint32_t* at, uint32_t* n) noexcept nogil:
@@ -1131,11 +1162,17 @@ cdef int empty_on(seg_t* s, emptying_t* e, uint8_t* keys, uint32_t room, uint64_
                 at = e.at
                 key = take_key(keys, &at, &n)
                 log.bytes = log.end = 0
+                log.kept = False
                 log.token = s.me[0]
+                if e.only_counts:
+                    e.room += 0 if passes_by(s, key) else record_room(s, n, 0)
+                    e.at = at
+                    continue
                 if s.ring_bytes and ld64(&s.header.log_policy) and not passes_by(s, key):
-                    if not ring_secure(s, record_room(s, n, 0)):
+                    if ring_secure(s, record_room(s, n, 0)):
+                        log.bytes = record_room(s, n, 0)
+                    elif s.holder != pthread_self() or not take_kept(s, &log, record_room(s, n, 0)):
                         return AGAIN
-                    log.bytes = record_room(s, n, 0)
                 rc = remove(s, key, n, siphash13(key, n, s.k0, s.k1), 0, False, &log, wait_ns)
                 ring_release(s, &log)
                 e.log_end = max(e.log_end, log.end)

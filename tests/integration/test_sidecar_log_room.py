@@ -10,6 +10,8 @@ import pytest
 import redis
 
 import shmcache
+from shmcache.core import _resp
+from shmcache.supervisor import appendlog
 from tests.integration.service import LIMIT, running
 
 LARGE = b"v" * 1_000_000  # more than a record takes: it says where the value is
@@ -119,6 +121,77 @@ def test_a_step_that_no_buffer_takes_is_refused_as_a_whole(serve, tmp_path):
             pipeline.set(f"{i}" * 100, 1)
         pipeline.execute()
     assert client.dbsize() == 1
+
+
+@pytest.mark.parametrize("how", ["exec", "eval"])
+@pytest.mark.parametrize("policy", ["always", "everysec"])
+def test_the_first_database_is_emptied_in_a_step_as_a_whole_or_not_at_all(serve, name, tmp_path, policy, how):
+    """A record for each of its keys: these are more than the buffer takes, and nobody waits for room while a step holds stripes."""
+    service = serve("--data-dir", str(tmp_path / "data"), "--log", policy)
+    client = service.client(socket_timeout=LIMIT)
+    with shmcache.attach(name) as cache:
+        keys = {b"%d:%s" % (i, b"k" * 4000): b"v" for i in range(int(cache.segment.header["ring_bytes"]) // 4000 + 20)}
+        for key, value in keys.items():
+            client.set(key, value)
+        client.response_callbacks.clear()
+        pipeline = client.pipeline(transaction=False)
+        for words in in_one_step(("SET", "k", 1), ("FLUSHDB",), ("EXISTS", "k")) if how == "exec" else script("redis.call('set', KEYS[1], 1) return redis.call('flushdb')", "k"):
+            pipeline.execute_command(*words)
+        reply = pipeline.execute(raise_on_error=False)[-1]
+        said = reply[1] if how == "exec" else reply
+        if policy == "always":
+            assert cache.get_many(keys) == keys
+            assert "nothing was removed by this command. Send it by itself" in str(said)
+            assert how == "eval" or reply[2] == 1
+            assert client.flushdb()
+        assert client.dbsize() == 0
+        assert (int(cache.segment.header["log_gaps"]) > 0) == (policy == "everysec")
+
+
+def test_the_first_database_is_emptied_in_a_step_for_which_there_is_room(logged):
+    service, gaps = logged
+    client = service.client(socket_timeout=LIMIT)
+    for empty in (in_one_step(("SET", "k", 1), ("FLUSHDB",), ("SET", "k", 2)), script("redis.call('get', KEYS[1]) redis.call('flushdb') return redis.call('set', KEYS[1], 2)", "k")):
+        client.mset({f"{i}" * 50: "v" for i in range(100)})
+        with client.pipeline(transaction=False) as pipeline:
+            for words in empty:
+                pipeline.execute_command(*words)
+            pipeline.execute()
+        assert client.keys() == [b"k"]
+    assert gaps() == 0
+
+
+def test_room_that_an_operation_has_not_used_is_its_steps(make):
+    """Others have filled the ring but for what the step has kept: a write whose condition fails leaves it to the step."""
+    cache = make("8M", log_buffer="64K", max_processes=16)
+    appendlog.mark(cache, log_policy=appendlog.POLICIES["everysec"])
+    executor, gaps = _resp.Executor(cache, {}, impatient=False), lambda: int(cache.segment.header["log_gaps"])
+    executor.write(b"k", b"", 0)
+    executor.hold([b"k", b"absent"], executor.log_room([(0, b"k")]))
+
+    def fill():
+        """Of another thread: what is free of the ring."""
+        before = gaps()
+        while gaps() == before:
+            cache.set(b"f", b"")
+
+    def full():
+        thread = threading.Thread(target=fill)
+        thread.start()
+        thread.join()
+        return gaps()
+
+    full()
+    for _ in range(3):
+        assert not executor.write(b"k", b"", 0, absent=True)
+        assert not executor.write(b"absent", b"", 0, version=7)
+        assert not executor.remove(b"k", 7)
+    before = full()
+    assert executor.write(b"k", b"", 0)
+    assert gaps() == before
+    assert executor.write(b"k", b"", 0)
+    assert gaps() == before + 1
+    executor.release()
 
 
 def test_values_without_room_in_the_buffer_are_restored(serve, name, tmp_path):
