@@ -2402,7 +2402,18 @@ cdef class Table:
             refuse_if_failed(s)
         clear_all(s)
         if unlikely(s.ring_bytes != 0) and ld64(&s.header.log_policy) != LOG_OFF:
-            self.clear_logged(s, held, ld32(&s.header.epoch))
+            if s.holder == pthread_self():
+                wake_drainer(s)
+                self.cleared = ld32(&s.header.epoch)
+            else:
+                self.clear_logged(s, held, ld32(&s.header.epoch))
+
+    def wait_cleared(self):
+        """What clear() does not wait for while this thread holds several stripes: to be called when it has let go of them. Raises: NotDurable."""
+        cdef uint32_t epoch = self.cleared
+        self.cleared = 0
+        if epoch:
+            self.clear_logged(self.ready(), self.mapping, epoch)
 
     cdef int clear_logged(self, seg_t* s, Mapping held, uint32_t epoch) except -1:
         """The drainer logs the epoch; with the policy always it is waited for, in slices: no record of a ring is behind it."""

@@ -21,6 +21,7 @@ from libc.errno cimport EAGAIN, EINTR, errno
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memchr, memcmp, memcpy, memmove, memset
+from posix.unistd cimport usleep
 
 from shmcache.core._core cimport Mapping, Table, buried
 from shmcache.core.atomics cimport fence_acquire, ld32, ld32r, ld64, ld64r, ldi64r, likely, prefetch, sub64, unlikely
@@ -106,6 +107,8 @@ cdef enum:
     TRYING_NS = 2_000_000
     BRIEFLY_NS = 10_000_000
     LOOKS_BEFORE_STRIPES = 128  # keys()
+    DRAWS = 64                  # renew(): generations that are tried, until all stripes of the keys are to be had
+    DRAW_US = 100               # between two
     LOOKS_BETWEEN_CLOCKS = 256
     CLOCK_SLACK = 5             # ms by which two readings of an expiry may differ
 
@@ -204,6 +207,10 @@ cdef class Executor:
     cdef bint alone                     # or there are no others,
     cdef uint64_t holder                # and with which token: a fork child has none of them
     cdef bint was_impatient             # before
+    cdef object own                     # (db, key) pairs: hold() was for these,
+    cdef public object others           # and for these, among those of hold_further(): renew()
+    cdef uint64_t was_held[1024]        # at empty_held(), as seg_t.held
+    cdef dict drawn                     # transact(): what keys of a database will begin with when it has been flushed; in order, by database
     cdef readonly int db                # whose keys are meant
     cdef size_t n_prefix                # of `named`: what the keys of this database begin with
     cdef uint8_t named[MAX_KEY + PREFIX_MOST]
@@ -228,6 +235,8 @@ cdef class Executor:
         self.mapping = table.mapping
         self.s = table.ready()
         self.names = []
+        self.own = self.others = ()
+        self.drawn = {}
         self.read_buffer = <uint8_t*>malloc(READ_BYTES)
         self.room = 64
         self.argv = <const uint8_t**>malloc(self.room * sizeof(void*))
@@ -409,22 +418,31 @@ cdef class Executor:
         logged meanwhile; 0: nothing is written. db: whose keys they are; -1: of the database in use. further: (db, key) pairs whose stripes are
         held, too, until let_go(). within: seconds after which it waits no more, for each thing that is in the way; 0: as the segment's
         lock_limit has it. Raises: WouldWait; StripeBusy (HeldByOthers), LogFull: nothing is held then."""
-        cdef set found = set(), more = None
+        cdef set found, more
         cdef bytes key
+        keys = list(keys)
         if db >= 0:
             self.use(db)
-        for key in keys:
-            self.add_stripe(found, <const uint8_t*>PyBytes_AS_STRING(key), PyBytes_GET_SIZE(key))
-        if not further and within == 0:
-            self.take_stripes(found, log_bytes)
-            return
-        self.pin()
-        try:
-            more = set(self.stripes_of(further)) - found
-            self.take_stripes(found, log_bytes, more, <uint64_t>(within * 1e9))
-        except BaseException:
-            self.pinned = None
-            raise
+        db = self.db
+        while True:
+            found, more = set(), None
+            for key in keys:
+                self.add_stripe(found, <const uint8_t*>PyBytes_AS_STRING(key), PyBytes_GET_SIZE(key))
+            if not further and within == 0:
+                self.take_stripes(found, log_bytes)
+            else:
+                self.pin()
+                try:
+                    more = set(self.stripes_of(further)) - found
+                    self.take_stripes(found, log_bytes, more, <uint64_t>(within * 1e9))
+                except BaseException:
+                    self.pinned = None
+                    raise
+            if self.is_current():
+                break
+            self.release()
+            self.use(db)
+        self.own = [(db, key) for key in keys]
 
     def hold_further(self, keys):
         """While stripes are held, and no writer is waited for: those of these (db, key) pairs, too, until let_go() or release(). None: they are
@@ -432,7 +450,8 @@ cdef class Executor:
 
         Race: these stripes come out of order, so the holder of one is not waited for: it may wait for one that is held here. clear() vs this:
         what is held has the epoch of when it was taken; once that is not the newest, others may have stored here with a newer one, and
-        the stripe is as good as theirs (bucket.pxd, the invariant of counts). A dead process's stripe is somebody's, until one who waits takes
+        the stripe is as good as theirs (bucket.pxd, the invariant of counts). FLUSHDB of others vs this: so it is, once the database has another
+        generation than this thread goes on with. A dead process's stripe is somebody's, until one who waits takes
         it over. Crash: as of hold()."""
         cdef seg_t* s = self.s
         cdef dict at = self.stripes_of(keys)
@@ -446,7 +465,7 @@ cdef class Executor:
                 break
             taken += 1
             #! hold: a further stripe taken
-        if taken == len(stripes) and (taken == 0 or ld32(&s.header.epoch) == s.held_epoch):
+        if taken == len(stripes) and (taken == 0 or ld32(&s.header.epoch) == s.held_epoch and self.is_current(keys)):
             for k in range(taken):
                 i = stripes[k]
                 s.held[i >> 6] |= <uint64_t>1 << (i & 63)
@@ -458,6 +477,135 @@ cdef class Executor:
             stripe_release(s, &s.stripes[i])
             #! hold: a further stripe given back
         return at[stripes[min(taken, len(stripes) - 1)]]
+
+    cdef bint is_current(self, keys=None) except -1:
+        """Have the databases of these (db, key) pairs (None: all that are pinned) the generations still that this thread goes on with? Asked when
+        stripes have been taken: who had them before may have flushed a database, and gone on with the same keys under another generation."""
+        cdef set of = None if keys is None else {db for db, _ in keys}
+        cdef bytes prefix
+        cdef uint64_t generation = 0
+        cdef Py_ssize_t n
+        for db, prefix in self.pinned.items():
+            if db and (of is None or db in of):
+                n = PyBytes_GET_SIZE(prefix) - 9
+                if read_generation(self.s, <const uint8_t*>PyBytes_AS_STRING(prefix), n, &generation) != OK or \
+                        memcmp(&generation, PyBytes_AS_STRING(prefix) + n + 1, 8):
+                    return False
+        return True
+
+    def renew(self, int d=0):
+        """While stripes are held: what this step's FLUSHDB of database d does, which is not the first; 0: its FLUSHALL. The step holds its keys all
+        the while: those of hold() or transact(), and `others`. A key of another database than the first is in another stripe afterwards.
+
+        Invariant: when a generation is to be seen, this thread holds the stripes of all of the step's keys under it, and that of the generation's
+        key. So it draws the generation first, takes these stripes, out of order and therefore by trying, and stores it then. Nobody else can
+        have a key under it before. If one is busy it draws again, for some milliseconds: then the keys are in other stripes, and who was about to
+        store a generation has done so. transact() has drawn, and holds these stripes from its start.
+        Race: another stores a generation, before: this one replaces it. After FLUSHALL another finds no generation, and would store one if there
+        is none: it waits for the generation's stripe, and finds this one. Who has read the former generation, and waits for a stripe of the
+        step: hold() and transact() look again (is_current). A single command does not: it is done to what is gone.
+        FLUSHALL of others: before the stripes are taken, busy, as in hold_further(); behind it this step is before that, and all of it is gone.
+        Crash: stripes taken, nothing stored: each is free again, nothing has happened. FLUSHALL done, a generation not stored: the database is
+        empty, and the next one who needs it draws one. Stored: as of any step.
+        Raises: StripeBusy, LogFull: nothing was changed. A failure behind the clear of FLUSHALL: the step goes on without holding its keys."""
+        cdef seg_t* s = self.table.ready()
+        cdef int db = self.db, of, tries
+        cdef set found, more
+        cdef dict prefixes = {}
+        cdef bytes prefix, key
+        cdef list databases = [d] if d else sorted({of for of, _ in [*self.own, *self.others]} - {0})
+        if s.held_room < len(databases) * record_room(s, DATABASE_PREFIX, 0):
+            self.keep_room(len(databases) * record_room(s, DATABASE_PREFIX, 0))
+        try:
+            for tries in range(DRAWS):
+                found, more = set(), set()
+                for of in databases:
+                    prefixes[of] = self.drawn[of].pop(0) if self.drawn.get(of) else self.draw(of)
+                    self.stripes_under(found, of, prefixes[of], self.own)
+                    self.stripes_under(more, of, prefixes[of], self.others)
+                if self.take_renewed(found, more - found, d == 0):
+                    break
+                with nogil:
+                    usleep(DRAW_US)
+            else:
+                raise errors.StripeBusy("others hold locks that this call needs: nothing was changed; try again")
+            if d == 0:
+                self.pinned.clear()
+            for of, prefix in prefixes.items():
+                key = prefix[:-9]
+                self.n_prefix = 0
+                put_value(self, <const uint8_t*>PyBytes_AS_STRING(key), PyBytes_GET_SIZE(key),
+                          <const uint8_t*>PyBytes_AS_STRING(prefix) + PyBytes_GET_SIZE(prefix) - 8, 8, CODEC_BYTES, NEVER, ALWAYS, 0)
+                #! renew: a generation stored
+                self.pinned[of] = prefix
+        finally:
+            self.use(db)
+
+    cdef int draw_ahead(self, set found, list flushed, list keys) except -1:
+        """Of transact(), before it takes stripes: what renew() will need for each of its flushes."""
+        cdef int d, of, db = self.db
+        cdef bytes prefix
+        self.drawn = {}
+        for d in flushed:
+            if len(found) == <Py_ssize_t>self.s.n_stripes:      # whatever is drawn then
+                break
+            for of in ([d] if d else {of for of, _ in keys} - {0}):
+                prefix = self.draw(of)
+                self.drawn.setdefault(of, []).append(prefix)
+                self.stripes_under(found, of, prefix, keys)
+        if flushed:
+            self.use(db)
+
+    cdef bytes draw(self, int d):
+        """What keys of this database would begin with."""
+        return b"\0ns\0db:%d\0" % d + urandom(8)
+
+    cdef int stripes_under(self, set found, int d, bytes prefix, keys) except -1:
+        """Those of database d among these (db, key) pairs, if keys of it began so; and its generation's. use() is to be called afterwards."""
+        cdef bytes key = prefix[:-9]
+        cdef int db
+        self.n_prefix = 0
+        self.add_stripe(found, <const uint8_t*>PyBytes_AS_STRING(key), PyBytes_GET_SIZE(key))
+        self.n_prefix = PyBytes_GET_SIZE(prefix)
+        memcpy(self.named, PyBytes_AS_STRING(prefix), self.n_prefix)
+        for db, key in keys:
+            if db == d:
+                self.add_stripe(found, <const uint8_t*>PyBytes_AS_STRING(key), PyBytes_GET_SIZE(key))
+
+    cdef bint take_renewed(self, set found, set more, bint clears) except -1:
+        """Of renew(): these stripes, too, those of more until let_go(). clears: once they are taken, everything is removed. False: one is somebody's,
+        or everything was removed meanwhile: nothing is held that was not before."""
+        cdef seg_t* s = self.s
+        cdef list stripes = sorted([i for i in found | more if not s.held[i >> 6] >> (i & 63) & 1])
+        cdef Py_ssize_t k, taken = 0
+        cdef uint32_t i
+        cdef bint has_all = False
+        try:
+            for k in range(len(stripes)):
+                i = stripes[k]
+                if stripe_take(s, &s.stripes[i], 0) != OK:
+                    break
+                taken += 1
+                #! renew: a stripe taken
+            has_all = taken == len(stripes)
+            if has_all and clears:
+                has_all = False
+                self.table.clear()          # what is held has the newest epoch then
+                has_all = True
+                #! renew: cleared
+            elif has_all and taken:
+                has_all = ld32(&s.header.epoch) == s.held_epoch     # as in hold_further()
+        finally:
+            for k in range(taken):
+                i = stripes[k]
+                if has_all:
+                    s.held[i >> 6] |= <uint64_t>1 << (i & 63)
+                    (self.holding if i in found else self.further).append(i)
+                else:
+                    stripe_release(s, &s.stripes[i])
+                    #! renew: a stripe given back
+        #! renew: stripes held
+        return has_all
 
     def let_go(self):
         """Of the further stripes; if hold() took no others, this is release()."""
@@ -498,7 +646,7 @@ cdef class Executor:
             if not look(self, <const uint8_t*>PyBytes_AS_STRING(key), PyBytes_GET_SIZE(key), &raw, False):
                 found.append(0)
             else:
-                found.append(raw.version if versions else raw.n)
+                found.append(self.version_of(&raw) if versions else raw.n)
         s.row.hits = hits
         s.row.misses = misses
         return found
@@ -618,6 +766,8 @@ cdef class Executor:
                 stripe_release(s, &s.stripes[i])
                 #! release: a further stripe released
         self.holding = self.further = None
+        self.own = ()
+        self.drawn = {}
         self.pinned = None
         self.table.impatient = self.was_impatient
         self.lock.release()
@@ -751,11 +901,6 @@ cdef class Executor:
             self.pinned = {}
             if self.db:
                 self.pinned[self.db] = PyBytes_FromStringAndSize(<char*>self.named, <Py_ssize_t>self.n_prefix)
-
-    def unpin(self):
-        """This thread has cleared databases."""
-        if self.pinned is not None:
-            self.pinned.clear()
 
     cdef bytes shown(self, const uint8_t* key, size_t n):
         """The client's key for a segment's one, None if it is of another database."""
@@ -976,30 +1121,37 @@ cdef class Executor:
         """Remove, from this stripe on, every key of the first database that was there when this was called, for as long as that, from one stripe at
         least: the stripe to go on with. Claims go, too, and the marks of writers fill nothing more. What waits to be stored stays.
 
-        Each stripe is emptied by itself: a key that is stored meanwhile may stay or go. While stripes are held keep_room_to_empty() comes first.
-        Raises: StripeBusy, LogFull; some keys are removed then.
+        Each stripe is emptied by itself: a key that is stored meanwhile may stay or go. empty_held() comes first, and what is stored in the stripes
+        that were held then stays. Before that, while stripes are held, keep_room(). Raises: StripeBusy, LogFull; some keys are removed then.
         """
         cdef seg_t* s = self.table.ready()
         cdef emptying_t e
         cdef log_t log
-        cdef const uint8_t* key
         cdef uint64_t until = mono_ns() + within_ns
-        cdef uint32_t n
-        cdef int rc
         if not self.has_stripes():
             self.table.room_in_log(s, self.mapping, &log, record_room(s, MAX_KEY, 0))
             ring_release(s, &log)
         memset(&e, 0, sizeof(e))
         e.stripe = stripe
-        while not self.emptied(&e, until):
-            key = take_key(self.scratch, &e.at, &n)
-            self.table.discard_view(s, self.mapping, key, n, &log)
-            e.log_end = max(e.log_end, log.end)
-        if e.log_end:
-            log.end = e.log_end
-            log.token = s.me[0]
-            self.table.note_log(&log)
+        e.passed = self.was_held
+        self.empty(&e, until)
         return e.stripe
+
+    def empty_held(self):
+        """Before empty_first(): what this thread holds, in one step. It may let go of that then. Raises: LogFull."""
+        cdef seg_t* s = self.table.ready()
+        cdef emptying_t e
+        cdef uint32_t i
+        memset(self.was_held, 0, sizeof(self.was_held))
+        if not self.has_stripes():
+            return
+        memset(&e, 0, sizeof(e))
+        for i in range(s.n_stripes):
+            if s.held[i >> 6] >> (i & 63) & 1:
+                e.stripe = i
+                self.empty(&e, 0)
+        memcpy(self.was_held, s.held, sizeof(self.was_held))
+        #! empty: what is held
 
     def room_to_empty(self, uint32_t stripe, uint64_t within_ns):
         """What empty_first() will ask of the log, counted in the same way, and nothing is removed: (the stripe to go on with, bytes of records)."""
@@ -1023,6 +1175,20 @@ cdef class Executor:
             raise errors.LogFull(f"the records of what is to be removed, {n:,} bytes, do not fit into what is free of this segment's log buffer of "
                                  f"{s.ring_bytes:,}: nothing was removed by this command. Send it by itself, not in a transaction or script")
 
+    cdef int empty(self, emptying_t* e, uint64_t until_ns) except -1:
+        """From e.stripe on, until then, one stripe at least."""
+        cdef const uint8_t* key
+        cdef uint32_t n
+        cdef log_t log
+        while not self.emptied(e, until_ns):
+            key = take_key(self.scratch, &e.at, &n)
+            self.table.discard_view(self.s, self.mapping, key, n, &log)
+            e.log_end = max(e.log_end, log.end)
+        if e.log_end:
+            log.end = e.log_end
+            log.token = self.s.me[0]
+            self.table.note_log(&log)
+
     cdef bint emptied(self, emptying_t* e, uint64_t until_ns) except -1:
         """empty_on(). False: the log has no room for the record of the key that is next."""
         cdef seg_t* s = self.s
@@ -1042,9 +1208,16 @@ cdef class Executor:
                 raise errors.StripeBusy("a living process holds a lock that this call needs and does not run: try again")
 
     def version(self, bytes key not None):
-        """The key's version, 0 if it is not there."""
+        """The key's version, 0 if it is not there: to be compared. Versions are of a stripe, and a key of another database than the first is in
+        another one when that has been flushed: it has another version then, whatever the stripes' are."""
         cdef raw_t raw
-        return raw.version if look(self, <const uint8_t*>PyBytes_AS_STRING(key), PyBytes_GET_SIZE(key), &raw, False) else 0
+        return self.version_of(&raw) if look(self, <const uint8_t*>PyBytes_AS_STRING(key), PyBytes_GET_SIZE(key), &raw, False) else 0
+
+    cdef uint64_t version_of(self, raw_t* raw) noexcept:
+        cdef uint64_t generation = 0
+        if self.db:
+            memcpy(&generation, self.named + self.n_prefix - 8, 8)
+        return raw.version ^ generation
 
 
 cdef bint is_empty(seg_t* s, uint64_t b) noexcept nogil:
@@ -1123,6 +1296,7 @@ ctypedef struct emptying_t:     # how far FLUSHDB of the first database is
     uint32_t used           # bytes of keys, of the bucket
     uint32_t at             # of these: of keys that are done with
     uint64_t log_end        # log_t.end of the last that was logged
+    const uint64_t* passed  # bits of stripes that are left as they are; NULL: of none
     bint only_counts        # nothing is removed:
     uint64_t room           # bytes of records that would be logged
 
@@ -1145,6 +1319,9 @@ cdef int empty_on(seg_t* s, emptying_t* e, uint8_t* keys, uint32_t room, uint64_
     cdef int rc
     while e.stripe < s.n_stripes:
         wait_ns = wait_until(s)
+        if not e.is_begun and e.passed != NULL and e.passed[e.stripe >> 6] >> (e.stripe & 63) & 1:
+            e.stripe += 1
+            continue
         if not e.is_begun:
             rc = has_first(s, e.stripe, wait_ns)
             if rc != OK and rc != ABSENT:
@@ -2837,31 +3014,40 @@ cdef class Client:
             elif not ex.has_stripes():
                 ex.pinned = None
 
-    def transact(self, list queue not None, list keys not None, bint everything, dict watching not None, uint64_t log_bytes, is_answered,
-                 bint looked_at):
+    def transact(self, list queue not None, list keys not None, bint everything, list flushed not None, dict watching not None,
+                 uint64_t log_bytes, is_answered, bint looked_at):
         """EXEC: the replies to the queued commands are appended, unless a watched key has another version now: False. keys: (db, key) of all of
-        them. everything: of all other keys, too. is_answered: called with each command before it runs, if they are looked at or the user is restricted. True: it has its reply, and
+        them. everything: of all other keys, too. flushed: databases that are flushed, in order; 0: all but the first. is_answered: called with each command before it runs, if they are looked at or the user is restricted. True: it has its reply, and
         does not run.
         Raises: as hold(), nothing was done then.
 
         Race: between the first stripe and the last command compiled commands do not let another thread of this process run; what is queued
         and is not compiled does, and may keep its stripes for as long as the other threads take. Crash: each stripe is repaired by itself."""
         cdef Executor ex = self.ex
-        cdef set found = set()
+        cdef set found
         cdef bytes key
         cdef int db
-        ex.pin()
-        try:
-            for db, key in keys:
-                if db != ex.db:
-                    ex.use(db)
-                ex.add_stripe(found, <const uint8_t*>PyBytes_AS_STRING(key), PyBytes_GET_SIZE(key))
-            if everything:
-                found.update(range(ex.s.n_stripes))
-            ex.take_stripes(found, log_bytes)
-        except BaseException:
-            ex.pinned = None
-            raise
+        while True:
+            found = set()
+            ex.pin()
+            try:
+                for db, key in keys:
+                    if db != ex.db:
+                        ex.use(db)
+                    ex.add_stripe(found, <const uint8_t*>PyBytes_AS_STRING(key), PyBytes_GET_SIZE(key))
+                if everything:
+                    found.update(range(ex.s.n_stripes))
+                ex.draw_ahead(found, flushed, keys)
+                ex.take_stripes(found, log_bytes)
+            except BaseException:
+                ex.pinned = None
+                ex.drawn = {}
+                raise
+            if ex.is_current():
+                break
+            ex.release()
+            ex.use(self.db)
+        ex.own = keys
         try:
             for (db, key), version in watching.items():
                 if db != ex.db:

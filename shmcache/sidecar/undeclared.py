@@ -10,8 +10,8 @@ Rules
 4. so that workers never wait long, all undeclared keys are let go after KEPT seconds, or MOST_KEPT keys, or before a walk over all keys.
    From there on (loose) a command that writes holds its own keys while it runs; one that only reads until another names other keys, or
    KEPT is over. Each key that a command has named (seen) has to be as the last of them left it, by its version: else the script begins
-   again, or, after a write, the command is an error. No write of others is lost, and no two scripts take the same value, but by a flush
-   (see the race table): a DEL, too, fails of a key that was read, and is gone meanwhile. What KEYS and SCAN reply is not named by that
+   again, or, after a write, the command is an error. No write of others is lost, and no two scripts take the same value: a DEL, too, fails
+   of a key that was read, and is gone meanwhile. What KEYS and SCAN reply is not named by that
 5. a script that holds nothing at all (loose, without KEYS, not in a transaction) may wait for a stripe. So one that clears a prefix does
    not fail for busy keys. It waits in slices, after each of which it looks whether it is to end (SCRIPT KILL, SIGTERM)
 6. a command of over MOST_KEPT undeclared keys runs in pieces of so many, if it is no step outside of scripts either (PIECES). If it is one,
@@ -22,6 +22,10 @@ Rules
    is used or there is not as much, it lets go, and each command asks for its own; one that reads for as much again, under which the next
    may write. What only reads asks for none. While stripes of KEYS are held nothing more can be asked for: a write that finds no room, not
    even for a record without its value, is an error, or a gap
+9. FLUSHDB and FLUSHALL of the script: what it has named is held while they run, as it was when it was seen, and afterwards, as after a read
+   when it is loose. Keys of other databases than the first are under another generation then, whose stripes are taken before it is to be
+   seen (Executor.renew). FLUSHDB of the first database removes key by key: what is held goes first, in one step. From there on 4 counts, and
+   5 if another stripe is busy. KEYS that no command has named are let go of before
 
 Race table
   another writes a key that is held      it waits: for KEPT and a command at most, or until Lua looks at the clock
@@ -29,10 +33,14 @@ Race table
                                          deleted in between looks as it did, as with WATCH
   another holds the stripe               3; after a write 5, or an error that names the key
   two scripts name two keys, crosswise   neither waits while it holds one: the one that finds its second key busy lets go of its first
-  FLUSHALL                               takes no lock: what is held is as it was, what is named after it is taken as busy
-  a FLUSHALL of the script               what was seen has to be as it was, and is absent once it has succeeded: looked at under its stripes
-                                         if these are few. If they are many, or FLUSHDB removes one by one, it is looked at right before:
-                                         then another may still take a value that this script has read, and what it writes is flushed
+  FLUSHALL, FLUSHDB                      take no lock of keys: what is held is as it was, what is named after it is taken as busy
+  they, while the script waits           its KEYS are under another generation: their stripes are let go of, and those of the new one taken
+  a flush of the script                  what was seen has to be as it was, and is absent once it has succeeded: looked at under its stripes,
+                                         which are held on if they are 32 at most, else let go of
+  that vs another writes such a key      it waits. A script, a transaction, has the new generation then. A single command in another database
+                                         than the first goes on with the one that it has read: it is as if it had come before the flush
+  a flush vs a stripe that it needs      3; after a write an error, and nothing was removed, but by FLUSHDB of the first database while KEYS are
+                                         held: some keys are
   another script of this process holds   it is waited for, as at the script's beginning, and that is not counted; after a write until the
   several stripes (HOLDING)              script's time is over: an error of its own, which names no key
 Crash: as of KEYS: each stripe is repaired by itself, what was written stands.
@@ -66,7 +74,7 @@ SHORT = 0.001  # that it waits at least
 SLICE = 0.1  # after which a wait looks whether the script is to end
 LONG_READ = 1 << 20  # bytes, or for LCS pairs of them: some 3 ms at most
 FLUSHES = {b"flushdb", b"flushall"}
-WALKS = {b"keys", b"dbsize", b"randomkey", *FLUSHES}  # they take long, and have no keys
+WALKS = {b"keys", b"dbsize", b"randomkey"}  # they take long, and have no keys
 PIECES = {b"del": 1, b"unlink": 1, b"exists": 1, b"touch": 1, b"mget": 1, b"mset": 2}  # no step over all keys: the arguments of each
 READS_ALL = {b"bitcount", b"bitpos", b"dump", b"get", b"getrange", b"substr", b"mget"}
 
@@ -155,10 +163,10 @@ class Reach:
             self.touched = True
             if self.given_up:
                 self.take_back()
-        if name in WALKS or name == b"scan":
-            self.give_up(name)
         if name in FLUSHES:
             return self.flush(caller, words)
+        if name in WALKS or name == b"scan":
+            self.give_up(name)
         size = self.log_size(words, keys) if writes else 0
         is_large = self.logs and size > self.ex.most_log_room
         divides = (len(others) > MOST_KEPT or is_large) and len(words) - 1 == PIECES.get(name, 0) * len(keys)
@@ -182,20 +190,31 @@ class Reach:
         return caller.take()
 
     def flush(self, caller: Connection, words: list[bytes]) -> bytes:
-        """The reply. Raises: Again; Error: nothing was removed."""
+        """The reply. What was named is held meanwhile, as it was when it was seen, and afterwards. Raises: Again; Error: nothing was removed."""
         everything = words[0].lower() == b"flushall"
-        seen = [key for key in self.seen if everything or key[0] == self.db]
         one_by_one = not everything and self.db == 0 and self.ex.databases > 1  # which may take long
-        if seen and len(seen) <= MOST_KEPT and not one_by_one:
-            self.run_loose(caller, words, seen, self.log_size(words, []), True)
-        else:
-            if seen:
-                self.look_at(seen)
-            self.note([], True)
+        if one_by_one and not self.held:
+            self.give_up(words[0])
+        seen = [key for key in self.seen if everything or key[0] == self.db]
+        if self.held and not all(key in self.held for key in seen):
+            self.loosen()
+            seen = [key for key in self.seen if everything or key[0] == self.db]
+        if seen and not self.held:
+            self.hold_seen(seen, self.log_size(words, []))
+        wrote, self.wrote = self.wrote, True
+        self.ex.others = [*self.held] if len(self.held) <= MOST_KEPT else ()
+        try:
             call(caller, words)
+        finally:
+            self.ex.others = ()
         reply = caller.take()
+        if reply.startswith(b"-TRYAGAIN") and not one_by_one:  # nothing was removed: the generation's key is somebody's
+            self.wrote = wrote
+            self.begin_again([(0, b"\0ns\0db:%d" % db) for db in sorted({db for db, _ in (*self.declared, *self.held)} - {0})])
         if not reply.startswith(b"-"):  # what there was this script has removed, what there is now is another's
             self.seen |= dict.fromkeys(seen, 0)
+        if len(self.held) > MOST_KEPT:
+            self.loosen()
         return reply
 
     def run_in_pieces(self, caller: Connection, words: list[bytes], keys: list[Key], writes: bool) -> bytes:
@@ -352,6 +371,25 @@ class Reach:
             if why := self.doom():
                 raise Error(why.decode())
 
+    def hold_seen(self, keys: list[Key], log_bytes: int) -> None:
+        """While none of the undeclared is held: these, if they are as they were seen. Raises: Again; Error."""
+        self.room = max(log_bytes, self.log_bytes)
+        if self.ex.holds:
+            busy = self.ex.hold_further(keys)
+            if busy is not None:
+                self.begin_again(keys)
+                raise Error(BUSY.format(shown(busy)))
+        elif len(keys) > MOST_KEPT:
+            self.hold_many(keys, self.room)
+        else:
+            self.hold(keys, self.room)
+        for key, version in zip(keys, self.ex.versions(keys), strict=True):
+            if self.seen[key] != version:
+                self.ex.let_go()
+                self.begin_again(keys)
+                raise Error(CHANGED.format(shown(key[1])))
+        self.since, self.held = _core.monotonic(), dict.fromkeys(keys)
+
     @property
     def patience(self) -> float:
         """Seconds for which it waits for a stripe."""
@@ -387,10 +425,12 @@ class Reach:
                 self.wanted = {}
             raise Again
 
-    def look(self) -> None:
-        """Between two commands: has it kept others waiting for long?"""
-        if self.held and _core.monotonic() - self.since > KEPT:
-            self.loosen()
+    def look(self, at_once: bool = False) -> bool:
+        """Between two commands, or two parts of FLUSHDB: has it kept others waiting for long? True: it has let go of what it may."""
+        if not self.held or (_core.monotonic() - self.since <= KEPT and not at_once):
+            return False
+        self.loosen()
+        return True
 
     def loosen(self) -> None:
         """Let go of what is held of the undeclared, and keep no more."""

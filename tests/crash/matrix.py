@@ -1227,6 +1227,87 @@ def first_flushed_in_a_transaction(b: Bench) -> None:
     say(b, (b"MULTI",), (b"FLUSHDB",), (b"DBSIZE",), (b"EXEC",), reply=b"+OK\r\n+QUEUED\r\n+QUEUED\r\n*2\r\n+OK\r\n:0\r\n")
 
 
+@scenario(prepare=to_flush_the_first, evicts=True)
+def first_flushed_in_a_step_of_one_key(b: Bench) -> None:
+    """As a script does: its key goes first, and is let go of before the others go."""
+    executor = _resp.Executor(b.cache, {}, impatient=False, databases=2)
+    executor.hold((), further=[(0, VICTIM)], db=0)
+    executor.empty_held()
+    executor.let_go()
+    assert executor.empty_first(0, 1 << 60) == 16
+
+
+@logged(to_flush_the_first, evicts=True)
+def first_flushed_in_a_transaction_logged(b: Bench) -> None:
+    first_flushed_in_a_transaction(b)
+
+
+def flush_in_a_step(b: Bench, flushed: int) -> None:
+    """As a script does: it holds a key of database 2, and names another. Of the first generation that is drawn the key's stripe is somebody's."""
+    executor = _resp.Executor(b.cache, {}, impatient=False, databases=4)
+    drawn = drawn_in_order(b)
+    executor.hold([b"old"], db=2)
+    assert executor.hold_further([(2, b"1")]) is None
+    assert executor.write(b"old", NEW, 0)
+    executor.others = [(2, b"1")]
+    with mock.patch.object(_resp, "urandom", lambda n: drawn.pop(0)):
+        executor.renew(flushed)
+    assert executor.read(b"old") is None
+    assert executor.write(b"old", NEW, 0)
+    assert executor.write(b"1", NEW, 0)
+    executor.let_go()
+    executor.release()
+
+
+def busy_stripe(b: Bench) -> int:
+    """Of none of the keys that it holds, nor of VICTIM, whose stripe is written to after its death."""
+    prefix = b.cache.namespace("db:2").prefix()
+    return min({*range(16)} - {b.stripe(key) for key in (VICTIM, prefix[:-9], prefix + b"old", prefix + b"1")})
+
+
+def drawn_in_order(b: Bench) -> list[bytes]:
+    """Generations: the key old is in the busy stripe under the first, and neither is under the second."""
+    busy = busy_stripe(b)
+
+    def stripes(n: int) -> list[int]:
+        return [b.stripe(b"\0ns\0db:2\0%08d" % n + key) for key in (b"old", b"1")]
+
+    first = next(n for n in range(1000) if stripes(n)[0] == busy)
+    second = next(n for n in range(1000) if busy not in stripes(n))
+    return [b"%08d" % first, b"%08d" % second]
+
+
+def with_one_busy(prepare: Callable[[Bench], None]) -> Callable[[Bench], None]:
+    """A living process holds a stripe."""
+
+    def prepared(b: Bench) -> None:
+        prepare(b)
+        b.plant(b.seg.stripes, busy_stripe(b))
+
+    return prepared
+
+
+def to_clear_all(b: Bench) -> None:
+    to_count(b)
+    b.fleeting = set(b.expected)
+    b.victim = [OLD, None]
+
+
+@scenario(prepare=with_one_busy(to_count))
+def database_flushed_in_a_step(b: Bench) -> None:
+    flush_in_a_step(b, 2)
+
+
+@logged(with_one_busy(to_count))
+def database_flushed_in_a_step_logged(b: Bench) -> None:
+    flush_in_a_step(b, 2)
+
+
+@scenario(prepare=with_one_busy(to_clear_all), evicts=True)
+def all_flushed_in_a_step(b: Bench) -> None:
+    flush_in_a_step(b, 0)
+
+
 @logged(to_flush_the_first, evicts=True)
 def first_flushed_logged(b: Bench) -> None:
     flush_the_first(b)

@@ -66,8 +66,10 @@ def flushall(client: Connection, arguments: list[bytes]) -> bytes:
 def empty(client: Connection) -> bytes:
     if client.server.store is not None or int(client.server.cache.segment.header["log_policy"]):
         in_pool(client)
-    client.ex.table.clear()  # back: once the store has everything
-    client.ex.unpin()
+    if client.ex.holds:
+        client.ex.renew()
+    else:
+        client.ex.table.clear()  # back: once the store has everything
     return OK
 
 
@@ -83,8 +85,10 @@ def flushdb(client: Connection, arguments: list[bytes]) -> bytes:
         return empty(client)
     in_pool(client)
     if client.db:
-        ex.table.namespace(f"db:{client.db}").clear()
-        ex.unpin()
+        if ex.holds:
+            ex.renew(client.db)
+        else:
+            ex.table.namespace(f"db:{client.db}").clear()
         return OK
     wait_restored(client)
     if client.server.store is not None:
@@ -93,9 +97,15 @@ def flushdb(client: Connection, arguments: list[bytes]) -> bytes:
         keep_room_to_empty(client)
     at = 0
     try:
+        ex.empty_held()
         while at < ex.n_stripes:
             client.check_time()
-            at = ex.empty_first(at, FLUSH_NS)
+            try:
+                at = ex.empty_first(at, FLUSH_NS)
+                client.let_go(False)
+            except errors.StripeBusy:
+                if not client.let_go(True):
+                    raise
     except errors.StripeBusy:
         raise Error("TRYAGAIN a process that does not run holds a lock that this command needs; some of the keys are still there") from None
     return OK

@@ -133,8 +133,13 @@ class Runtime:
             if runtime is not None and runtime.over() and runtime.doom:
                 raise _resp.CommandError(runtime.doom)
 
+        def let_go(busy: bool) -> bool:
+            runtime = me()
+            return runtime is not None and runtime.reach is not None and runtime.reach.look(busy)
+
         self.caller = type(client)(client.ex, client.server)  # that runs the commands of scripts
         self.caller.check_time = check_time  # type: ignore[method-assign]
+        self.caller.let_go = let_go  # type: ignore[method-assign]
         self.caller.in_script = True
         self.caller.most_out = MOST_MEMORY  # it could not have a larger reply
         self.doom: bytes | None = None
@@ -220,6 +225,8 @@ class Runtime:
             server.scripts.running.discard(self)
             client.owe(self.caller)
             self.caller.flush()  # it keeps no buffers
+            if not client.ex.holds:
+                client.ex.table.wait_cleared()
 
     @contextlib.contextmanager
     def caught(self) -> Any:

@@ -203,6 +203,7 @@ def execute(client: Connection) -> bytes | None:
         raise Error("EXECABORT Transaction discarded because of previous errors.")
     queue = client.queue
     keys = [*client.watching]
+    flushed: list[int] = []  # databases, in order; 0: all
     long, elsewhere, everything, db = False, False, False, client.db
     log_bytes = wished = 0  # for what scripts write besides their KEYS there may be less room
     for words in queue:
@@ -212,7 +213,10 @@ def execute(client: Connection) -> bytes | None:
         found = pairs_in(name, words[1:], db, client.ex.databases)
         keys += found
         long = long or name in LONG
-        everything = everything or (name == "flushdb" and db == 0 and client.ex.databases > 1)
+        if name == "flushdb" and db == 0 and client.ex.databases > 1:
+            everything = True
+        elif name in ("flushdb", "flushall"):
+            flushed.append(db if name == "flushdb" else 0)
         elsewhere = elsewhere or is_elsewhere(client, words)
         if TABLE[name].flags & WRITE:
             log_bytes += client.ex.log_room(written_in(name, found))
@@ -225,13 +229,14 @@ def execute(client: Connection) -> bytes | None:
         client.server.link.catch_up()  # what is read must not be handled while stripes are held
     looked_at = elsewhere or client.server.executor.watched
     try:
-        done = client.transact(queue, keys, everything, client.watching, log_bytes, functools.partial(is_answered, client), looked_at)
+        done = client.transact(queue, keys, everything, flushed, client.watching, log_bytes, functools.partial(is_answered, client), looked_at)
     except WouldWait:  # it is run again where it may
         raise
     except BaseException:
         discard_transaction(client)
         raise
     discard_transaction(client)
+    client.ex.table.wait_cleared()
     return None if done else nil_array(client.protocol)
 
 
