@@ -149,6 +149,7 @@ class Client:
         queue: list[list[bytes]],
         keys: list[tuple[int, bytes]],
         everything: bool,
+        flushed: list[int],
         watching: dict[tuple[int, bytes], int],
         log_bytes: int,
         is_answered: Callable[[list[bytes]], bool],

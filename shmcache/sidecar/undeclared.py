@@ -22,10 +22,10 @@ Rules
    is used or there is not as much, it lets go, and each command asks for its own; one that reads for as much again, under which the next
    may write. What only reads asks for none. While stripes of KEYS are held nothing more can be asked for: a write that finds no room, not
    even for a record without its value, is an error, or a gap
-9. FLUSHDB and FLUSHALL of the script: what it has named is held while they run, as it was when it was seen, and afterwards, as after a read
-   when it is loose. Keys of other databases than the first are under another generation then, whose stripes are taken before it is to be
-   seen (Executor.renew). FLUSHDB of the first database removes key by key: what is held goes first, in one step. From there on 4 counts, and
-   5 if another stripe is busy. KEYS that no command has named are let go of before
+9. FLUSHDB and FLUSHALL of the script: what it has named is held while they run, as it was when it was seen, and afterwards, as after a
+   read when it is loose. Keys of other databases than the first are under another generation then, whose stripes are taken before it is to
+   be seen (Executor.renew). FLUSHDB of the first database removes key by key: what is held goes first, in one step. From there on 4 counts,
+   and 5 if another stripe is busy. KEYS that no command has named are let go of before
 
 Race table
   another writes a key that is held      it waits: for KEPT and a command at most, or until Lua looks at the clock
@@ -34,13 +34,13 @@ Race table
   another holds the stripe               3; after a write 5, or an error that names the key
   two scripts name two keys, crosswise   neither waits while it holds one: the one that finds its second key busy lets go of its first
   FLUSHALL, FLUSHDB                      take no lock of keys: what is held is as it was, what is named after it is taken as busy
-  they, while the script waits           its KEYS are under another generation: their stripes are let go of, and those of the new one taken
-  a flush of the script                  what was seen has to be as it was, and is absent once it has succeeded: looked at under its stripes,
-                                         which are held on if they are 32 at most, else let go of
-  that vs another writes such a key      it waits. A script, a transaction, has the new generation then. A single command in another database
-                                         than the first goes on with the one that it has read: it is as if it had come before the flush
-  a flush vs a stripe that it needs      3; after a write an error, and nothing was removed, but by FLUSHDB of the first database while KEYS are
-                                         held: some keys are
+  they, while the script waits           its KEYS are under another generation: it lets go of them, and takes those of the new one
+  a flush of the script                  what was seen has to be as it was, and is absent once it has succeeded: looked at under its
+                                         stripes, which are held on if they are 32 at most, else let go of
+  that vs another writes such a key      it waits. A script, a transaction, has the new generation then. A single command in another
+                                         database than the first goes on with the one that it has read, as if it had come before the flush
+  a flush vs a stripe that it needs      3; after a write an error, and nothing was removed, but by FLUSHDB of the first database while
+                                         KEYS are held: some keys are
   another script of this process holds   it is waited for, as at the script's beginning, and that is not counted; after a write until the
   several stripes (HOLDING)              script's time is over: an error of its own, which names no key
 Crash: as of KEYS: each stripe is repaired by itself, what was written stands.
@@ -190,7 +190,8 @@ class Reach:
         return caller.take()
 
     def flush(self, caller: Connection, words: list[bytes]) -> bytes:
-        """The reply. What was named is held meanwhile, as it was when it was seen, and afterwards. Raises: Again; Error: nothing was removed."""
+        """The reply. What was named is held meanwhile, as it was when it was seen, and afterwards. Raises: Again; Error: nothing was
+        removed."""
         everything = words[0].lower() == b"flushall"
         one_by_one = not everything and self.db == 0 and self.ex.databases > 1  # which may take long
         if one_by_one and not self.held:

@@ -229,7 +229,8 @@ def execute(client: Connection) -> bytes | None:
         client.server.link.catch_up()  # what is read must not be handled while stripes are held
     looked_at = elsewhere or client.server.executor.watched
     try:
-        done = client.transact(queue, keys, everything, flushed, client.watching, log_bytes, functools.partial(is_answered, client), looked_at)
+        answered = functools.partial(is_answered, client)
+        done = client.transact(queue, keys, everything, flushed, client.watching, log_bytes, answered, looked_at)
     except WouldWait:  # it is run again where it may
         raise
     except BaseException:
