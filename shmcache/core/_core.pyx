@@ -2408,12 +2408,13 @@ cdef class Table:
             else:
                 self.clear_logged(s, held, ld32(&s.header.epoch))
 
-    def wait_cleared(self):
-        """What clear() does not wait for while this thread holds several stripes: to be called when it has let go of them. Raises: NotDurable."""
+    cdef int wait_cleared(self) except -1:
+        """What clear() does not wait for while this thread holds several stripes."""
         cdef uint32_t epoch = self.cleared
         self.cleared = 0
         if epoch:
             self.clear_logged(self.ready(), self.mapping, epoch)
+        return 0
 
     cdef int clear_logged(self, seg_t* s, Mapping held, uint32_t epoch) except -1:
         """The drainer logs the epoch; with the policy always it is waited for, in slices: no record of a ring is behind it."""

@@ -451,8 +451,7 @@ cdef class Executor:
         Race: these stripes come out of order, so the holder of one is not waited for: it may wait for one that is held here. clear() vs this:
         what is held has the epoch of when it was taken; once that is not the newest, others may have stored here with a newer one, and
         the stripe is as good as theirs (bucket.pxd, the invariant of counts). FLUSHDB of others vs this: so it is, once the database has another
-        generation than this thread goes on with. A dead process's stripe is somebody's, until one who waits takes
-        it over. Crash: as of hold()."""
+        generation than this thread goes on with. A dead process's stripe is somebody's, until one who waits takes it over. Crash: as of hold()."""
         cdef seg_t* s = self.s
         cdef dict at = self.stripes_of(keys)
         cdef list stripes = sorted([i for i in at if not s.held[i >> 6] >> (i & 63) & 1])
@@ -771,6 +770,10 @@ cdef class Executor:
         self.pinned = None
         self.table.impatient = self.was_impatient
         self.lock.release()
+
+    def wait_cleared(self):
+        """After release(), with the policy always: until a FLUSHALL of this thread's step is durable. Raises: NotDurable."""
+        self.table.wait_cleared()
 
     @property
     def holds(self):
@@ -1154,7 +1157,7 @@ cdef class Executor:
         #! empty: what is held
 
     def room_to_empty(self, uint32_t stripe, uint64_t within_ns):
-        """What empty_first() will ask of the log, counted in the same way, and nothing is removed: (the stripe to go on with, bytes of records)."""
+        """What empty_first() will ask of the log, and nothing is removed: (the stripe to go on with, bytes of records)."""
         cdef emptying_t e
         cdef uint64_t until = mono_ns() + within_ns
         memset(&e, 0, sizeof(e))
@@ -1323,7 +1326,7 @@ cdef int empty_on(seg_t* s, emptying_t* e, uint8_t* keys, uint32_t room, uint64_
             e.stripe += 1
             continue
         if not e.is_begun:
-            rc = has_first(s, e.stripe, wait_ns)
+            rc = OK if e.only_counts else has_first(s, e.stripe, wait_ns)       # to count, no lock is waited for or tried
             if rc != OK and rc != ABSENT:
                 return rc
             e.bucket = e.stripe if rc == OK else s.n_buckets

@@ -113,8 +113,8 @@ class Connection(_resp.Client):
         """In a command that may take long. Raises: CommandError: it is a script's, and the script's time is over."""
 
     def let_go(self, busy: bool) -> bool:
-        """FLUSHDB has emptied the stripes that are held, and goes on with others. busy: one of these is somebody's. True: a script has let go
-        of some of its own."""
+        """FLUSHDB has emptied the stripes that are held, and goes on with others. busy: one of these is somebody's. True: a script has let
+        go of some of its own."""
         return False
 
     def refused(self, text: bytes, name: str) -> bytes:

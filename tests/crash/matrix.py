@@ -1282,6 +1282,7 @@ def with_one_busy(prepare: Callable[[Bench], None]) -> Callable[[Bench], None]:
 
     def prepared(b: Bench) -> None:
         prepare(b)
+        b.states = [{}]
         b.plant(b.seg.stripes, busy_stripe(b))
 
     return prepared
@@ -1293,12 +1294,12 @@ def to_clear_all(b: Bench) -> None:
     b.victim = [OLD, None]
 
 
-@scenario(prepare=with_one_busy(to_count))
+@scenario(prepare=with_one_busy(to_count), evicts=True)
 def database_flushed_in_a_step(b: Bench) -> None:
     flush_in_a_step(b, 2)
 
 
-@logged(with_one_busy(to_count))
+@logged(with_one_busy(to_count), evicts=True)
 def database_flushed_in_a_step_logged(b: Bench) -> None:
     flush_in_a_step(b, 2)
 

@@ -226,7 +226,7 @@ class Runtime:
             client.owe(self.caller)
             self.caller.flush()  # it keeps no buffers
             if not client.ex.holds:
-                client.ex.table.wait_cleared()
+                client.ex.wait_cleared()
 
     @contextlib.contextmanager
     def caught(self) -> Any:

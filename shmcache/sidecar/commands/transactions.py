@@ -237,7 +237,7 @@ def execute(client: Connection) -> bytes | None:
         discard_transaction(client)
         raise
     discard_transaction(client)
-    client.ex.table.wait_cleared()
+    client.ex.wait_cleared()
     return None if done else nil_array(client.protocol)
 
 
