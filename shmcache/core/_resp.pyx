@@ -976,7 +976,7 @@ cdef class Executor:
         cdef uint32_t i
         cdef int rc
         for i in range(s.n_stripes):
-            rc = size_said(s, i, d, <uint32_t>generation, &size)
+            rc = size_said(s, i, d, generation, &size)
             if rc == ABSENT and how == WAITING and not self.table.impatient:
                 rc = self.under_lock(s, -1, d, generation, how, until, &size)
                 if rc == MISMATCH and not is_last:
@@ -986,7 +986,7 @@ cdef class Executor:
             elif how == BRIEFLY and (rc == AGAIN or rc == ABSENT and ld32(&s.header.newest[d]) == 0):
                 until[0] = until[0] or mono_ns() + BRIEFLY_NS
                 if mono_ns() < until[0]:
-                    size_counted(s, i, d, <uint32_t>generation, 0, &size)
+                    size_counted(s, i, d, generation, 0, &size)
             if (rc == ABSENT or rc == AGAIN) and how != BRIEFLY:
                 self.under_lock(s, i, d, generation, how, until, &size)
             sum.items += size.items
@@ -999,11 +999,11 @@ cdef class Executor:
         if self.table.impatient:
             raise WouldWait
         if how == TRYING and until[0] and mono_ns() >= until[0]:        # to wait until a time that is over is to sleep once
-            return size_counted(s, <uint32_t>i, d, <uint32_t>generation, 0, size)
+            return size_counted(s, <uint32_t>i, d, generation, 0, size)
         until[0] = until[0] or (wait_until(s) if how == WAITING else mono_ns() + TRYING_NS)
         while True:
             with nogil:
-                rc = is_untold(s, d, generation, until[0]) if i < 0 else size_counted(s, <uint32_t>i, d, <uint32_t>generation, until[0], size)
+                rc = is_untold(s, d, generation, until[0]) if i < 0 else size_counted(s, <uint32_t>i, d, generation, until[0], size)
             if rc != INTR:
                 break
             PyErr_CheckSignals()
@@ -1286,7 +1286,7 @@ cdef int is_untold(seg_t* s, int d, uint64_t generation, uint64_t until_ns) noex
     if rc == OK:
         rc = ABSENT
         if read_generation(s, key, n, &now) != OK or now != generation or \
-                ld32(&s.header.newest[d]) == tag_of(<uint32_t>generation, epoch_of(s, st)):
+                ld32(&s.header.newest[d]) == tag_of(generation, epoch_of(s, st)):
             rc = MISMATCH
         stripe_release(s, st)
     return rc

@@ -2,7 +2,7 @@
 #
 # A key of database d, 1 to 15, is b"\0ns\0db:<d>\0", the 8 bytes of a generation (namespace.py), then the client's key. FLUSHDB stores another
 # generation under b"\0ns\0db:<d>"; items that carry the old one stay until a CLOCK hand meets them. So what a stripe counts of a database says
-# of which generation: by a tag, made of the generation's first bytes and the item's epoch. All keys that begin with b"\0ns\0db:", those of
+# of which generation: by a tag, made of the generation and the item's epoch. All keys that begin with b"\0ns\0db:", those of
 # generations too, are counted together as `others`: the first database has what the stripe counts, less these. As there, claims and what
 # has expired count until they are taken out.
 #
@@ -13,10 +13,11 @@
 # is no tag: a stripe that counts another generation says nothing of this one, and is counted by a walk, once. Only if newest is its tag already,
 # it stays: C3 holds for it. So a tag is newest once, until the next generation is stored, and never again.
 #
-# Generations are random, a tag has 31 bits of them. C3 does not hold if one is drawn whose tag items of an older one have that lie there still:
-# with n older ones, of which something is left, by a chance of n in 2**31 for each FLUSHDB. Then counts are too low where such items lie, and
-# verify says I23, until the next FLUSHDB. Two generations of one tag that somebody stores by hand are counted as one. Nothing is deleted for what
-# a count says: FLUSHDB of the first database takes each stripe's lock, under which C1 holds (sizes.pxd, has_first), and removes key by key.
+# A tag has 31 bits, a hash of all 64 of the generation. C3 does not hold if one is drawn whose tag items of an older one have that lie
+# there still: with n older ones, of which something is left, by a chance of n in 2**31 for each FLUSHDB. Then counts are wrong where such items
+# lie, and verify may say I23, until the next FLUSHDB. Two generations of one tag that somebody stores by hand are counted as one.
+# Nothing is deleted for what a count says: FLUSHDB of the first database takes each stripe's lock, under which C1 holds (sizes.pxd, has_first), and
+# removes key by key.
 #
 # Invariants, for the holder of the stripe, if its turn is even
 #   C1  others is the number of items of its epoch whose keys begin so; expiring, of those with other keys that expire
@@ -64,9 +65,9 @@ from shmcache.core.slab cimport item_at, page_room
 cdef enum:
     N_OTHERS = 7            # bytes of b"\0ns\0db:"
 
-cdef inline uint32_t tag_of(uint32_t generation, uint32_t epoch) noexcept nogil:
-    """Of a generation's first bytes: odd, so that 0 is none's."""
-    return (generation + (epoch << 1)) | 1
+cdef inline uint32_t tag_of(uint64_t generation, uint32_t epoch) noexcept nogil:
+    """Of all bits of a generation (Fibonacci hashing): odd, so that 0 is none's."""
+    return (<uint32_t>(generation * <uint64_t>0x9e3779b97f4a7c15 >> 32) + (epoch << 1)) | 1
 
 cdef inline bint is_others(const uint8_t* key, uint64_t n) noexcept nogil:
     return n >= N_OTHERS and memcmp(key, <const char*>b"\0ns\0db:", N_OTHERS) == 0
@@ -80,14 +81,14 @@ cdef inline int number_in(const uint8_t* key, uint64_t n, uint64_t* end) noexcep
         end[0] += 1
     return d if 0 < d < DATABASES else 0
 
-cdef inline int database_of(const uint8_t* key, uint64_t n, uint32_t* generation) noexcept nogil:
-    """Of a key that is_others(): whose item it is, and the first bytes of the generation that it carries. 0: no database's, or of one that is
+cdef inline int database_of(const uint8_t* key, uint64_t n, uint64_t* generation) noexcept nogil:
+    """Of a key that is_others(): whose item it is, and the generation that it carries. 0: no database's, or of one that is
     not counted by itself."""
     cdef uint64_t end = 0
     cdef int d = number_in(key, n, &end)
     if d == 0 or n < end + 9 or key[end] != 0:
         return 0
-    memcpy(generation, key + end + 1, 4)
+    memcpy(generation, key + end + 1, 8)
     return d
 
 cdef inline int whose_generation(const uint8_t* key, uint64_t n) noexcept nogil:
@@ -145,7 +146,8 @@ cdef inline void tally(seg_t* s, stripe_t* st, uint64_t addr, uint32_t epoch, bi
     cdef databases_t* of = &s.databases[st - s.stripes]
     cdef item_t* it = item_at(s, addr)
     cdef const uint8_t* key = <uint8_t*>it + 48
-    cdef uint32_t generation = 0, tag, by = 1 if comes else <uint32_t>-1
+    cdef uint64_t generation = 0
+    cdef uint32_t tag, by = 1 if comes else <uint32_t>-1
     cdef int d
     if not is_other(s, addr):
         if expires(it):
@@ -177,9 +179,10 @@ cdef inline void tally_end(stripe_t* st) noexcept nogil:
 cdef inline void note_newest(seg_t* s, const uint8_t* key, uint64_t n, const uint8_t* value, uint32_t epoch, bint drawn) noexcept nogil:
     """Before the slot's store of an item of 8 bytes: is it a generation? drawn: no item carries it yet."""
     cdef int d = whose_generation(key, n)
-    cdef uint32_t generation, tag
+    cdef uint64_t generation
+    cdef uint32_t tag
     if d:
-        memcpy(&generation, value, 4)
+        memcpy(&generation, value, 8)
         tag = tag_of(generation, epoch)
         if drawn or s.header.newest[d] != tag:
             st32(&s.header.newest[d], tag if drawn else 0)

@@ -55,7 +55,8 @@ cdef inline void take_census(seg_t* s, uint64_t stripe, uint32_t epoch, census_t
     cdef uint64_t b = stripe, addr, n
     cdef uint8_t* key
     cdef item_t* it
-    cdef uint32_t generation, tag
+    cdef uint64_t generation
+    cdef uint32_t tag
     cdef int i, d
     c.others = c.expiring = 0
     for d in range(DATABASES):
@@ -132,8 +133,8 @@ cdef inline int has_first(seg_t* s, uint32_t i, uint64_t until_ns) noexcept nogi
         stripe_release(s, st)
     return rc
 
-cdef inline int size_said(seg_t* s, uint32_t i, int d, uint32_t generation, sized_t* to) noexcept nogil:
-    """What stripe i says of database d, whose generation begins so: OK, ABSENT or AGAIN as size_as_said(). It takes no lock."""
+cdef inline int size_said(seg_t* s, uint32_t i, int d, uint64_t generation, sized_t* to) noexcept nogil:
+    """What stripe i says of this generation of database d: OK, ABSENT or AGAIN as size_as_said(). It takes no lock."""
     cdef stripe_t* st = &s.stripes[i]
     cdef uint32_t epoch
     cdef int looks, rc = AGAIN
@@ -145,7 +146,7 @@ cdef inline int size_said(seg_t* s, uint32_t i, int d, uint32_t generation, size
         cpu_pause()
     return rc
 
-cdef inline int size_counted(seg_t* s, uint32_t i, int d, uint32_t generation, uint64_t until_ns, sized_t* to) noexcept nogil:
+cdef inline int size_counted(seg_t* s, uint32_t i, int d, uint64_t generation, uint64_t until_ns, sized_t* to) noexcept nogil:
     """The same under the lock, where what is not known is counted: OK. BUSY or INTR: `to` is as it was. A walk through the stripe's buckets."""
     cdef stripe_t* st = &s.stripes[i]
     cdef uint32_t epoch

@@ -598,6 +598,17 @@ def test_a_generation_that_a_fork_child_stores_as_well_is_counted(make, serve):
     assert dbsizes(server, client, (1,)) == {1: 100}
 
 
+def test_generations_that_begin_alike_are_two(make, serve):
+    """Their first bytes are the same, as a client may choose them."""
+    cache = make(stripes=16)
+    server = serve(cache.name)
+    client = server.connect()
+    for n, generation in enumerate((b"same1111", b"same2222", b"1111same", b"2222same")):
+        ask(server, client, "SELECT 0", (b"SET", GENERATION, generation), "SELECT 1", *(f"SET {n}.{i} v" for i in range(100)))
+        assert ask(server, client, "DBSIZE") == [b":100"]
+        agree(server, client, cache)
+
+
 @pytest.mark.parametrize("flushed", [False, True])
 @pytest.mark.parametrize("empty", [False, True])
 def test_what_is_loaded_is_counted(make, name, serve, flushed, empty):
