@@ -62,11 +62,6 @@ class Cache(_core.Table):
         named: Exception = self._load_codec().named(error)
         return named
 
-    def _new_generation(self, key: bytes) -> bytes:
-        from shmcache.namespace import generation
-
-        return generation(self, key)
-
     def get_or_set(
         self, key: bytes | str, factory: Callable[[], Any], ttl: float | timedelta | None = None, *, lease: float = flight.LEASE,
         stale_ttl: float | timedelta | None = None, early: float | bool = 0.0, tags: Iterable[str] | None = None,
@@ -128,11 +123,9 @@ class Cache(_core.Table):
         What is being computed with one of them (get_or_set, a lease) is not found either; what a set stores after it stays.
         Raises: InvalidTag.
         """
-        from shmcache.namespace import renew
-
         keys = [self._tag_key(tag) for tag in tags]  # all are checked before the first is renewed
         for key in keys:
-            renew(self, key)
+            self._renew(key)
 
     def get_lease(self, key: bytes | str, seconds: float = flight.LEASE, tags: Iterable[str] | None = None) -> flight.Lease:
         """The key's value, or the right to fill it: memcached's lease, for who fills by hand. Never waits.

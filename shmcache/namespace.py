@@ -1,14 +1,13 @@
 """Namespaces: keys of their own, and a clear() of their own that costs one write; and the generations by which that, and tags, are done.
 
-A namespace has a generation, a random number under a key of the cache; every key carries it. clear() stores another one: what carries the
-old one is never found again, and goes as the CLOCK hand meets it. A tag has a generation, too, which the item carries instead of its key
-(core/envelope.pxd). A generation that was evicted is replaced by a new random one: a namespace or a tag may lose what is in it, it never
-sees again what was cleared. While a segment is restored generations come first, and whoever needs one waits for them, a second at most.
+A namespace has a generation, a random number under a key of the cache (core/databases.pxd); every key carries it. clear() stores another
+one: what carries the old one is never found again, and goes as the CLOCK hand meets it. A tag has a generation, too, which the item
+carries instead of its key (core/envelope.pxd). A generation that was evicted is replaced by a new random one: a namespace or a tag may lose
+what is in it, it never sees again what was cleared. While a segment is restored generations come first, and whoever needs one waits for
+them, a second at most.
 """
 
 from __future__ import annotations
-
-import time
 
 from shmcache import errors, flight
 from shmcache.core import _core
@@ -26,29 +25,6 @@ if TYPE_CHECKING:
 
 PREFIX = b"\x00ns\x00"
 LONGEST_NAME = 200  # bytes
-RESTORE_WAIT = 1.0  # seconds
-
-
-def generation(cache: Cache, key: bytes) -> bytes:
-    """The eight bytes under a generation's key; if there are none, new ones."""
-    found = cache.get(key)
-    if found is None and cache.durability()["generations_missing"]:
-        until = _core.monotonic() + RESTORE_WAIT
-        while cache.durability()["generations_missing"] and _core.monotonic() < until:
-            time.sleep(0.002)
-        found = cache.get(key)
-    while not isinstance(found, bytes) or len(found) != 8:
-        if found is None:
-            cache._draw(key, flight.FOREVER, absent=True)
-        else:
-            renew(cache, key)
-        found = cache.get(key)
-    return found
-
-
-def renew(cache: Cache, key: bytes) -> None:
-    """Another generation: what carries the one before is never found again."""
-    cache._draw(key, flight.FOREVER)
 
 
 class Namespace:
@@ -66,7 +42,7 @@ class Namespace:
 
     def prefix(self) -> bytes:
         """What its keys begin with in the cache, till the next clear()."""
-        return self._generation_key + b"\x00" + generation(self.cache, self._generation_key)
+        return self._generation_key + b"\x00" + self.cache._generation(self._generation_key)
 
     def _key(self, key: Key) -> bytes:
         own: bytes = _core.own_key(self.prefix(), key, "a key in a namespace")
@@ -79,7 +55,7 @@ class Namespace:
 
     def clear(self) -> None:
         """Remove everything in the namespace, for everybody, in one step."""
-        renew(self.cache, self._generation_key)
+        self.cache._renew(self._generation_key)
 
     def get(self, key: Key, default: Any = None) -> Any:
         return self.cache.get(self._key(key), default)

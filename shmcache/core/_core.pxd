@@ -97,6 +97,8 @@ cdef class Table:
     cdef int clear_logged(self, seg_t* s, Mapping held, uint32_t epoch) except -1
     cdef int store_logged(self, object key, object value, object ttl, int when, uint64_t version, uint64_t* stored, log_t* log) except -100
     cdef bytes carried(self, object tags, bytes head)
+    cdef int generation(self, const uint8_t* key, size_t n, uint64_t* to, log_t* log) except -100
+    cdef int draw(self, const uint8_t* key, size_t n, int when, uint64_t version, uint64_t* to, log_t* log) except -100
     cdef int store_tagged(self, object key, object value, object ttl, object tags, int when, uint64_t version) except -100
     cdef Encoded wrapped(self, object value, bytes head, uint32_t stale_ms, uint32_t early_ms, int flags)
     cdef int remove_logged(self, object key, uint64_t version, log_t* log) except -100

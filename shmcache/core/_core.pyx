@@ -42,7 +42,7 @@ from shmcache.core.ring cimport log_t, record_room, ring_of, ring_release, ring_
 from shmcache.core.siphash cimport siphash, siphash13
 from shmcache.core.slab cimport chunk_class, cls_mark, give_back_all, item_at, page_cls
 from shmcache.core.table cimport (
-    ALWAYS, DRAWN, IF_ABSENT, IF_CLAIM, IF_PRESENT, IF_SAME, IF_UNCLAIMED, IF_UNMARKED, IF_UNMARKED_BY_ANY, IF_VERSION, LARGE_COPY, RESTARTS, add_to,
+    ALWAYS, IF_ABSENT, IF_CLAIM, IF_PRESENT, IF_SAME, IF_UNCLAIMED, IF_UNMARKED, IF_UNMARKED_BY_ANY, IF_VERSION, LARGE_COPY, RESTARTS, add_to,
     claim_t, clear_all, count_items, drop_dirty, end_mark, envelope_state, give_up, mark_t, next_keys, passes_by, prefetch_item, put, put_t, read_begin, read_claim, read_copy, read_end,
     read_generation, read_left, read_t, remove, remove_claim, same_item, set_expiry, state_in_place, unchanged)
 from shmcache.core.token cimport (
@@ -135,6 +135,7 @@ cdef enum:
     GROUP = 16                  # keys that get_many fetches ahead
     STACK_BYTES = 1024          # values up to this are copied to the stack before they are decoded
     LOG_WAIT_NS = 1000000000    # for room in the ring
+    RESTORE_WAIT_NS = 1000000000    # for a generation that is to be restored
     LONG_COPY = 32 << 20        # bytes: copying them takes about the interpreter's switch interval, for which getting the GIL back may have to wait
 
 cdef char* TOMBSTONE = b"\0\1\0\0\0\0\0\0\0\0\0\0"      # an envelope: nothing, negative, no tags
@@ -1503,7 +1504,7 @@ cdef class Table:
         op.chunk = 0
         op.flags = 0
         op.refs = 0
-        op.drawn = 0
+        op.drawn = False
         op.when = IF_VERSION if version else ALWAYS
         op.loaded = False
         op.version = version
@@ -1577,8 +1578,8 @@ cdef class Table:
         op.chunk = 0
         op.flags = 0
         op.refs = 0
-        op.when = when & ~(WRITTEN | DRAWN)
-        op.drawn = s.me[0] if unlikely(when & DRAWN) else 0
+        op.when = when & ~WRITTEN
+        op.drawn = False
         op.loaded = when == IF_CLAIM or when == IF_SAME
         op.version = version
         key_view(key, &op.key, &op.key_bytes)
@@ -1630,11 +1631,6 @@ cdef class Table:
         if unlikely(tags is not None):
             return self.store_tagged(key, value, ttl, tags, IF_ABSENT, 0) == OK
         return self.store(key, value, ttl, IF_ABSENT, 0, &stored) == OK
-
-    def _draw(self, key, ttl, bint absent=False):
-        """Store a generation (namespace.py): 8 random bytes, drawn here, so that no item carries it yet. absent: if the key is not there."""
-        cdef uint64_t stored
-        self.store(key, urandom(8), ttl, (IF_ABSENT if absent else ALWAYS) | DRAWN, 0, &stored)
 
     def replace(self, key, value, ttl=None, tags=None):
         """Store a value if the key is there: True if it was stored."""
@@ -1739,7 +1735,7 @@ cdef class Table:
         cdef uint16_t n_tags = 0
         cdef Py_ssize_t n
         cdef const char* name
-        cdef seg_t* s
+        cdef log_t log
         memset(to, 0, ENVELOPE_FIXED)
         if head is not None:
             at = <uint64_t>PyBytes_GET_SIZE(head)
@@ -1751,10 +1747,8 @@ cdef class Table:
                 raise errors.InvalidTag(f"an item has at most {MOST_TAGS} tags: use fewer")
             memcpy(key, <const char*>b"\0tag\0", TAG_PREFIX_BYTES)
             memcpy(key + TAG_PREFIX_BYTES, name, n)
-            s = self.ready()
-            if read_generation(s, key, TAG_PREFIX_BYTES + n, &generation) != OK:
-                made = self._new_generation(PyBytes_FromStringAndSize(<char*>key, TAG_PREFIX_BYTES + n))
-                memcpy(&generation, PyBytes_AS_STRING(made), 8)
+            self.generation(key, TAG_PREFIX_BYTES + n, &generation, &log)
+            self.durable(self.s, self.mapping, &log)
             memcpy(to + at, &generation, 8)
             to[at + 8] = <uint8_t>n
             memcpy(to + at + 9, name, n)
@@ -1769,9 +1763,83 @@ cdef class Table:
         cdef const char* name = tag_view(tag, &n)
         return b"\0tag\0" + PyBytes_FromStringAndSize(name, n)
 
-    def _new_generation(self, bytes key):
-        """The eight bytes under the key of a generation that was not found; while a segment is restored it may still come."""
-        raise errors.UnsupportedValue("this table keeps no tags")
+    cdef int generation(self, const uint8_t* key, size_t n, uint64_t* to, log_t* log) except -100:
+        """The generation under this key, a namespace's or a tag's (namespace.py): the eight bytes that are there, however they got there; if
+        there are none, a new one. While a segment is restored it may still come, and is waited for, RESTORE_WAIT_NS at most. log: of a new one.
+        Raises: WouldWait; as set()."""
+        cdef uint64_t until = 0
+        cdef seg_t* s
+        cdef read_t r
+        cdef int rc
+        log.end = 0
+        while True:
+            s = self.ready()
+            rc = read_generation(s, key, n, to)
+            if rc == OK:
+                return OK
+            if rc == MISMATCH:          # replace exactly what is no generation
+                rc = read_begin(s, key, n, siphash13(key, n, s.k0, s.k1), &r)
+                if rc == OK and (r.value_bytes != 8 or r.is_big) and read_end(s, &r) == OK and self.draw(key, n, IF_VERSION, r.cas, to, log) == OK:
+                    return OK
+            elif rc == ABSENT and ld32(&s.header.restoring) == NAMESPACES_FIRST and (until == 0 or mono_ns() < until):
+                if self.impatient:
+                    raise WouldWait
+                until = until or mono_ns() + RESTORE_WAIT_NS
+                with nogil:
+                    usleep(2000)
+            elif rc == ABSENT and self.draw(key, n, IF_ABSENT, 0, to, log) == OK:
+                return OK
+            PyErr_CheckSignals()
+
+    cdef int draw(self, const uint8_t* key, size_t n, int when, uint64_t version, uint64_t* to, log_t* log) except -100:
+        """Store a new generation: OK, and which; else as put_view()."""
+        cdef bytes drawn = urandom(8)
+        cdef seg_t* s = self.ready()
+        cdef put_t op
+        cdef int rc
+        log.end = 0
+        op.key = key
+        op.key_bytes = n
+        op.hash = siphash13(key, n, s.k0, s.k1)
+        op.value = <const uint8_t*>PyBytes_AS_STRING(drawn)
+        op.value_bytes = 8
+        op.expiry_ms = 0
+        op.codec = CODEC_BYTES
+        op.flags = 0
+        op.refs = 0
+        op.chunk = 0
+        op.when = when
+        op.drawn = True
+        op.loaded = False
+        op.version = version
+        rc = self.put_view(s, &op)
+        if rc == OK:
+            to[0] = op.generation
+            log[0] = op.log
+        return rc
+
+    def _generation(self, bytes key not None):
+        """generation(), as bytes."""
+        cdef uint64_t generation = 0
+        cdef log_t log
+        self.generation(<const uint8_t*>PyBytes_AS_STRING(key), PyBytes_GET_SIZE(key), &generation, &log)
+        self.durable(self.s, self.mapping, &log)
+        return PyBytes_FromStringAndSize(<char*>&generation, 8)
+
+    def _generation_there(self, bytes key not None):
+        """The same, None if there is none."""
+        cdef uint64_t generation = 0
+        cdef int rc = AGAIN
+        while rc == AGAIN:
+            rc = read_generation(self.ready(), <const uint8_t*>PyBytes_AS_STRING(key), PyBytes_GET_SIZE(key), &generation)
+        return PyBytes_FromStringAndSize(<char*>&generation, 8) if rc == OK else None
+
+    def _renew(self, bytes key not None):
+        """Another generation under this key: what carries the one before is never found again."""
+        cdef uint64_t generation = 0
+        cdef log_t log
+        self.draw(<const uint8_t*>PyBytes_AS_STRING(key), PyBytes_GET_SIZE(key), ALWAYS, 0, &generation, &log)
+        self.durable(self.s, self.mapping, &log)
 
     def _put_negative(self, key, ttl=None, uint64_t version=0):
         """Store that it is known, for ttl seconds, that there is nothing: a miss for everybody but _look(). version: of the claim() under which
@@ -2013,7 +2081,7 @@ cdef class Table:
             mine.token = s.me[0]
             op.chunk = 0
             op.refs = 0
-            op.drawn = 0
+            op.drawn = False
             op.hash = siphash13(op.key, op.key_bytes, s.k0, s.k1)
             op.version = 0
             rc = read_claim(s, op.key, op.key_bytes, op.hash, &op.version, &whose, &flags)
@@ -2109,7 +2177,7 @@ cdef class Table:
             mark.alone = alone
             op.chunk = 0
             op.refs = 0
-            op.drawn = 0
+            op.drawn = False
             op.hash = siphash13(op.key, op.key_bytes, s.k0, s.k1)
             op.version = version
             op.overlapped = False

@@ -30,18 +30,18 @@ from shmcache.core.clock cimport now_ms
 from shmcache.core.databases cimport is_others, tag_of
 from shmcache.core.envelope cimport CODEC_ENVELOPE, STATE_FRESH, STATE_NEGATIVE, STATE_STALE, envelope_open, envelope_t
 from shmcache.core.dirty cimport writes_back
-from shmcache.core.layout cimport DATABASES, FLAG_COPY_TTL, FLAG_RAW, LOG_ALWAYS, LOG_OFF, MAX_KEY, NAMESPACES_FIRST, POLICY_BACK, SLOTS, bucket_t, seg_t, stripe_t
+from shmcache.core.layout cimport DATABASES, FLAG_COPY_TTL, FLAG_RAW, LOG_ALWAYS, LOG_OFF, MAX_KEY, POLICY_BACK, SLOTS, bucket_t, seg_t, stripe_t
 from shmcache.core.lock cimport wait_until
 from shmcache.core.number cimport shm_digits, shm_number
 from shmcache.core.ring cimport log_t, record_room, ring_of, ring_release, ring_secure, take_kept
 from shmcache.core.siphash cimport siphash13
 from shmcache.core.sizes cimport has_first, size_counted, size_said, sized_t
 from shmcache.core.table cimport (
-    ALWAYS, DRAWN, IF_ABSENT, IF_PRESENT, IF_VERSION, LARGE_COPY, RESTARTS, count_items, envelope_state, next_keys, passes_by, prefetch_item, put_t, read_begin, read_copy, read_end, read_generation, read_t, remove)
+    ALWAYS, IF_ABSENT, IF_PRESENT, IF_VERSION, LARGE_COPY, RESTARTS, count_items, envelope_state, next_keys, passes_by, prefetch_item, put_t, read_begin, read_copy, read_end, read_generation, read_t, remove)
 from shmcache.core.token cimport ABSENT, AGAIN, BUSY, EXISTS, INTR, MISMATCH, NO_ROOM, NO_STORE, OK, OVERFLOW, mono_ns, wall_ns
 
 import threading
-from os import register_at_fork, urandom
+from os import register_at_fork
 
 from shmcache import errors
 from shmcache.core._core import WouldWait
@@ -860,10 +860,9 @@ cdef class Executor:
     cdef int use(self, int db) except -1:
         """From here on keys are of this database. The first has the segment's keys; another is the cache's namespace "db:<number>", so that to
         clear it is one write. Raises: WouldWait: the segment is being restored, and this database's generation may still come; a lock is busy."""
-        cdef seg_t* s = self.s
-        cdef int n = 7, rc
-        cdef uint64_t h
-        cdef read_t r
+        cdef size_t n
+        cdef uint64_t generation = 0
+        cdef log_t log
         self.db = db
         self.n_prefix = 0
         if db == 0:
@@ -871,32 +870,20 @@ cdef class Executor:
                 self.n_prefix = PyBytes_GET_SIZE(self.aside)
                 memcpy(self.named, PyBytes_AS_STRING(self.aside), self.n_prefix)
             return 0
-        memcpy(self.named, <const char*>b"\0ns\0db:", 7)
         if self.pinned is not None and db in self.pinned:
             self.n_prefix = PyBytes_GET_SIZE(self.pinned[db])
             memcpy(self.named, PyBytes_AS_STRING(self.pinned[db]), self.n_prefix)
             return 0
-        n += shm_digits(<char*>self.named + n, db)
-        h = siphash13(self.named, n, s.k0, s.k1)
-        while True:
-            rc = read_begin(s, self.named, n, h, &r)
-            if rc == OK and r.value_bytes == 8:
-                read_copy(s, &r, self.named + n + 1)
-                if read_end(s, &r) == OK:
-                    self.named[n] = 0
-                    self.n_prefix = n + 9
-                    if self.pinned is not None:
-                        self.pinned[db] = PyBytes_FromStringAndSize(<char*>self.named, <Py_ssize_t>self.n_prefix)
-                    return 0
-            elif rc != ABSENT:          # somebody came between; or it is no generation
-                if rc == OK and read_end(s, &r) == OK:
-                    remove_key(self, self.named, n, r.cas)
-            elif ld32(&s.header.restoring) != NAMESPACES_FIRST:
-                put_value(self, self.named, n, <const uint8_t*>PyBytes_AS_STRING(urandom(8)), 8, CODEC_BYTES, NEVER, IF_ABSENT | DRAWN, 0)
-            elif self.table.impatient:
-                raise WouldWait
-            else:
-                self.table.namespace(f"db:{db}").prefix()       # waits for it
+        n = generation_key(self.named, db)
+        self.table.generation(self.named, n, &generation, &log)
+        if unlikely(log.end != 0):
+            self.table.note_log(&log)
+        self.named[n] = 0
+        memcpy(self.named + n + 1, &generation, 8)
+        self.n_prefix = n + 9
+        if self.pinned is not None:
+            self.pinned[db] = PyBytes_FromStringAndSize(<char*>self.named, <Py_ssize_t>self.n_prefix)
+        return 0
 
     cdef void pin(self):
         """From here to release() databases keep the generations that they have when they are first used: what was held by their keys is held."""
@@ -1648,8 +1635,8 @@ cdef int put_value(Executor ex, const uint8_t* key, size_t n, const uint8_t* val
     op.flags = FLAG_RAW if codec & RAW else 0
     op.refs = 0
     op.chunk = 0
-    op.when = when & ~DRAWN
-    op.drawn = s.me[0] if unlikely(when & DRAWN) else 0
+    op.when = when
+    op.drawn = False
     op.loaded = False
     op.version = version
     op.expiry_ms = expiry_ms

@@ -26,7 +26,7 @@ from shmcache.core.atomics cimport add64, fence_acquire, ld8r, ld16r, ld32, ld32
 from shmcache.core.big cimport big_read, big_shape, big_t
 from shmcache.core.bucket cimport ADDR_MASK, OP_TOUCH, bucket_of, chain_first, chain_next, chain_t, stripe_of, stripe_release, stripe_take
 from shmcache.core.clock cimport now_ms
-from shmcache.core.layout cimport FLAG_BIG, FLAG_CLAIM, FLAG_COPY_TTL, FLAG_DIRTY, MAX_KEY, MAX_REFS, NAMESPACES_FIRST, POLICY_BACK, SLOTS, item_t, ring_t, seg_t, stripe_t
+from shmcache.core.layout cimport FLAG_BIG, FLAG_CLAIM, FLAG_COPY_TTL, FLAG_DIRTY, MAX_KEY, MAX_REFS, POLICY_BACK, SLOTS, item_t, ring_t, seg_t, stripe_t
 from shmcache.core.lock cimport shm_sleep, wait_until
 from shmcache.core.record cimport RECORD_CLEAR, RECORD_COPY_TTL, RECORD_DELETE, RECORD_DIRTY, RECORD_EXPIRY, RECORD_GAP, RECORD_REF, RECORD_SET, record_t
 from shmcache.core.ring cimport ring_of
@@ -440,7 +440,7 @@ cdef class Restore:
             op.flags = (FLAG_DIRTY if dirty else 0) | (FLAG_COPY_TTL if back and r.op & RECORD_COPY_TTL else 0)
             op.refs = <uint8_t>min(r.op >> 4 & 3, <int>MAX_REFS)
             op.when = RESTORED
-            op.drawn = s.me[0] if ld32(&s.header.restoring) == NAMESPACES_FIRST else 0     # nobody is in it: no item carries it yet
+            op.drawn = False
             op.loaded = True
             op.version = r.version
             op.epoch = s.header.restored_epoch

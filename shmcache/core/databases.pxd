@@ -7,13 +7,14 @@
 # has expired count until they are taken out.
 #
 # header.newest has a tag for each database: that of the generation that was stored last, if nothing can have carried that before. put() stores
-# it, under the stripe of the generation's key, before the key's slot. Of a generation that its writer has drawn for this one write (put_t.drawn),
-# and of one that a restore puts into a segment in which nobody is yet, that is so. Any other may be one that items carry: a client renames the
-# generation's key away and back, copies, restores or sets it, a worker sets it, a load of what was dumped as plain keys. Then newest is 0, which
+# it, under the stripe of the generation's key, before the key's slot. Of a generation that put() makes itself (table.pxd, make_generation), and
+# of one that a restore puts into a segment in which nobody is yet, that is so. What put() makes is random bytes XOR the write's own version: no two
+# writes of a key have the same version, so no two store the same generation, though a fork child has its parent's random bytes. Any other may be one
+# that items carry: a client renames the generation's key away and back, copies, restores or sets it, a worker sets it. Then newest is 0, which
 # is no tag: a stripe that counts another generation says nothing of this one, and is counted by a walk, once. Only if newest is its tag already,
 # it stays: C3 holds for it. So a tag is newest once, until the next generation is stored, and never again.
 #
-# A tag has 31 bits, a hash of all 64 of the generation. C3 does not hold if one is drawn whose tag items of an older one have that lie
+# A tag has 31 bits, a hash of all 64 of the generation. C3 does not hold if a generation is made whose tag items of an older one have that lie
 # there still: with n older ones, of which something is left, by a chance of n in 2**31 for each FLUSHDB. Then counts are wrong where such items
 # lie, and verify may say I23, until the next FLUSHDB. Two generations of one tag that somebody stores by hand are counted as one.
 # Nothing is deleted for what a count says: FLUSHDB of the first database takes each stripe's lock, under which C1 holds (sizes.pxd, has_first), and
@@ -36,12 +37,11 @@
 #   FLUSHDB of the first vs write: the stripe decides. What was there before is gone; a key that is stored meanwhile may stay
 #   FLUSHDB of the first vs restore: it waits for the end; what is still to be put in would come behind it
 #   FLUSHDB vs FLUSHDB      the stripe of the generation's key decides; newest is of the later one, as the key is
-#   FLUSHDB vs a generation that was not drawn: the same; newest is 0 if that is the later one
-#   a drawn generation vs fork: the child that goes on with the parent's write stores what the parent stores, maybe much later: for it that is not
-#                           drawn (put_t.drawn is the parent's token)
-#   count vs a generation that was not drawn: newest was the tag of the one that is asked for, after the stripe was looked at: it was that all
-#                           the while since it was drawn, and what came before carried it nowhere. Or it is 0: that stripe is counted
-#   insert vs a generation that was not drawn: counted if the stripe has its tag. Else the stripe says nothing of that tag, before and after
+#   FLUSHDB vs a generation that put() did not make: the same; newest is 0 if that is the later one
+#   FLUSHDB vs fork         parent and child go on with it, in any order: each stores a generation of its own, and the later one has flushed once more
+#   count vs a generation that put() did not make: newest was the tag of the one that is asked for, after the stripe was looked at: it was that all
+#                           the while since it was made, and what came before carried it nowhere. Or it is 0: that stripe is counted
+#   insert vs a generation that put() did not make: counted if the stripe has its tag. Else the stripe says nothing of that tag, before and after
 #   two are asked for in turn, while newest is 0 (a transaction goes on with an older one): each counts the stripe for itself, with a walk each time
 #   insert vs FLUSHDB       the insert carries what it read before: it is counted under that tag if the stripe still has it, or not at all
 #   recount vs FLUSHDB      the recount loads newest once, under the stripe. An item with a newer tag was not in the stripe before, since its
@@ -51,10 +51,10 @@
 #   the turn is odd         it stays odd: writers leave the counts alone, until sizes.pxd has counted the stripe's items under its lock, as the next
 #                           DBSIZE does, or INFO, for some ms; what that has not come to says what it said
 #   FLUSHDB of the first    what is removed is removed; as of each delete by itself
-#   newest stored, the generation's key not: newest is no generation. A stripe that has another tag than the generation's is counted by a walk,
-#                           once, by DBSIZE: it has the generation's tag then. INFO counts nothing there before
-#   newest is 0, the generation's key not stored: the same, and INFO counts such stripes, too, for some ms
-#   a generation that was not drawn, or is restored late: the same
+#   newest stored, the generation's key not: newest is no generation, or 0. A stripe that has another tag than the generation's is counted by a
+#                           walk, once, by DBSIZE, or by INFO if newest is 0, for some ms: it has the generation's tag then. No slot has named the new generation, so
+#                           the next write may have its version; a fork child that makes the same of it finds newest right
+#   a generation that put() did not make, or is restored late: the same
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy
 
@@ -176,14 +176,14 @@ cdef inline void tally_end(stripe_t* st) noexcept nogil:
     st64(&st.turn, st.turn + 1)
     #! tally: over
 
-cdef inline void note_newest(seg_t* s, const uint8_t* key, uint64_t n, const uint8_t* value, uint32_t epoch, bint drawn) noexcept nogil:
-    """Before the slot's store of an item of 8 bytes: is it a generation? drawn: no item carries it yet."""
+cdef inline void note_newest(seg_t* s, const uint8_t* key, uint64_t n, const uint8_t* value, uint32_t epoch, bint fresh) noexcept nogil:
+    """Before the slot's store of an item of 8 bytes: is it a generation? fresh: no item carries it yet."""
     cdef int d = whose_generation(key, n)
     cdef uint64_t generation
     cdef uint32_t tag
     if d:
         memcpy(&generation, value, 8)
         tag = tag_of(generation, epoch)
-        if drawn or s.header.newest[d] != tag:
-            st32(&s.header.newest[d], tag if drawn else 0)
+        if fresh or s.header.newest[d] != tag:
+            st32(&s.header.newest[d], tag if fresh else 0)
         #! put: newest

@@ -52,7 +52,6 @@ cdef enum:
     IF_UNMARKED_BY_ANY = 8  # no mark of a living thread
     IF_SAME = 9             # exactly this item, fresh, stale or negative: what a stale value is replaced with
     RESTORED = 6            # nothing is there, nothing left meanwhile, and nobody has cleared: with a version that is given
-    DRAWN = 64              # beside ALWAYS or IF_ABSENT, for the functions that make a put_t: of what is a generation, drawn for this one write (put_t.drawn)
 
 # ---- read -----------------------------------------------------------------------------------------------------------------
 
@@ -446,7 +445,7 @@ ctypedef struct put_t:
     uint64_t version        # for IF_VERSION and IF_CLAIM; RESTORED: that it had
     uint32_t epoch          # RESTORED: of the segment when the restore began
     uint8_t refs            # its CLOCK count, but of a key that is there: that stays
-    uint64_t drawn          # of a generation that no item carries yet (databases.pxd): the token of the process that has drawn it; else 0
+    bint drawn              # the value is 8 random bytes, of which put() makes a generation (databases.pxd)
     # what put has in hand between two calls
     uint64_t chunk          # reserved and filled; 0: not yet
     int cls
@@ -454,6 +453,7 @@ ctypedef struct put_t:
     bint is_big
     uint64_t copied_ns      # how long it took to fill it, if it is a big one: that is no waiting
     uint64_t cas            # out: the version of the item stored
+    uint64_t generation     # out: if it was drawn: the one stored
     bint was_live           # out: there was a value
     bint unstored           # out: there was a dirty item, be it a tombstone
     bint overlapped         # out: it replaced a mark, whoever's and however old
@@ -700,6 +700,15 @@ cdef inline int allowed(seg_t* s, put_t* op, found_t* f) noexcept nogil:
         return MISMATCH
     return OK
 
+cdef inline void make_generation(seg_t* s, put_t* op) noexcept nogil:
+    """The stripe is held, no slot names the item yet: store the random bytes XOR the write's version, which no other write of the key has. So
+    who goes on with a write after a fork, parent or child, does not store what the other stores."""
+    memcpy(&op.generation, op.value, 8)
+    op.generation ^= op.cas
+    op.value = <const uint8_t*>&op.generation       # what is logged
+    memcpy(<uint8_t*>item_at(s, op.chunk) + value_offset(op.key_bytes), op.value, 8)
+    #! put: generation made
+
 cdef inline int put(seg_t* s, put_t* op, uint64_t until_ns) noexcept nogil:
     """Store an item: OK, or EXISTS / ABSENT / MISMATCH by op.when; BUSY and INTR keep the chunk: call again, or give_up."""
     cdef uint64_t b = bucket_of(s, op.hash), old, count
@@ -752,7 +761,10 @@ cdef inline int put(seg_t* s, put_t* op, uint64_t until_ns) noexcept nogil:
     if unlikely(op.flags & FLAG_DIRTY):
         dirty_placed(s, op.chunk, old)
     if unlikely(op.key[0] == 0) and op.value_bytes == 8:
-        note_newest(s, op.key, op.key_bytes, op.value, f.epoch, op.drawn != 0 and op.drawn == s.me[0])
+        if op.drawn:
+            make_generation(s, op)
+        note_newest(s, op.key, op.key_bytes, op.value, f.epoch,
+                    op.drawn or (op.when == RESTORED and ld32(&s.header.restoring) == NAMESPACES_FIRST))     # nobody is in it: no item carries it yet
     tallied = changes_tally(s, old, op.chunk, same_key) and tally_begin(st)
     note_intent(st, OP_SET, old, op.chunk, (count_without(s, count, old) if old else count) + 1)     # 4
     if old:

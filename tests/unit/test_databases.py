@@ -545,28 +545,35 @@ def test_a_generation_that_is_stored_again_is_counted(make, serve, again):
     agree(server, client, cache)
 
 
-def test_a_generation_that_a_fork_child_stores_as_well_is_counted(make, serve):
-    """A signal's handler forks while clear() waits; the child goes on with it when the parent has stored that generation, items of it, and the next."""
+@pytest.mark.parametrize("clears_again", [False, True])
+@pytest.mark.parametrize("is_first", ["parent", "child"])
+def test_a_fork_child_that_goes_on_with_a_clear_makes_another_generation(make, serve, is_first, clears_again):
+    """A signal's handler forks while clear() waits. One of the two ends it, and stores items; then the other goes on with it."""
     cache = make(stripes=16, lock_limit=30)
     server = serve(cache.name)
     client = server.connect()
     space = cache.namespace("db:1")
     space.set("k", 1)
-    held, let_go, go_on = os.pipe(), os.pipe(), os.pipe()
-    parent, children = os.getpid(), []
+    held, let_go, over = os.pipe(), os.pipe(), os.pipe()
+    parent, forked = os.getpid(), []
 
     def fork(*_):
-        if len(children) == 2:
+        if forked:
             return
-        children.append(os.fork())
-        if children[-1] == 0:
-            os.close(go_on[1])  # it goes on if the parent fails, too
-            os.read(go_on[0], 1)
-        else:
+        forked.append(None)
+        forked[0] = os.fork()
+        if (forked[0] == 0) == (is_first == "child"):
             os.write(let_go[1], b".")
+        else:
+            os.close(over[1])
+            os.read(over[0], 1)  # its end, when the first closes it, or fails
 
-    children.append(os.fork())
-    if children[0] == 0:
+    def fill():
+        for i in range(100):
+            space.set(f"k{i}", 1)
+
+    holder = os.fork()
+    if holder == 0:
         executor = InProcess(cache.name).executor
         executor.hold([GENERATION])
         words = bytes(cache.segment.stripes["word"])
@@ -577,25 +584,80 @@ def test_a_generation_that_a_fork_child_stores_as_well_is_counted(make, serve):
         executor.release()
         os._exit(0)
     before = signal.signal(signal.SIGUSR1, fork)
+    failed = 1
     try:
         os.read(held[0], 1)
         space.clear()
+        if (os.getpid() == parent) == (is_first == "parent"):
+            fill()
+            cache.set("first", cache.get(GENERATION))
+            if clears_again:
+                space.clear()
+                fill()
+            os.close(over[1])
+        failed = 0
     finally:
         if os.getpid() != parent:
-            os._exit(0)
+            os._exit(failed)
         signal.signal(signal.SIGUSR1, before)
-    drawn = cache.get(GENERATION)
-    for i in range(100):
-        space.set(f"k{i}", 1)
-    space.clear()
-    for i in range(100):
-        space.set(f"k{i}", 1)
-    for fd in (*held, *let_go, *go_on):
+    for fd in (*held, *let_go, over[0]):
         os.close(fd)
-    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
-    assert cache.get(GENERATION) == drawn
-    agree(server, client, cache)
+    assert [os.waitpid(child, 0)[1] for child in (holder, forked[0])] == [0, 0]
+    assert cache.get(GENERATION) != cache.get("first")
+    assert space.get("k7") is None, "what was cleared is back"
+    assert dbsizes(server, client, (1,)) == {1: 0}
+    fill()
     assert dbsizes(server, client, (1,)) == {1: 100}
+    agree(server, client, cache)
+
+
+def test_counts_are_right_whoever_is_stopped_while_all_clear(make, serve):
+    """Three processes clear a database and fill it; one at a time is stopped for a while, wherever it is."""
+    cache = make(stripes=16, lock_limit=30)
+    server = serve(cache.name)
+    client = server.connect()
+    rng = random.Random(7)
+    children, end = [], os.pipe()
+    for n in range(3):
+        children.append(os.fork())
+        if children[-1] == 0:
+            space = shmcache.attach(cache.name).namespace("db:1")
+            while not select.select([end[0]], [], [], 0)[0]:
+                space.clear()
+                for i in range(30):
+                    space.set(f"{n}.{i}", 1, 100 if i % 2 else None)
+            os._exit(0)
+    for _ in range(40):
+        child = rng.choice(children)
+        os.kill(child, signal.SIGSTOP)
+        ask(server, client, "INFO keyspace")
+        os.kill(child, signal.SIGCONT)
+        assert int(ask(server, client, "SELECT 1", "DBSIZE")[1][1:]) <= 90
+    os.write(end[1], b".")
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
+    for fd in end:
+        os.close(fd)
+    agree(server, client, cache)
+
+
+@pytest.mark.parametrize("rubbish", [b"v" * 7, b"v" * 200_000, "text", [1], b""])
+def test_what_is_no_generation_gives_way_to_one(make, serve, rubbish):
+    """To the same one for all who ask."""
+    cache = make("8M")
+    server = serve(cache.name)
+    client = server.connect()
+    space = cache.namespace("db:1")
+    cache.set(GENERATION, rubbish, 1000)
+    ask(server, client, "SELECT 1", "SET k v")
+    assert space.get("k") == b"v"
+    assert cache.ttl(GENERATION) == float("inf")
+    cache.set(GENERATION, rubbish)
+    space.set("k", b"w")
+    assert ask(server, client, "SELECT 1", "GET k", "DBSIZE") == [b"+OK", b"$1", b"w", b":1"]
+    cache.set(b"\0tag\0t", rubbish)
+    cache.set("tagged", 1, tags=["t"])
+    assert cache.get("tagged") == 1
+    agree(server, client, cache)
 
 
 def test_generations_that_begin_alike_are_two(make, serve):
