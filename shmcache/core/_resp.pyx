@@ -35,7 +35,7 @@ from shmcache.core.lock cimport wait_until
 from shmcache.core.number cimport shm_digits, shm_number
 from shmcache.core.ring cimport log_t, record_room, ring_of, ring_release, ring_secure, take_kept
 from shmcache.core.siphash cimport siphash13
-from shmcache.core.sizes cimport has_first, size_counted, size_said, sized_t
+from shmcache.core.sizes cimport IF_DEAD, has_first, size_counted, size_said, sized_t, take_for_size
 from shmcache.core.table cimport (
     ALWAYS, IF_ABSENT, IF_PRESENT, IF_VERSION, LARGE_COPY, RESTARTS, count_items, envelope_state, next_keys, passes_by, prefetch_item, put_t, read_begin, read_copy, read_end, read_generation, read_t, remove)
 from shmcache.core.token cimport ABSENT, AGAIN, BUSY, EXISTS, INTR, MISMATCH, NO_ROOM, NO_STORE, OK, OVERFLOW, mono_ns, wall_ns
@@ -102,8 +102,7 @@ cdef enum:
     # of a stripe that does not know its size (add_sizes)
     WAITING             # for its lock, as long as a call does
     TRYING              # so long that a dead holder is found; then it is what the counts say
-    BRIEFLY             # its lock is only tried, and that until BRIEFLY_NS have gone: then, too. What has another generation's counts has 0, but for one
-                        # that newest does not tell of
+    BRIEFLY             # its lock is only tried (IF_DEAD), and that until BRIEFLY_NS have gone: then, too; 0, if these are another generation's
     TRYING_NS = 2_000_000
     BRIEFLY_NS = 10_000_000
     LOOKS_BEFORE_STRIPES = 128  # keys()
@@ -959,38 +958,41 @@ cdef class Executor:
     cdef bint add_sizes(self, seg_t* s, int d, uint64_t generation, int how, uint64_t* until, bint is_last, sized_t* sum) except -1:
         """size_of(). False: the generation is another one now."""
         cdef sized_t size
-        cdef uint64_t now = generation
         cdef uint32_t i
-        cdef int rc
+        cdef int rc, told = AGAIN       # what is_untold() says. It stays so: a generation is newest from before it is stored, or not at all
         for i in range(s.n_stripes):
             rc = size_said(s, i, d, generation, &size)
-            if rc == ABSENT and how == WAITING and not self.table.impatient:
-                rc = self.under_lock(s, -1, d, generation, how, until, &size)
-                if rc == MISMATCH and not is_last:
+            if rc == ABSENT and told == AGAIN:
+                told = self.under_lock(s, -1, d, generation, how, until, &size)
+                if told == MISMATCH and not is_last:
                     return False
-            elif rc == ABSENT and not is_last and not (self.generation_of(s, d, &now) and now == generation):
-                return False
-            elif how == BRIEFLY and (rc == AGAIN or rc == ABSENT and ld32(&s.header.newest[d]) == 0):
-                until[0] = until[0] or mono_ns() + BRIEFLY_NS
-                if mono_ns() < until[0]:
-                    size_counted(s, i, d, generation, 0, &size)
-            if (rc == ABSENT or rc == AGAIN) and how != BRIEFLY:
-                self.under_lock(s, i, d, generation, how, until, &size)
+            if rc == AGAIN or (rc == ABSENT and told == ABSENT):
+                if how == BRIEFLY:
+                    until[0] = until[0] or mono_ns() + BRIEFLY_NS
+                if how != BRIEFLY or mono_ns() < until[0]:
+                    self.under_lock(s, i, d, generation, how, until, &size)
             sum.items += size.items
             sum.expiring += size.expiring
         return True
 
     cdef int under_lock(self, seg_t* s, int64_t i, int d, uint64_t generation, int how, uint64_t* until, sized_t* size) except -100:
         """size_counted() of stripe i; -1: is_untold()."""
+        cdef uint64_t wait = IF_DEAD
         cdef int rc
-        if self.table.impatient:
-            raise WouldWait
-        if how == TRYING and until[0] and mono_ns() >= until[0]:        # to wait until a time that is over is to sleep once
+        if self.has_stripes():      # it waits for nobody, not for the GIL either
+            if i < 0:
+                return is_untold(s, d, generation, self.pinned is not None and d in self.pinned, 0)
             return size_counted(s, <uint32_t>i, d, generation, 0, size)
-        until[0] = until[0] or (wait_until(s) if how == WAITING else mono_ns() + TRYING_NS)
+        if how != BRIEFLY:
+            if self.table.impatient:
+                raise WouldWait
+            if how == TRYING and until[0] and mono_ns() >= until[0]:        # to wait until a time that is over is to sleep once
+                return size_counted(s, <uint32_t>i, d, generation, 0, size)
+            until[0] = until[0] or (wait_until(s) if how == WAITING else mono_ns() + TRYING_NS)
+            wait = until[0]
         while True:
             with nogil:
-                rc = is_untold(s, d, generation, until[0]) if i < 0 else size_counted(s, <uint32_t>i, d, generation, until[0], size)
+                rc = is_untold(s, d, generation, False, wait) if i < 0 else size_counted(s, <uint32_t>i, d, generation, wait, size)
             if rc != INTR:
                 break
             PyErr_CheckSignals()
@@ -1262,17 +1264,17 @@ cdef inline size_t generation_key(uint8_t* key, int d) noexcept nogil:
     return 7 + shm_digits(<char*>key + 7, d)
 
 
-cdef int is_untold(seg_t* s, int d, uint64_t generation, uint64_t until_ns) noexcept nogil:
+cdef int is_untold(seg_t* s, int d, uint64_t generation, bint pinned, uint64_t until_ns) noexcept nogil:
     """Does newest say nothing of this generation of database d? It is stored before the generation, so this looks under the lock that is held
-    for both: ABSENT; MISMATCH: it does, or the generation is another one now. BUSY, INTR."""
+    for both: ABSENT; MISMATCH: it does, or the generation is another one now (of one that is pinned that is no matter). BUSY, INTR."""
     cdef uint8_t key[9]
     cdef size_t n = generation_key(key, d)
     cdef stripe_t* st = stripe_of(s, bucket_of(s, siphash13(key, n, s.k0, s.k1)))
     cdef uint64_t now = 0
-    cdef int rc = stripe_take(s, st, until_ns)
+    cdef int rc = take_for_size(s, st, until_ns)
     if rc == OK:
         rc = ABSENT
-        if read_generation(s, key, n, &now) != OK or now != generation or \
+        if not pinned and (read_generation(s, key, n, &now) != OK or now != generation) or \
                 ld32(&s.header.newest[d]) == tag_of(generation, epoch_of(s, st)):
             rc = MISMATCH
         stripe_release(s, st)

@@ -52,7 +52,7 @@
 #                           DBSIZE does, or INFO, for some ms; what that has not come to says what it said
 #   FLUSHDB of the first    what is removed is removed; as of each delete by itself
 #   newest stored, the generation's key not: newest is no generation, or 0. A stripe that has another tag than the generation's is counted by a
-#                           walk, once, by DBSIZE, or by INFO if newest is 0, for some ms: it has the generation's tag then. No slot has named the new generation, so
+#                           walk, once, by DBSIZE, or by INFO, for some ms: it has the generation's tag then. No slot has named the new generation, so
 #                           the next write may have its version; a fork child that makes the same of it finds newest right
 #   a generation that put() did not make, or is restored late: the same
 from libc.stdint cimport uint8_t, uint32_t, uint64_t

@@ -7,10 +7,11 @@ from shmcache.core.bucket cimport ADDR_MASK, chain_first, chain_next, chain_t, e
 from shmcache.core.databases cimport database_of, expires, is_others, key_bytes_of, tag_of
 from shmcache.core.layout cimport DATABASES, databases_t, item_t, seg_t, stripe_t
 from shmcache.core.slab cimport in_slab, item_at
-from shmcache.core.token cimport ABSENT, AGAIN, OK
+from shmcache.core.token cimport ABSENT, AGAIN, BUSY, OK, dead, mono_ns, token_of
 
 cdef enum:
     LOOKS = 64              # at a stripe whose counts are being changed, before its lock is taken
+    IF_DEAD = 1             # until_ns: take_for_size()
 
 ctypedef struct sized_t:    # of a database, in a stripe or in all
     uint64_t items
@@ -121,6 +122,16 @@ cdef inline void count_anew(seg_t* s, stripe_t* st, int d, uint32_t tag, uint32_
     to.items = c.n[d] if d else in_epoch(st.count, epoch) - min(c.others, in_epoch(st.count, epoch))
     to.expiring = c.n_expiring[d] if d else c.expiring
 
+cdef inline int take_for_size(seg_t* s, stripe_t* st, uint64_t until_ns) noexcept nogil:
+    """stripe_take(). IF_DEAD: the lock is only tried; if its holder is dead it is taken over, after 1 ms."""
+    cdef uint64_t holder
+    cdef int rc = stripe_take(s, st, until_ns if until_ns != IF_DEAD else 0)
+    if rc == BUSY and until_ns == IF_DEAD:
+        holder = token_of(ld64(&st.lock.word))
+        if holder and dead(s, holder):
+            rc = stripe_take(s, st, mono_ns())
+    return rc
+
 cdef inline int has_first(seg_t* s, uint32_t i, uint64_t until_ns) noexcept nogil:
     """May stripe i have an item of the first database? OK; ABSENT: it has none, by C1, for the stripe was held; BUSY or INTR."""
     cdef stripe_t* st = &s.stripes[i]
@@ -150,7 +161,7 @@ cdef inline int size_counted(seg_t* s, uint32_t i, int d, uint64_t generation, u
     """The same under the lock, where what is not known is counted: OK. BUSY or INTR: `to` is as it was. A walk through the stripe's buckets."""
     cdef stripe_t* st = &s.stripes[i]
     cdef uint32_t epoch
-    cdef int rc = stripe_take(s, st, until_ns)
+    cdef int rc = take_for_size(s, st, until_ns)
     if rc != OK:
         return rc
     epoch = epoch_of(s, st)

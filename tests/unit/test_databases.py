@@ -474,6 +474,29 @@ def test_what_is_not_known_is_counted_once(make, serve):
     del view
 
 
+@pytest.mark.parametrize("how", ["the turn is odd", "newest is of no generation", "its holder is dead"])
+def test_info_counts_what_is_not_known(make, serve, how):
+    """As DBSIZE would, which comes after it here: a writer died as it counted, or in FLUSHDB before the generation was stored, and let go or not."""
+    cache = make(stripes=16)
+    server = serve(cache.name)
+    client = server.connect()
+    ask(server, client, "SELECT 1", *(f"SET k{i} v EX 50" for i in range(100)), "SET only v", "SELECT 0")
+    with contextlib.ExitStack() as stack:
+        at = slice(None)
+        if how == "its holder is dead":
+            at = stack.enter_context(interrupted(cache, cache.namespace("db:1").prefix() + b"only", True))
+        view = cache.views(writable=True)
+        view.databases["n"][at, 1] = view.databases["expiring"][at, 1] = 0
+        if how == "newest is of no generation":
+            view.header["newest"][1] = 1
+            view.databases["tag"][:, 1] = 3
+        else:
+            view.stripes["turn"][at] |= 1
+        del view
+        assert keyspace(server, client)[1] == b"keys=101,expires=100,avg_ttl=0"
+    agree(server, client, cache)
+
+
 GENERATION = b"\0ns\0db:1"
 
 
