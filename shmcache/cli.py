@@ -523,7 +523,7 @@ def do_load(args: argparse.Namespace) -> int:
     from shmcache.supervisor import dump
 
     with shmcache.attach(args.name) as cache:
-        n = dump.load(cache, sys.stdin.buffer)
+        n = dump.load(cache, sys.stdin.buffer, warn=lambda line: print(f"shmcache-admin: {line}", file=sys.stderr))
     print(json.dumps({"name": args.name, "items": n}) if args.json else f"{n:,} items")
     return 0
 

@@ -8,12 +8,14 @@ its namespace have in the segment: what is loaded stands beside what the namespa
 is that until it is stale, and the stale time is not dumped. What a get would not find (stale, negative, of a tag that was invalidated, of a
 namespace that was cleared) is left out. So are the generations: another segment has its own.
 
-Dumps of earlier versions name no namespace: they have the generations, and keys that carry them. load() sets both as any other item: what
-such a namespace has had in the segment is not found any more.
+Dumps of earlier versions name no namespace: they have the generations, and keys that carry them, of what was cleared, too. load() stores
+such an item as one with the namespace's name, if the generation that the dump has for that is the one that its key carries; else it is
+left out, and load() says how many are. Items that come before their namespace's generation wait in a temporary file.
 """
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -51,8 +53,8 @@ def dump(
                 if not r.key.startswith(prefix) or r.key.startswith(TAG_PREFIX):
                     continue
                 name, generation, key = _in_namespace(r.key)
-                if name and not (generation and cache.get(NAMESPACE_PREFIX + name) == generation):  # a generation, or what was cleared
-                    continue
+                if name and not (generation and cache._generation_there(NAMESPACE_PREFIX + name) == generation):
+                    continue  # a generation, or what was cleared
                 codec, value, expires_ms, tags = r.codec, r.value, r.expires_ms, None
                 if codec == ENVELOPE:
                     try:
@@ -60,7 +62,7 @@ def dump(
                     except errors.DamageError as e:
                         raise errors.DamageError(f"{r.key!r}: {e}") from None
                     expires_ms = max(0, expires_ms - stale_ms)
-                    gone = any(cache.get(TAG_PREFIX + tag.encode()) != generation for tag, generation in carried)
+                    gone = any(cache._generation_there(TAG_PREFIX + tag.encode()) != generation for tag, generation in carried)
                     if negative or gone or (r.expires_ms and expires_ms <= now_ms):
                         continue
                     tags = [tag for tag, _ in carried]
@@ -103,24 +105,18 @@ def _plain(codec: int, value: bytes) -> Any:
     return value
 
 
-def load(cache: Cache, source: BinaryIO) -> int:
-    """Set every item of a stream: how many. Those before an error are stored.
+def load(
+    cache: Cache, source: BinaryIO, progress: Callable[[int], None] = lambda done: None, warn: Callable[[str], object] = lambda line: None
+) -> int:
+    """Set every item of a stream: how many. Those before an error are stored: progress() is told of each how many are.
 
     Raises: DamageError: this is no such stream, or it ends within an item; what set() raises.
     """
     n = 0
     spaces: dict[bytes | str, Namespace] = {}
     has_default = cache.mapping.settings()["default_ttl_ms"] > 0
-    for item in _items(source):
-        sound = isinstance(item, dict) and isinstance(item.get("key"), (bytes, str)) and ("value" in item) != ("pickle" in item)
-        if not sound or not isinstance(item.get("pickle", b""), bytes):
-            raise errors.DamageError(f'item {n + 1} is no map of "key", "value" (or "pickle") and "ttl": is this the output of dump?')
-        ttl, tags = item.get("ttl"), item.get("tags")
-        if not (tags is None or (isinstance(tags, list) and all(isinstance(tag, str) for tag in tags))):
-            raise errors.DamageError(f"the tags of item {n + 1} are no list of str: is this the output of dump?")
-        key, name = item["key"], item.get("namespace")
-        if not isinstance(name, (bytes, str, type(None))):
-            raise errors.DamageError(f"the namespace of item {n + 1} is no name: is this the output of dump?")
+    for item in _with_names(source, warn):
+        ttl, tags, key, name = item.get("ttl"), item.get("tags"), item["key"], item.get("namespace")
         if name is not None:
             if name not in spaces:
                 spaces[name] = cache.namespace(name)
@@ -136,7 +132,58 @@ def load(cache: Cache, source: BinaryIO) -> int:
         if ttl is None and has_default:
             cache.persist(key)
         n += 1
+        progress(n)
     return n
+
+
+def _with_names(source: BinaryIO, warn: Callable[[str], object]) -> Iterator[dict[str, Any]]:
+    """The items of a stream; of those that carry a namespace's generation the ones that it still had, with its name instead."""
+    had: dict[bytes, list[Any]] = {}  # by name; of several dumps, one behind the other, each one's
+    n_cleared = 0
+    failed: errors.DamageError | None = None
+    with tempfile.TemporaryFile() as waiting:
+        try:
+            for item in _sound(source):
+                name, generation, key = _in_namespace(_bytes(item["key"])) if item.get("namespace") is None else (b"", b"", b"")
+                if not name:
+                    yield item
+                elif not generation:
+                    had.setdefault(name, []).append(item.get("value"))
+                elif generation in had.get(name, ()):
+                    yield item | {"namespace": name, "key": key}
+                else:
+                    waiting.write(msgpack.packb(item, unicode_errors="surrogatepass"))
+        except errors.DamageError as e:
+            failed = e  # what comes before it is stored
+        waiting.seek(0)
+        for item in _items(waiting):
+            name, generation, key = _in_namespace(_bytes(item["key"]))
+            if generation in had.get(name, ()):
+                yield item | {"namespace": name, "key": key}
+            else:
+                n_cleared += 1
+    if n_cleared:
+        warn(f"{n_cleared:,} items were left out: their namespaces had been cleared, or the dump does not have the generations of these")
+    if failed is not None:
+        raise failed
+
+
+def _bytes(key: bytes | str) -> bytes:
+    return key if isinstance(key, bytes) else key.encode("utf-8", "surrogatepass")
+
+
+def _sound(source: BinaryIO) -> Iterator[dict[str, Any]]:
+    """The items of a stream. Raises: DamageError, also of one that is not such a map."""
+    for number, item in enumerate(_items(source), 1):
+        sound = isinstance(item, dict) and isinstance(item.get("key"), (bytes, str)) and ("value" in item) != ("pickle" in item)
+        if not sound or not isinstance(item.get("pickle", b""), bytes):
+            raise errors.DamageError(f'item {number} is no map of "key", "value" (or "pickle") and "ttl": is this the output of dump?')
+        tags = item.get("tags")
+        if not (tags is None or (isinstance(tags, list) and all(isinstance(tag, str) for tag in tags))):
+            raise errors.DamageError(f"the tags of item {number} are no list of str: is this the output of dump?")
+        if not isinstance(item.get("namespace"), (bytes, str, type(None))):
+            raise errors.DamageError(f"the namespace of item {number} is no name: is this the output of dump?")
+        yield item
 
 
 def _items(source: BinaryIO) -> Iterator[Any]:

@@ -759,7 +759,7 @@ def test_what_carries_tags_is_dumped_with_them(make):
 
 
 def test_what_is_in_a_namespace_is_dumped_with_its_name(make):
-    """What another segment's namespace has stays beside it. A dump with the generations, as they were once, is loaded, too."""
+    """What another segment's namespace has stays beside it."""
     cache = make("8M")
     space, gone = cache.namespace("users"), cache.namespace("db:1")
     space.set("cleared", 1)
@@ -767,7 +767,6 @@ def test_what_is_in_a_namespace_is_dumped_with_its_name(make):
     space.clear()
     space.set_many({"a": [1], "b": b"b"}, 100)
     space.set("tagged", 1, tags=("t",))
-    raw = {b"\0ns\0users": cache[b"\0ns\0users"], space.prefix() + b"a": 2, b"\0ns\0": 3, b"\0ns\0short\0key": 4}
     cache.set_many({b"\0ns\0": 3, b"\0ns\0short\0key": 4, "plain": 5})
     cache.delete(b"\0ns\0db:1")
     out = io.BytesIO()
@@ -785,10 +784,6 @@ def test_what_is_in_a_namespace_is_dumped_with_its_name(make):
     cache.invalidate_tag("t")
     assert space.get("tagged") is None
 
-    packed = b"".join(msgpack.packb({"key": key, "value": value, "ttl": None}) for key, value in raw.items())
-    assert dump.load(cache, io.BytesIO(packed)) == 4
-    assert space.get("a") == 2
-    assert space.get("stays") is None
     by_hand = msgpack.packb({"namespace": "users", "key": "c", "value": 7})
     assert dump.load(cache, io.BytesIO(by_hand)) == 1
     assert space.get("c") == 7
@@ -847,6 +842,52 @@ def test_a_tag_waits_for_its_generation(make, folder, name):
     finally:
         shmcache.unlink(into.name)
         into.close()
+
+
+def old_dump(items):
+    """As versions wrote it that knew of no namespaces: keys as they are in the segment."""
+    return b"".join(msgpack.packb({"key": key, "value": value, "ttl": None}) for key, value in items)
+
+
+def test_an_old_dump_is_loaded_into_the_generations_that_the_segment_has(make):
+    """Wherever a generation stands in it; of two dumps, one behind the other, each one's. What had been cleared does not come back."""
+    cache = make("8M")
+    users, other, empty = (cache.namespace(name) for name in ("users", "db:1", "empty"))
+    users.set_many({"a": "replaced", "stays": 6})
+    items = [
+        (b"\0ns\0users\0generat1a", 1), (b"\0ns\0users\0clearedXgone", 2), (b"\0ns\0db:1\0generat2c", 3), (b"\0ns\0users", b"generat1"),
+        (b"\0ns\0users\0generat1b", [4]), (b"\0ns\0users\0clearedXgone2", 5), (b"plain", 6), (b"\0ns\0short\0key", 7), (b"\0ns\0", 8),
+        (b"\0ns\0empty\0generat1d", 9), (b"\0ns\0db:1", b"generat2"), (b"\0ns\0db:1\0generat2", "no name"),
+        (b"\0ns\0db:1", b"generat3"), (b"\0ns\0db:1\0generat3e", 10),
+    ]  # fmt: skip
+    said = []
+    generation = cache[b"\0ns\0users"]
+    assert dump.load(cache, io.BytesIO(old_dump(items)), warn=said.append) == 8
+    assert users.get_many(["a", "b", "gone", "gone2", "stays"]) == {"a": 1, "b": [4], "stays": 6}
+    assert cache[b"\0ns\0users"] == generation
+    assert other.get_many(["c", "e"]) == {"c": 3, "e": 10}
+    assert cache[other.prefix()] == "no name"
+    assert list(empty.scan()) == []
+    assert cache.get_many([b"plain", b"\0ns\0short\0key", b"\0ns\0"]) == {b"plain": 6, b"\0ns\0short\0key": 7, b"\0ns\0": 8}
+    assert said == ["3 items were left out: their namespaces had been cleared, or the dump does not have the generations of these"]
+
+    cache.clear()
+    with pytest.raises(errors.DamageError, match="cut"):
+        dump.load(cache, io.BytesIO(old_dump(items[:4]) + b"\x81"))
+    assert users.get("a") == 1, "it came before the cut, and its generation behind it"
+
+
+def test_a_generation_of_whatever_codec_is_one_for_a_dump(make):
+    """A client has set it to a number."""
+    cache = make("8M")
+    cache.set(b"\0ns\0users", 7)
+    space = cache.namespace("users")
+    space.set("k", 1)
+    cache.set("tagged", 2, tags=["t"])
+    cache.set(b"\0tag\0t", int.from_bytes(cache[b"\0tag\0t"], "little", signed=True))
+    assert (space.get("k"), cache.get("tagged"), cache[b"\0ns\0users"]) == (1, 2, 7)
+    out = io.BytesIO()
+    assert dump.dump(cache, out) == 2
 
 
 def test_pickled_values_are_dumped_as_they_are(name, make):
