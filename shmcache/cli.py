@@ -522,8 +522,30 @@ def do_dump(args: argparse.Namespace) -> int:
 def do_load(args: argparse.Namespace) -> int:
     from shmcache.supervisor import dump
 
+    n = stopped = 0
+
+    def count(done: int) -> None:
+        nonlocal n
+        n = done
+        if stopped:  # and what stop() raised was swallowed
+            sys.exit(128 + stopped)
+
+    def stop(number: int, frame: object) -> None:
+        nonlocal stopped
+        stopped = number
+        sys.exit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
     with shmcache.attach(args.name) as cache:
-        n = dump.load(cache, sys.stdin.buffer, warn=lambda line: print(f"shmcache-admin: {line}", file=sys.stderr))
+        try:
+            dump.load(cache, sys.stdin.buffer, count, lambda line: print(f"shmcache-admin: {line}", file=sys.stderr))
+        except BaseException:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, signal.SIG_IGN)  # another one does not cut this short
+            text = f"the load was stopped: {n:,} items are in, and maybe the next. Load all of it again: that sets them anew"
+            print(f"shmcache-admin: {text}", file=sys.stderr)
+            raise
     print(json.dumps({"name": args.name, "items": n}) if args.json else f"{n:,} items")
     return 0
 
@@ -835,7 +857,7 @@ def admin_parser() -> argparse.ArgumentParser:
     p.add_argument("--huge-pages", action="store_true", help="put it into pages of 2 MiB (Linux 6.1)")
     p = command("dump", do_dump, "Write all items to standard output, as msgpack maps of key, value, ttl, tags and namespace.")
     p.add_argument("--prefix", default="", help="of the keys")
-    command("load", do_load, "Set all items that dump wrote, from standard input.")
+    command("load", do_load, "Set all items that dump wrote, from standard input. If it is stopped it says how many are in.")
     command("layout", do_layout, "Print the binary layout, from the dtypes.", named=False)
     p = command("unlink", do_unlink, "Remove a segment. Who is attached keeps what he has mapped.")
     p.add_argument("--yes", action="store_true", help="do not ask")

@@ -9,6 +9,7 @@ import json
 import multiprocessing as mp
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -888,6 +889,28 @@ def test_a_generation_of_whatever_codec_is_one_for_a_dump(make):
     assert (space.get("k"), cache.get("tagged"), cache[b"\0ns\0users"]) == (1, 2, 7)
     out = io.BytesIO()
     assert dump.dump(cache, out) == 2
+
+
+@pytest.mark.parametrize(("how", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (b"\xc1", 1)])
+def test_a_load_that_is_stopped_says_how_many_items_are_in(make, name, how, code):
+    cache = make("8M")
+    argv = [sys.executable, "-c", "import sys; from shmcache.cli import admin; sys.exit(admin())", "load", name]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as loading:
+        loading.stdin.write(old_dump((b"k%05d" % i, b"v") for i in range(50_000)))  # more than it reads at once
+        loading.stdin.flush()
+        until(lambda: len(cache))
+        if isinstance(how, bytes):
+            loading.stdin.write(how)
+            loading.stdin.close()
+        while loading.poll() is None:
+            if not isinstance(how, bytes):
+                loading.send_signal(how)  # again if it had not begun to read just then
+            time.sleep(0.05)
+        assert loading.returncode == code
+        assert loading.stdout.read() == b""
+        said = loading.stderr.read()
+    n = int(re.search(rb"the load was stopped: ([0-9,]+) items are in", said)[1].replace(b",", b""))
+    assert 0 < n <= len(cache) <= n + 1
 
 
 def test_pickled_values_are_dumped_as_they_are(name, make):
