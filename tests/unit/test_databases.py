@@ -14,6 +14,7 @@ import time
 import pytest
 
 import shmcache
+from shmcache import errors
 from shmcache.core import _sweep
 from shmcache.sidecar.commands import keys
 from shmcache.sidecar.server import Connection
@@ -744,6 +745,28 @@ def test_who_asks_by_an_old_generation_takes_no_count_from_the_new(make, serve, 
     monkeypatch.undo()
     assert dbsizes(server, client, (1,)) == {1: 1}
     assert unsure(cache) == 0
+    agree(server, client, cache)
+
+
+def test_a_transaction_counts_what_it_began_with_where_stripes_count_the_new(make, serve, monkeypatch):
+    """Others have flushed the database meanwhile, and written to it."""
+    cache = make(stripes=16, lock_limit=0.01)
+    server = serve(cache.name)
+    client = server.connect()
+    ask(server, client, "SELECT 1", *(f"SET k{i} v EX 100" for i in range(100)))
+    counted = keys.size_of
+
+    def meanwhile(client):
+        space = cache.namespace("db:1")
+        space.clear()
+        for i in range(40):
+            with contextlib.suppress(errors.StripeBusy):  # the transaction holds one
+                space.set(f"new{i}", 1)
+        return counted(client)
+
+    monkeypatch.setattr(keys, "size_of", meanwhile)
+    assert ask(server, client, "MULTI", "SET more 1", "DBSIZE", "EXEC")[-3:] == [b"*2", b"+OK", b":101"]
+    monkeypatch.undo()
     agree(server, client, cache)
 
 
