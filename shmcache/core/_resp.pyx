@@ -41,7 +41,7 @@ from shmcache.core.table cimport (
 from shmcache.core.token cimport ABSENT, AGAIN, BUSY, EXISTS, INTR, MISMATCH, NO_ROOM, NO_STORE, OK, OVERFLOW, mono_ns, wall_ns
 
 import threading
-from os import register_at_fork
+from os import register_at_fork, urandom
 
 from shmcache import errors
 from shmcache.core._core import WouldWait
