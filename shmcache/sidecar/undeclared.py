@@ -2,7 +2,7 @@
 
 Rules
 1. the stripes of KEYS are taken before it begins, ascending, and held until it ends (Executor.hold). If none was named by a command when
-   it looks at all keys (WALKS, SCAN), they are let go of, for they may be patterns, and taken again when one is named. The stripe of an
+   it looks at all keys (WALKS, SCAN; 9), they are let go of, for they may be patterns, and taken again when one is named. The stripe of an
    undeclared key is taken when a command names it, out of that order. So nobody is waited for while any stripe is held: it is tried
 2. what was taken is kept until the script ends: it is one step, as with KEYS, while it names few keys and is quick
 3. busy, and the script has written nothing: it lets go of everything, waits for that key, and begins again, with the keys that it has

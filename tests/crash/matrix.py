@@ -1260,19 +1260,20 @@ def flush_in_a_step(b: Bench, flushed: int) -> None:
 
 
 def busy_stripe(b: Bench) -> int:
-    """Of none of the keys that it holds, nor of VICTIM, whose stripe is written to after its death."""
+    """The last that is of none of the keys that it holds, nor of VICTIM, whose stripe is written to after its death."""
     prefix = b.cache.namespace("db:2").prefix()
-    return min({*range(16)} - {b.stripe(key) for key in (VICTIM, prefix[:-9], prefix + b"old", prefix + b"1")})
+    return max({*range(16)} - {b.stripe(key) for key in (VICTIM, prefix[:-9], prefix + b"old", prefix + b"1")})
 
 
 def drawn_in_order(b: Bench) -> list[bytes]:
-    """Generations: the key old is in the busy stripe under the first, and neither is under the second."""
-    busy = busy_stripe(b)
+    """Generations: the key old is in the busy stripe under the first, and the other's is taken before; neither is in it under the second."""
+    busy, prefix = busy_stripe(b), b.cache.namespace("db:2").prefix()
+    held = {b.stripe(prefix + b"old"), b.stripe(prefix + b"1")}
 
     def stripes(n: int) -> list[int]:
         return [b.stripe(b"\0ns\0db:2\0%08d" % n + key) for key in (b"old", b"1")]
 
-    first = next(n for n in range(1000) if stripes(n)[0] == busy)
+    first = next(n for n in range(10_000) if stripes(n)[0] == busy > stripes(n)[1] and stripes(n)[1] not in held)
     second = next(n for n in range(1000) if busy not in stripes(n))
     return [b"%08d" % first, b"%08d" % second]
 

@@ -200,25 +200,29 @@ def test_a_step_of_several_databases_holds_the_keys_of_each(between, flush):
 
 def test_who_has_waited_for_a_step_goes_on_with_the_generation_that_it_has_stored(make):
     cache = make()
-    first, second = (_resp.Executor(cache, {}, impatient=False, databases=4) for _ in range(2))
-    other = shmcache.attach(cache.name)
-    second = _resp.Executor(other, {}, impatient=False, databases=4)
-    first.hold([b"n"], db=1)
-    assert first.write(b"n", b"1", 0)
-    got = []
+    with shmcache.attach(cache.name) as other:
+        first, second = (_resp.Executor(table, {}, impatient=False, databases=4) for table in (cache, other))
+        begun, got = threading.Event(), []
 
-    def wait():
-        second.hold([b"n"], db=1, within=LIMIT)
-        got.append(second.read(b"n")[0])
-        second.release()
+        def told():
+            """No keys; the second has read the generation when it asks for them."""
+            begun.set()
+            yield from ()
 
-    thread = threading.Thread(target=wait)
-    thread.start()
-    first.renew(1)
-    first.write(b"n", b"2", 0)
-    first.release()
-    thread.join()
-    other.close()
+        def wait():
+            second.hold([b"n"], db=1, further=told(), within=LIMIT)
+            got.append(second.read(b"n")[0])
+            second.release()
+
+        first.hold([b"n"], db=1)
+        assert first.write(b"n", b"1", 0)
+        thread = threading.Thread(target=wait)
+        thread.start()
+        assert begun.wait(LIMIT)
+        first.renew(1)
+        first.write(b"n", b"2", 0)
+        first.release()
+        thread.join()
     assert got == [b"2"]
 
 
