@@ -65,8 +65,9 @@ cdef class Table:
     cdef uint64_t rolled            # hash ^ version of the item that get has last missed early
     cdef uint64_t rolls
     cdef uint64_t noted             # impatient: the ring's end that what was done with the log's policy always wants durable
-    cdef uint32_t cleared           # by clear(), while several stripes were held: the epoch that the policy always wants durable; 0: none
+    cdef uint32_t cleared           # by clear_held(): the epoch that the policy always wants durable; 0: none
     cdef int room_in_log(self, seg_t* s, Mapping held, log_t* log, uint64_t n) except -1
+    cdef bint clear_held(self) except -1
     cdef int wait_cleared(self) except -1
     cdef int note_log(self, log_t* log) except -1
     cdef uint64_t take_log(self)

@@ -24,7 +24,7 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset, strncpy
 from posix.unistd cimport pread, usleep
 
-from shmcache.core.atomics cimport add64, ld32, ld64, likely, prefetch, st64, unlikely
+from shmcache.core.atomics cimport add64, cas32, ld32, ld64, likely, prefetch, st64, unlikely
 from shmcache.core.big cimport big_read
 from shmcache.core.bucket cimport bucket_of, pthread_self, stripe_of, stripe_release, stripe_take
 from shmcache.core.clock cimport now_ms, ring_supervisor
@@ -1784,6 +1784,8 @@ cdef class Table:
             elif rc == ABSENT and ld32(&s.header.restoring) == NAMESPACES_FIRST and (until == 0 or mono_ns() < until):
                 if self.impatient:
                     raise WouldWait
+                if s.holder == pthread_self():
+                    raise errors.StripeBusy("the cache is being restored, and what this call needs may still come: try again")
                 until = until or mono_ns() + RESTORE_WAIT_NS
                 with nogil:
                     usleep(2000)
@@ -2470,14 +2472,25 @@ cdef class Table:
             refuse_if_failed(s)
         clear_all(s)
         if unlikely(s.ring_bytes != 0) and ld64(&s.header.log_policy) != LOG_OFF:
-            if s.holder == pthread_self():
-                wake_drainer(s)
-                self.cleared = ld32(&s.header.epoch)
-            else:
-                self.clear_logged(s, held, ld32(&s.header.epoch))
+            self.clear_logged(s, held, ld32(&s.header.epoch))
+
+    cdef bint clear_held(self) except -1:
+        """clear() by a thread that holds several stripes: False: somebody else has done it since they were taken. wait_cleared() waits for the log."""
+        cdef seg_t* s = self.s
+        cdef uint32_t epoch = s.held_epoch
+        if ld64(&s.header.log_policy) == LOG_ALWAYS:
+            refuse_if_failed(s)
+        if not cas32(&s.header.epoch, epoch, epoch + 1):
+            return False
+        s.held_epoch = epoch + 1        # nothing is counted with it yet
+        #! clear: epoch
+        if s.ring_bytes != 0 and ld64(&s.header.log_policy) != LOG_OFF:
+            wake_drainer(s)
+            self.cleared = epoch + 1
+        return True
 
     cdef int wait_cleared(self) except -1:
-        """What clear() does not wait for while this thread holds several stripes."""
+        """After clear_held(), the stripes let go of."""
         cdef uint32_t epoch = self.cleared
         self.cleared = 0
         if epoch:

@@ -55,6 +55,7 @@ class Executor:
         log_bytes: int = 0,
         *,
         further: Collection[tuple[int, bytes]] = (),
+        flushed: list[int] = ...,
         db: int = -1,
         within: float = 0,
     ) -> None: ...
@@ -66,6 +67,7 @@ class Executor:
     def value_sizes(self, keys: Iterable[tuple[int, bytes]]) -> list[int]: ...
     others: Collection[tuple[int, bytes]]
     def renew(self, d: int = 0) -> None: ...
+    def shed(self) -> None: ...
     def size(self) -> tuple[int, int]: ...
     def sizes(self, exact: bool = False) -> dict[int, tuple[int, int]]: ...
     backed: int
@@ -151,6 +153,7 @@ class Client:
         keys: list[tuple[int, bytes]],
         everything: bool,
         flushed: list[int],
+        selected: set[int],
         watching: dict[tuple[int, bytes], int],
         log_bytes: int,
         is_answered: Callable[[list[bytes]], bool],

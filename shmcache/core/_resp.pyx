@@ -411,12 +411,13 @@ cdef class Executor:
 
     # -- several keys at once
 
-    def hold(self, keys, uint64_t log_bytes=0, *, further=(), int db=-1, double within=0):
+    def hold(self, keys, uint64_t log_bytes=0, *, further=(), list flushed=[], int db=-1, double within=0):
         """Take the stripes of these keys, ascending: from here to release() what this thread does to them is one step for all who write, and
         it waits where it would not. Readers never wait: they may see one key before and the next after. log_bytes: of records that will be
         logged meanwhile; 0: nothing is written. db: whose keys they are; -1: of the database in use. further: (db, key) pairs whose stripes are
-        held, too, until let_go(). within: seconds after which it waits no more, for each thing that is in the way; 0: as the segment's
-        lock_limit has it. Raises: WouldWait; StripeBusy (HeldByOthers), LogFull: nothing is held then."""
+        held, too, until let_go(). flushed: databases for which renew() will be called, in order. within: seconds after which it waits no more, for
+        each thing that is in the way; 0: as the segment's lock_limit has it. Raises: WouldWait; StripeBusy (HeldByOthers), LogFull: nothing is
+        held then."""
         cdef set found, more
         cdef bytes key
         keys = list(keys)
@@ -432,10 +433,12 @@ cdef class Executor:
             else:
                 self.pin()
                 try:
+                    self.draw_ahead(found, flushed, [(db, key) for key in keys])
                     more = set(self.stripes_of(further)) - found
                     self.take_stripes(found, log_bytes, more, <uint64_t>(within * 1e9))
                 except BaseException:
                     self.pinned = None
+                    self.drawn = {}
                     raise
             if self.is_current():
                 break
@@ -501,17 +504,19 @@ cdef class Executor:
         store a generation has done so. transact() has drawn, and holds these stripes from its start.
         Race: another stores a generation, before: this one replaces it. After FLUSHALL another finds no generation, and would store one if there
         is none: it waits for the generation's stripe, and finds this one. Who has read the former generation, and waits for a stripe of the
-        step: hold() and transact() look again (is_current). A single command does not: it is done to what is gone.
-        FLUSHALL of others: before the stripes are taken, busy, as in hold_further(); behind it this step is before that, and all of it is gone.
+        step: whoever takes several stripes looks again (is_current), and compiled_held(). A worker's call does not, nor MSET, DEL, or a command
+        that is not compiled: it is done to what is gone.
+        FLUSHDB or FLUSHALL of others, since the step took its stripes: what it has read is from before that, what others have stored is not. It ends
+        here. Behind it this step is before that, and all of it is gone.
         Crash: stripes taken, nothing stored: each is free again, nothing has happened. FLUSHALL done, a generation not stored: the database is
         empty, and the next one who needs it draws one. Stored: as of any step.
         Raises: StripeBusy, LogFull: nothing was changed. A failure behind the clear of FLUSHALL: the step goes on without holding its keys."""
         cdef seg_t* s = self.table.ready()
-        cdef int db = self.db, of, tries
+        cdef int db = self.db, of, tries, rc = BUSY
         cdef set found, more
         cdef dict prefixes = {}
         cdef bytes prefix, key
-        cdef list databases = [d] if d else sorted({of for of, _ in [*self.own, *self.others]} - {0})
+        cdef list databases = [d] if d else sorted({*self.pinned, *(of for of, _ in [*self.own, *self.others])} - {0})
         if s.held_room < len(databases) * record_room(s, DATABASE_PREFIX, 0):
             self.keep_room(len(databases) * record_room(s, DATABASE_PREFIX, 0))
         try:
@@ -521,12 +526,13 @@ cdef class Executor:
                     prefixes[of] = self.drawn[of].pop(0) if self.drawn.get(of) else self.draw(of)
                     self.stripes_under(found, of, prefixes[of], self.own)
                     self.stripes_under(more, of, prefixes[of], self.others)
-                if self.take_renewed(found, more - found, d == 0):
+                rc = self.take_renewed(found, more - found, databases, d == 0)
+                if rc != BUSY:
                     break
                 with nogil:
                     usleep(DRAW_US)
-            else:
-                raise errors.StripeBusy("others hold locks that this call needs: nothing was changed; try again")
+            if rc != OK:
+                raise errors.StripeBusy("others hold locks that this call needs, or have flushed meanwhile: nothing was changed; try again")
             if d == 0:
                 self.pinned.clear()
             for of, prefix in prefixes.items():
@@ -540,14 +546,14 @@ cdef class Executor:
             self.use(db)
 
     cdef int draw_ahead(self, set found, list flushed, list keys) except -1:
-        """Of transact(), before it takes stripes: what renew() will need for each of its flushes."""
+        """Of a step, before it takes stripes: what renew() will need for each of these flushes."""
         cdef int d, of, db = self.db
         cdef bytes prefix
         self.drawn = {}
         for d in flushed:
             if len(found) == <Py_ssize_t>self.s.n_stripes:      # whatever is drawn then
                 break
-            for of in ([d] if d else {of for of, _ in keys} - {0}):
+            for of in ([d] if d else sorted({*self.pinned, *(of for of, _ in keys)} - {0})):
                 prefix = self.draw(of)
                 self.drawn.setdefault(of, []).append(prefix)
                 self.stripes_under(found, of, prefix, keys)
@@ -570,40 +576,62 @@ cdef class Executor:
             if db == d:
                 self.add_stripe(found, <const uint8_t*>PyBytes_AS_STRING(key), PyBytes_GET_SIZE(key))
 
-    cdef bint take_renewed(self, set found, set more, bint clears) except -1:
-        """Of renew(): these stripes, too, those of more until let_go(). clears: once they are taken, everything is removed. False: one is somebody's,
-        or everything was removed meanwhile: nothing is held that was not before."""
+    cdef int take_renewed(self, set found, set more, list databases, bint clears) except -100:
+        """Of renew(): these stripes, too, those of more until let_go(). clears: once they are taken, everything is removed. OK; BUSY: one is somebody's;
+        MISMATCH: others have flushed these databases, or everything, since this thread took its stripes. If not OK nothing is held that was not
+        before."""
         cdef seg_t* s = self.s
         cdef list stripes = sorted([i for i in found | more if not s.held[i >> 6] >> (i & 63) & 1])
         cdef Py_ssize_t k, taken = 0
         cdef uint32_t i
-        cdef bint has_all = False
+        cdef int rc = BUSY
+        if self.further is None:
+            self.further = []
         try:
             for k in range(len(stripes)):
                 i = stripes[k]
                 if stripe_take(s, &s.stripes[i], 0) != OK:
-                    break
+                    return BUSY
                 taken += 1
                 #! renew: a stripe taken
-            has_all = taken == len(stripes)
-            if has_all and clears:
-                has_all = False
-                self.table.clear()          # what is held has the newest epoch then
-                has_all = True
-                #! renew: cleared
-            elif has_all and taken:
-                has_all = ld32(&s.header.epoch) == s.held_epoch     # as in hold_further()
+            if not self.is_current([(of, b"") for of in databases]) or ld32(&s.header.epoch) != s.held_epoch or (clears and not self.table.clear_held()):
+                rc = MISMATCH
+                return rc
+            rc = OK
+            #! renew: cleared
         finally:
             for k in range(taken):
                 i = stripes[k]
-                if has_all:
+                if rc == OK:
                     s.held[i >> 6] |= <uint64_t>1 << (i & 63)
                     (self.holding if i in found else self.further).append(i)
                 else:
                     stripe_release(s, &s.stripes[i])
                     #! renew: a stripe given back
+        # let_go() is not to let go of what has become one of the step's own
+        self.holding += [i for i in self.further if i in found]
+        self.further = [i for i in self.further if i not in found]
         #! renew: stripes held
-        return has_all
+        return OK
+
+    def shed(self):
+        """After renew(), of a step that will not flush as often as it has drawn: let go of the stripes in which none of the keys of hold() is any more."""
+        cdef seg_t* s = self.s
+        cdef int db = self.db
+        cdef dict own = self.stripes_of(self.own)
+        cdef list kept = []
+        cdef uint32_t i
+        for i in self.holding or ():
+            if i in own:
+                kept.append(i)
+                continue
+            s.held[i >> 6] &= ~(<uint64_t>1 << (i & 63))
+            if s.me[0] == self.holder:      # else it is a fork child, as in release()
+                stripe_release(s, &s.stripes[i])
+            #! shed: a stripe released
+        if self.has_stripes():
+            self.holding = kept
+        self.use(db)
 
     def let_go(self):
         """Of the further stripes; if hold() took no others, this is release()."""
@@ -2242,6 +2270,8 @@ cdef class Client:
                 reply = ex.names[command.index][1](self, self.arguments(1))
                 if reply is not None:
                     self.add(reply)
+            elif unlikely(ex.db != 0 and command.flags & F_WRITE) and not ex.table.impatient and not ex.has_stripes():
+                self.compiled_held(command.kind)
             else:
                 self.compiled(command.kind)
         except Exception as e:
@@ -2398,6 +2428,19 @@ cdef class Client:
         return text
 
     # -- the commands
+
+    cdef int compiled_held(self, int kind) except -1:
+        """Of the pool, where a command of another database than the first may wait for a step that flushes this: one that writes its first
+        argument's key, and no other, takes that key's stripe before, under the generation that the database has then. With the one that it has
+        read before it would see what the step has written before its flush."""
+        cdef Executor ex = self.ex
+        if kind == C_MSET or kind == C_DEL or kind == C_MSETNX or kind == C_RENAME or kind == C_RENAMENX or kind == C_COPY:
+            return self.compiled(kind)
+        self.hold_keys(2, 1, record_room(ex.s, ex.argl[1] + DATABASE_PREFIX, 0))
+        try:
+            return self.compiled(kind)
+        finally:
+            ex.release()
 
     cdef int compiled(self, int kind) except -1:
         cdef Executor ex = self.ex
@@ -2908,11 +2951,15 @@ cdef class Client:
         cdef size_t i
         if ex.has_stripes():
             return False
-        found = set()
-        for i in range(1, end, step):
-            ex.add_stripe(found, ex.argv[i], ex.argl[i])
-        ex.take_stripes(found, log_bytes)
-        return True
+        while True:
+            found = set()
+            for i in range(1, end, step):
+                ex.add_stripe(found, ex.argv[i], ex.argl[i])
+            ex.take_stripes(found, log_bytes)
+            if ex.is_current():
+                return True
+            ex.release()
+            ex.use(self.db)
 
     cdef int set_if_none(self) except -1:
         cdef Executor ex = self.ex
@@ -2966,7 +3013,7 @@ cdef class Client:
         cdef size_t i = 3
         cdef int64_t db = self.db
         cdef bint replace = False, held = False
-        cdef set found = set()
+        cdef set found
         while i < ex.argc:
             if self.word(i, b"replace"):
                 replace = True
@@ -2984,13 +3031,17 @@ cdef class Client:
         if unlikely(ex.put_off) and db == 0:
             raise WouldWait
         try:
-            if not ex.has_stripes():
+            while not held and not ex.has_stripes():
                 ex.pin()
+                found = set()
                 ex.add_stripe(found, ex.argv[1], ex.argl[1])
                 ex.use(<int>db)
                 ex.add_stripe(found, ex.argv[2], ex.argl[2])
                 ex.take_stripes(found, record_room(ex.s, ex.argl[2] + DATABASE_PREFIX, 0))
-                held = True
+                held = ex.is_current()
+                if not held:
+                    ex.release()
+                    ex.use(self.db)
             ex.use(<int>db)
             if not replace and not is_none(ex, ex.argv[2], ex.argl[2]):
                 return self.integer(0)
@@ -3006,10 +3057,11 @@ cdef class Client:
             elif not ex.has_stripes():
                 ex.pinned = None
 
-    def transact(self, list queue not None, list keys not None, bint everything, list flushed not None, dict watching not None,
+    def transact(self, list queue not None, list keys not None, bint everything, list flushed not None, set selected not None, dict watching not None,
                  uint64_t log_bytes, is_answered, bint looked_at):
         """EXEC: the replies to the queued commands are appended, unless a watched key has another version now: False. keys: (db, key) of all of
-        them. everything: of all other keys, too. flushed: databases that are flushed, in order; 0: all but the first. is_answered: called with each command before it runs, if they are looked at or the user is restricted. True: it has its reply, and
+        them. everything: of all other keys, too. flushed: databases that are flushed, in order; 0: all. selected: those that
+        are used besides, which get a generation before a stripe is taken. is_answered: called with each command before it runs, if they are looked at or the user is restricted. True: it has its reply, and
         does not run.
         Raises: as hold(), nothing was done then.
 
@@ -3027,6 +3079,8 @@ cdef class Client:
                     if db != ex.db:
                         ex.use(db)
                     ex.add_stripe(found, <const uint8_t*>PyBytes_AS_STRING(key), PyBytes_GET_SIZE(key))
+                for db in selected:
+                    ex.use(db)
                 if everything:
                     found.update(range(ex.s.n_stripes))
                 ex.draw_ahead(found, flushed, keys)

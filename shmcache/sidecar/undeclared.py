@@ -37,8 +37,10 @@ Race table
   they, while the script waits           its KEYS are under another generation: it lets go of them, and takes those of the new one
   a flush of the script                  what was seen has to be as it was, and is absent once it has succeeded: looked at under its
                                          stripes, which are held on if they are 32 at most, else let go of
-  that vs another writes such a key      it waits. A script, a transaction, has the new generation then. A single command in another
-                                         database than the first goes on with the one that it has read, as if it had come before the flush
+  that vs another writes such a key      it waits, and has the new generation then (_resp.Executor.is_current, Client.compiled_held). In
+                                         another database than the first a worker's call, MSET, DEL, or a command that is not compiled
+                                         goes on with the one that it has read: what it writes is gone
+  a flush of others, then of the script  3: what it has read is from before that
   a flush vs a stripe that it needs      3; after a write an error, and nothing was removed, but by FLUSHDB of the first database while
                                          KEYS are held: some keys are
   another script of this process holds   it is waited for, as at the script's beginning, and that is not counted; after a write until the
@@ -124,6 +126,7 @@ class Reach:
         self.nested = ex.holds  # within a transaction, which cannot begin again
         self.wanted: dict[Key, None] = {}  # held from its next beginning on
         self.awaited: list[Key] = []  # those of them for which it begins again
+        self.flushed: list[int] = []  # the flush for which it begins again, so that it holds from its start what that needs
         self.beginnings = 0
 
     @contextlib.contextmanager
@@ -211,11 +214,14 @@ class Reach:
         reply = caller.take()
         if reply.startswith(b"-TRYAGAIN") and not one_by_one:  # nothing was removed: the generation's key is somebody's
             self.wrote = wrote
+            self.flushed.append(0 if everything else self.db)
             self.begin_again([(0, b"\0ns\0db:%d" % db) for db in sorted({db for db, _ in (*self.declared, *self.held)} - {0})])
-        if not reply.startswith(b"-"):  # what there was this script has removed, what there is now is another's
-            self.seen |= dict.fromkeys(seen, 0)
         if len(self.held) > MOST_KEPT:
             self.loosen()
+        if not reply.startswith(b"-"):  # what there was this script has removed, what there is now is another's
+            self.seen |= dict.fromkeys(seen, 0)
+            if not self.nested:
+                self.ex.shed()
         return reply
 
     def run_in_pieces(self, caller: Connection, words: list[bytes], keys: list[Key], writes: bool) -> bytes:
@@ -332,7 +338,8 @@ class Reach:
     def hold_declared(self, further: bool = True) -> None:
         def take(within: float) -> None:
             wanted = self.wanted if further else ()
-            self.ex.hold([key for _, key in self.declared], self.log_bytes, further=wanted, db=self.db, within=within)
+            flushed = self.flushed if further else []
+            self.ex.hold([key for _, key in self.declared], self.log_bytes, further=wanted, flushed=flushed, db=self.db, within=within)
 
         if self.beginnings == 1 and further:
             take(0)

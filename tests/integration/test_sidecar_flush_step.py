@@ -12,8 +12,10 @@ import redis
 
 import shmcache
 from shmcache import errors
-from shmcache.core import _resp
+from shmcache.core import _core, _resp
 from shmcache.sidecar import undeclared
+from shmcache.sidecar.commands import keys
+from shmcache.supervisor import appendlog
 from tests.integration.service import LIMIT, running, until
 from tests.redis import servers
 from tests.redis.inprocess import InProcess
@@ -226,6 +228,37 @@ def test_who_has_waited_for_a_step_goes_on_with_the_generation_that_it_has_store
     assert got == [b"2"]
 
 
+def stripe_of(executor, raw):
+    """Of a key as the segment has it."""
+    words = executor.table.views(writable=True).stripes["word"]
+    before = words.copy()
+    executor.hold([raw], db=0)
+    at = int((words != before).argmax())
+    executor.release()
+    return at
+
+
+@pytest.mark.parametrize("further", [True, False])
+def test_what_was_let_go_of_is_not_what_the_step_has_become(make, monkeypatch, further):
+    """The step's own key lies in a stripe, after the flush, that it held for another key; or it has let go of all others before."""
+    cache = make()
+    ours = _resp.Executor(cache, {}, impatient=False, databases=4)
+    words = cache.views(writable=True).stripes["word"]
+    monkeypatch.setattr(_resp, "urandom", lambda n: b"12345678")
+    at = stripe_of(ours, b"\0ns\0db:1\x0012345678n")
+    other = next(key for key in (b"%d" % i for i in range(100_000)) if stripe_of(ours, key) == at)
+    ours.hold([b"n"], db=1)
+    assert ours.hold_further([(0, other)]) is None
+    if not further:
+        ours.let_go()
+    ours.others = [(0, other)]
+    ours.renew(1)
+    ours.let_go()
+    assert words[at]
+    ours.release()
+    assert not words.any()
+
+
 def test_a_busy_stripe_has_it_draw_again_or_nothing_is_done(make, monkeypatch):
     """Others hold the stripe of the key under the first generation that is drawn, or of the generation's key."""
     cache = make()
@@ -234,15 +267,8 @@ def test_a_busy_stripe_has_it_draw_again_or_nothing_is_done(make, monkeypatch):
     ours = _resp.Executor(cache, {}, impatient=False, databases=4)
     words = cache.views(writable=True).stripes["word"]
 
-    def stripe_of(raw):
-        before = words.copy()
-        ours.hold([raw], db=0)
-        at = int((words != before).argmax())
-        ours.release()
-        return at
-
     drawn = [bytes([i] * 8) for i in range(1, 100)]
-    busy = [stripe_of(b"\0ns\0db:1\0" + drawn[0] + b"n"), stripe_of(b"\0ns\0db:1")]
+    busy = [stripe_of(ours, b"\0ns\0db:1\0" + drawn[0] + b"n"), stripe_of(ours, b"\0ns\0db:1")]
     monkeypatch.setattr(_resp, "urandom", lambda n: drawn.pop(0))
     ours.hold([b"n"], db=1)
     before, token = space.prefix(), int(words[words != 0][0])
@@ -264,6 +290,152 @@ def test_a_busy_stripe_has_it_draw_again_or_nothing_is_done(make, monkeypatch):
             assert ours.read(b"n") is None
             words[at] = 0
     ours.release()
+
+
+@pytest.mark.parametrize("flush", ["flushdb", "flushall"])
+@pytest.mark.parametrize("others", ["flushdb", "flushall"])
+def test_a_script_that_others_have_flushed_under_begins_again(between, flush, others):
+    """What it has read is from before their flush; what they have stored behind that is not lost."""
+    say, calls, cache = between
+    space = cache.namespace("db:1")
+    space.set("n", b"5")
+
+    def other():
+        (cache if others == "flushall" else space).clear()
+        space.set("n", b"0")
+
+    calls.append(other)
+    script = f"local v = redis.call('get', KEYS[1]) redis.call('strlen', KEYS[1]) redis.call('{flush}') redis.call('set', KEYS[1], v + 1) return v"
+    assert say((b"SELECT", b"1"), script_of(script, b"n")) == b"+OK\r\n$1\r\n0\r\n"
+    assert space.get("n") == b"1" and not calls
+
+
+@pytest.mark.parametrize(
+    ("words", "reply", "left"),
+    [
+        ("INCR n", b":2", {"n": 2}), ("APPEND n x", b":2", {"n": b"1x"}), ("GETDEL n", b"$1\r\n1", {}), ("COPY n n DB 0", b":1", {"n": b"1", "0:n": b"1"}),
+        ("RENAME n x", b"+OK", {"x": b"1"}), ("RENAMENX n x", b":1", {"x": b"1"}), ("MSETNX n 1 y 2", b":0", {"n": b"1"}), ("BITOP OR y n", b":1", {"n": b"1", "y": b"1"}),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("flush", ["flushdb", "flushall"])
+def test_a_command_that_has_waited_for_a_step_comes_behind_it(between, flush, words, reply, left):
+    """It has read the database's generation before, and does not see what the step wrote before its flush."""
+    say, calls, cache = between
+    spaces = {"": cache.namespace("db:1"), "0:": cache}
+    spaces[""].set("n", b"5")
+    said = []
+    with shmcache.attach(cache.name) as other:
+        server = InProcess(other.name, {"databases": "4"})
+        client = server.connect()
+        thread = threading.Thread(target=lambda: said.append(server.say(client, encode((b"SELECT", b"1")) + encode(words.encode().split()))))
+
+        def wait():
+            thread.start()
+            until(lambda: client.in_pool)
+
+        calls.append(wait)
+        script = f"redis.call('set', KEYS[1], 100) redis.call('strlen', KEYS[1]) redis.call('{flush}') redis.call('set', KEYS[1], 1) return 1"
+        assert say((b"SELECT", b"1"), script_of(script, b"n")) == b"+OK\r\n:1\r\n"
+        thread.join()
+        server.close()
+    assert said == [b"+OK\r\n" + reply + b"\r\n"]
+    found = {start + key: space.get(key) for start, space in spaces.items() for key in ("n", "x", "y")}
+    assert {key: value for key, value in found.items() if value is not None} == left
+
+
+@pytest.mark.parametrize("flush", ["flushdb", "flushall"])
+def test_what_others_store_behind_a_flush_of_a_script_that_has_read_many_keys_stays(between, monkeypatch, flush):
+    """Over 32 undeclared keys: their stripes are let go of."""
+    say, _, cache = between
+    space = cache.namespace("db:1")
+    space.set("n", b"5")
+    call, other = undeclared.call, threading.Thread(target=lambda: space.set("n", b"100"))
+
+    def hooked(caller, words):
+        call(caller, words)
+        if words[0] == flush.encode() and not other.ident:
+            other.start()
+            other.join()
+
+    monkeypatch.setattr(undeclared, "call", hooked)
+    reads = " ".join(f"redis.call('get', 'k{i}')" for i in range(40))
+    said = say((b"SELECT", b"1"), script_of(f"local v = redis.call('get', 'n') {reads} redis.call('{flush}') redis.call('set', 'n', v + 1) return v"))
+    assert b"TRYAGAIN the key 'n' was changed by others" in said
+    assert space.get("n") == b"100"
+
+
+@pytest.mark.parametrize("words", ["FLUSHALL", "SELECT 0,SELECT 3,SELECT 0,SET n 1"])
+def test_a_transaction_has_its_databases_before_it_begins(between, words):
+    """One of them has no generation, and somebody holds that key's stripe: nothing is done."""
+    say, _, cache = between
+    cache.set("z", b"z")
+    client_words = cache.views(writable=True).stripes["word"]
+    executor = _resp.Executor(cache, {}, impatient=False, databases=4)
+    at = stripe_of(executor, b"\0ns\0db:3")
+    executor.hold([b"z"], db=0)
+    token = int(client_words[client_words != 0][0])
+    executor.release()
+    cache.lock_limit = 0.05
+    before = [(b"SELECT", b"3")] if words == "FLUSHALL" else []
+    for command in before:
+        assert say(command) == b"+OK\r\n"
+    client_words[at] = token
+    said = say(*before, (b"MULTI",), *(each.encode().split() for each in words.split(",")), (b"EXEC",))
+    client_words[at] = 0
+    del client_words
+    assert said.split(b"\r\n")[-2].startswith(b"-TRYAGAIN"), said
+    assert cache.get("z") == b"z" and cache.get("n") is None
+
+
+def test_a_flushall_has_room_in_the_log_for_the_generation_of_each_database(make, name, monkeypatch):
+    cache = make("8M", log_buffer="64K", max_processes=16)
+    appendlog.mark(cache, log_policy=appendlog.POLICIES["everysec"])
+    empty, full = keys.empty, []
+
+    def fill(server):
+        with contextlib.suppress(_core.WouldWait):
+            while True:
+                server.cache.set(b"f", b"")
+        full.append(int(cache.segment.header["log_gaps"]))
+
+    def filled(client):
+        """Another thread has used what is free of the ring."""
+        thread = threading.Thread(target=fill, args=(client.server,))
+        thread.start()
+        thread.join()
+        return empty(client)
+
+    monkeypatch.setattr(keys, "empty", filled)
+    server = InProcess(name, {"databases": "16"})
+    commands = [(b"MULTI",), (b"FLUSHALL",), *(each for d in range(1, 7) for each in ((b"SELECT", b"%d" % d), (b"SET", b"k", b"1"))), (b"EXEC",)]
+    assert server.say(server.connect(), b"".join(map(encode, commands))).endswith(b"+OK\r\n" * 13)
+    assert [int(cache.segment.header["log_gaps"])] == full
+    server.close()
+
+
+def test_a_script_that_flushes_again_and_again_holds_few_stripes(between):
+    say, calls, cache = between
+    words = cache.views().stripes["word"]
+    held = []
+    calls.append(lambda: held.append(int((words != 0).sum())))
+    said = say((b"SELECT", b"1"), script_of("for i = 1, 300 do redis.call('flushdb') end redis.call('strlen', KEYS[1]) return redis.call('incr', KEYS[1])", b"n"))
+    assert said == b"+OK\r\n:1\r\n" and held == [1]
+    assert not words.any()
+
+
+def test_a_step_of_many_keys_holds_from_its_start_what_its_flush_needs(make):
+    """Had by trying they would all have to be free at once."""
+    cache = make()
+    executor = _resp.Executor(cache, {}, impatient=False, databases=4)
+    names = [b"%d" % i for i in range(600)]
+    executor.hold(names, flushed=[1], db=1, within=LIMIT)
+    words = cache.views(writable=True).stripes["word"]
+    free = (words == 0).nonzero()[0]
+    words[free] = words[words != 0][0]
+    executor.renew(1)
+    words[free] = 0
+    executor.release()
+    assert not words.any()
 
 
 def test_a_flushed_and_stored_key_is_changed_for_who_watches_it(serve):

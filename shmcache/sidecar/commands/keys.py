@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 MOST_PATTERN = 4096  # bytes, as of a key: a match takes at most the product of both in steps, some 10 ms
 SHORT_PATTERN = 64  # with which it is some 0.1 ms
 FLUSH_NS = 5_000_000  # of FLUSHDB, between two looks at the time
+FLUSH_TRIES = 64  # of FLUSHDB in a step, for the locks that it does not hold,
+FLUSH_PAUSE = 0.0001  # seconds between two
 RESTORE_WAIT = 30.0  # seconds that FLUSHDB waits, as flush() of a cache does for its store
 BEING_RESTORED = (
     "LOADING the cache is being restored: what is still to come of this database would not go. Try again when INFO says loading:0"
@@ -95,7 +97,7 @@ def flushdb(client: Connection, arguments: list[bytes]) -> bytes:
         ex.table.flush()  # the store has what is dropped here
     if ex.holds:
         keep_room_to_empty(client)
-    at = 0
+    at = tries = 0
     try:
         ex.empty_held()
         while at < ex.n_stripes:
@@ -105,9 +107,18 @@ def flushdb(client: Connection, arguments: list[bytes]) -> bytes:
                 client.let_go(False)
             except errors.StripeBusy:
                 if not client.let_go(True):
-                    raise
+                    tries += 1
+                    if not ex.holds or tries == FLUSH_TRIES:
+                        raise
+                    time.sleep(FLUSH_PAUSE)
     except errors.StripeBusy:
-        raise Error("TRYAGAIN a process that does not run holds a lock that this command needs; some of the keys are still there") from None
+        who = "others hold locks that this command needs, and a transaction or script waits for none" if ex.holds else \
+            "a process that does not run holds a lock that this command needs"
+        raise Error(f"TRYAGAIN {who}; some of the keys are still there") from None
+    except errors.LogFull:
+        if not ex.holds:
+            raise
+        raise Error("MISCONF the log's buffer is full; some of the keys are still there") from None
     return OK
 
 

@@ -204,12 +204,14 @@ def execute(client: Connection) -> bytes | None:
     queue = client.queue
     keys = [*client.watching]
     flushed: list[int] = []  # databases, in order; 0: all
+    selected: set[int] = set()
     long, elsewhere, everything, db = False, False, False, client.db
     log_bytes = wished = 0  # for what scripts write besides their KEYS there may be less room
     for words in queue:
         name = words[0].decode("latin-1").lower()
         if name == "select" and (n := number(words[1])) is not None and 0 <= n < client.ex.databases:
             db = n
+            selected.add(n)
         found = pairs_in(name, words[1:], db, client.ex.databases)
         keys += found
         long = long or name in LONG
@@ -221,6 +223,8 @@ def execute(client: Connection) -> bytes | None:
         if TABLE[name].flags & WRITE:
             log_bytes += client.ex.log_room(written_in(name, found))
             wished += SCRIPT_ROOM if TABLE[name].group == "scripting" else 0
+    others = {client.db, *selected, *(of for of, _ in keys)} - {0}  # each of which gets a generation from a FLUSHALL
+    log_bytes += flushed.count(0) * len(others) * client.ex.log_room([])
     if log_bytes < (most := client.ex.most_log_room):
         log_bytes = min(log_bytes + wished, most)
     if long or client.server.store is not None:
@@ -230,7 +234,7 @@ def execute(client: Connection) -> bytes | None:
     looked_at = elsewhere or client.server.executor.watched
     try:
         answered = functools.partial(is_answered, client)
-        done = client.transact(queue, keys, everything, flushed, client.watching, log_bytes, answered, looked_at)
+        done = client.transact(queue, keys, everything, flushed, selected, client.watching, log_bytes, answered, looked_at)
     except WouldWait:  # it is run again where it may
         raise
     except BaseException:
