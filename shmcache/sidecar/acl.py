@@ -83,7 +83,8 @@ class User:
     channels: dict[bytes, None] = field(default_factory=dict)
     later: bool = False  # after +@all: commands that there are not yet, too
     commands: set[str] = field(default_factory=set)  # full names
-    first_arguments: dict[str, dict[bytes, None]] = field(default_factory=dict)  # with which a command is allowed that else is not
+    first_arguments: dict[str, dict[bytes, bytes]] = field(default_factory=dict)  # with which a command is allowed that else is not;
+    # in lower case: as it was said
     elsewhere: dict[str, None] = field(default_factory=dict)  # what Redis has and is not here, and the opposite of `later` was said of
 
     @property
@@ -201,8 +202,7 @@ class User:
             return
         known = self.first_arguments.setdefault(parent, {})
         as_said = said.rpartition("|")[2].encode("latin-1")
-        if as_said.lower() not in (other.lower() for other in known):
-            known[as_said] = None
+        known.setdefault(as_said.lower(), as_said)
 
     def note_elsewhere(self, name: str, allow: bool) -> None:
         """It changes nothing here: it is written again."""
@@ -263,7 +263,7 @@ class User:
                     rules.append((b"+" if allowed_now else b"-") + full.encode())
                     made.allow(family(full), allowed_now)
                 if not allowed_now:
-                    rules += [b"+%b|%b" % (full.encode(), argument) for argument in self.first_arguments.get(full, ())]
+                    rules += [b"+%b|%b" % (full.encode(), argument) for argument in self.first_arguments.get(full, {}).values()]
         return rules + [(b"-" if self.later else b"+") + name.encode("latin-1") for name in self.elsewhere]
 
     @property
@@ -286,7 +286,7 @@ class User:
         full = full_name(name, arguments)
         if full not in self.commands and not TABLE[name].flags & NO_AUTH:
             known = self.first_arguments.get(full)
-            if not known or not arguments or arguments[0].lower() not in (word.lower() for word in known):
+            if not known or not arguments or arguments[0].lower() not in known:
                 return "command", full.encode()
         if not self.all_keys:
             first, rest = access_of(name, arguments)

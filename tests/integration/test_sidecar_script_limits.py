@@ -401,3 +401,28 @@ def test_many_options_are_read_in_a_time_that_grows_with_them(cache, words, opti
     assert inprocess.say(client, encode([*words.encode().split(), *option.encode().split() * (600_000 // len(option.split()))]))
     assert time.monotonic() - began < 30
     inprocess.close()
+
+
+@pytest.mark.parametrize(("words", "each"), [("CONFIG SET", "x{} 1"), ("ACL SETUSER u", "+set|x{}")])
+def test_many_words_of_which_none_is_like_another_are_read_in_a_time_that_grows_with_them(cache, words, each):
+    inprocess = InProcess(cache.name)
+    client = inprocess.connect()
+    began = time.monotonic()
+    assert inprocess.say(client, encode([*words.encode().split(), *" ".join(each.format(i) for i in range(80_000)).encode().split()]))
+    assert time.monotonic() - began < 30
+    inprocess.close()
+
+
+def test_config_set_says_of_the_first_wrong_name_what_is_wrong_as_redis_does(cache):
+    inprocess = InProcess(cache.name)
+    client = inprocess.connect()
+    for words, said in (
+        (b"foo 1 foo 2", b"-ERR Unknown option or number of arguments for CONFIG SET - 'foo'"),
+        (b"timeout 5 foo 3 timeout 6", b"-ERR Unknown option or number of arguments for CONFIG SET - 'foo'"),
+        (b"timeout -5 TIMEOUT 3", b"-ERR CONFIG SET failed (possibly related to argument 'timeout') - duplicate parameter"),
+        (b"timeout 1 maxclients 5 maxclients 6 timeout 2", b"-ERR CONFIG SET failed (possibly related to argument 'maxclients') - duplicate parameter"),
+    ):
+        assert inprocess.say(client, encode([b"CONFIG", b"SET", *words.split()])) == said + b"\r\n"
+        client.transport.written.clear()
+    assert inprocess.settings["timeout"] == "0"
+    inprocess.close()

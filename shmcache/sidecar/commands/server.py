@@ -27,7 +27,6 @@ from shmcache.sidecar.commands.table import (
     in_pool,
     integer_of,
     keys_in,
-    shown,
     unknown_subcommand,
 )
 from shmcache.sidecar.replies import OK, array, bulk, integer, map_, nil, nil_array
@@ -45,26 +44,25 @@ def config(client: Connection, arguments: list[bytes]) -> bytes | None:
         return map_(((bulk(name), bulk(value)) for name, value in found.items()), client.protocol)
     if word == b"set" and rest and len(rest) % 2 == 0:
         changes: dict[str, str] = {}
-        said = [name.lower() for name in rest[::2]]
-        for name_b in said:
-            if said.count(name_b) > 1:
-                raise Error(f"ERR CONFIG SET failed (possibly related to argument '{shown(name_b)}') - duplicate parameter")
         for name_b, value_b in zip(rest[::2], rest[1::2], strict=True):
-            name, value = name_b.decode("latin-1").lower(), value_b.decode("latin-1")
+            name = name_b.decode("latin-1").lower()
             if name not in server.settings:
                 raise Error(f"ERR Unknown option or number of arguments for CONFIG SET - '{name}'")
             if name not in CHANGEABLE:
                 why = f": the segment has {server.settings[name]} bytes, for as long as it lives" if name == "maxmemory" else ""
                 raise Error(f"ERR CONFIG SET failed (possibly related to argument '{name}') - can't set immutable config{why}")
+            if name in changes:
+                raise Error(f"ERR CONFIG SET failed (possibly related to argument '{name}') - duplicate parameter")
+            changes[name] = value_b.decode("latin-1")
+        for name, value in changes.items():
             limits = CHANGEABLE[name]
             if limits is not None:
-                n = _text.number(value_b)
+                n = _text.number(value.encode("latin-1"))
                 if n is None or not limits[0] <= n <= limits[1]:
                     raise Error(
                         f"ERR CONFIG SET failed (possibly related to argument '{name}') - argument must be between {limits[0]} and "
                         f"{limits[1]} inclusive"
                     )
-            changes[name] = value
         server.change_settings(changes)
         if "requirepass" in changes:
             password = changes["requirepass"].encode("latin-1")
