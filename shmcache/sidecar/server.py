@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from shmcache import cache as cache_module
 from shmcache.core import _core, _resp
+from shmcache.core._text import matches
 from shmcache.notices import notice
 from shmcache.sidecar import acl, backed, bus, commands
 from shmcache.sidecar.commands import connection, pubsub, scripting, transactions
@@ -342,7 +343,7 @@ class Server:
         return let_go
 
     def deliver(self, channel: bytes, message: bytes) -> int:
-        return pubsub.deliver(self, channel, message)
+        return pubsub.deliver(self, channel, message, {pattern for pattern in self.pattern_subscribers if matches(pattern, channel)})
 
     def run_part(self, part: str, arguments: list[Any]) -> Any:
         """What commands/everywhere.py has asked of this process."""

@@ -426,3 +426,62 @@ def test_config_set_says_of_the_first_wrong_name_what_is_wrong_as_redis_does(cac
         client.transport.written.clear()
     assert inprocess.settings["timeout"] == "0"
     inprocess.close()
+
+
+HOSTILE = b"*" + b"a" * 4000 + b"b"  # of which each byte of many a's is compared with thousands
+
+
+def test_a_channel_or_pattern_that_takes_long_to_match_is_refused(cache):
+    inprocess = InProcess(cache.name)
+    client, other = inprocess.connect(), inprocess.connect()
+    assert inprocess.say(other, encode([b"PSUBSCRIBE", HOSTILE])).startswith(b"*3")
+    long = b"a" * 4097
+    for words, said in (
+        ([b"PUBLISH", long, b"m"], b"-ERR the name of a channel has at most 4096 bytes\r\n"),
+        ([b"SUBSCRIBE", b"c", long], b"-ERR the name of a channel has at most 4096 bytes\r\n"),
+        ([b"PSUBSCRIBE", b"c", long], b"-ERR a pattern has at most 4096 bytes\r\n"),
+        ([b"PUBSUB", b"CHANNELS", long], b"-ERR a pattern has at most 4096 bytes\r\n"),
+        ([b"CONFIG", b"GET", long], b"-ERR a pattern has at most 4096 bytes\r\n"),
+        ([b"COMMAND", b"LIST", b"FILTERBY", b"PATTERN", long], b"-ERR a pattern has at most 4096 bytes\r\n"),
+        ([b"PUBLISH", long[1:], b"m"], b":0\r\n"),
+        ([b"PUBSUB", b"NUMPAT"], b":1\r\n"),
+    ):
+        assert inprocess.say(client, encode(words)) == said
+        client.transport.written.clear()
+    assert not client.in_pubsub
+    inprocess.close()
+
+
+@pytest.mark.parametrize("words", [[b"PUBLISH", b"a" * 4000, b"m"], [b"PUBSUB", b"CHANNELS", HOSTILE]])
+def test_a_script_looks_at_its_time_between_two_matches_that_take_long(cache, words):
+    inprocess = InProcess(cache.name)
+    client, other = inprocess.connect(), inprocess.connect()
+    inprocess.say(other, encode([b"SUBSCRIBE", b"a" * 4000, b"c"]))
+    inprocess.say(other, encode([b"PSUBSCRIBE", b"a*", HOSTILE, b"?" + HOSTILE]))
+    other.transport.written.clear()
+
+    def over():
+        raise _resp.CommandError(b"ERR its time is over")
+
+    client.check_time = over
+    assert inprocess.say(client, encode(words)) == b"-ERR its time is over\r\n"
+    other.flush()
+    assert not other.transport.written  # nobody has been sent a part
+    del client.check_time
+    client.transport.written.clear()
+    inprocess.say(client, encode([b"PUBLISH", b"ab", b"m"]))
+    other.flush()
+    assert b"pmessage" in b"".join(other.transport.written)
+    inprocess.close()
+
+
+def test_a_script_that_publishes_ends_within_its_limit(cache):
+    """Its key is held meanwhile. One that subscribes needs no right but that."""
+    inprocess = InProcess(cache.name, {"lua-time-limit": "300"})
+    client, other = inprocess.connect(), inprocess.connect()
+    assert inprocess.say(other, encode([b"PSUBSCRIBE", HOSTILE])).startswith(b"*3")
+    script = b"redis.call('set', KEYS[1], 1) return redis.pcall('publish', string.rep('a', 4000000), 'm').err"
+    began = time.monotonic()
+    assert b"at most 4096 bytes" in inprocess.say(client, encode([b"EVAL", script, b"1", b"k"]))
+    assert time.monotonic() - began < 10 * TIME_LIMIT
+    inprocess.close()

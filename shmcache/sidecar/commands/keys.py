@@ -5,21 +5,31 @@ from __future__ import annotations
 import random
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from shmcache import errors
 from shmcache.core import _core, _resp, _text
-from shmcache.core._text import matches
 from shmcache.sidecar import replies
-from shmcache.sidecar.commands.table import ONE, RAW, SCAN_NS, SCAN_TIME, SYNTAX, WRITE, Error, command, container, in_pool, integer_of
+from shmcache.sidecar.commands.table import (
+    ONE,
+    RAW,
+    SCAN_NS,
+    SCAN_TIME,
+    SYNTAX,
+    WRITE,
+    Error,
+    command,
+    container,
+    in_pool,
+    integer_of,
+    that_match,
+)
 from shmcache.sidecar.replies import OK, array, bulk, integer, nil
 
 if TYPE_CHECKING:
     from shmcache.sidecar.server import Connection
 
-MOST_PATTERN = 4096  # bytes, as of a key: a match takes at most the product of both in steps, some 10 ms
-SHORT_PATTERN = 64  # with which it is some 0.1 ms
 FLUSH_NS = 5_000_000  # of FLUSHDB, between two looks at the time
 FLUSH_TRIES = 64  # of FLUSHDB in a step, for the locks that it does not hold,
 FLUSH_PAUSE = 0.0001  # seconds between two
@@ -144,17 +154,6 @@ def wait_restored(client: Connection) -> None:
         if client.ex.holds or _core.monotonic() > until:
             raise Error(BEING_RESTORED)
         time.sleep(0.002)
-
-
-def that_match(client: Connection, pattern: bytes, keys: Iterable[bytes]) -> Iterator[bytes]:
-    """Raises: what check_time() does; Error: the pattern is too long."""
-    if len(pattern) > MOST_PATTERN:
-        raise Error(f"ERR a pattern has at most {MOST_PATTERN} bytes")
-    for key in keys:
-        if len(pattern) > SHORT_PATTERN:
-            client.check_time()
-        if matches(pattern, key):
-            yield key
 
 
 @command("keys", 2)

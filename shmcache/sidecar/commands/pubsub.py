@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Container
 from typing import TYPE_CHECKING
 
 from shmcache.core._text import matches
 from shmcache.sidecar import replies
 from shmcache.sidecar.commands.table import (
     IN_PUBSUB,
+    MOST_PATTERN,
     PUSH_LIMIT,
     PUSHES,
+    SHORT_PATTERN,
     SYNTAX,
     Error,
     categories,
+    checked_pattern,
     command,
     container,
     full_name,
+    that_match,
     without_passwords,
 )
 from shmcache.sidecar.replies import OK, array, bulk, integer, nil
@@ -85,13 +90,23 @@ def of_kind(client: Connection, pattern: bool) -> tuple[dict[bytes, None], dict[
     return (client.patterns, server.pattern_subscribers) if pattern else (client.channels, server.subscribers)
 
 
+def check_channel(channel: bytes) -> None:
+    """Raises: Error: its name is too long to be matched with patterns."""
+    if len(channel) > MOST_PATTERN:
+        raise Error(f"ERR the name of a channel has at most {MOST_PATTERN} bytes")
+
+
 @command("subscribe", -2, IN_PUBSUB | PUSHES, group="pubsub")
 def subscribe(client: Connection, arguments: list[bytes]) -> None:
+    for channel in arguments:
+        check_channel(channel)
     add_subscription(client, "subscribe", arguments, False)
 
 
 @command("psubscribe", -2, IN_PUBSUB | PUSHES, group="pubsub")
 def psubscribe(client: Connection, arguments: list[bytes]) -> None:
+    for pattern in arguments:
+        checked_pattern(pattern)
     add_subscription(client, "psubscribe", arguments, True)
 
 
@@ -105,14 +120,14 @@ def punsubscribe(client: Connection, arguments: list[bytes]) -> None:
     end_subscription(client, "punsubscribe", arguments, True)
 
 
-def deliver(server: Server, channel: bytes, message: bytes, but: Connection | None = None) -> int:
-    """To the subscribers of this process: how many. What `but` gets leaves with its own reply."""
+def deliver(server: Server, channel: bytes, message: bytes, patterns: Container[bytes], but: Connection | None = None) -> int:
+    """To the subscribers of this process: how many. patterns: those that match the channel. What `but` gets leaves with its own reply."""
     n = 0
     for to in list(server.subscribers.get(channel, ())):
         send(to, replies.push((bulk(b"message"), bulk(channel), bulk(message)), to.protocol), but)
         n += 1
     for pattern, clients in list(server.pattern_subscribers.items()):
-        if matches(pattern, channel):
+        if pattern in patterns:
             for to in list(clients):
                 send(to, replies.push((bulk(b"pmessage"), bulk(pattern), bulk(channel), bulk(message)), to.protocol), but)
                 n += 1
@@ -133,16 +148,29 @@ def send(to: Connection, data: bytes, but: Connection | None) -> None:
 @command("publish", 3, group="pubsub")
 def publish(client: Connection, arguments: list[bytes]) -> bytes:
     channel, message = arguments
+    check_channel(channel)
     catch_up(client)
-    link, n = client.server.link, deliver(client.server, channel, message, client)
+    link, found = client.server.link, patterns_of(client, channel)
+    n = deliver(client.server, channel, message, found, client)
     elsewhere = [
         count
         for channels, patterns in link.elsewhere.values()
-        for count in (channels.get(channel, 0), *(count for pattern, count in patterns.items() if matches(pattern, channel)))
+        for count in (channels.get(channel, 0), *(count for pattern, count in patterns.items() if pattern in found))
     ]
     if any(elsewhere):
         link.say("publish", channel, message)
     return integer(n + sum(elsewhere))
+
+
+def patterns_of(client: Connection, channel: bytes) -> set[bytes]:
+    """Those of all processes that match it. Raises: what check_time() does: nobody has been sent anything yet."""
+    found = set()
+    for pattern in all_patterns(client.server):
+        if len(pattern) > SHORT_PATTERN:
+            client.check_time()
+        if matches(pattern, channel):
+            found.add(pattern)
+    return found
 
 
 def catch_up(client: Connection) -> None:
@@ -170,7 +198,8 @@ def pubsub(client: Connection, arguments: list[bytes]) -> bytes:
     word, rest, server = arguments[0].lower(), arguments[1:], client.server
     catch_up(client)
     if word == b"channels" and len(rest) <= 1:
-        return array(bulk(c) for c in all_channels(server) if not rest or matches(rest[0], c))
+        channels = all_channels(server)
+        return array(map(bulk, that_match(client, rest[0], channels) if rest else channels))
     if word == b"numsub":
         numbers = all_channels(server)
         return array(part for c in rest for part in (bulk(c), integer(numbers.get(c, 0))))

@@ -20,6 +20,7 @@ from shmcache.sidecar.commands.table import (
     WRITE,
     Error,
     categories_of,
+    checked_pattern,
     command,
     container,
     family,
@@ -40,7 +41,8 @@ if TYPE_CHECKING:
 def config(client: Connection, arguments: list[bytes]) -> bytes | None:
     word, rest, server = arguments[0].lower(), arguments[1:], client.server
     if word == b"get" and rest:
-        found = {name: value for name, value in sorted(server.settings.items()) if any(matches(p.lower(), name.encode()) for p in rest)}
+        patterns = [checked_pattern(pattern).lower() for pattern in rest]
+        found = {name: value for name, value in sorted(server.settings.items()) if any(matches(p, name.encode()) for p in patterns)}
         return map_(((bulk(name), bulk(value)) for name, value in found.items()), client.protocol)
     if word == b"set" and rest and len(rest) % 2 == 0:
         changes: dict[str, str] = {}
@@ -111,7 +113,8 @@ def command_(client: Connection, arguments: list[bytes]) -> bytes:
             raise Error(SYNTAX)
         names = [full for name in names for full in family(name) if full not in disabled]
         if rest and rest[1].lower() == b"pattern":
-            names = [name for name in names if matches(rest[2].lower(), name.encode())]
+            pattern = checked_pattern(rest[2]).lower()
+            names = [name for name in names if matches(pattern, name.encode())]
         elif rest and rest[1].lower() == b"aclcat":
             wanted = rest[2].decode("latin-1").lower()
             names = [name for name in names if wanted in categories_of(name)]

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from shmcache.core import _core, _resp, _text
+from shmcache.core._text import matches
 from shmcache.sidecar import replies
 from shmcache.sidecar.replies import array
 
@@ -54,6 +55,8 @@ PUSH_LIMIT = 32 << 20  # bytes that wait for a subscriber
 RAW = 256  # _resp's, with a codec
 SCAN_NS = 1_000_000  # that a SCAN may take in the loop
 SCAN_TIME = 0.02  # seconds that a SCAN goes on in the pool, if it has not found enough
+MOST_PATTERN = 4096  # bytes, as of a key, and of a channel: a match takes at most the product of both in steps, some 10 ms
+SHORT_PATTERN = 64  # with which it is some 0.1 ms
 SYNTAX = "ERR syntax error"
 NOT_AN_INTEGER = "ERR value is not an integer or out of range"
 
@@ -105,6 +108,23 @@ def integer_of(text: bytes, error: str = NOT_AN_INTEGER) -> int:
     if n is None:
         raise Error(error)
     return n
+
+
+def checked_pattern(pattern: bytes) -> bytes:
+    """Raises: Error: it is too long."""
+    if len(pattern) > MOST_PATTERN:
+        raise Error(f"ERR a pattern has at most {MOST_PATTERN} bytes")
+    return pattern
+
+
+def that_match(client: Connection, pattern: bytes, names: Iterable[bytes]) -> Iterator[bytes]:
+    """Raises: what check_time() does; Error: the pattern is too long."""
+    checked_pattern(pattern)
+    for name in names:
+        if len(pattern) > SHORT_PATTERN:
+            client.check_time()
+        if matches(pattern, name):
+            yield name
 
 
 def in_pool(client: Connection) -> None:
