@@ -13,7 +13,7 @@ import pytest
 import redis
 
 from shmcache.core import _resp
-from shmcache.sidecar.commands import scripting
+from shmcache.sidecar.commands import keys, scripting
 from shmcache.sidecar.serve import STOP_LIMIT
 from tests.integration.service import LIMIT, running, until
 from tests.redis.inprocess import InProcess
@@ -484,4 +484,17 @@ def test_a_script_that_publishes_ends_within_its_limit(cache):
     began = time.monotonic()
     assert b"at most 4096 bytes" in inprocess.say(client, encode([b"EVAL", script, b"1", b"k"]))
     assert time.monotonic() - began < 10 * TIME_LIMIT
+    inprocess.close()
+
+
+def test_a_large_value_is_dumped_in_the_pool(cache):
+    inprocess = InProcess(cache.name)
+    client, given = inprocess.connect(), []
+    submit = inprocess.soon.submit
+    inprocess.soon.submit = lambda *words: given.append(words) or submit(*words)
+    for size, wanted in ((1000, 0), (1_000_000, 1)):
+        cache.set("k", b"x" * size)
+        said = inprocess.say(client, encode([b"DUMP", b"k"]))
+        client.transport.written.clear()
+        assert len(given) == wanted and keys.undumped(said[said.index(b"\n") + 1 : -2]) == b"x" * size
     inprocess.close()

@@ -263,6 +263,18 @@ def test_crc64_of_the_published_check_value():
     assert _text.crc64(b"123456789") == 0xE9C6D914C4B8D9CA
 
 
+def test_crc64_is_that_of_its_bytes_however_it_is_divided():
+    draw = random.Random(9)
+    for n in range(100):
+        data, wanted = draw.randbytes(n), 0
+        for byte in data:  # a bit at a time
+            wanted ^= byte
+            for _ in range(8):
+                wanted = wanted >> 1 ^ (0x95AC9329AC4BC9B5 if wanted & 1 else 0)
+        at = draw.randrange(n + 1)
+        assert _text.crc64(data) == _text.crc64(memoryview(data)[at:], _text.crc64(data[:at])) == wanted
+
+
 @pytest.mark.parametrize(
     "a, b, total", [(b"10.5", b"0.1", b"10.6"), (b"3.0e3", b"200", b"3200"), (b"-0.0", b"0", b"0"), (b"1", b"-1", b"0"), (b"5e-324", b"0", None)]
 )

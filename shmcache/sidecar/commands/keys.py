@@ -256,6 +256,7 @@ def memory(client: Connection, arguments: list[bytes]) -> bytes:
 
 
 RDB_VERSION = 10
+LONG_DUMP = 1 << 16  # bytes of a value, some 0.1 ms
 
 
 @command("dump", 2, 0, ONE)
@@ -264,14 +265,18 @@ def dump(client: Connection, arguments: list[bytes]) -> bytes:
     if found is None:
         return nil(client.protocol)
     value = found[0]
+    if len(value) > LONG_DUMP:
+        in_pool(client)
     n = _text.number(value) if len(value) <= 11 else None
     if n is not None and -(1 << 31) <= n < 1 << 31:
         width = 1 if -128 <= n < 128 else 2 if -(1 << 15) <= n < 1 << 15 else 4
-        body = bytes([0xC0 | (width >> 1)]) + n.to_bytes(width, "little", signed=True)
+        parts = [bytes([0, 0xC0 | (width >> 1)]), n.to_bytes(width, "little", signed=True), RDB_VERSION.to_bytes(2, "little")]
     else:
-        body = rdb_length(len(value)) + value
-    payload = b"\0" + body + RDB_VERSION.to_bytes(2, "little")
-    return bulk(payload + _text.crc64(payload).to_bytes(8, "little"))
+        parts = [b"\0" + rdb_length(len(value)), value, RDB_VERSION.to_bytes(2, "little")]
+    crc = 0
+    for part in parts:
+        crc = _text.crc64(part, crc)
+    return bulk(b"".join([*parts, crc.to_bytes(8, "little")]))
 
 
 def rdb_length(n: int) -> bytes:
@@ -289,7 +294,7 @@ BAD_FORMAT = "ERR Bad data format"
 def undumped(payload: bytes, most: int = 1 << 29) -> bytes:
     if len(payload) < 10 or int.from_bytes(payload[-10:-8], "little") > RDB_VERSION:
         raise Error(BAD_PAYLOAD)
-    if _text.crc64(payload[:-8]) != int.from_bytes(payload[-8:], "little"):
+    if _text.crc64(memoryview(payload)[:-8]) != int.from_bytes(payload[-8:], "little"):
         raise Error(BAD_PAYLOAD)
     body = payload  # as Redis reads it: what follows the value is not looked at
     try:
