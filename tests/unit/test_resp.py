@@ -373,6 +373,23 @@ def test_a_restored_value_that_is_large_takes_no_time():
     assert time.monotonic() - began < 10
 
 
+@pytest.mark.parametrize("first, good", [(0x80, True), (0x81, True), (0x82, False), (0x96, False), (0xBF, False)])
+def test_a_length_is_read_as_redis_reads_it(first, good):
+    body = bytes([0, first]) + (3).to_bytes(8 if first & 0x3F else 4, "big") + b"abc\x0a\0"
+    payload = body + _text.crc64(body).to_bytes(8, "little")
+    if good:
+        assert commands.keys.undumped(payload) == b"abc"
+    else:
+        with pytest.raises(_resp.CommandError, match="Bad data format"):
+            commands.keys.undumped(payload)
+
+
+def test_a_packed_length_may_look_like_an_encoding_as_in_redis():
+    packed = b"\0a\xe0\xff\0"
+    body = b"\0\xc3" + bytes([0xC0 | len(packed)]) + b"\x41\x09" + packed + b"\x0a\0"
+    assert commands.keys.undumped(body + _text.crc64(body).to_bytes(8, "little")) == b"a" * 265
+
+
 @pytest.mark.parametrize("size, says", [(265, 100), (264, None), (266, None), (0, None), (1 << 31, None)])
 def test_a_false_length_is_bad_data(size, says):
     assert commands.keys.undumped(payload_of(b"\0a\xe0\xff\0", 265)) == b"a" * 265

@@ -325,12 +325,15 @@ def undumped(payload: bytes, most: int = 1 << 29) -> bytes:
 
 
 def length_at(body: bytes, at: int) -> tuple[int, int]:
+    """(it, the place behind it), as Redis reads one: or an encoding's number, where a length is wanted. Raises: Error; IndexError."""
     kind, low = body[at] >> 6, body[at] & 0x3F
-    if kind == 0:
+    if kind in (0, 3):
         return low, at + 1
     if kind == 1:
         return low << 8 | body[at + 1], at + 2
-    width = 4 if body[at] == 0x80 else 8
+    if low > 1:
+        raise Error(BAD_FORMAT)
+    width = 8 if low else 4
     return int.from_bytes(body[at + 1 : at + 1 + width], "big"), at + 1 + width
 
 
