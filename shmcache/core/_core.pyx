@@ -1779,8 +1779,12 @@ cdef class Table:
                 return OK
             if rc == MISMATCH:          # replace exactly what is no generation
                 rc = read_begin(s, key, n, siphash13(key, n, s.k0, s.k1), &r)
-                if rc == OK and (r.value_bytes != 8 or r.is_big) and read_end(s, &r) == OK and self.draw(key, n, IF_VERSION, r.cas, to, log) == OK:
-                    return OK
+                if rc == OK and (r.value_bytes != 8 or r.is_big) and read_end(s, &r) == OK:
+                    rc = self.draw(key, n, IF_VERSION, r.cas, to, log)
+                    if rc == ABSENT:        # a stale or negative value, or one that is hidden: it is there for no write
+                        rc = self.draw(key, n, IF_ABSENT, 0, to, log)
+                    if rc == OK:
+                        return OK
             elif rc == ABSENT and ld32(&s.header.restoring) == NAMESPACES_FIRST and (until == 0 or mono_ns() < until):
                 if self.impatient:
                     raise WouldWait

@@ -684,6 +684,33 @@ def test_what_is_no_generation_gives_way_to_one(make, serve, rubbish):
     agree(server, client, cache)
 
 
+@pytest.mark.parametrize("how", ["negative", "stale", "invalidated", "tagged", "claimed", "expired"])
+@pytest.mark.parametrize("key", [GENERATION, b"\0tag\0t"])
+def test_what_is_there_for_nobody_gives_way_to_a_generation(make, how, key):
+    cache = make()
+    if how == "negative":
+        cache._put_negative(key, 1000)
+    elif how == "stale":
+        cache.get_or_set(key, lambda: 1, 0.001, stale_ttl=1000)
+        until(lambda: cache.get(key) is None)
+    elif how == "invalidated":
+        cache.set(key, 1, tags=["other"])
+        cache.invalidate_tag("other")
+    elif how == "tagged":
+        cache.set(key, 1, tags=["other"])
+    elif how == "claimed":
+        cache.claim(key)
+    else:
+        cache.set(key, 1, 0.001)
+        until(lambda: cache.get(key) is None)
+    if key == GENERATION:
+        cache.namespace("db:1").set("k", 1)
+        assert cache.namespace("db:1").get("k") == 1
+    else:
+        cache.set("k", 1, tags=["t"])
+        assert cache.get("k") == 1
+
+
 def test_generations_that_begin_alike_are_two(make, serve):
     """Their first bytes are the same, as a client may choose them."""
     cache = make(stripes=16)
