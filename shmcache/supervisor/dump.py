@@ -18,7 +18,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import IO, TYPE_CHECKING, Any, BinaryIO
 
 import msgpack
 
@@ -108,7 +108,8 @@ def _plain(codec: int, value: bytes) -> Any:
 def load(
     cache: Cache, source: BinaryIO, progress: Callable[[int], None] = lambda done: None, warn: Callable[[str], object] = lambda line: None
 ) -> int:
-    """Set every item of a stream: how many. Those before an error are stored: progress() is told of each how many are.
+    """Set every item of a stream: how many. Those before an error are stored: progress() is told of each how many are. Of what
+    earlier versions have dumped, items that come before their namespace's generation are stored last: not if set() raises.
 
     Raises: DamageError: this is no such stream, or it ends within an item; what set() raises.
     """
@@ -138,27 +139,29 @@ def load(
 
 def _with_names(source: BinaryIO, warn: Callable[[str], object]) -> Iterator[dict[str, Any]]:
     """The items of a stream; of those that carry a namespace's generation the ones that it still had, with its name instead."""
-    had: dict[bytes, list[Any]] = {}  # by name; of several dumps, one behind the other, each one's
+    had: dict[bytes, Any] = {}  # by name: the last one that came
+    late: set[tuple[bytes, bytes]] = set()  # of which something waits, and so what comes after it
     n_cleared = 0
     failed: errors.DamageError | None = None
-    with tempfile.TemporaryFile() as waiting:
+    with tempfile.SpooledTemporaryFile(max_size=READ_BYTES) as waiting:
         try:
             for item in _sound(source):
                 name, generation, key = _in_namespace(_bytes(item["key"])) if item.get("namespace") is None else (b"", b"", b"")
                 if not name:
                     yield item
                 elif not generation:
-                    had.setdefault(name, []).append(item.get("value"))
-                elif generation in had.get(name, ()):
+                    had[name] = item.get("value")
+                elif generation == had.get(name) and (name, generation) not in late:
                     yield item | {"namespace": name, "key": key}
                 else:
+                    late.add((name, generation))
                     waiting.write(msgpack.packb(item, unicode_errors="surrogatepass"))
         except errors.DamageError as e:
             failed = e  # what comes before it is stored
         waiting.seek(0)
         for item in _items(waiting):
             name, generation, key = _in_namespace(_bytes(item["key"]))
-            if generation in had.get(name, ()):
+            if generation == had.get(name):
                 yield item | {"namespace": name, "key": key}
             else:
                 n_cleared += 1
@@ -186,7 +189,7 @@ def _sound(source: BinaryIO) -> Iterator[dict[str, Any]]:
         yield item
 
 
-def _items(source: BinaryIO) -> Iterator[Any]:
+def _items(source: IO[bytes]) -> Iterator[Any]:
     unpacker = msgpack.Unpacker(strict_map_key=False, max_buffer_size=MOST_BYTES, unicode_errors="surrogatepass")
     n = n_bytes = behind = 0
     while data := source.read(READ_BYTES):

@@ -699,7 +699,7 @@ def test_what_is_there_for_nobody_gives_way_to_a_generation(make, how, key):
     elif how == "tagged":
         cache.set(key, 1, tags=["other"])
     elif how == "claimed":
-        cache.claim(key)
+        cache.claim(key, 1000)
     else:
         cache.set(key, 1, 0.001)
         until(lambda: cache.get(key) is None)
