@@ -42,7 +42,7 @@ from shmcache.core.ring cimport log_t, record_room, ring_of, ring_release, ring_
 from shmcache.core.siphash cimport siphash, siphash13
 from shmcache.core.slab cimport chunk_class, cls_mark, give_back_all, item_at, page_cls
 from shmcache.core.table cimport (
-    ALWAYS, IF_ABSENT, IF_CLAIM, IF_PRESENT, IF_SAME, IF_UNCLAIMED, IF_UNMARKED, IF_UNMARKED_BY_ANY, IF_VERSION, LARGE_COPY, RESTARTS, add_to,
+    ALWAYS, IF_ABSENT, IF_CLAIM, IF_PRESENT, IF_SAME, IF_UNCLAIMED, IF_UNMARKED, IF_UNMARKED_BY_ANY, IF_VERSION, LARGE_COPY, MADE, RESTARTS, add_to,
     claim_t, clear_all, count_items, drop_dirty, end_mark, envelope_state, give_up, mark_t, next_keys, passes_by, prefetch_item, put, put_t, read_begin, read_claim, read_copy, read_end,
     read_generation, read_left, read_t, remove, remove_claim, same_item, set_expiry, state_in_place, unchanged)
 from shmcache.core.token cimport (
@@ -1504,7 +1504,7 @@ cdef class Table:
         op.chunk = 0
         op.flags = 0
         op.refs = 0
-        op.drawn = False
+        op.drawn = 0
         op.when = IF_VERSION if version else ALWAYS
         op.loaded = False
         op.version = version
@@ -1579,7 +1579,7 @@ cdef class Table:
         op.flags = 0
         op.refs = 0
         op.when = when & ~WRITTEN
-        op.drawn = False
+        op.drawn = 0
         op.loaded = when == IF_CLAIM or when == IF_SAME
         op.version = version
         key_view(key, &op.key, &op.key_bytes)
@@ -1815,7 +1815,7 @@ cdef class Table:
         op.refs = 0
         op.chunk = 0
         op.when = when
-        op.drawn = True
+        op.drawn = MADE
         op.loaded = False
         op.version = version
         rc = self.put_view(s, &op)
@@ -2087,7 +2087,7 @@ cdef class Table:
             mine.token = s.me[0]
             op.chunk = 0
             op.refs = 0
-            op.drawn = False
+            op.drawn = 0
             op.hash = siphash13(op.key, op.key_bytes, s.k0, s.k1)
             op.version = 0
             rc = read_claim(s, op.key, op.key_bytes, op.hash, &op.version, &whose, &flags)
@@ -2183,7 +2183,7 @@ cdef class Table:
             mark.alone = alone
             op.chunk = 0
             op.refs = 0
-            op.drawn = False
+            op.drawn = 0
             op.hash = siphash13(op.key, op.key_bytes, s.k0, s.k1)
             op.version = version
             op.overlapped = False

@@ -37,7 +37,7 @@ from shmcache.core.ring cimport log_t, record_room, ring_of, ring_release, ring_
 from shmcache.core.siphash cimport siphash13
 from shmcache.core.sizes cimport IF_DEAD, has_first, size_counted, size_said, sized_t, take_for_size
 from shmcache.core.table cimport (
-    ALWAYS, IF_ABSENT, IF_PRESENT, IF_VERSION, LARGE_COPY, RESTARTS, count_items, envelope_state, next_keys, passes_by, prefetch_item, put_t, read_begin, read_copy, read_end, read_generation, read_t, remove)
+    ALWAYS, FRESH, IF_ABSENT, IF_PRESENT, IF_VERSION, LARGE_COPY, RESTARTS, count_items, envelope_state, next_keys, passes_by, prefetch_item, put_t, read_begin, read_copy, read_end, read_generation, read_t, remove)
 from shmcache.core.token cimport ABSENT, AGAIN, BUSY, EXISTS, INTR, MISMATCH, NO_ROOM, NO_STORE, OK, OVERFLOW, mono_ns, wall_ns
 
 import threading
@@ -539,7 +539,7 @@ cdef class Executor:
                 key = prefix[:-9]
                 self.n_prefix = 0
                 put_value(self, <const uint8_t*>PyBytes_AS_STRING(key), PyBytes_GET_SIZE(key),
-                          <const uint8_t*>PyBytes_AS_STRING(prefix) + PyBytes_GET_SIZE(prefix) - 8, 8, CODEC_BYTES, NEVER, ALWAYS, 0)
+                          <const uint8_t*>PyBytes_AS_STRING(prefix) + PyBytes_GET_SIZE(prefix) - 8, 8, CODEC_BYTES, NEVER, ALWAYS, 0, FRESH)
                 #! renew: a generation stored
                 self.pinned[of] = prefix
         finally:
@@ -1638,8 +1638,8 @@ cdef int check_key(Executor ex, const uint8_t** key, size_t* n) except -1:
 
 
 cdef int put_value(Executor ex, const uint8_t* key, size_t n, const uint8_t* value, uint64_t size, int codec, uint64_t expiry_ms,
-                   int when, uint64_t version) except -100:
-    """OK, EXISTS, ABSENT or MISMATCH. expiry_ms: the segment's time, 0: its default, NEVER."""
+                   int when, uint64_t version, int drawn=0) except -100:
+    """OK, EXISTS, ABSENT or MISMATCH. expiry_ms: the segment's time, 0: its default, NEVER. drawn: as of put_t."""
     cdef seg_t* s = ex.s
     cdef put_t op
     cdef int rc
@@ -1666,7 +1666,7 @@ cdef int put_value(Executor ex, const uint8_t* key, size_t n, const uint8_t* val
     op.refs = 0
     op.chunk = 0
     op.when = when
-    op.drawn = False
+    op.drawn = drawn
     op.loaded = False
     op.version = version
     op.expiry_ms = expiry_ms

@@ -440,7 +440,7 @@ cdef class Restore:
             op.flags = (FLAG_DIRTY if dirty else 0) | (FLAG_COPY_TTL if back and r.op & RECORD_COPY_TTL else 0)
             op.refs = <uint8_t>min(r.op >> 4 & 3, <int>MAX_REFS)
             op.when = RESTORED
-            op.drawn = False
+            op.drawn = 0
             op.loaded = True
             op.version = r.version
             op.epoch = s.header.restored_epoch

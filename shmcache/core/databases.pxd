@@ -9,8 +9,9 @@
 # header.newest has a tag for each database: that of the generation that was stored last, if nothing can have carried that before. put() stores
 # it, under the stripe of the generation's key, before the key's slot. Of a generation that put() makes itself (table.pxd, make_generation), and
 # of one that a restore puts into a segment in which nobody is yet, that is so. What put() makes is random bytes XOR the write's own version: no two
-# writes of a key have the same version, so no two store the same generation, though a fork child has its parent's random bytes. Any other may be one
-# that items carry: a client renames the generation's key away and back, copies, restores or sets it, a worker sets it. Then newest is 0, which
+# writes of a key have the same version, so no two store the same generation, though a fork child has its parent's random bytes. A step that has drawn
+# one for its own flush knows it before it stores it, and holds the stripes of the keys that it will name under it; it stores it once (FRESH). Any
+# other may be one that items carry: a client renames the generation's key away and back, copies, restores or sets it, a worker sets it. Then newest is 0, which
 # is no tag: a stripe that counts another generation says nothing of this one, and is counted by a walk, once. Only if newest is its tag already,
 # it stays: C3 holds for it. So a tag is newest once, until the next generation is stored, and never again.
 #

@@ -52,6 +52,9 @@ cdef enum:
     IF_UNMARKED_BY_ANY = 8  # no mark of a living thread
     IF_SAME = 9             # exactly this item, fresh, stale or negative: what a stale value is replaced with
     RESTORED = 6            # nothing is there, nothing left meanwhile, and nobody has cleared: with a version that is given
+    # put_t.drawn
+    MADE = 1
+    FRESH = 2
 
 # ---- read -----------------------------------------------------------------------------------------------------------------
 
@@ -445,7 +448,8 @@ ctypedef struct put_t:
     uint64_t version        # for IF_VERSION and IF_CLAIM; RESTORED: that it had
     uint32_t epoch          # RESTORED: of the segment when the restore began
     uint8_t refs            # its CLOCK count, but of a key that is there: that stays
-    bint drawn              # the value is 8 random bytes, of which put() makes a generation (databases.pxd)
+    int drawn               # MADE: the value is 8 random bytes, of which put() makes a generation (databases.pxd). FRESH: it is one that the step of this
+                            # thread has drawn, under which no item can be before it is stored; 0: anything else
     # what put has in hand between two calls
     uint64_t chunk          # reserved and filled; 0: not yet
     int cls
@@ -761,10 +765,11 @@ cdef inline int put(seg_t* s, put_t* op, uint64_t until_ns) noexcept nogil:
     if unlikely(op.flags & FLAG_DIRTY):
         dirty_placed(s, op.chunk, old)
     if unlikely(op.key[0] == 0) and op.value_bytes == 8:
-        if op.drawn:
+        if op.drawn == MADE:
             make_generation(s, op)
-        note_newest(s, op.key, op.key_bytes, op.value, f.epoch,
-                    op.drawn or (op.when == RESTORED and ld32(&s.header.restoring) == NAMESPACES_FIRST))     # nobody is in it: no item carries it yet
+        # no item carries it yet: while a segment is restored nobody is in it; a fork child holds nothing
+        note_newest(s, op.key, op.key_bytes, op.value, f.epoch, op.drawn == MADE or (op.drawn == FRESH and holds(s, st)) or
+                    (op.when == RESTORED and ld32(&s.header.restoring) == NAMESPACES_FIRST))
     tallied = changes_tally(s, old, op.chunk, same_key) and tally_begin(st)
     note_intent(st, OP_SET, old, op.chunk, (count_without(s, count, old) if old else count) + 1)     # 4
     if old:

@@ -139,8 +139,8 @@ def load(
 
 def _with_names(source: BinaryIO, warn: Callable[[str], object]) -> Iterator[dict[str, Any]]:
     """The items of a stream; of those that carry a namespace's generation the ones that it still had, with its name instead."""
-    had: dict[bytes, Any] = {}  # by name: the last one that came
-    late: set[tuple[bytes, bytes]] = set()  # of which something waits, and so what comes after it
+    had: dict[bytes, list[Any]] = {}  # by name: those that came, of several dumps, one behind the other
+    late: set[bytes] = set()  # names of which something waits, and so what comes after it
     n_cleared = 0
     failed: errors.DamageError | None = None
     with tempfile.SpooledTemporaryFile(max_size=READ_BYTES) as waiting:
@@ -150,18 +150,18 @@ def _with_names(source: BinaryIO, warn: Callable[[str], object]) -> Iterator[dic
                 if not name:
                     yield item
                 elif not generation:
-                    had[name] = item.get("value")
-                elif generation == had.get(name) and (name, generation) not in late:
+                    had.setdefault(name, []).append(item.get("value"))
+                elif name not in late and [generation] == had.get(name, [])[-1:]:
                     yield item | {"namespace": name, "key": key}
                 else:
-                    late.add((name, generation))
-                    waiting.write(msgpack.packb(item, unicode_errors="surrogatepass"))
+                    late.add(name)
+                    waiting.write(msgpack.packb((len(had.get(name, [])), item), unicode_errors="surrogatepass"))
         except errors.DamageError as e:
             failed = e  # what comes before it is stored
         waiting.seek(0)
-        for item in _items(waiting):
+        for n_before, item in _items(waiting):
             name, generation, key = _in_namespace(_bytes(item["key"]))
-            if generation == had.get(name):
+            if generation in had.get(name, [])[max(n_before - 1, 0) : n_before + 1]:  # the one that stood there, or came next
                 yield item | {"namespace": name, "key": key}
             else:
                 n_cleared += 1

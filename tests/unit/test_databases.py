@@ -92,14 +92,15 @@ def test_each_database_is_counted(make, serve):
     agree(server, client, cache)
 
 
-def test_a_size_is_not_a_walk(make, serve, monkeypatch):
+@pytest.mark.parametrize("flush", [["FLUSHDB"], ["MULTI", "FLUSHDB", "FLUSHDB", "EXEC"], [(b"EVAL", b"return redis.call('flushdb')", b"1", b"l1")]])
+def test_a_size_is_not_a_walk(make, serve, monkeypatch, flush):
     """Nor does a database that was flushed, or that others have written to, need one."""
     cache = make("16M")
     server = serve(cache.name)
     client = server.connect()
     for d in (0, 1, 2):
         ask(server, client, f"SELECT {d}", *(f"SET k{i} v" for i in range(300)))
-    ask(server, client, "SELECT 2", "FLUSHDB", *(f"SET l{i} v" for i in range(40)))
+    ask(server, client, "SELECT 2", *flush, *(f"SET l{i} v" for i in range(40)))
     before = bytes(cache.segment.stripes["turn"]), bytes(cache.segment.databases)
     assert dbsizes(server, client, (0, 1, 2)) == {0: 300, 1: 300, 2: 40}
     assert (bytes(cache.segment.stripes["turn"]), bytes(cache.segment.databases)) == before, "a stripe was counted anew"
