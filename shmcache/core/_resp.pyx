@@ -208,6 +208,7 @@ cdef class Executor:
     cdef bint was_impatient             # before
     cdef object own                     # (db, key) pairs: hold() was for these,
     cdef public object others           # and for these, among those of hold_further(): renew()
+    cdef bint is_final                  # the step cannot begin again: transact()
     cdef uint64_t was_held[1024]        # at empty_held(), as seg_t.held
     cdef dict drawn                     # transact(): what keys of a database will begin with when it has been flushed; in order, by database
     cdef readonly int db                # whose keys are meant
@@ -415,7 +416,7 @@ cdef class Executor:
         """Take the stripes of these keys, ascending: from here to release() what this thread does to them is one step for all who write, and
         it waits where it would not. Readers never wait: they may see one key before and the next after. log_bytes: of records that will be
         logged meanwhile; 0: nothing is written. db: whose keys they are; -1: of the database in use. further: (db, key) pairs whose stripes are
-        held, too, until let_go(). flushed: databases for which renew() will be called, in order. within: seconds after which it waits no more, for
+        held, too, until let_go(). flushed: databases for which renew() will be called, in order, if there are keys. within: seconds after which it waits no more, for
         each thing that is in the way; 0: as the segment's lock_limit has it. Raises: WouldWait; StripeBusy (HeldByOthers), LogFull: nothing is
         held then."""
         cdef set found, more
@@ -433,7 +434,8 @@ cdef class Executor:
             else:
                 self.pin()
                 try:
-                    self.draw_ahead(found, flushed, [(db, key) for key in keys])
+                    if keys:
+                        self.draw_ahead(found, flushed, [(db, key) for key in keys])
                     more = set(self.stripes_of(further)) - found
                     self.take_stripes(found, log_bytes, more, <uint64_t>(within * 1e9))
                 except BaseException:
@@ -506,11 +508,12 @@ cdef class Executor:
         is none: it waits for the generation's stripe, and finds this one. Who has read the former generation, and waits for a stripe of the
         step: whoever takes several stripes looks again (is_current), and compiled_held(). A worker's call does not, nor MSET, DEL, or a command
         that is not compiled: it is done to what is gone.
-        FLUSHDB or FLUSHALL of others, since the step took its stripes: what it has read is from before that, what others have stored is not. It ends
-        here. Behind it this step is before that, and all of it is gone.
+        FLUSHDB or FLUSHALL of others, since the step took its stripes: what it has read is from before that, what others have stored is not. So a
+        script ends here. A transaction cannot begin again: its FLUSHDB stores nothing, for all of it is before that and gone; its FLUSHALL removes
+        what others have stored since, too. Behind it this step is before that, and all of it is gone.
         Crash: stripes taken, nothing stored: each is free again, nothing has happened. FLUSHALL done, a generation not stored: the database is
         empty, and the next one who needs it draws one. Stored: as of any step.
-        Raises: StripeBusy, LogFull: nothing was changed. A failure behind the clear of FLUSHALL: the step goes on without holding its keys."""
+        Raises: CommandError, LogFull: nothing was changed. A failure behind the clear of FLUSHALL: the step goes on without holding its keys."""
         cdef seg_t* s = self.table.ready()
         cdef int db = self.db, of, tries, rc = BUSY
         cdef set found, more
@@ -531,8 +534,11 @@ cdef class Executor:
                     break
                 with nogil:
                     usleep(DRAW_US)
+            if rc == MISMATCH and self.is_final:    # nothing is stored: it would be gone with all else of this step
+                self.pinned[d] = prefixes[d]
+                return
             if rc != OK:
-                raise errors.StripeBusy("others hold locks that this call needs, or have flushed meanwhile: nothing was changed; try again")
+                raise CommandError(b"TRYAGAIN others hold locks that this command needs, or have flushed meanwhile; nothing was changed")
             if d == 0:
                 self.pinned.clear()
             for of, prefix in prefixes.items():
@@ -594,7 +600,10 @@ cdef class Executor:
                     return BUSY
                 taken += 1
                 #! renew: a stripe taken
-            if not self.is_current([(of, b"") for of in databases]) or ld32(&s.header.epoch) != s.held_epoch or (clears and not self.table.clear_held()):
+            while clears and self.is_final and not self.table.clear_held():
+                s.held_epoch = ld32(&s.header.epoch)
+            if not (clears and self.is_final) and (not self.is_current([(of, b"") for of in databases]) or ld32(&s.header.epoch) != s.held_epoch or
+                                                   (clears and not self.table.clear_held())):
                 rc = MISMATCH
                 return rc
             rc = OK
@@ -614,16 +623,20 @@ cdef class Executor:
         #! renew: stripes held
         return OK
 
-    def shed(self):
-        """After renew(), of a step that will not flush as often as it has drawn: let go of the stripes in which none of the keys of hold() is any more."""
+    def shed(self, keys):
+        """After renew(), of a step that will not flush as often as it has drawn: let go of the stripes in which none of the keys of hold() is any more,
+        nor of these (db, key) pairs, which stay held until let_go()."""
         cdef seg_t* s = self.s
         cdef int db = self.db
-        cdef dict own = self.stripes_of(self.own)
+        cdef dict own = self.stripes_of(self.own), others = self.stripes_of(keys)
         cdef list kept = []
         cdef uint32_t i
         for i in self.holding or ():
             if i in own:
                 kept.append(i)
+                continue
+            if i in others and self.further is not None:
+                self.further.append(i)
                 continue
             s.held[i >> 6] &= ~(<uint64_t>1 << (i & 63))
             if s.me[0] == self.holder:      # else it is a fork child, as in release()
@@ -794,6 +807,7 @@ cdef class Executor:
         self.holding = self.further = None
         self.own = ()
         self.drawn = {}
+        self.is_final = False
         self.pinned = None
         self.table.impatient = self.was_impatient
         self.lock.release()
@@ -3094,6 +3108,7 @@ cdef class Client:
             ex.release()
             ex.use(self.db)
         ex.own = keys
+        ex.is_final = True
         try:
             for (db, key), version in watching.items():
                 if db != ex.db:

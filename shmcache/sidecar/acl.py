@@ -20,7 +20,7 @@ from pathlib import Path
 from shmcache import errors
 from shmcache.core._text import matches
 from shmcache.sidecar import replies
-from shmcache.sidecar.commands.table import NO_AUTH, SUBCOMMANDS, TABLE, WRITE, categories, family, full_name, keys_in, shown
+from shmcache.sidecar.commands.table import MOST_PATTERN, NO_AUTH, SUBCOMMANDS, TABLE, WRITE, categories, family, full_name, keys_in, shown
 from shmcache.sidecar.elsewhere import ELSEWHERE
 from shmcache.sidecar.replies import bulk, integer
 from shmcache.supervisor.format import open_regular
@@ -300,6 +300,8 @@ class User:
         return None
 
     def may_touch(self, key: bytes, mode: int) -> bool:
+        if len(key) > MOST_PATTERN:  # there is no such key, and to match it takes long
+            return False
         for pattern, known in self.keys.items():  # noqa: SIM110  # a generator would cost more than the rest, for each command
             if mode & known == mode and matches(pattern, key):
                 return True
@@ -309,7 +311,9 @@ class User:
         """A pattern has to be one of this user's, as it is written."""
         if self.all_channels:
             return True
-        return channel in self.channels if is_pattern else any(matches(pattern, channel) for pattern in self.channels)
+        if is_pattern:
+            return channel in self.channels
+        return len(channel) <= MOST_PATTERN and any(matches(pattern, channel) for pattern in self.channels)
 
     def hears_less(self, was: User) -> bool:
         """May he not hear what he might before? (That a pattern covers another is not seen.)"""

@@ -221,7 +221,7 @@ class Reach:
         if not reply.startswith(b"-"):  # what there was this script has removed, what there is now is another's
             self.seen |= dict.fromkeys(seen, 0)
             if not self.nested:
-                self.ex.shed()
+                self.ex.shed(self.held)
         return reply
 
     def run_in_pieces(self, caller: Connection, words: list[bytes], keys: list[Key], writes: bool) -> bytes:

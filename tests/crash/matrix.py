@@ -1255,6 +1255,7 @@ def flush_in_a_step(b: Bench, flushed: int) -> None:
     assert executor.read(b"old") is None
     assert executor.write(b"old", NEW, 0)
     assert executor.write(b"1", NEW, 0)
+    executor.shed([(2, b"1")])
     executor.let_go()
     executor.release()
 

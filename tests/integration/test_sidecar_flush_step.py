@@ -283,7 +283,7 @@ def test_a_busy_stripe_has_it_draw_again_or_nothing_is_done(make, monkeypatch):
             ours.release()
             ours.hold([b"n"], db=1)
         else:
-            with pytest.raises(errors.StripeBusy):
+            with pytest.raises(_resp.CommandError, match="TRYAGAIN others hold locks"):
                 ours.renew(1)
             assert set(words.nonzero()[0]) == held
             assert space.prefix() == before
@@ -421,6 +421,51 @@ def test_a_script_that_flushes_again_and_again_holds_few_stripes(between):
     said = say((b"SELECT", b"1"), script_of("for i = 1, 300 do redis.call('flushdb') end redis.call('strlen', KEYS[1]) return redis.call('incr', KEYS[1])", b"n"))
     assert said == b"+OK\r\n:1\r\n" and held == [1]
     assert not words.any()
+
+
+@pytest.mark.parametrize("where", ["of the key before", "of the generation"])
+def test_a_script_that_has_flushed_holds_on_to_what_it_has_named_besides(make, where):
+    """In a stripe that it held for its own key, or for the generation's, and needs for these no more."""
+    cache = make()
+    executor = _resp.Executor(cache, {}, impatient=False, databases=4)
+    words = cache.views().stripes["word"]
+    prefix = cache.namespace("db:1").prefix()
+    at = stripe_of(executor, prefix + b"n" if where == "of the key before" else prefix[:-9])
+    other = next(key for key in (b"%d" % i for i in range(100_000)) if stripe_of(executor, key) == at)
+    executor.hold([b"n"], db=1)
+    assert executor.hold_further([(0, other)]) is None
+    executor.others = [(0, other)]
+    executor.renew(1)
+    executor.shed([(0, other)])
+    assert words[at]
+    executor.let_go()
+    assert not words[at] and words.any()
+    executor.release()
+    assert not words.any()
+
+
+def test_a_script_without_keys_that_begins_again_for_its_flush_lets_go_of_all(make):
+    cache = make()
+    executor = _resp.Executor(cache, {}, impatient=False, databases=4)
+    executor.hold([], further=[(1, b"n")], flushed=[1], db=1, within=LIMIT)
+    executor.others = [(1, b"n")]
+    executor.renew(1)
+    executor.shed([(1, b"n")])
+    executor.let_go()
+    assert not executor.holds and not cache.views().stripes["word"].any()
+
+
+@pytest.mark.parametrize(("flush", "left"), [("FLUSHALL", b"2"), ("FLUSHDB", None)])
+def test_a_transaction_is_not_refused_for_a_flush_of_others(between, flush, left):
+    """It cannot begin again: its FLUSHALL comes behind theirs, its FLUSHDB is gone with all of it."""
+    say, calls, cache = between
+    space = cache.namespace("db:1")
+    cache.set("n", b"0")
+    calls.append(cache.clear)
+    probe = script_of("redis.call('strlen', KEYS[1]) return 1", b"n")
+    said = say((b"SELECT", b"1"), (b"MULTI",), (b"INCR", b"n"), probe, (flush.encode(),), (b"SET", b"n", b"2"), (b"EXEC",))
+    assert said.endswith(b"*4\r\n:1\r\n:1\r\n+OK\r\n+OK\r\n") and not calls
+    assert space.get("n") == left and cache.get("n") is None
 
 
 def test_a_step_of_many_keys_holds_from_its_start_what_its_flush_needs(make):

@@ -498,3 +498,19 @@ def test_a_large_value_is_dumped_in_the_pool(cache):
         client.transport.written.clear()
         assert len(given) == wanted and keys.undumped(said[said.index(b"\n") + 1 : -2]) == b"x" * size
     inprocess.close()
+
+
+@pytest.mark.parametrize("words", ["GET {}", "PUBLISH {} m", "SCAN {0}", "OBJECT {0}", "ACL DRYRUN reader GET {}"])
+def test_a_word_that_is_no_key_is_not_looked_at_byte_by_byte(make, words):
+    """By the rules of a user, or in an error: the event loop serves nobody meanwhile."""
+    inprocess = InProcess(make("64M").name, {"proto-max-bulk-len": str(1 << 26)})
+    admin, client = inprocess.connect(), inprocess.connect()
+    pattern = "*" + "a" * 4000 + "b"
+    rules = f"ACL SETUSER reader on nopass +@all ~{pattern} &{pattern}"
+    assert inprocess.say(admin, encode(rules.encode().split())) == b"+OK\r\n"
+    assert inprocess.say(client, encode([b"AUTH", b"reader", b"x"])) == b"+OK\r\n"
+    began = time.monotonic()
+    for byte in ("a", "\0"):
+        assert inprocess.say(client, encode([word.format(byte * 10_000_000).encode() for word in words.split()]))
+    assert time.monotonic() - began < 20
+    inprocess.close()

@@ -166,4 +166,4 @@ def dry_run(server: Server, name: bytes, words: list[bytes]) -> bytes:
     kind, what = found
     if kind == "command":
         return bulk(b"This user has no permissions to run the '%b' command" % what)
-    return bulk(b"This user has no permissions to access the '%b' %b" % (what.split(b"\0")[0], kind.encode()))
+    return bulk(b"This user has no permissions to access the '%b' %b" % (what.split(b"\0", 1)[0], kind.encode()))

@@ -164,7 +164,7 @@ def keys(client: Connection, arguments: list[bytes]) -> bytes:
 
 @command("scan", -2)
 def scan(client: Connection, arguments: list[bytes]) -> bytes:
-    cursor = arguments[0].split(b"\0")[0] or b"0"
+    cursor = arguments[0].split(b"\0", 1)[0] or b"0"
     if len(cursor) > 30 or not (cursor[1:] if cursor[:1] in b"+-" else cursor).isdigit() or abs(int(cursor)) >= 1 << 64:
         raise Error("ERR invalid cursor")
     pattern, count, kind = b"*", 10, b"string"

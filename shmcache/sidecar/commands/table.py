@@ -188,7 +188,7 @@ def written_in(name: str, keys: list[tuple[int, bytes]]) -> list[tuple[int, byte
 
 def shown(word: bytes) -> str:
     """In an error: up to its first zero byte, as C prints a string."""
-    return word.split(b"\0")[0].decode("utf-8", "surrogateescape")
+    return word.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
 
 
 def unknown_subcommand(command: str, word: bytes) -> Error:
