@@ -1603,18 +1603,15 @@ cdef int finish_raw(Executor ex, read_t* r, raw_t* raw, int whole) except -1:
     return True
 
 
-cdef bint look_locked(Executor ex, const uint8_t* key, size_t n, uint64_t h, raw_t* raw, int whole) except -1:
-    """After so many reads that writes overtook: under the stripe, if it is free now."""
+cdef int take_stripe(Executor ex, uint32_t i) except -1:
+    """One, while none is held. Raises: WouldWait, StripeBusy."""
     cdef seg_t* s = ex.table.ready()
-    cdef read_t r
     cdef uint64_t until = 0
-    cdef int rc
-    ex.grow_scratch(s.max_value_bytes if s.max_value_bytes < 1 << 20 else 1 << 20)
-    rc = stripe_take(s, stripe_of(s, bucket_of(s, h)), 0)
+    cdef int rc = stripe_take(s, &s.stripes[i], 0)
     while rc != OK and not ex.table.impatient:
         until = until or wait_until(s)
         with nogil:
-            rc = stripe_take(s, stripe_of(s, bucket_of(s, h)), until)
+            rc = stripe_take(s, &s.stripes[i], until)
         if rc != INTR:
             break
         PyErr_CheckSignals()
@@ -1624,6 +1621,16 @@ cdef bint look_locked(Executor ex, const uint8_t* key, size_t n, uint64_t h, raw
         if ex.table.impatient:
             raise WouldWait
         raise errors.StripeBusy("a living process holds a lock that this call needs and does not run: try again")
+    return 0
+
+
+cdef bint look_locked(Executor ex, const uint8_t* key, size_t n, uint64_t h, raw_t* raw, int whole) except -1:
+    """After so many reads that writes overtook: under the stripe, if it is free now."""
+    cdef seg_t* s = ex.table.ready()
+    cdef read_t r
+    cdef int rc
+    ex.grow_scratch(s.max_value_bytes if s.max_value_bytes < 1 << 20 else 1 << 20)
+    take_stripe(ex, stripe_of(s, bucket_of(s, h)) - s.stripes)
     rc = read_begin(s, key, n, h, &r)
     if rc == OK and r.value_bytes <= ex.room_scratch:
         read_copy(s, &r, ex.scratch)
@@ -2446,10 +2453,16 @@ cdef class Client:
     cdef int compiled_held(self, int kind) except -1:
         """Of the pool, where a command of another database than the first may wait for a step that flushes this: one that writes its first
         argument's key, and no other, takes that key's stripe before, under the generation that the database has then. With the one that it has
-        read before it would see what the step has written before its flush."""
+        read before it would see what the step has written before its flush. The wait is without HOLDING, for which others of this process wait."""
         cdef Executor ex = self.ex
+        cdef set found = set()
         if kind == C_MSET or kind == C_DEL or kind == C_MSETNX or kind == C_RENAME or kind == C_RENAMENX or kind == C_COPY:
             return self.compiled(kind)
+        ex.add_stripe(found, ex.argv[1], ex.argl[1])
+        for i in found:
+            take_stripe(ex, i)
+            stripe_release(ex.s, &ex.s.stripes[<uint32_t>i])
+        ex.use(self.db)
         self.hold_keys(2, 1, record_room(ex.s, ex.argl[1] + DATABASE_PREFIX, 0))
         try:
             return self.compiled(kind)

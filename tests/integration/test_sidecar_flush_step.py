@@ -423,6 +423,33 @@ def test_a_script_that_flushes_again_and_again_holds_few_stripes(between):
     assert not words.any()
 
 
+def test_who_waits_for_one_key_keeps_no_step_waiting(make):
+    """Of the same process: a step over other keys."""
+    cache = make()
+    server = InProcess(cache.name, {"databases": "4"})
+    client, said = server.connect(), []
+    assert server.say(client, encode((b"SELECT", b"1")) + encode((b"INCR", b"n"))) == b"+OK\r\n:1\r\n"
+    executor = _resp.Executor(cache, {}, impatient=False, databases=4)
+    words = cache.views(writable=True).stripes["word"]
+    at = stripe_of(executor, cache.namespace("db:1").prefix() + b"n")
+    other = next(key for key in (b"%d" % i for i in range(1000)) if stripe_of(executor, key) != at)
+    executor.hold([other], db=0)
+    token = int(words[words != 0][0])
+    executor.release()
+    words[at] = token
+    thread = threading.Thread(target=lambda: said.append(server.say(client, encode((b"INCR", b"n")))))
+    thread.start()
+    until(lambda: client.in_pool)
+    for _ in range(300):
+        executor.hold([other], db=0, within=0.02)
+        executor.release()
+    assert not said
+    words[at] = 0
+    thread.join()
+    assert said == [b"+OK\r\n:1\r\n:2\r\n"]
+    server.close()
+
+
 @pytest.mark.parametrize("where", ["of the key before", "of the generation"])
 def test_a_script_that_has_flushed_holds_on_to_what_it_has_named_besides(make, where):
     """In a stripe that it held for its own key, or for the generation's, and needs for these no more."""

@@ -422,6 +422,14 @@ def test_bits_are_counted_found_and_combined():
         _text.combine_bits(bytearray(1), b"ab", ord("|"))
 
 
+@pytest.mark.parametrize("options", [(), ("ABSTTL",)])
+def test_a_time_of_restore_that_no_clock_reaches(server, options):
+    client = connect(server)
+    payload = payload_of(b"\0a\xe0\xff\0", 265)
+    said = server.say(client, say("RESTORE", "k", (1 << 63) - 1, payload, *options) + say("RESTORE", "k", (1 << 63) - 1 - 10**14, payload) + say("EXISTS", "k"))
+    assert said == (b"+OK\r\n-BUSYKEY Target key name already exists.\r\n:1\r\n" if options else b"-ERR invalid expire time in 'restore' command\r\n+OK\r\n:1\r\n")
+
+
 # ---- databases ----
 
 

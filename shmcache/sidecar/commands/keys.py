@@ -368,6 +368,8 @@ def restore(client: Connection, arguments: list[bytes]) -> bytes:
         in_pool(client)
     value = undumped(payload, int(client.server.settings["proto-max-bulk-len"]))
     expires_ms = (ttl if absolute else client.ex.now() + ttl) if ttl else 0
+    if expires_ms >= 1 << 63:
+        raise Error("ERR invalid expire time in 'restore' command")
     if not client.ex.write(key, value, expires_ms, absent=not replace):
         raise Error("BUSYKEY Target key name already exists.")
     return OK
