@@ -208,7 +208,8 @@ cdef class Executor:
     cdef bint was_impatient             # before
     cdef object own                     # (db, key) pairs: hold() was for these,
     cdef public object others           # and for these, among those of hold_further(): renew()
-    cdef bint is_final                  # the step cannot begin again: transact()
+    cdef bint is_final                  # it is a transaction's step
+    cdef public bint goes_on            # it is a script's, which cannot begin again
     cdef uint64_t was_held[1024]        # at empty_held(), as seg_t.held
     cdef dict drawn                     # transact(): what keys of a database will begin with when it has been flushed; in order, by database
     cdef readonly int db                # whose keys are meant
@@ -509,8 +510,8 @@ cdef class Executor:
         step: whoever takes several stripes looks again (is_current), and compiled_held(). A worker's call does not, nor MSET, DEL, or a command
         that is not compiled: it is done to what is gone.
         FLUSHDB or FLUSHALL of others, since the step took its stripes: what it has read is from before that, what others have stored is not. So a
-        script ends here. A transaction cannot begin again: its FLUSHDB stores nothing, for all of it is before that and gone; its FLUSHALL removes
-        what others have stored since, too. Behind it this step is before that, and all of it is gone.
+        script ends here. If a script or transaction cannot begin again its FLUSHDB stores nothing, for all of it is before that and gone. A
+        transaction's FLUSHALL removes what others have stored since, too. Behind it this step is before that, and all of it is gone.
         Crash: stripes taken, nothing stored: each is free again, nothing has happened. FLUSHALL done, a generation not stored: the database is
         empty, and the next one who needs it draws one. Stored: as of any step.
         Raises: CommandError, LogFull: nothing was changed. A failure behind the clear of FLUSHALL: the step goes on without holding its keys."""
@@ -534,7 +535,7 @@ cdef class Executor:
                     break
                 with nogil:
                     usleep(DRAW_US)
-            if rc == MISMATCH and self.is_final:    # nothing is stored: it would be gone with all else of this step
+            if rc == MISMATCH and d and (self.is_final or self.goes_on):    # nothing is stored: it would be gone with all else of this step
                 self.pinned[d] = prefixes[d]
                 return
             if rc != OK:

@@ -40,7 +40,8 @@ Race table
   that vs another writes such a key      it waits, and has the new generation then (_resp.Executor.is_current, Client.compiled_held). In
                                          another database than the first a worker's call, MSET, DEL, or a command that is not compiled
                                          goes on with the one that it has read: what it writes is gone
-  a flush of others, then of the script  3: what it has read is from before that
+  a flush of others, then of the script  3: what it has read is from before that. After a write its FLUSHDB changes nothing, for all that it
+                                         does is before the other's flush, and gone; its FLUSHALL is an error
   a flush vs a stripe that it needs      3; after a write an error, and nothing was removed, but by FLUSHDB of the first database while
                                          KEYS are held: some keys are
   another script of this process holds   it is waited for, as at the script's beginning, and that is not counted; after a write until the
@@ -205,6 +206,7 @@ class Reach:
             seen = [key for key in self.seen if everything or key[0] == self.db]
         if seen and not self.held:
             self.hold_seen(seen, self.log_size(words, []))
+        self.ex.goes_on = not self.may_begin_again
         wrote, self.wrote = self.wrote, True
         self.ex.others = [*self.held] if len(self.held) <= MOST_KEPT else ()
         try:
@@ -425,9 +427,13 @@ class Reach:
             if why := self.doom():
                 raise Error(why.decode())
 
+    @property
+    def may_begin_again(self) -> bool:
+        return not self.wrote and self.beginnings < MOST_BEGINNINGS
+
     def begin_again(self, keys: list[Key]) -> None:
         """With these held, too, if they are few: unless that cannot be. Raises: Again."""
-        if not self.wrote and self.beginnings < MOST_BEGINNINGS:
+        if self.may_begin_again:
             self.wanted, self.awaited = dict.fromkeys([*self.held, *keys]), keys
             if len(self.wanted) > MOST_KEPT:
                 self.wanted = {}

@@ -310,6 +310,22 @@ def test_a_script_that_others_have_flushed_under_begins_again(between, flush, ot
     assert space.get("n") == b"1" and not calls
 
 
+def test_a_script_that_has_written_is_before_a_flush_of_others_that_came_first(between):
+    """Its own FLUSHDB is not refused; nothing of it is left, and nothing of theirs is lost."""
+    say, calls, cache = between
+    space = cache.namespace("db:1")
+    space.set("n", b"5")
+
+    def other():
+        space.clear()
+        space.set("n", b"0")
+
+    calls.append(other)
+    script = "redis.call('incr', KEYS[1]) redis.call('strlen', KEYS[1]) redis.call('flushdb') redis.call('set', KEYS[1], 7) return redis.call('incr', KEYS[1])"
+    assert say((b"SELECT", b"1"), script_of(script, b"n")) == b"+OK\r\n:8\r\n"
+    assert space.get("n") == b"0" and not calls
+
+
 @pytest.mark.parametrize(
     ("words", "reply", "left"),
     [
