@@ -1,5 +1,5 @@
 # cython: binding=False, embedsignature=True, boundscheck=False, wraparound=False, cdivision=True
-"""Texts as Redis has them, of no segment and no connection: patterns, numbers, common subsequences, checksums, bits, LZF."""
+"""Texts as Redis has them, of no segment and no connection: patterns, numbers, common subsequences, checksums, bits, LZF, quotes."""
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
@@ -151,6 +151,42 @@ def longest_common(const uint8_t[:] a not None, const uint8_t[:] b not None):
         free(table)
     common.reverse()
     return bytes(common), runs, size
+
+
+def quoted(const uint8_t[:] word not None):
+    """A word as Redis shows it in a line: in quotes, bytes that are not printed as \\n, \\r, \\t, \\a, \\b or \\x00."""
+    cdef Py_ssize_t i, size = 2, at = 1
+    cdef uint8_t c
+    cdef bytes text
+    cdef char* to
+    cdef const char* named = b"abtn"
+    cdef const char* digits = b"0123456789abcdef"
+    for i in range(word.shape[0]):
+        c = word[i]
+        size += 1 if 32 <= c < 127 and c != 34 and c != 92 else 2 if 7 <= c <= 10 or c == 13 or c == 34 or c == 92 else 4
+    text = PyBytes_FromStringAndSize(NULL, size)
+    to = PyBytes_AS_STRING(text)
+    to[0] = to[size - 1] = 34
+    for i in range(word.shape[0]):
+        c = word[i]
+        if 32 <= c < 127 and c != 34 and c != 92:
+            to[at] = c
+            at += 1
+            continue
+        to[at] = 92
+        if 7 <= c <= 10:
+            to[at + 1] = named[c - 7]
+        elif c == 13:
+            to[at + 1] = c"r"
+        elif c == 34 or c == 92:
+            to[at + 1] = c
+        else:
+            to[at + 1] = c"x"
+            to[at + 2] = digits[c >> 4]
+            to[at + 3] = digits[c & 15]
+            at += 2
+        at += 2
+    return text.decode("ascii")
 
 
 cdef extern from *:

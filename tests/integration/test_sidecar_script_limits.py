@@ -514,3 +514,23 @@ def test_a_word_that_is_no_key_is_not_looked_at_byte_by_byte(make, words):
         assert inprocess.say(client, encode([word.format(byte * 10_000_000).encode() for word in words.split()]))
     assert time.monotonic() - began < 20
     inprocess.close()
+
+
+def test_a_monitor_sees_large_words_in_time(make):
+    """Whoever sends them keeps all others waiting meanwhile."""
+    inprocess = InProcess(make("64M").name, {"proto-max-bulk-len": str(1 << 26)})
+    monitor, client = inprocess.connect(), inprocess.connect()
+    inprocess.say(monitor, encode([b"MONITOR"]))
+    every = bytes(range(256))
+    inprocess.say(client, encode([b"ECHO", every]))
+    shown = "".join({34: '\\"', 92: "\\\\", 10: "\\n", 13: "\\r", 9: "\\t", 7: "\\a", 8: "\\b"}.get(c) or (chr(c) if 32 <= c < 127 else f"\\x{c:02x}") for c in every)
+    assert f'"ECHO" "{shown}"\r\n'.encode() in b"".join(monitor.transport.written)
+    monitor.transport.written.clear()
+    began = time.monotonic()
+    for _ in range(8):
+        inprocess.say(client, encode([b"ECHO", b"\0" * 10_000_000]))
+        client.transport.written.clear()
+        assert sum(map(len, monitor.transport.written)) > 40_000_000
+        monitor.transport.written.clear()
+    assert time.monotonic() - began < 20
+    inprocess.close()

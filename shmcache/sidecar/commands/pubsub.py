@@ -6,7 +6,7 @@ import time
 from collections.abc import Container
 from typing import TYPE_CHECKING
 
-from shmcache.core._text import matches
+from shmcache.core._text import matches, quoted
 from shmcache.sidecar import replies
 from shmcache.sidecar.commands.table import (
     IN_PUBSUB,
@@ -250,7 +250,7 @@ def tell_monitors(client: Connection, arguments: list[bytes], who: str = "") -> 
     """Of any command but those of administrators. who: if it is not the client itself."""
     if full_name(arguments[0].decode("latin-1").lower(), arguments[1:]) in categories()["admin"]:
         return
-    words = " ".join('"' + "".join(escape(c) for c in word) + '"' for word in without_passwords(arguments))
+    words = " ".join(map(quoted, without_passwords(arguments)))
     line = f"{time.time():.6f} [{client.db} {who or client.address}] {words}"
     show(client.server, [line], client)
     client.server.link.seen(line)
@@ -260,8 +260,3 @@ def show(server: Server, lines: list[str], but: Connection | None = None) -> Non
     """To the monitors of this process."""
     for to in list(server.monitors):
         send(to, b"".join(map(replies.simple, lines)), but)
-
-
-def escape(c: int) -> str:
-    special = {34: '\\"', 92: "\\\\", 10: "\\n", 13: "\\r", 9: "\\t", 7: "\\a", 8: "\\b"}
-    return special.get(c) or (chr(c) if 32 <= c < 127 else f"\\x{c:02x}")
