@@ -211,7 +211,7 @@ cdef class Executor:
     cdef bint is_final                  # it is a transaction's step
     cdef public bint goes_on            # it is a script's, which cannot begin again
     cdef uint64_t was_held[1024]        # at empty_held(), as seg_t.held
-    cdef dict drawn                     # transact(): what keys of a database will begin with when it has been flushed; in order, by database
+    cdef dict drawn                     # draw_ahead(): what keys of a database will begin with after each flush of it; in order, by database
     cdef readonly int db                # whose keys are meant
     cdef size_t n_prefix                # of `named`: what the keys of this database begin with
     cdef uint8_t named[MAX_KEY + PREFIX_MOST]
@@ -417,9 +417,9 @@ cdef class Executor:
         """Take the stripes of these keys, ascending: from here to release() what this thread does to them is one step for all who write, and
         it waits where it would not. Readers never wait: they may see one key before and the next after. log_bytes: of records that will be
         logged meanwhile; 0: nothing is written. db: whose keys they are; -1: of the database in use. further: (db, key) pairs whose stripes are
-        held, too, until let_go(). flushed: databases for which renew() will be called, in order, if there are keys. within: seconds after which it waits no more, for
-        each thing that is in the way; 0: as the segment's lock_limit has it. Raises: WouldWait; StripeBusy (HeldByOthers), LogFull: nothing is
-        held then."""
+        held, too, until let_go(). flushed: databases for which renew() will be called, in order, if there are keys.
+        within: seconds after which it waits no more, for each thing that is in the way; 0: as the segment's lock_limit has it. Raises:
+        WouldWait; StripeBusy (HeldByOthers), LogFull: nothing is held then."""
         cdef set found, more
         cdef bytes key
         keys = list(keys)

@@ -1,4 +1,4 @@
-"""The sidecar with a log: a step over several keys finds room for its records, whatever it writes and whoever else writes. Or it does not begin."""
+"""The sidecar with a log: a step over several keys finds room for its records, whatever it writes, beside any other writers. Or it does not begin."""
 
 from __future__ import annotations
 
