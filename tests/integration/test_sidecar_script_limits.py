@@ -420,6 +420,8 @@ def test_config_set_says_of_the_first_wrong_name_what_is_wrong_as_redis_does(cac
         (b"foo 1 foo 2", b"-ERR Unknown option or number of arguments for CONFIG SET - 'foo'"),
         (b"timeout 5 foo 3 timeout 6", b"-ERR Unknown option or number of arguments for CONFIG SET - 'foo'"),
         (b"timeout -5 TIMEOUT 3", b"-ERR CONFIG SET failed (possibly related to argument 'timeout') - duplicate parameter"),
+        (b"maxmemory 1 maxmemory 2", b"-ERR CONFIG SET failed (possibly related to argument 'maxmemory') - duplicate parameter"),
+        (b"port 1 port 2", b"-ERR CONFIG SET failed (possibly related to argument 'port') - can't set immutable config"),
         (b"timeout 1 maxclients 5 maxclients 6 timeout 2", b"-ERR CONFIG SET failed (possibly related to argument 'maxclients') - duplicate parameter"),
     ):
         assert inprocess.say(client, encode([b"CONFIG", b"SET", *words.split()])) == said + b"\r\n"

@@ -50,13 +50,17 @@ def config(client: Connection, arguments: list[bytes]) -> bytes | None:
             name = name_b.decode("latin-1").lower()
             if name not in server.settings:
                 raise Error(f"ERR Unknown option or number of arguments for CONFIG SET - '{name}'")
-            if name not in CHANGEABLE:
-                why = f": the segment has {server.settings[name]} bytes, for as long as it lives" if name == "maxmemory" else ""
-                raise Error(f"ERR CONFIG SET failed (possibly related to argument '{name}') - can't set immutable config{why}")
+            if name not in CHANGEABLE and name != "maxmemory":
+                raise Error(f"ERR CONFIG SET failed (possibly related to argument '{name}') - can't set immutable config")
             if name in changes:
                 raise Error(f"ERR CONFIG SET failed (possibly related to argument '{name}') - duplicate parameter")
             changes[name] = value_b.decode("latin-1")
         for name, value in changes.items():
+            if name == "maxmemory":     # Redis can set it: it is looked at with the values
+                raise Error(
+                    f"ERR CONFIG SET failed (possibly related to argument '{name}') - can't set immutable config: the segment has "
+                    f"{server.settings[name]} bytes, for as long as it lives"
+                )
             limits = CHANGEABLE[name]
             if limits is not None:
                 n = _text.number(value.encode("latin-1"))
