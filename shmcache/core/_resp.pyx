@@ -138,8 +138,10 @@ cdef enum:
     F_WRITE = 8
     F_PUSHES = 32       # what it sends are pushes: not held back by CLIENT REPLY OFF
     F_FREE = 16         # also while the connection is being asked nothing else (CLIENT REPLY, RESET, QUIT)
+    F_KEYLESS = 64      # it has nothing to do with the keys of its connection's database
 COUNTED = DATABASES             # so many databases, from the first on, know their sizes
-FLAGS = {"no_auth": F_NOAUTH, "in_multi": F_IN_MULTI, "in_pubsub": F_IN_PUBSUB, "write": F_WRITE, "free": F_FREE, "pushes": F_PUSHES}
+FLAGS = {"no_auth": F_NOAUTH, "in_multi": F_IN_MULTI, "in_pubsub": F_IN_PUBSUB, "write": F_WRITE, "free": F_FREE, "pushes": F_PUSHES,
+         "keyless": F_KEYLESS}
 
 ctypedef struct name_t:
     char name[NAME_MAX]
@@ -2284,7 +2286,8 @@ cdef class Client:
         cdef uint64_t out = self.n_out, end, began = mono_ns()
         cdef bint deferred = False
         try:
-            if unlikely(self.db != 0 or ex.db != 0):
+            # the database may have no generation, and no room in the log for one: a connection gets out of it all the same
+            if unlikely(self.db != 0 or ex.db != 0) and not command.flags & F_KEYLESS:
                 ex.use(self.db)
             if unlikely(ex.put_off & command.flags) and self.db == 0:
                 raise WouldWait

@@ -13,6 +13,8 @@ import shmcache
 from shmcache.core import _resp
 from shmcache.supervisor import appendlog
 from tests.integration.service import LIMIT, running
+from tests.redis.inprocess import InProcess
+from tests.redis.resp import encode
 
 LARGE = b"v" * 1_000_000  # more than a record takes: it says where the value is
 SMALL = b"v" * 8000  # a record has it: an eighth of a process's buffer, about
@@ -213,3 +215,28 @@ def test_values_without_room_in_the_buffer_are_restored(serve, name, tmp_path):
         shmcache.unlink(name)
     client = serve(*options).client(socket_timeout=LIMIT)
     assert {key: client.get(key) for key in want} == want
+
+
+def test_a_full_log_does_not_keep_a_connection_in_a_database_without_a_generation(make):
+    cache = make("16M", log_buffer="64K", max_processes=4)
+    appendlog.mark(cache, log_policy=2)
+    inprocess = InProcess(cache.name)
+    client = inprocess.connect()
+
+    def say(text):
+        client.transport.written.clear()
+        return inprocess.say(client, encode(text.encode().split()))
+
+    gaps = cache.durability()["log_gaps"]
+    while cache.durability()["log_gaps"] == gaps:  # to the last byte
+        cache.set("k", b"")
+    cache.set("of-the-first", b"1")
+    appendlog.mark(cache, log_policy=3)
+    assert say("SELECT 5") == b"+OK\r\n"
+    assert say("GET k").startswith(b"-MISCONF the log takes nothing")
+    for text, said in (
+        ("PING", b"+PONG"), ("ECHO a", b"$1"), ("PUBLISH c m", b":0"), ("SUBSCRIBE c", b"*3"), ("UNSUBSCRIBE", b"*3"), ("SELECT 0", b"+OK"),
+        ("GET of-the-first", b"$1"), ("SELECT 5", b"+OK"), ("HELLO 3", b"%7"), ("RESET", b"+RESET"), ("GET of-the-first", b"$1"),
+    ):  # fmt: skip
+        assert say(text).startswith(said + b"\r\n")
+    inprocess.close()

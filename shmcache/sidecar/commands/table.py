@@ -39,8 +39,8 @@ CHANGEABLE = {
     "protected-mode": None, "lua-time-limit": (1, 60_000),
 }  # fmt: skip
 
-WRITE, NO_AUTH, IN_MULTI, IN_PUBSUB, FREE, PUSHES = (
-    _resp.FLAGS[f] for f in ("write", "no_auth", "in_multi", "in_pubsub", "free", "pushes")
+WRITE, NO_AUTH, IN_MULTI, IN_PUBSUB, FREE, PUSHES, KEYLESS = (
+    _resp.FLAGS[f] for f in ("write", "no_auth", "in_multi", "in_pubsub", "free", "pushes", "keyless")
 )
 
 
@@ -100,7 +100,11 @@ for _names, _arity, _flags, _keys, _group in (
 
 def table(disabled: Container[str] = ()) -> dict[str, tuple[int, int, Run | None]]:
     """As the executor takes it, without those that are disabled."""
-    return {name: (c.arity, c.flags, c.run) for name, c in TABLE.items() if name not in disabled}
+    return {
+        name: (c.arity, c.flags | (KEYLESS if c.group in ("connection", "pubsub") else 0), c.run)
+        for name, c in TABLE.items()
+        if name not in disabled
+    }
 
 
 def integer_of(text: bytes, error: str = NOT_AN_INTEGER) -> int:
