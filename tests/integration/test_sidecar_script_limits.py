@@ -212,6 +212,27 @@ def test_script_kill_ends_what_works_in_a_library(serve, script):
     assert other.getset("k", 2) == b"1"
 
 
+@pytest.mark.parametrize("words", [(b"EVAL", b"return 1", b"0"), (b"SCRIPT", b"LOAD", b"return 1"), (b"EVAL", b"return loadstring('return 1')()", b"0")])
+def test_script_kill_ends_what_is_compiled(cache, monkeypatch, words):
+    inprocess = InProcess(cache.name)
+    client, other = inprocess.connect(), inprocess.connect()
+    said = []
+
+    def looked_at(*_):  # the last thing that is done of a compilation
+        said.append(inprocess.say(other, encode([b"SCRIPT", b"KILL"])))
+        return True
+
+    assert inprocess.say(client, encode([b"EVAL", b"return 2", b"0"])) == b":2\r\n"
+    client.transport.written.clear()
+    monkeypatch.setattr(scripting, "sound", looked_at)
+    killed = inprocess.say(client, encode(list(words)))
+    monkeypatch.undo()
+    assert said[0] == b"+OK\r\n" and b"Script killed by user with SCRIPT KILL." in killed
+    client.transport.written.clear()
+    assert inprocess.say(client, encode([b"EVAL", b"return 3", b"0"])) == b":3\r\n"
+    inprocess.close()
+
+
 def test_it_ends_in_good_order_while_scripts_work_in_a_library(serve):
     service = serve()
     client = service.client(retry=None)

@@ -12,6 +12,7 @@ import hashlib
 import secrets
 import struct
 import weakref
+from collections.abc import Iterator
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
@@ -174,10 +175,19 @@ class Runtime:
         """Lua's limit, with room for so many bytes that are about to be handed over: where they are, a failure could not be caught."""
         self.lua.set_max_memory(max(MOST_MEMORY, self.used + size + ROOM), total=True)
 
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """SCRIPT KILL ends what it does, compiling included."""
+        self.doom = None
+        self.server.scripts.running.add(self)
+        try:
+            yield
+        finally:
+            self.server.scripts.running.discard(self)
+
     def begin(self, executor: _resp.Executor) -> None:
         """From now on it has the time limit; or what is left of it, where stripes are held: within a transaction."""
         began = executor.held_ns / 1e9 if executor.holds else _core.monotonic()
-        self.doom = None
         self.time.begin(began, int(self.server.settings["lua-time-limit"]) / 1000)
 
     def compile(self, client: Connection, sha: bytes, source: bytes) -> bool:
@@ -205,7 +215,6 @@ class Runtime:
         allowed = server.settings["scripts-undeclared"] == "yes" and server.store is None
         self.reach = reach = undeclared.Reach(client.ex, client.db, keys, log_bytes, self.time, allowed, self.why_over)
         handed = array(map(bulk, keys)), array(map(bulk, arguments))
-        server.scripts.running.add(self)
         try:
             while True:
                 with reach.begun():
@@ -222,7 +231,6 @@ class Runtime:
         finally:
             self.tell()
             self.again, self.reach = False, None
-            server.scripts.running.discard(self)
             client.owe(self.caller)
             self.caller.flush()  # it keeps no buffers
             if not client.ex.holds:
@@ -438,15 +446,16 @@ def evaluate(client: Connection, arguments: list[bytes], by_sha: bool, reads_onl
         sha = sha_of(source)
     in_pool(client)
     lua = runtime(client)
-    declared_so = lua.compile(client, sha, source)
-    if reads_only and source.startswith(b"#!") and not declared_so:
-        raise Error("ERR Can not execute a script with write flag using *_ro command.")
-    if not by_sha:
-        server.loop.call_soon_threadsafe(learn, client, source)
-    keys = arguments[2 : 2 + n]
-    reads_only = reads_only or declared_so
-    log_bytes = 0 if reads_only else client.ex.log_room((client.db, key) for key in keys)
-    return lua.run(client, sha, keys, arguments[2 + n :], reads_only, log_bytes)
+    with lua.in_use():
+        declared_so = lua.compile(client, sha, source)
+        if reads_only and source.startswith(b"#!") and not declared_so:
+            raise Error("ERR Can not execute a script with write flag using *_ro command.")
+        if not by_sha:
+            server.loop.call_soon_threadsafe(learn, client, source)
+        keys = arguments[2 : 2 + n]
+        reads_only = reads_only or declared_so
+        log_bytes = 0 if reads_only else client.ex.log_room((client.db, key) for key in keys)
+        return lua.run(client, sha, keys, arguments[2 + n :], reads_only, log_bytes)
 
 
 @command("eval", -3, WRITE, group="scripting")
@@ -476,7 +485,9 @@ def script(client: Connection, arguments: list[bytes]) -> bytes:
     if word == b"load":
         in_pool(client)
         sha = sha_of(rest[0])
-        runtime(client).compile(client, sha, rest[0])
+        lua = runtime(client)
+        with lua.in_use():
+            lua.compile(client, sha, rest[0])
         server.loop.call_soon_threadsafe(learn, client, rest[0], True)
         return bulk(sha)
     if word == b"exists":
