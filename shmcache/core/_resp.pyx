@@ -106,8 +106,9 @@ cdef enum:
     TRYING_NS = 2_000_000
     BRIEFLY_NS = 10_000_000
     LOOKS_BEFORE_STRIPES = 128  # keys()
-    DRAWS = 64                  # renew(): generations that are tried, until all stripes of the keys are to be had
-    DRAW_US = 100               # between two
+    DRAWS_AT_ONCE = 8           # renew(): generations that are tried, until all stripes of the keys are to be had
+    DRAW_US = 100               # between so many and as many more
+    DRAW_NS = 8_000_000         # until all of this is over
     LOOKS_BETWEEN_CLOCKS = 256
     CLOCK_SLACK = 5             # ms by which two readings of an expiry may differ
 
@@ -518,7 +519,8 @@ cdef class Executor:
         empty, and the next one who needs it draws one. Stored: as of any step.
         Raises: CommandError, LogFull: nothing was changed. A failure behind the clear of FLUSHALL: the step goes on without holding its keys."""
         cdef seg_t* s = self.table.ready()
-        cdef int db = self.db, of, tries, rc = BUSY
+        cdef int db = self.db, of, tries = 0, rc = BUSY
+        cdef uint64_t until = mono_ns() + DRAW_NS
         cdef set found, more
         cdef dict prefixes = {}
         cdef bytes prefix, key
@@ -526,17 +528,19 @@ cdef class Executor:
         if s.held_room < len(databases) * record_room(s, DATABASE_PREFIX, 0):
             self.keep_room(len(databases) * record_room(s, DATABASE_PREFIX, 0))
         try:
-            for tries in range(DRAWS):
+            while True:
                 found, more = set(), set()
                 for of in databases:
                     prefixes[of] = self.drawn[of].pop(0) if self.drawn.get(of) else self.draw(of)
                     self.stripes_under(found, of, prefixes[of], self.own)
                     self.stripes_under(more, of, prefixes[of], self.others)
                 rc = self.take_renewed(found, more - found, databases, d == 0)
-                if rc != BUSY:
+                tries += 1
+                if rc != BUSY or mono_ns() > until:
                     break
-                with nogil:
-                    usleep(DRAW_US)
+                if tries % DRAWS_AT_ONCE == 0:      # to have the GIL back may take 5 ms each time, with stripes held
+                    with nogil:
+                        usleep(DRAW_US)
             if rc == MISMATCH and d and (self.is_final or self.goes_on):    # nothing is stored: it would be gone with all else of this step
                 self.pinned[d] = prefixes[d]
                 return
