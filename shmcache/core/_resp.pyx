@@ -403,6 +403,11 @@ cdef class Executor:
         return (PyBytes_FromStringAndSize(<char*>raw.value, <Py_ssize_t>raw.n), raw.version,
                 self.unix_of(raw.expiry_ms) if raw.expiry_ms else None if raw.of_copy else 0, raw.codec)
 
+    def length(self, bytes key not None):
+        """Bytes of its value, which is not copied; None: it is not there."""
+        cdef raw_t raw
+        return raw.n if look(self, <const uint8_t*>PyBytes_AS_STRING(key), PyBytes_GET_SIZE(key), &raw, False) else None
+
     def write(self, bytes key not None, bytes value not None, expires_ms, *, version=None, bint absent=False, int codec=CODEC_BYTES):
         """Store a value: True if it was. expires_ms: unix time; 0: never; None: as the segment's default has it. version: if the key still
         has it; absent: if it is not there. codec: CODEC_BYTES, or that with RAW."""

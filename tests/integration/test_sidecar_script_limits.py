@@ -510,17 +510,46 @@ def test_a_script_that_publishes_ends_within_its_limit(cache):
     inprocess.close()
 
 
-def test_a_large_value_is_dumped_in_the_pool(cache):
+@pytest.fixture
+def given_to_pool(cache):
+    """(say(words) -> reply; how often it was executed in the pool so far)"""
     inprocess = InProcess(cache.name)
     client, given = inprocess.connect(), []
     submit = inprocess.soon.submit
     inprocess.soon.submit = lambda *words: given.append(words) or submit(*words)
+
+    def say(words):
+        client.transport.written.clear()
+        return inprocess.say(client, encode(words.encode().split())), len(given)
+
+    yield say
+    inprocess.close()
+
+
+def test_a_large_value_is_dumped_in_the_pool(cache, given_to_pool):
     for size, wanted in ((1000, 0), (1_000_000, 1)):
         cache.set("k", b"x" * size)
-        said = inprocess.say(client, encode([b"DUMP", b"k"]))
-        client.transport.written.clear()
-        assert len(given) == wanted and keys.undumped(said[said.index(b"\n") + 1 : -2]) == b"x" * size
-    inprocess.close()
+        said, given = given_to_pool("DUMP k")
+        assert given == wanted and keys.undumped(said[said.index(b"\n") + 1 : -2]) == b"x" * size
+
+
+@pytest.mark.parametrize("size", [1000, 1_000_000])
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("BITCOUNT k", ":{}"), ("BITCOUNT k 0 0", ":1"), ("BITPOS k 0", ":0"), ("BITFIELD_RO k GET u8 #1", "*1 :1"), ("BITFIELD k GET u8 #1", "*1 :1"),
+        ("BITFIELD k SET u8 #1 2 GET u8 #1", "*2 :1 :2"), ("BITOP NOT l k", ":{}"), ("BITOP XOR l k k k", ":{}"),
+    ],
+)  # fmt: skip
+def test_the_bits_of_a_large_value_are_looked_at_in_the_pool(cache, given_to_pool, words, said, size):
+    cache.set("k", b"\1" * size)
+    reply, given = given_to_pool(words)
+    assert reply.decode().split() == said.format(size).split() and given == (size > 1000)
+
+
+def test_a_field_far_behind_the_end_is_set_in_the_pool(cache, given_to_pool):
+    assert given_to_pool("BITFIELD k SET u8 8000000 1 GET u8 8000000") == (b"*2\r\n:0\r\n:1\r\n", 1)
+    assert given_to_pool("BITFIELD l GET u8 8000000") == (b"*1\r\n:0\r\n", 1)  # nothing is made for it
 
 
 @pytest.mark.parametrize("words", ["GET {}", "PUBLISH {} m", "SCAN {0}", "OBJECT {0}", "ACL DRYRUN reader GET {}"])

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from shmcache.core import _text
-from shmcache.sidecar.commands.table import ONE, RAW, SYNTAX, WRITE, Error, command, in_pool, integer_of
+from shmcache.sidecar.commands.table import ONE, RAW, SYNTAX, WRITE, Error, command, in_pool, in_pool_if_long, integer_of
 from shmcache.sidecar.commands.transactions import all_of
 from shmcache.sidecar.replies import array, integer, nil
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 OPERATORS = {b"and": ord("&"), b"or": ord("|"), b"xor": ord("^"), b"not": ord("~")}  # of BITOP
 LONG_FIELDS = 1000  # words of BITFIELD, some 0.5 ms
+LONG = 1 << 18  # bytes of values, some 0.1 ms
 
 
 def bit_range(value: bytes, first: int, last: int, in_bits: bool) -> tuple[int, int]:
@@ -35,6 +36,7 @@ def unit(word: bytes) -> bool:
 
 @command("bitcount", -2, 0, ONE, group="bitmap")
 def bitcount(client: Connection, arguments: list[bytes]) -> bytes:
+    in_pool_if_long(client, arguments[:1], LONG)
     found = client.ex.read(arguments[0])
     if found is None:
         return integer(0)
@@ -58,6 +60,7 @@ def bitpos(client: Connection, arguments: list[bytes]) -> bytes:
     wanted = integer_of(arguments[1])
     if wanted not in (0, 1):
         raise Error("ERR The bit argument must be 1 or 0.")
+    in_pool_if_long(client, arguments[:1], LONG)
     found = client.ex.read(arguments[0])
     if found is None:
         return integer(-1 if wanted else 0)
@@ -83,6 +86,7 @@ def bitop(client: Connection, arguments: list[bytes]) -> bytes:
     if operation == b"not" and len(sources) != 1:
         raise Error("ERR BITOP NOT must be called with a single source key.")
     ex = client.ex
+    in_pool_if_long(client, sources, LONG)
     with all_of(client, [to, *sources], ex.log_room([(ex.db, to)])):
         result = bytearray()
         for i, key in enumerate(sources):  # one at a time: they may be large
@@ -141,18 +145,22 @@ def bitfield_run(client: Connection, arguments: list[bytes], read_only: bool) ->
             operations.append((word, signed, bits, offset, integer_of(rest.popleft()), overflow))
         else:
             raise Error(SYNTAX)
-    if read_only and any(operation[0] != b"get" for operation in operations):
+    writes = any(operation[0] != b"get" for operation in operations)
+    if read_only and writes:
         raise Error("ERR BITFIELD_RO only supports the GET subcommand")
     ex = client.ex
+    in_pool_if_long(client, [key], LONG)
+    if writes and max(offset + bits for _, _, bits, offset, _, _ in operations) > 8 * LONG:
+        in_pool(client)
     while True:
         found = ex.read(key)
         value, version, expires_ms = (b"", None, None) if found is None else found[:3]
-        data, out, writes = bytearray(value), [], False
+        data: Any = bytearray(value) if writes else value
+        out = []
         for word, signed, bits, offset, operand, how in operations:
             client.check_time()
             end = (offset + bits + 7) >> 3
             if word != b"get":
-                writes = True
                 data.extend(bytes(max(0, end - len(data))))
             whole = int.from_bytes(data[offset >> 3 : end].ljust(end - (offset >> 3), b"\0"), "big")
             shift = end * 8 - offset - bits

@@ -22,6 +22,7 @@ from shmcache.sidecar.commands.table import (
     command,
     container,
     in_pool,
+    in_pool_if_long,
     integer_of,
     that_match,
 )
@@ -217,22 +218,26 @@ def randomkey(client: Connection, arguments: list[bytes]) -> bytes:
     return nil(client.protocol)
 
 
+EMBSTR_MOST = 44  # bytes
+
+
 def encoding(value: bytes, codec: int) -> str:
     if codec & RAW:
         return "raw"
     if codec == 2 or (len(value) <= 20 and _text.number(value) is not None):
         return "int"
-    return "embstr" if len(value) <= 44 else "raw"
+    return "embstr" if len(value) <= EMBSTR_MOST else "raw"
 
 
 @command("object", -2, 0, (2, 2, 1))
 @container
 def object_(client: Connection, arguments: list[bytes]) -> bytes:
     word = arguments[0].lower()
-    found = client.ex.read(arguments[1])
-    if found is None:
+    n = client.ex.length(arguments[1])
+    found = client.ex.read(arguments[1]) if n is not None and n <= EMBSTR_MOST else None
+    if n is None or (found is None and n <= EMBSTR_MOST):  # it may have gone meanwhile
         return nil(client.protocol)
-    kind = encoding(found[0], found[3])
+    kind = encoding(found[0], found[3]) if found else "raw"
     if word == b"encoding":
         return bulk(kind)
     if word == b"freq":
@@ -240,7 +245,8 @@ def object_(client: Connection, arguments: list[bytes]) -> bytes:
             "ERR An LFU maxmemory policy is not selected, access frequency not tracked. Please note that when switching between policies "
             "at runtime LRU and LFU data will take some time to adjust."
         )
-    shared = word == b"refcount" and kind == "int" and 0 <= int(found[0]) < 10000  # Redis has one object for each of these numbers
+    # of each of these numbers Redis has one object
+    shared = word == b"refcount" and found is not None and kind == "int" and 0 <= int(found[0]) < 10000
     return integer(0 if word == b"idletime" else (1 << 31) - 1 if shared else 1)
 
 
@@ -251,8 +257,8 @@ def memory(client: Connection, arguments: list[bytes]) -> bytes:
     if word == b"usage" and len(arguments) in (2, 4):
         if len(arguments) == 4 and (arguments[2].lower() != b"samples" or integer_of(arguments[3]) < 0):
             raise Error(SYNTAX)
-        found = client.ex.read(arguments[1])
-        return nil(client.protocol) if found is None else integer(48 + len(arguments[1]) + len(found[0]) + 10)
+        n = client.ex.length(arguments[1])
+        return nil(client.protocol) if n is None else integer(48 + len(arguments[1]) + n + 10)
     if word == b"doctor" and len(arguments) == 1:
         return replies.verbatim("Nothing to say: look at shmcache-admin stats.", client.protocol)
     if word == b"purge" and len(arguments) == 1:
@@ -266,12 +272,11 @@ LONG_DUMP = 1 << 16  # bytes of a value, some 0.1 ms
 
 @command("dump", 2, 0, ONE)
 def dump(client: Connection, arguments: list[bytes]) -> bytes:
+    in_pool_if_long(client, arguments, LONG_DUMP)
     found = client.ex.read(arguments[0])
     if found is None:
         return nil(client.protocol)
     value = found[0]
-    if len(value) > LONG_DUMP:
-        in_pool(client)
     n = _text.number(value) if len(value) <= 11 else None
     if n is not None and -(1 << 31) <= n < 1 << 31:
         width = 1 if -128 <= n < 128 else 2 if -(1 << 15) <= n < 1 << 15 else 4

@@ -137,6 +137,12 @@ def in_pool(client: Connection) -> None:
         raise _core.WouldWait
 
 
+def in_pool_if_long(client: Connection, keys: Iterable[bytes], most: int) -> None:
+    """What goes through these keys' values, if they have more than so many bytes."""
+    if client.ex.impatient and sum(client.ex.length(key) or 0 for key in keys) > most:
+        in_pool(client)
+
+
 SCRIPTS = {"eval", "evalsha", "eval_ro", "evalsha_ro"}
 LONG = {"keys", "lcs", "randomkey", "save", "flushall", "flushdb", "script", *SCRIPTS}  # they may be run in the pool
 OF_LOOP = {"connection", "pubsub", "transactions"}  # groups, and these: they act on connections, which are the loop's
