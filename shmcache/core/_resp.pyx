@@ -108,7 +108,7 @@ cdef enum:
     LOOKS_BEFORE_STRIPES = 128  # keys()
     DRAWS_AT_ONCE = 8           # renew(): generations that are tried, until all stripes of the keys are to be had
     DRAW_US = 100               # between so many and as many more
-    DRAW_NS = 8_000_000         # until all of this is over
+    DRAW_NS = 8_000_000         # until this is over; but so many at once are tried at least, however little of the CPU there is
     LOOKS_BETWEEN_CLOCKS = 256
     CLOCK_SLACK = 5             # ms by which two readings of an expiry may differ
 
@@ -541,10 +541,12 @@ cdef class Executor:
                     self.stripes_under(more, of, prefixes[of], self.others)
                 rc = self.take_renewed(found, more - found, databases, d == 0)
                 tries += 1
-                if rc != BUSY or mono_ns() > until:
+                if rc != BUSY:
                     break
-                if tries % DRAWS_AT_ONCE == 0:      # to have the GIL back may take 5 ms each time, with stripes held
-                    with nogil:
+                if tries % DRAWS_AT_ONCE == 0:
+                    if mono_ns() > until:
+                        break
+                    with nogil:                     # to have the GIL back may take 5 ms each time, with stripes held
                         usleep(DRAW_US)
             if rc == MISMATCH and d and (self.is_final or self.goes_on):    # nothing is stored: it would be gone with all else of this step
                 self.pinned[d] = prefixes[d]

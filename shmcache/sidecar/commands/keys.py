@@ -121,9 +121,11 @@ def flushdb(client: Connection, arguments: list[bytes]) -> bytes:
             except errors.StripeBusy:
                 if not client.let_go(True):
                     tries += 1
-                    if not ex.holds or waited > FLUSH_WAIT:
+                    if not ex.holds:
                         raise
                     if tries % FLUSH_TRIES_AT_ONCE == 0:
+                        if waited > FLUSH_WAIT:
+                            raise
                         began = _core.monotonic()
                         time.sleep(FLUSH_PAUSE)
                         waited += _core.monotonic() - began
