@@ -24,11 +24,10 @@ The files, in reading order (arrows point down only; tests/unit/test_layers.py h
     canonical.py  values as bytes that do not depend on the process  -> codec, core
     codec.py      values that are not bytes, str or int              -> errors
     segment.py    the shared memory object, geometry, numpy views    -> core
-    core/         layout, envelope -> atomics, siphash -> token -> lock -> ring -> slab -> bucket -> big -> settle -> clock -> table
-                  _core.pyx the edge to Python, _sweep.pyx verify and settling, _stream.pyx items as records,
-                  _dirty.pyx what the store has not got, _resp.pyx the Redis protocol, _text.pyx its patterns and numbers
+    core/         what is compiled; its __init__ has its files
     errors.py     every exception
     notices.py    standard error of a process that goes on
+    metrics.py    what a server of metrics prints, from stats()
 """
 
 import sys as _sys

@@ -2,7 +2,7 @@
 
 serving(name, ...) serves one from within a program or a test; `shmcache serve` is the service.
 
-core/_resp.pyx  the protocol parsed, and what is called often executed on the segment
+core/_resp.pyx  parses the protocol, and executes on the segment what is called often
 acl.py          users, what each may do, files of them
 server.py       Connection, Server: one event loop and its pool of threads
 backed.py       what commands need of the store, if the segment stands before one
@@ -14,6 +14,7 @@ bus.py          between the processes: publish, subscribe, scripts, what concern
 metrics.py      the process that serves metrics
 embedded.py     serving()
 replies.py      RESP2 and RESP3
+elsewhere.py    names of commands that Redis has and the sidecar has not
 lua/            what a script sees: sandbox, replies as Lua values, patterns, cjson, bit
 """
 

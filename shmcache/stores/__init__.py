@@ -1,7 +1,10 @@
 """What stands behind the cache: `Store`, the little that a database, a service or a function has to be able to do for it.
 
-    sql.py        SQLStore: a table of SQLite or PostgreSQL (columns.py: keys and values as its columns have them; connections.py)
-    function.py   FunctionStore: functions that load, save and delete
+    sql.py          SQLStore: a table of SQLite or PostgreSQL
+    columns.py      keys and values as its columns have them
+    connections.py  its connections
+    bounded.py      one to PostgreSQL whose waits end
+    function.py     FunctionStore: functions that load, save and delete
 
 Write one of your own by giving a class the methods of `Store`; it need not derive from it. tests/integration/test_store.py is what stores
 have to pass.

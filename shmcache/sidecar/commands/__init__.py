@@ -1,8 +1,18 @@
 """The commands that Python implements, by what they are about; table.py has them all, with those that are compiled.
 
-- table.py: names, arity, flags, where the keys are; errors
-- everywhere.py: what runs in every process
-- acl.py, connection.py, transactions.py, keys.py, strings.py, bits.py, leases.py, pubsub.py, scripting.py, server.py, info.py
+    table.py         names, arity, flags, where the keys are; errors
+    everywhere.py    what runs in every process
+    connection.py    SELECT, AUTH, HELLO, CLIENT
+    transactions.py  MULTI, EXEC, WATCH
+    keys.py          those of any key, DUMP, SCAN, FLUSHDB
+    strings.py       INCRBYFLOAT, LCS
+    bits.py          BITCOUNT, BITFIELD, BITOP, BITPOS
+    leases.py        LEASE.GET, LEASE.FILL, LEASE.RELEASE
+    pubsub.py        SUBSCRIBE, PUBLISH, PUBSUB, MONITOR
+    scripting.py     EVAL, SCRIPT
+    server.py        CONFIG, COMMAND, SLOWLOG, DEBUG
+    info.py          INFO
+    acl.py           ACL
 """
 
 from shmcache.sidecar.commands import (  # each enters its commands
